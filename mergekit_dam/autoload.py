@@ -1,0 +1,166 @@
+"""Bring the plugin to mergekit: wait for its import, then call ``mergekit_dam.plugin.on_import``.
+
+mergekit discovers no plugins, so ``mergekit_dam_autoload.pth`` calls `install` in every Python
+process of the environment. Hence three rules for this file: it imports only what a bare interpreter
+has loaded already (``typing`` alone would double its cost), it does nothing until one of the
+`WATCHED` modules is imported, and a failure of the plugin is one warning, never mergekit's failure.
+"""
+
+import sys
+from _thread import get_ident  # built in, where `threading` would have to be loaded
+
+TYPE_CHECKING = False  # type checkers take it for typing's
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.abc import Loader
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
+
+WATCHED = ("mergekit.merge_methods", "mergekit.plan", "mergekit.merge")
+"""The modules of mergekit that the plugin gets once they are executed, as mergekit orders them."""
+
+_OWN = "mergekit_dam."
+
+
+class Delivery:
+    """Hands modules of mergekit to the plugin, but never while one of our own is half executed.
+
+    When ``import mergekit_dam.method`` is a process's first import, it is half-way that mergekit is
+    executed. A plugin called at that moment would import a module that is not finished; so what
+    mergekit has loaded waits until ours is.
+    """
+
+    def __init__(self) -> None:
+        self._pending: list[ModuleType] = []
+        self._half_executed: set[str] = set()
+        self._failed = False
+
+    def execute(self, loader: "Loader", module: "ModuleType") -> None:
+        """Execute `module`, a watched one or our own, and deliver what can be delivered then."""
+        name = module.__name__
+        if name.startswith(_OWN):
+            self._half_executed.add(name)
+        try:
+            loader.exec_module(module)
+        finally:
+            self._half_executed.discard(name)
+        if name in WATCHED:
+            self._pending.append(module)
+        self.flush()
+
+    def add(self, modules: "Sequence[ModuleType]") -> None:
+        """Deliver `modules`, which were executed before we could watch them."""
+        self._pending.extend(modules)
+        self.flush()
+
+    def flush(self) -> None:
+        """Call the plugin with every module that waits, unless ours are not ready for it.
+
+        After a failure nothing more is delivered: the user has been told that `dam` is missing, and
+        half a plugin would be worse than none.
+        """
+        if not self._pending or self._half_executed or self._failed:
+            return
+        try:
+            # Executing plugin.py ends in a flush of its own, which may leave nothing to do here.
+            from mergekit_dam.plugin import on_import
+
+            modules, self._pending = self._pending, []
+            for module in modules:
+                on_import(module)
+        except Exception as error:
+            self._failed = True
+            _report(error)
+
+
+class PluginLoader:
+    """Stands in for a module's loader until the module is executed, and answers all else as it."""
+
+    def __init__(self, loader: "Loader", delivery: Delivery) -> None:
+        self._loader = loader
+        self._delivery = delivery
+
+    def __getattr__(self, name: str) -> "Any":
+        return getattr(self._loader, name)
+
+    def exec_module(self, module: "ModuleType") -> None:
+        """Execute `module`, after giving it back its own loader: resources and inspect ask for it.
+
+        Where another hook has wrapped this loader in turn, the module shows that one: leave it.
+        """
+        if module.__loader__ is self:
+            module.__loader__ = self._loader
+        if module.__spec__ is not None and getattr(module.__spec__, "loader", None) is self:
+            module.__spec__.loader = self._loader
+        self._delivery.execute(self._loader, module)
+
+
+class PluginFinder:
+    """A finder for ``sys.meta_path`` that lets the others search and wraps the loader they find."""
+
+    def __init__(self, delivery: Delivery) -> None:
+        self._delivery = delivery
+        self._searching: set[tuple[int, str]] = set()
+
+    def find_spec(
+        self, name: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
+    ) -> "ModuleSpec | None":
+        """The others' spec of `name` with its loader wrapped; None if neither watched nor ours."""
+        if name not in WATCHED and not name.startswith(_OWN):
+            return None
+        # Another finder may search by importlib.util.find_spec, which comes back here. The guard is
+        # per thread: that function takes no import lock, so one thread's search must not make us
+        # miss another thread's import.
+        search = (get_ident(), name)
+        if search in self._searching:
+            return None
+        self._searching.add(search)
+        try:
+            spec = self._search_elsewhere(name, path, target)
+        finally:
+            self._searching.discard(search)
+        if spec is not None and hasattr(spec.loader, "exec_module"):  # a namespace has no loader
+            # importlib.abc.Loader would be the base class that mypy asks for; its import is dear.
+            spec.loader = PluginLoader(spec.loader, self._delivery)  # type: ignore[arg-type, assignment]
+        return spec
+
+    def _search_elsewhere(
+        self, name: str, path: "Sequence[str] | None", target: "ModuleType | None"
+    ) -> "ModuleSpec | None":
+        for finder in tuple(sys.meta_path):  # a copy: a search may import, and imports may hook
+            find_spec = None if finder is self else getattr(finder, "find_spec", None)
+            spec: ModuleSpec | None = find_spec(name, path, target) if find_spec else None
+            if spec is not None:
+                return spec
+        return None
+
+
+def _report(error: Exception) -> None:
+    """Log one warning; `warnings.warn` would turn into an exception under ``-W error``."""
+    import logging
+
+    log = logging.getLogger("mergekit_dam")
+    log.warning(
+        "mergekit-dam could not hook into mergekit: %s: %s. `merge_method: dam` will not work, "
+        "everything else in mergekit does. Either pip install --upgrade mergekit-dam, or install "
+        "a mergekit that it supports; the traceback is logged at level DEBUG.",
+        type(error).__name__,
+        error,
+    )
+    log.debug("mergekit-dam failed here:", exc_info=error)
+
+
+_delivery = Delivery()
+_finder = PluginFinder(_delivery)
+
+
+def install() -> None:
+    """Watch for mergekit from now on; what is imported of it already is delivered at once.
+
+    Idempotent: Python 3.11 reads the .pth files of a virtual environment twice.
+    """
+    if _finder in sys.meta_path:
+        return
+    sys.meta_path.insert(0, _finder)
+    _delivery.add([sys.modules[name] for name in WATCHED if name in sys.modules])
