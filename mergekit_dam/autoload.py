@@ -7,7 +7,6 @@ has loaded already (``typing`` alone would double its cost), it does nothing unt
 """
 
 import sys
-from _thread import get_ident  # built in, where `threading` would have to be loaded
 
 TYPE_CHECKING = False  # type checkers take it for typing's
 if TYPE_CHECKING:
@@ -101,25 +100,22 @@ class PluginFinder:
 
     def __init__(self, delivery: Delivery) -> None:
         self._delivery = delivery
-        self._searching: set[tuple[int, str]] = set()
+        self._searching: set[str] = set()
 
     def find_spec(
         self, name: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
     ) -> "ModuleSpec | None":
         """The others' spec of `name` with its loader wrapped; None if neither watched nor ours."""
-        if name not in WATCHED and not name.startswith(_OWN):
+        watched = name in WATCHED or name.startswith(_OWN)
+        # Another finder may search by importlib.util.find_spec, which comes back here. Names do for
+        # a guard, threads need none: the interpreter calls finders under its global import lock.
+        if not watched or name in self._searching:
             return None
-        # Another finder may search by importlib.util.find_spec, which comes back here. The guard is
-        # per thread: that function takes no import lock, so one thread's search must not make us
-        # miss another thread's import.
-        search = (get_ident(), name)
-        if search in self._searching:
-            return None
-        self._searching.add(search)
+        self._searching.add(name)
         try:
             spec = self._search_elsewhere(name, path, target)
         finally:
-            self._searching.discard(search)
+            self._searching.discard(name)
         if spec is not None and hasattr(spec.loader, "exec_module"):  # a namespace has no loader
             # importlib.abc.Loader would be the base class that mypy asks for; its import is dear.
             spec.loader = PluginLoader(spec.loader, self._delivery)  # type: ignore[arg-type, assignment]
