@@ -1,0 +1,395 @@
+"""What a part of a model is made of, found by watching it run.
+
+Nothing here goes by names. Every module that owns parameters is called a unit; what it is
+(linear, norm, embedding) is tested on what it returns, which linears share an input is seen
+from the inputs, and what a unit adds to the residual stream is measured: all units are held
+to their recorded outputs, one output is disturbed, and the effect on the part's output is
+compared with the disturbance.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+Run = Callable[[], Any]
+
+_ACCURACY = 1e-3
+"""Relative deviation up to which two recorded fp32 effects count as equal."""
+
+
+@dataclass(frozen=True)
+class Write:
+    """How a unit's output reaches the residual stream.
+
+    Attributes:
+        scale: the factor it is added with.
+        through: name of the norm that stands between, or None.
+    """
+
+    scale: float
+    through: str | None = None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A module that owns parameters.
+
+    Attributes:
+        name: path of the module, relative to the part.
+        kind: "other" units are averaged, never fitted.
+        axis: input axis of a linear's weight: -1 for `[out, in]`, 0 where it is transposed.
+        unit_gain: for a norm `y = (w + unit_gain) * n(x) + bias`: 1 in the Gemma family, else 0.
+        write: how it writes to the residual stream, if it does.
+    """
+
+    name: str
+    kind: Literal["linear", "norm", "embedding", "other"]
+    parameters: tuple[str, ...]
+    axis: int = -1
+    unit_gain: float = 0.0
+    write: Write | None = None
+
+    def parameter(self, name: str) -> str:
+        """Path of one of its parameters, relative to the part."""
+        return f"{self.name}.{name}" if self.name else name
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The units of a part in the order the data passes them.
+
+    Attributes:
+        stages: units that see the same input form one stage.
+        residual_scale: the factor with which the part's input reaches its output directly.
+    """
+
+    stages: tuple[tuple[Unit, ...], ...]
+    residual_scale: float
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """All units, in call order."""
+        return tuple(unit for stage in self.stages for unit in stage)
+
+    def writers_before(self, stage: int) -> tuple[Unit, ...]:
+        """Units of earlier stages that add to the residual stream themselves."""
+        return tuple(
+            unit
+            for units in self.stages[:stage]
+            for unit in units
+            if unit.write and unit.write.through is None
+        )
+
+
+class Stop(Exception):
+    """Ends a forward pass once all that was asked for is captured."""
+
+
+@dataclass
+class Captured:
+    """Inputs and outputs of units, by unit name, of one forward pass."""
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def capture(
+    root: nn.Module,
+    *,
+    inputs: tuple[str, ...] = (),
+    outputs: tuple[str, ...] = (),
+    stop: bool = True,
+) -> Iterator[Captured]:
+    """Capture inputs and outputs of units while the body runs the part.
+
+    Args:
+        stop: end the forward pass as soon as everything asked for was captured.
+    """
+    captured = Captured()
+    handles = []
+
+    def check() -> None:
+        if stop and len(captured.inputs) == len(inputs) and len(captured.outputs) == len(outputs):
+            raise Stop
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            captured.inputs[name] = _first_tensor((args, kwargs))
+            check()
+
+        return hook
+
+    def after(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, output: Any) -> None:
+            captured.outputs[name] = output
+            check()
+
+        return hook
+
+    for name in inputs:
+        module = root.get_submodule(name)
+        handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+    for name in outputs:
+        handles.append(root.get_submodule(name).register_forward_hook(after(name)))
+    try:
+        with contextlib.suppress(Stop):
+            yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class _Record:
+    """What one unit did in the recorded forward."""
+
+    calls: int
+    input: Tensor | None
+    output: Any
+
+
+def scattered(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with a little noise, so that no two of a part coincide or vanish."""
+    scattered = {}
+    for index, (name, weight) in enumerate(weights.items()):
+        generator = torch.Generator(weight.device).manual_seed(index)
+        noise = torch.randn(weight.shape, generator=generator, device=weight.device)
+        scattered[name] = weight + 0.1 * noise * weight.square().mean().sqrt().clamp_min(0.01)
+    return scattered
+
+
+@torch.no_grad()
+def examine(
+    root: nn.Module, run: Run, weights: Mapping[str, Tensor], source: Tensor | None = None
+) -> Anatomy:
+    """Find the anatomy of a part.
+
+    Args:
+        root: the part's module.
+        run: runs the part on a small input (a few tokens) and returns its output.
+        weights: the weights that `run` uses, by names relative to `root`, fp32. They should
+            be `scattered`, lest two norms of equal weights look like one.
+        source: the hidden states that `run` feeds, if the part has a residual stream; they
+            are disturbed in place and put back.
+    """
+    owners = {
+        name: tuple(n for n, _ in module.named_parameters(recurse=False))
+        for name, module in root.named_modules()
+        if any(True for _ in module.named_parameters(recurse=False))
+    }
+    records = _record(root, run, owners)
+    units = {
+        name: _classify(name, root.get_submodule(name), owners[name], record, weights)
+        for name, record in records.items()
+    }
+    residual_scale = 0.0
+    if source is not None:
+        units, residual_scale = _measure_writes(root, run, units, records, source)
+    return Anatomy(_stages(units, records), residual_scale)
+
+
+def _record(root: nn.Module, run: Run, owners: Mapping[str, Any]) -> dict[str, _Record]:
+    """Run once and keep, in call order, what every owner of parameters got and gave."""
+    records: dict[str, _Record] = {}
+    handles = []
+
+    def hook_for(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if name in records:
+                records[name].calls += 1
+            else:
+                # Copies: some blocks add to these tensors in place later on.
+                records[name] = _Record(1, _copy(_first_tensor((args, kwargs))), _copy(output))
+
+        return hook
+
+    for name in owners:
+        module = root.get_submodule(name)
+        handles.append(module.register_forward_hook(hook_for(name), with_kwargs=True))
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return records
+
+
+def _classify(
+    name: str,
+    module: nn.Module,
+    parameters: tuple[str, ...],
+    record: _Record,
+    weights: Mapping[str, Tensor],
+) -> Unit:
+    """Tell linear, norm and embedding from what the module returned."""
+    other = Unit(name, "other", parameters)
+    x, y = record.input, record.output
+    own = {p: weights[other.parameter(p)] for p in parameters if other.parameter(p) in weights}
+    weight = own.get("weight")
+    plain = set(parameters) <= {"weight", "bias"} and len(own) == len(parameters)
+    if record.calls != 1 or not plain or x is None or weight is None:
+        return other
+    if not isinstance(y, Tensor):
+        return other
+    if not x.is_floating_point():
+        found = weight.ndim == 2 and y.shape[-1] == weight.shape[1]
+        return replace(other, kind="embedding", axis=-1) if found else other
+    if weight.ndim == 2:
+        bias = own.get("bias", weight.new_zeros(()))
+        for axis, matrix in ((-1, weight.T), (0, weight)):
+            if matrix.shape == (x.shape[-1], y.shape[-1]) and _close(x @ matrix + bias, y):
+                return replace(other, kind="linear", axis=axis)
+        return other
+    if weight.ndim == 1 and weight.shape[0] == y.shape[-1] and y.shape == x.shape:
+        gain = _unit_gain(module, x, y, own)
+        return other if gain is None else replace(other, kind="norm", unit_gain=gain)
+    return other
+
+
+def _unit_gain(
+    module: nn.Module, x: Tensor, y: Tensor, own: Mapping[str, Tensor]
+) -> float | None:
+    """The gain g of `y = (w + g) * n(x) + b`, or None if the module is not of this form."""
+    try:
+        with_zero, normalised = norm_parts(module, x, own)
+    except RuntimeError:
+        return None
+    gain = float((with_zero * normalised).sum() / normalised.square().sum().clamp_min(1e-30))
+    bias = own.get("bias", x.new_zeros(()))
+    expected = (own["weight"] + round(gain)) * normalised + bias
+    return float(round(gain)) if _close(expected, y) else None
+
+
+def norm_parts(
+    module: nn.Module, x: Tensor, own: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """A norm's output at weight 0, and `n(x)`, what its weight multiplies; both without bias."""
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in own.items()}
+    at_zero = functional_call(module, zeros, (x,))
+    at_one = functional_call(module, {**zeros, "weight": torch.ones_like(own["weight"])}, (x,))
+    return at_zero, at_one - at_zero
+
+
+def _measure_writes(
+    root: nn.Module,
+    run: Run,
+    units: dict[str, Unit],
+    records: Mapping[str, _Record],
+    source: Tensor,
+) -> tuple[dict[str, Unit], float]:
+    """Disturb one output at a time, with every other unit held, and see what reaches the end."""
+    held = [name for name in units if _is_leaf(root, name)]
+    generator = torch.Generator(source.device).manual_seed(0)
+
+    def held_run(disturbed: str | None, by: Tensor | None) -> Tensor:
+        handles = []
+        for name in held:
+            value = records[name].output
+            if name == disturbed:
+                value = value + by
+            module = root.get_submodule(name)
+            handles.append(module.register_forward_hook(lambda *_, value=value: _copy(value)))
+        try:
+            return _copy(_first_tensor(run()))
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def disturbance(like: Tensor) -> Tensor:
+        noise = torch.randn(like.shape, generator=generator, device=like.device)
+        return noise * like.float().square().mean().sqrt().clamp_min(1e-3)
+
+    reference = held_run(None, None)
+    measured = dict(units)
+    for name in held:
+        output = records[name].output
+        if not isinstance(output, Tensor) or output.numel() != reference.numel():
+            continue
+        by = disturbance(output)
+        scale = _proportion(held_run(name, by) - reference, by)
+        if scale:
+            measured[name] = replace(units[name], write=Write(scale))
+    for norm in [unit for unit in measured.values() if unit.write and unit.kind == "norm"]:
+        for name, unit in measured.items():
+            if unit.kind == "linear" and _equal(records[name].output, records[norm.name].input):
+                assert norm.write is not None
+                measured[name] = replace(unit, write=Write(norm.write.scale, norm.name))
+    by = disturbance(source)
+    source.add_(by)
+    try:
+        effect = held_run(None, None) - reference
+    finally:
+        source.sub_(by)
+    return measured, _proportion(effect, by)
+
+
+def _is_leaf(root: nn.Module, name: str) -> bool:
+    """A unit none of whose submodules owns parameters: holding it hides no other unit."""
+    children = root.get_submodule(name).named_modules()
+    return not any(n and any(True for _ in m.parameters(recurse=False)) for n, m in children)
+
+
+def _proportion(effect: Tensor, cause: Tensor) -> float:
+    """s if effect = s * cause throughout, else 0."""
+    effect, cause = effect.reshape(-1).double(), cause.reshape(-1).double()
+    scale = float(effect @ cause / (cause @ cause))
+    deviation = float((effect - scale * cause).norm() / cause.norm())
+    return scale if abs(scale) > _ACCURACY and deviation < _ACCURACY * abs(scale) else 0.0
+
+
+def _stages(
+    units: Mapping[str, Unit], records: Mapping[str, _Record]
+) -> tuple[tuple[Unit, ...], ...]:
+    """Group linears whose recorded inputs are equal; keep call order otherwise."""
+    stages: list[list[Unit]] = []
+    for name, unit in units.items():
+        for stage in stages:
+            first = stage[0]
+            if unit.kind == first.kind == "linear" and _equal(
+                records[name].input, records[first.name].input
+            ):
+                stage.append(unit)
+                break
+        else:
+            stages.append([unit])
+    return tuple(tuple(stage) for stage in stages)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return (
+        isinstance(a, Tensor)
+        and isinstance(b, Tensor)
+        and a.shape == b.shape
+        and torch.equal(a, b)
+    )
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    return float((a - b).norm()) <= _ACCURACY * max(float(b.norm()), 1e-12)
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _first_tensor(value: Any) -> Any:
+    """The first tensor in nested call arguments, or None."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, (tuple, list)):
+        return None
+    for item in value:
+        found = _first_tensor(item)
+        if found is not None:
+            return found
+    return None

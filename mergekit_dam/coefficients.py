@@ -1,0 +1,173 @@
+"""Coefficients: what they multiply, where they start, how they are saved.
+
+A merged weight is `W = sum_s c_s * W_s` over the sources s (the models, and the base where
+there is one), with one coefficient per input column of each (arXiv 2410.08371, eq. 3).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mergekit_dam.errors import ConfigError
+
+FILE_NAME = "dam_coefficients.safetensors"
+
+
+def merge_weights(tensors: Sequence[Tensor], coefficients: Tensor, *, axis: int = -1) -> Tensor:
+    """Merge one tensor of every source; the fit and the writer both call this.
+
+    Args:
+        tensors: one tensor a source, all of one shape and device; borrowed.
+        coefficients: fp32 `[sources, n]` with n the tensors' size along `axis`, or
+            `[sources, 1]` for one coefficient a source.
+        axis: the input dimension of the weight.
+
+    Returns:
+        fp32 tensor of the sources' shape. A source whose coefficients are all zero is left
+        out, so that one-hot coefficients give back the source bit for bit.
+    """
+    shape = [1] * tensors[0].ndim
+    if shape:
+        shape[axis] = -1
+    merged: Tensor | None = None
+    for tensor, coefficient in zip(tensors, coefficients, strict=True):
+        if not coefficient.any():
+            continue
+        scale = coefficient.to(device=tensor.device, dtype=torch.float32).reshape(shape)
+        if merged is None:
+            merged = tensor.float() * scale
+        else:
+            merged.addcmul_(tensor.float(), scale)
+    return torch.zeros_like(tensors[0], dtype=torch.float32) if merged is None else merged
+
+
+@dataclass(frozen=True)
+class Parametrisation:
+    """Affine map from the U unknowns of a column to the coefficients of its S sources.
+
+    `c = offset + expand @ d`, so that `W = W_origin + sum_u d_u * T_u` with
+    `W_origin = sum_s offset_s W_s` and directions `T_u = sum_s expand[s, u] W_s`.
+
+    Attributes:
+        offset: fp64 `[S]`.
+        expand: fp64 `[S, U]`.
+        start: fp64 `[U]`, the unknowns of the weighted average.
+    """
+
+    offset: Tensor
+    expand: Tensor
+    start: Tensor
+
+    @classmethod
+    def create(
+        cls, weights: Sequence[float], *, base: int | None, include_base: bool, sum_to_one: bool
+    ) -> "Parametrisation":
+        """The form that a configuration asks for.
+
+        Args:
+            weights: relative starting weight of each source; that of the base counts only
+                with `include_base`.
+            base: index of the base among the sources.
+            include_base: the base is a model to merge too.
+            sum_to_one: with a base, the task-vector form, the base taking the remainder;
+                without one, the affine form around the average. False: the free form.
+        """
+        count = len(weights)
+        merged = [s for s in range(count) if s != base or include_base]
+        share = torch.zeros(count, dtype=torch.float64)
+        share[merged] = torch.tensor([weights[s] for s in merged], dtype=torch.float64)
+        share /= share.sum()
+        identity = torch.eye(count, dtype=torch.float64)
+        if not sum_to_one:
+            return cls(torch.zeros(count, dtype=torch.float64), identity[:, merged], share[merged])
+        if base is not None:
+            free = [s for s in range(count) if s != base]
+            expand = identity[:, free]
+            expand[base] = -1
+            return cls(identity[base].clone(), expand, share[free])
+        # Affine form: the origin is the average itself, so the start is the zero vector.
+        return cls(share, identity - share[:, None], torch.zeros(count, dtype=torch.float64))
+
+    def coefficients(self, unknowns: Tensor) -> Tensor:
+        """Coefficients fp32 `[S, n]` of unknowns `[U, n]`; computed in fp64, cast last."""
+        expand = self.expand.to(unknowns.device)
+        offset = self.offset.to(unknowns.device)
+        return (offset[:, None] + expand @ unknowns.double()).float()
+
+    def starting_coefficients(self, columns: int = 1) -> Tensor:
+        """Coefficients fp32 `[S, columns]` of the weighted average."""
+        return self.coefficients(self.start[:, None].expand(-1, columns))
+
+    def origin(self, tensors: Sequence[Tensor]) -> Tensor:
+        """`W_origin`, fp64, of the sources' tensors."""
+        return _combine(tensors, self.offset)
+
+    def directions(self, tensors: Sequence[Tensor]) -> Tensor:
+        """`T_u`, fp64 `[U, *shape]`, of the sources' tensors."""
+        return torch.stack([_combine(tensors, column) for column in self.expand.T])
+
+
+def _combine(tensors: Sequence[Tensor], factors: Tensor) -> Tensor:
+    total = torch.zeros_like(tensors[0], dtype=torch.float64)
+    for tensor, factor in zip(tensors, factors.tolist(), strict=True):
+        if factor:
+            total.add_(tensor.double(), alpha=factor)
+    return total
+
+
+@dataclass(frozen=True)
+class CoefficientFile:
+    """A saved set of coefficients.
+
+    Attributes:
+        coefficients: output tensor's name -> fp32 `[sources, n]`.
+        sources: the models in the order of the rows, as written in the configuration.
+        metadata: provenance: versions, revisions, parameters, digests of the calibration.
+    """
+
+    coefficients: Mapping[str, Tensor]
+    sources: tuple[str, ...]
+    metadata: Mapping[str, Any]
+
+    def save(self, path: Path) -> None:
+        """Write atomically: a reader sees the whole file or none."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        metadata = {"sources": json.dumps(self.sources)}
+        metadata |= {key: json.dumps(value, sort_keys=True) for key, value in self.metadata.items()}
+        tensors = {name: tensor.contiguous() for name, tensor in self.coefficients.items()}
+        save_file(tensors, temporary, metadata=metadata)
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "CoefficientFile":
+        """Read a file, or the file of that name in a folder.
+
+        Raises:
+            ConfigError: no such file, or not one that this package wrote.
+        """
+        file = path / FILE_NAME if path.is_dir() else path
+        if not file.is_file():
+            raise ConfigError(
+                [
+                    f"coefficients: no file at {file}; give the path of a {FILE_NAME} "
+                    f"that an earlier dam merge wrote, or of its folder"
+                ]
+            )
+        try:
+            with safe_open(file, framework="pt") as handle:
+                metadata = {k: json.loads(v) for k, v in (handle.metadata() or {}).items()}
+                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            sources = tuple(metadata.pop("sources"))
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ConfigError(
+                [f"coefficients: {file} was not written by a dam merge ({error!r})"]
+            ) from error
+        return cls(tensors, sources, metadata)

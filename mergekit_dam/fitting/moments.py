@@ -1,0 +1,129 @@
+"""Sufficient statistics of a least-squares fit, accumulated chunk by chunk.
+
+The number of calibration tokens enters a fit through these sums alone. Products of a chunk
+are fp32, sums over chunks fp64.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class LinearMoments:
+    """Sums over tokens of one linear's inputs `x [in]` and targets `y [out]`, each weighted.
+
+    Attributes:
+        gram: `sum x x^T`, `[in, in]`. Linears that share their inputs share this tensor.
+        cross: `sum y x^T`, `[out, in]`.
+        x_sum, y_sum: `sum x [in]` and `sum y [out]`.
+        y_square: `sum |y|^2`.
+        energy: `sum |teacher's own output|^2`; the target may differ from that output.
+        count: sum of the tokens' weights.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    x_sum: Tensor
+    y_sum: Tensor
+    y_square: float = 0.0
+    energy: float = 0.0
+    count: float = 0.0
+
+    @classmethod
+    def zeros(cls, gram: Tensor, out_features: int) -> "LinearMoments":
+        """Empty sums around a (shared) Gram matrix fp64 `[in, in]`."""
+        columns = gram.shape[0]
+        return cls(
+            gram,
+            gram.new_zeros(out_features, columns),
+            gram.new_zeros(columns),
+            gram.new_zeros(out_features),
+        )
+
+    def add(self, x: Tensor, target: Tensor, output: Tensor) -> None:
+        """Add a chunk: inputs `[tokens, in]`, targets and teacher's outputs `[tokens, out]`, fp32.
+
+        The Gram matrix is the caller's to add to, once for all linears that share it.
+        """
+        self.cross += (target.T @ x).double()
+        self.x_sum += x.sum(0, dtype=torch.float64)
+        self.y_sum += target.sum(0, dtype=torch.float64)
+        self.y_square += float(target.double().square().sum())
+        self.energy += float(output.double().square().sum())
+        self.count += x.shape[0]
+
+    def add_scaled(self, other: "LinearMoments", factor: float) -> None:
+        """Add another set of sums, Gram matrix apart, with its tokens weighted by `factor`."""
+        self.cross.add_(other.cross, alpha=factor)
+        self.x_sum.add_(other.x_sum, alpha=factor)
+        self.y_sum.add_(other.y_sum, alpha=factor)
+        self.y_square += factor * other.y_square
+        self.energy += factor * other.energy
+        self.count += factor * other.count
+
+    def error(self, weight: Tensor, bias: Tensor | None) -> float:
+        """`sum |W x + b - y|^2` of a weight fp64 `[out, in]` and bias `[out]`."""
+        squared = ((weight @ self.gram) * weight).sum() - 2 * (weight * self.cross).sum()
+        if bias is not None:
+            squared += 2 * (bias * (weight @ self.x_sum - self.y_sum)).sum()
+            squared += self.count * bias.square().sum()
+        return max(float(squared) + self.y_square, 0.0)
+
+
+@dataclass
+class FeatureMoments:
+    """Sums over tokens, per feature, of a scale `y = w * n + o` to fit.
+
+    Attributes:
+        n_square: `sum n^2`, `[features]`, n being the normalised input.
+        n_y: `sum n * (y - o)`, with o the part of the output that the weight does not touch.
+        n_sum: `sum n`.
+        y_sum: `sum (y - o)`.
+        y_square: `sum (y - o)^2`, per feature.
+        energy: `sum |teacher's own output|^2`.
+        count: sum of the tokens' weights.
+    """
+
+    n_square: Tensor
+    n_y: Tensor
+    n_sum: Tensor
+    y_sum: Tensor
+    y_square: Tensor
+    energy: float = 0.0
+    count: float = 0.0
+
+    @classmethod
+    def zeros(cls, features: int, device: torch.device) -> "FeatureMoments":
+        """Empty sums."""
+        return cls(*torch.zeros(5, features, dtype=torch.float64, device=device).unbind())
+
+    def add(self, n: Tensor, target: Tensor, output: Tensor) -> None:
+        """Add a chunk: fp32 `[tokens, features]` each; the target without the untouched part."""
+        n, target = n.double(), target.double()
+        self.n_square += n.square().sum(0)
+        self.n_y += (n * target).sum(0)
+        self.n_sum += n.sum(0)
+        self.y_sum += target.sum(0)
+        self.y_square += target.square().sum(0)
+        self.energy += float(output.double().square().sum())
+        self.count += n.shape[0]
+
+    def add_scaled(self, other: "FeatureMoments", factor: float) -> None:
+        """Add another set of sums with its tokens weighted by `factor`."""
+        self.n_square.add_(other.n_square, alpha=factor)
+        self.n_y.add_(other.n_y, alpha=factor)
+        self.n_sum.add_(other.n_sum, alpha=factor)
+        self.y_sum.add_(other.y_sum, alpha=factor)
+        self.y_square.add_(other.y_square, alpha=factor)
+        self.energy += factor * other.energy
+        self.count += factor * other.count
+
+    def error(self, weight: Tensor, bias: Tensor | None) -> float:
+        """`sum |w n + b - y|^2` of a weight and a bias fp64 `[features]`."""
+        squared = self.n_square * weight.square() - 2 * weight * self.n_y + self.y_square
+        if bias is not None:
+            squared = squared + 2 * bias * (weight * self.n_sum - self.y_sum)
+            squared = squared + self.count * bias.square()
+        return max(float(squared.sum()), 0.0)

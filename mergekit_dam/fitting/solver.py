@@ -1,0 +1,178 @@
+"""Exact minimisers of the quadratics that the fits lead to, in fp64.
+
+The column fit of one linear minimises over the unknowns d `[U, in]`
+
+    sum_k <V G_k, V> - 2 <V, B_k>  +  ridge * mean(diag A) * |d - d_start|^2,
+    V = sum_u T_u diag(d_u),
+
+a linear system `A d = b` with `A[(u,p),(v,q)] = sum_k (T_u^T T_v)[p,q] G_k[p,q]` and
+`b[(u,p)] = sum_k (T_u * B_k)[:, p].sum()`. A term k holds what belongs to one domain; terms
+without a metric of their own may be summed into one beforehand.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DENSE_LIMIT = 6144
+"""Unknowns up to which the normal matrix is formed and factorised (300 MB in fp64)."""
+
+TOLERANCE = 1e-9
+"""Relative residual at which conjugate gradients stop."""
+
+MAX_ITERATIONS = 1000
+
+
+@dataclass(frozen=True)
+class Term:
+    """One domain's part of the quadratic: Gram matrix fp64 `[in, in]`, cross moment `[out, in]`.
+
+    The cross moment is that of the targets less the origin's output.
+    """
+
+    gram: Tensor
+    cross: Tensor
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Minimiser and how it was found.
+
+    Attributes:
+        unknowns: fp64 `[U, in]` (`[U, 1]` for one coefficient a tensor).
+        method: "cholesky", "conjugate gradients" or "none" (nothing to fit).
+        iterations: of conjugate gradients, else 0.
+        residual: `|A d - b| / |b|` of the regularised system.
+    """
+
+    unknowns: Tensor
+    method: str
+    iterations: int = 0
+    residual: float = 0.0
+
+
+@dataclass(frozen=True)
+class ColumnProblem:
+    """The quadratic of one linear: directions fp64 `[U, out, in]` and its terms."""
+
+    directions: Tensor
+    terms: Sequence[Term]
+
+    def matrix(self) -> Tensor:
+        """The normal matrix `[U * in, U * in]`."""
+        count, _, columns = self.directions.shape
+        matrix = self.directions.new_empty(count, columns, count, columns)
+        gram = sum((term.gram for term in self.terms[1:]), self.terms[0].gram)
+        for u in range(count):
+            for v in range(u, count):
+                block = (self.directions[u].T @ self.directions[v]) * gram
+                matrix[u, :, v] = block
+                matrix[v, :, u] = block.T
+        return matrix.reshape(count * columns, count * columns)
+
+    def product(self, unknowns: Tensor) -> Tensor:
+        """`A d` for d `[U, in]`, without forming A: `2 * out * in^2` flops a term."""
+        deviation = torch.einsum("uoi,ui->oi", self.directions, unknowns)
+        reaction = sum(
+            (deviation @ term.gram for term in self.terms[1:]), deviation @ self.terms[0].gram
+        )
+        return torch.einsum("uoi,oi->ui", self.directions, reaction)
+
+    def right_hand_side(self) -> Tensor:
+        """`b`, `[U, in]`."""
+        cross = sum((term.cross for term in self.terms[1:]), self.terms[0].cross)
+        return torch.einsum("uoi,oi->ui", self.directions, cross)
+
+    def column_blocks(self) -> Tensor:
+        """The blocks of A of one column each, `[in, U, U]`."""
+        gram = sum(
+            (term.gram.diagonal() for term in self.terms[1:]), self.terms[0].gram.diagonal()
+        )
+        return torch.einsum("uoi,voi->iuv", self.directions, self.directions) * gram[:, None, None]
+
+
+def solve_columns(
+    problem: ColumnProblem, start: Tensor, ridge: float, *, dense_limit: int = DENSE_LIMIT
+) -> Solution:
+    """One unknown per direction and input column.
+
+    Args:
+        start: fp64 `[U]`, the unknowns that the ridge pulls to.
+        ridge: relative to the mean of A's diagonal.
+        dense_limit: unknowns above which the solver is matrix-free.
+    """
+    count, _, columns = problem.directions.shape
+    anchor = start[:, None].expand(-1, columns).to(problem.directions)
+    blocks = problem.column_blocks()
+    shift = ridge * float(blocks.diagonal(dim1=1, dim2=2).mean())
+    if shift == 0:
+        return Solution(anchor.contiguous(), "none")
+    rhs = problem.right_hand_side() - problem.product(anchor)
+    if count * columns <= dense_limit:
+        matrix = problem.matrix()
+        matrix.diagonal().add_(shift)
+        factor = torch.linalg.cholesky(matrix)
+        step = torch.cholesky_solve(rhs.reshape(-1, 1), factor).reshape(count, columns)
+        return Solution(anchor + step, "cholesky")
+    step, iterations, residual = _conjugate_gradients(problem, rhs, blocks, shift)
+    return Solution(anchor + step, "conjugate gradients", iterations, residual)
+
+
+def _conjugate_gradients(
+    problem: ColumnProblem, rhs: Tensor, blocks: Tensor, shift: float
+) -> tuple[Tensor, int, float]:
+    """Preconditioned by the U x U blocks of each column; returns (step, iterations, residual)."""
+    count = rhs.shape[0]
+    blocks = blocks + shift * torch.eye(count, dtype=rhs.dtype, device=rhs.device)
+    factors = torch.linalg.cholesky(blocks)
+
+    def precondition(vector: Tensor) -> Tensor:
+        return torch.cholesky_solve(vector.T[:, :, None], factors)[:, :, 0].T
+
+    step = torch.zeros_like(rhs)
+    residual = rhs.clone()
+    target = TOLERANCE * float(rhs.norm())
+    conditioned = precondition(residual)
+    direction = conditioned.clone()
+    slope = (residual * conditioned).sum()
+    iterations = 0
+    while float(residual.norm()) > target and iterations < MAX_ITERATIONS:
+        curvature = problem.product(direction).add_(direction, alpha=shift)
+        length = slope / (direction * curvature).sum()
+        step += length * direction
+        residual -= length * curvature
+        conditioned = precondition(residual)
+        previous, slope = slope, (residual * conditioned).sum()
+        direction = conditioned + (slope / previous) * direction
+        iterations += 1
+    return step, iterations, float(residual.norm() / rhs.norm())
+
+
+def solve_tensor(problem: ColumnProblem, start: Tensor, ridge: float) -> Solution:
+    """One unknown per direction: the column system summed over all columns."""
+    reactions = [
+        sum((d @ term.gram for term in problem.terms[1:]), d @ problem.terms[0].gram)
+        for d in problem.directions
+    ]
+    matrix = torch.einsum("uoi,voi->uv", torch.stack(reactions), problem.directions)
+    rhs = problem.right_hand_side().sum(1)
+    return solve_small(matrix[None], rhs[None], start, ridge)
+
+
+def solve_small(matrix: Tensor, rhs: Tensor, start: Tensor, ridge: float) -> Solution:
+    """A batch of n small systems `[n, U, U] d = [n, U]` with one common ridge.
+
+    Returns:
+        Solution with unknowns `[U, n]`.
+    """
+    shift = ridge * float(matrix.diagonal(dim1=1, dim2=2).mean())
+    anchor = start.to(matrix).expand(matrix.shape[0], -1)
+    if shift == 0:
+        return Solution(anchor.T.contiguous(), "none")
+    identity = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
+    gap = rhs - torch.einsum("nuv,nv->nu", matrix, anchor)
+    factor = torch.linalg.cholesky(matrix + shift * identity)
+    step = torch.cholesky_solve(gap[:, :, None], factor)[:, :, 0]
+    return Solution((anchor + step).T.contiguous(), "cholesky")
