@@ -1,0 +1,74 @@
+"""A dataset on the Hugging Face Hub -> rows, streamed."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from mergekit_dam.errors import CalibrationError
+
+from .extras import require
+from .rows import Row
+from .source import CalibrationSource
+
+DEFAULT_SPLIT = "train"
+SHUFFLE_BUFFER = 1000  # documents; the shards are shuffled too
+
+
+def resolve_revision(source: CalibrationSource) -> str | None:
+    """The commit that the dataset's revision stands for now, to pin it.
+
+    Without an answer from the Hub, the revision as the user wrote it (None for the newest):
+    `datasets` may have the dataset in its cache, and says best what is wrong if not.
+    """
+    hub = require("huggingface_hub", needed_for=f"the dataset {source.location!r}")
+    try:
+        info = hub.HfApi().dataset_info(source.location, revision=source.revision, timeout=10)
+    except Exception:  # of many libraries and versions; none of them ends the merge
+        return source.revision
+    commit: str | None = info.sha
+    return commit or source.revision
+
+
+def hub_rows(source: CalibrationSource, *, revision: str | None, seed: int) -> Iterator[Row]:
+    """Rows of a Hub dataset in a seeded order, downloaded as they are asked for.
+
+    Raises CalibrationError if the dataset, its configuration or split is not found, and if
+    the Hub cannot be reached.
+    """
+    split = source.split or DEFAULT_SPLIT
+    origin = f"{source.location} ({split})"
+    datasets = require("datasets", needed_for=f"the Hub dataset {source.location!r}")
+    try:
+        dataset = datasets.load_dataset(
+            source.location, name=source.name, split=split, revision=revision, streaming=True
+        )
+        shuffled = dataset.shuffle(seed=seed % 2**32, buffer_size=SHUFFLE_BUFFER)
+        for number, value in enumerate(shuffled, start=1):
+            yield Row(value, f"{origin} document {number} of the shuffled stream")
+    except Exception as error:  # every file format and transport has exceptions of its own
+        raise CalibrationError(_explain(error, source, split, datasets)) from error
+
+
+def _explain(error: Exception, source: CalibrationSource, split: str, datasets: Any) -> str:
+    name, said = source.location, _first_line(error)
+    if isinstance(error, datasets.exceptions.DatasetNotFoundError):
+        return (
+            f"{name!r} is neither a path here ({source.path.absolute()} does not exist) nor a "
+            f"dataset that the Hub shows you ({said}): correct the id, or run `hf auth login` "
+            "if it is private or gated"
+        )
+    if isinstance(error, ConnectionError):
+        return (
+            f"the dataset {name!r} cannot be read because the Hugging Face Hub is out of reach "
+            f"({said}): connect, or name a local file; {source.path.absolute()} does not exist"
+        )
+    if said.startswith("Bad split") or said.startswith("Unknown split"):
+        return f"the dataset {name!r} has no split {split!r} ({said}): write `{name}:split=...`"
+    if "onfig name is missing" in said or "BuilderConfig" in said:
+        found = f"no configuration {source.name!r}" if source.name else "several configurations"
+        every = " ".join(str(error).split())
+        return f"the dataset {name!r} has {found} ({every}): write `{name}:name=...`"
+    return f"the dataset {name!r}, split {split!r}, cannot be read: {type(error).__name__}: {said}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,183 @@
+"""The way from a source to a calibration set, step by step."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from mergekit_dam.errors import CalibrationError
+
+from .calibration_set import CalibrationSet, Provenance, tokens_sha256
+from .chat import chat_renderer
+from .documents import documents_from
+from .files import find_files, local_rows
+from .hub import DEFAULT_SPLIT, hub_rows, resolve_revision
+from .packing import Packed, pack
+from .pieces import CHARACTERS_PER_TOKEN, Intake, shuffled_pieces
+from .rows import Row
+from .source import CalibrationSource
+
+LOG = logging.getLogger(__name__)
+
+LOCAL_WINDOW = 64 * 2**20  # characters of text in memory at a time
+HUB_WINDOW_FACTOR = 4  # a download is not free: four times the text that is likely needed
+PIECE_SEQUENCES = 2  # a document longer than about two sequences is cut into pieces
+
+
+def load_calibration(
+    text: str,
+    *,
+    model: str,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    sequence_length: int,
+    vocab_size: int,
+    seed: int,
+) -> CalibrationSet:
+    """Read, shuffle, tokenise and pack the calibration text of one model.
+
+    1. Parse `text`, the value of `calibration:` in the YAML (see `CalibrationSource`).
+    2. Read rows lazily and turn them into documents, chats with the model's template.
+    3. Cut long documents into pieces of about two sequences, and shuffle the pieces.
+    4. Tokenise and pack until there are `samples` (or the source's own) full sequences.
+
+    `vocab_size` is that of the model's config, `model` its name in messages. Equal inputs
+    and seed give equal tokens, bit for bit; from the Hub, as long as the dataset's commit
+    and the version of `datasets` are the same.
+
+    Raises CalibrationError for anything wrong with the source, its documents or the token
+    ids, and if there are too few tokens.
+    """
+    try:
+        source = CalibrationSource.parse(text)
+        return _load(
+            source,
+            model=model,
+            tokenizer=tokenizer,
+            sequences=source.samples or samples,
+            sequence_length=sequence_length,
+            vocab_size=vocab_size,
+            seed=seed,
+        )
+    except CalibrationError as error:
+        raise CalibrationError(f"calibration of {model}: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    rows: Iterator[Row]
+    window: int
+    revision: str | None = None
+    ignored: int = 0
+
+
+def _load(
+    source: CalibrationSource,
+    *,
+    model: str,
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: int,
+    sequence_length: int,
+    vocab_size: int,
+    seed: int,
+) -> CalibrationSet:
+    render = chat_renderer(tokenizer, template_path=source.chat_template)
+    opened = _open(source, needed=sequences * sequence_length, seed=seed)
+    intake = Intake()
+    packed = pack(
+        shuffled_pieces(
+            documents_from(opened.rows, column=source.column, render=render),
+            window=opened.window,
+            piece_tokens=PIECE_SEQUENCES * sequence_length,
+            seed=seed,
+            intake=intake,
+        ),
+        tokenizer=tokenizer,
+        sequences=sequences,
+        sequence_length=sequence_length,
+        vocab_size=vocab_size,
+    )
+    _require_enough(packed, intake, source, sequences)
+    hub = source.kind == "hub"
+    provenance = Provenance(
+        model=model,
+        source=source.text,
+        files=tuple(intake.files),
+        dataset=source.location if hub else None,
+        revision=opened.revision,
+        split=(source.split or DEFAULT_SPLIT) if hub else None,
+        seed=seed,
+        documents_read=intake.documents,
+        documents_used=packed.documents,
+        empty_skipped=intake.empty,
+        tokens_available=packed.tokenised,
+        tokens_used=packed.tokens.numel(),
+        sequences=sequences,
+        sequence_length=sequence_length,
+        cut=tuple(_cuts(packed, intake, opened)),
+        sha256=tokens_sha256(packed.tokens),
+    )
+    LOG.info(provenance.summary())
+    if not intake.exhausted and not hub:
+        LOG.warning("calibration of %s: %s", model, provenance.cut[0])
+    return CalibrationSet(tokens=packed.tokens, provenance=provenance)
+
+
+def _open(source: CalibrationSource, *, needed: int, seed: int) -> _Opened:
+    if source.kind == "hub":
+        revision = resolve_revision(source)
+        window = min(LOCAL_WINDOW, HUB_WINDOW_FACTOR * CHARACTERS_PER_TOKEN * needed)
+        return _Opened(hub_rows(source, revision=revision, seed=seed), window, revision)
+    files, ignored = find_files(source)
+    rows = local_rows(files, column=source.column, seed=seed)
+    return _Opened(rows, LOCAL_WINDOW, ignored=ignored)
+
+
+def _require_enough(
+    packed: Packed, intake: Intake, source: CalibrationSource, sequences: int
+) -> None:
+    full, length = packed.tokens.shape
+    if full == sequences:
+        return
+    if not intake.documents:
+        raise CalibrationError(
+            f"{source.text!r} holds no text ({intake.empty} empty documents): "
+            "name a source with text"
+        )
+    remedy = "add text"
+    if full:
+        remedy += f", or ask for fewer sequences: `samples: {full}`, or for this model alone "
+        remedy += f"`{source.location}:samples={full}`"
+    else:
+        remedy += f", or set `sequence_length` to {packed.tokenised} or less"
+    raise CalibrationError(
+        f"{sequences} sequences of {length} tokens ({sequences * length:,} tokens) are needed, but "
+        f"{source.text!r} holds {packed.tokenised:,} tokens in {intake.documents:,} documents, "
+        f"which are {full} full sequences: {remedy}"
+    )
+
+
+def _cuts(packed: Packed, intake: Intake, opened: _Opened) -> Iterator[str]:
+    if not intake.exhausted:
+        yield (
+            f"only the first {intake.documents:,} documents ({intake.characters:,} characters) "
+            f"were read: text is shuffled {opened.window:,} characters at a time, and these "
+            "held enough"
+        )
+    if intake.cut:
+        length = PIECE_SEQUENCES * packed.tokens.shape[1]
+        yield (
+            f"{intake.cut:,} documents longer than {length * CHARACTERS_PER_TOKEN:,} characters "
+            f"(or {length:,} token ids) were cut into pieces, lest one fill the whole set"
+        )
+    if intake.documents > packed.documents:
+        unused = intake.documents - packed.documents
+        yield f"{unused:,} of {intake.documents:,} documents read were not needed"
+    if packed.tokenised > packed.tokens.numel():
+        left = packed.tokenised - packed.tokens.numel()
+        yield f"{left:,} tokens behind the end of the last sequence were left out"
+    if intake.empty:
+        yield f"{intake.empty:,} empty documents were skipped"
+    if opened.ignored:
+        yield f"{opened.ignored:,} hidden files or files of another type were ignored"

@@ -1,0 +1,129 @@
+"""Pieces of documents -> full sequences of token ids, without padding."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from mergekit_dam.errors import CalibrationError
+
+from .documents import Document
+from .pieces import Piece
+
+_PROBE = "Hello 0"
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Tokens in full sequences, and how many there were.
+
+    `tokens`: int64 [sequences, sequence_length]; fewer sequences than were asked for if the
+    pieces held no more, [0, sequence_length] if not even one. `tokenised`: tokens of all
+    pieces that were tokenised; those behind the last full sequence are left over.
+    `documents`: number of documents of which at least one token is in `tokens`.
+    """
+
+    tokens: torch.Tensor
+    tokenised: int
+    documents: int
+
+
+def pack(
+    pieces: Iterable[Piece],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: int,
+    sequence_length: int,
+    vocab_size: int,
+) -> Packed:
+    """Tokenise pieces and lay them end to end into sequences until there are enough.
+
+    Every text begins as the tokenizer begins a document (see `document_start`); what does
+    not fit in a sequence continues in the next. Each piece is tokenised on its own, so the
+    result does not depend on how many follow. Raises CalibrationError for a token id that
+    the model, of `vocab_size` ids, does not have.
+    """
+    needed = sequences * sequence_length
+    start = document_start(tokenizer)
+    ids: list[int] = []
+    sources: list[tuple[int, int]] = []  # (position of its first token, document)
+    for piece in pieces:
+        document = piece.content
+        sources.append((len(ids), piece.number))
+        ids += _checked(_encode(document, tokenizer, start), document, tokenizer, vocab_size)
+        if len(ids) >= needed:  # asked before the next piece, which could mean more reading
+            break
+    kept = min(needed, len(ids) // sequence_length * sequence_length)
+    return Packed(
+        tokens=torch.tensor(ids[:kept], dtype=torch.int64).view(-1, sequence_length),
+        tokenised=len(ids),
+        documents=len({number for position, number in sources if position < kept}),
+    )
+
+
+def document_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token ids in front of every document's text: those the tokenizer adds by itself,
+    else its bos token, else its eos token as a separator, else none."""
+    own = _added_in_front(tokenizer)
+    if own:
+        return own
+    for special in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if isinstance(special, int):
+            return [special]
+    return []
+
+
+def _added_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    full = _ids(tokenizer, _PROBE, add_special_tokens=True)
+    bare = _ids(tokenizer, _PROBE, add_special_tokens=False)
+    for count in range(len(full) - len(bare) + 1):
+        if full[count : count + len(bare)] == bare:
+            # A probe without tokens (a closed vocabulary) leaves only what was added.
+            return full[:count] if bare else full[:1]
+    return full[:1]
+
+
+def _encode(
+    document: Document, tokenizer: PreTrainedTokenizerBase, start: list[int]
+) -> Sequence[int]:
+    if not isinstance(document.content, str):
+        return document.content
+    try:
+        document.content.encode()
+    except UnicodeEncodeError as error:
+        raise CalibrationError(
+            f"{document.origin} holds half of a surrogate pair ({error.reason}), which no "
+            "tokenizer reads: mend or remove this text"
+        ) from error
+    if document.templated:
+        return _ids(tokenizer, document.content, add_special_tokens=False)
+    ids = _ids(tokenizer, document.content, add_special_tokens=True)
+    count = len(start)
+    if ids[:count] != start:
+        ids = start + ids
+    # Text that was saved with its special tokens written out begins with them already.
+    return ids[count:] if count and ids[count : 2 * count] == start else ids
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool) -> list[int]:
+    # verbose=False: being longer than the model's context is no fault here.
+    encoded = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+    return list(encoded["input_ids"])
+
+
+def _checked(
+    ids: Sequence[int],
+    document: Document,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+) -> Sequence[int]:
+    if ids and (min(ids) < 0 or max(ids) >= vocab_size):
+        wrong = next(token for token in ids if not 0 <= token < vocab_size)
+        text = tokenizer.convert_ids_to_tokens(wrong) if 0 <= wrong < len(tokenizer) else None
+        named = f"token {text!r} (id {wrong})" if text is not None else f"token id {wrong}"
+        raise CalibrationError(
+            f"{document.origin}: {named} is outside the model's vocabulary of {vocab_size} ids: "
+            "remove this text, or give the model the tokenizer that it was trained with"
+        )
+    return ids

@@ -1,0 +1,167 @@
+"""What a user writes behind `calibration:`, parsed and checked before any text is read.
+
+data/math.jsonl                              a file
+data/code/:samples=64                        a directory of files, for 64 sequences
+org/german-corpus:split=train:column=text    a dataset on the Hugging Face Hub
+org/german-corpus@v1.2                       ... at a branch, tag or commit
+"""
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mergekit_dam.errors import CalibrationError
+
+SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+OPTIONS = ("split", "name", "column", "samples", "chat_template")
+
+# A colon opens an option only where `word=` follows: drive letters and colons in paths stay.
+_OPTION = re.compile(r":(?=[A-Za-z_]\w*=)")
+_DATASET = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[^@:\s]+)?", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationSource:
+    """Where one model's calibration text comes from. Made by `parse`, which checks it.
+
+    `text` is what the user wrote. `location` is a path (kind "file" or "directory") or a
+    Hub dataset id (kind "hub"). `samples`: number of sequences in place of the merge's
+    `samples`. `chat_template`: path to a jinja file in place of the tokenizer's template.
+    `revision`, `name` (the dataset's configuration) and `split` are for the Hub only.
+    """
+
+    text: str
+    location: str
+    kind: Literal["file", "directory", "hub"]
+    revision: str | None = None
+    split: str | None = None
+    name: str | None = None
+    column: str | None = None
+    samples: int | None = None
+    chat_template: str | None = None
+
+    @property
+    def path(self) -> Path:
+        """The local file or directory, `~` expanded. Only for local kinds."""
+        return Path(self.location).expanduser()
+
+    @classmethod
+    def parse(cls, text: str) -> "CalibrationSource":
+        """Parse `location[:key=value]...`; relative paths start at the working directory.
+
+        The longest beginning of `text` that exists as a path is the location, so that
+        even a path with `:word=` in it can be named.
+
+        Raises CalibrationError, with everything that is wrong, for an unknown, repeated
+        or unfit option and for a location that neither exists nor looks like a dataset id.
+        """
+        location, assignments = _split(text.strip())
+        options, problems = _read_options(assignments)
+        kind = _kind_of(location)
+        samples = options.pop("samples", None)
+        count = _positive(samples) if samples is not None else None
+        if samples is not None and count is None:
+            problems.append(f"`samples` must be a whole number above 0; got {samples!r}")
+        template = options.get("chat_template")
+        if template and not _exists(template):
+            problems.append(f"`chat_template` must be an existing jinja file; none at {template!r}")
+        problems += _location_problems(location, kind)
+        if kind in ("file", "directory"):
+            problems += _unfit_for_local(location, options)
+        if problems:
+            raise CalibrationError(f"{text!r}: " + "; ".join(problems))
+        revision = None
+        if kind == "hub":
+            location, _, revision = location.partition("@")
+        return cls(
+            text=text.strip(),
+            location=location,
+            kind=kind or "file",
+            revision=revision or None,
+            samples=count,
+            **options,
+        )
+
+
+def _split(text: str) -> tuple[str, list[str]]:
+    pieces = _OPTION.split(text)
+    for count in range(len(pieces), 0, -1):
+        location = ":".join(pieces[:count])
+        if count == 1 or _exists(location):
+            return location, pieces[count:]
+    raise AssertionError("a split has at least one piece")
+
+
+def _read_options(assignments: list[str]) -> tuple[dict[str, str], list[str]]:
+    options: dict[str, str] = {}
+    problems: list[str] = []
+    for assignment in assignments:
+        key, _, value = assignment.partition("=")
+        if key not in OPTIONS:
+            problems.append(f"unknown option {key!r}{_did_you_mean(key)}")
+        elif key in options:
+            problems.append(f"option `{key}` is given twice")
+        elif not value.strip():
+            problems.append(f"option `{key}` has no value")
+        else:
+            options[key] = value.strip()
+    return options, problems
+
+
+def _did_you_mean(key: str) -> str:
+    close = difflib.get_close_matches(key.lower(), OPTIONS, n=1)
+    if close:
+        return f"; did you mean `{close[0]}`?"
+    return f"; known are {', '.join(OPTIONS)}"
+
+
+def _kind_of(location: str) -> Literal["file", "directory", "hub"] | None:
+    """The kind of source; None where it is no path and does not look like a dataset id."""
+    if _exists(location):
+        return "directory" if Path(location).expanduser().is_dir() else "file"
+    # `data/math.jsonl` could be an id by its letters, but who writes it means a file.
+    if _DATASET.fullmatch(location) and not location.lower().endswith(SUFFIXES):
+        return "hub"
+    return None
+
+
+def _location_problems(location: str, kind: str | None) -> list[str]:
+    if not location:
+        return ["no path and no dataset id is given"]
+    if kind is None:
+        return [
+            f"no file or directory at {Path(location).expanduser().absolute()}, and "
+            f"{location!r} is not the id of a Hub dataset (`org/name`); relative paths "
+            "start at the working directory"
+        ]
+    if kind == "file" and Path(location).suffix.lower() not in SUFFIXES:
+        suffix = Path(location).suffix
+        found = f"{suffix!r} files are" if suffix else "a file without a suffix is"
+        return [f"{found} not read; convert to one of {', '.join(SUFFIXES)}"]
+    return []
+
+
+def _unfit_for_local(location: str, options: dict[str, str]) -> list[str]:
+    problems = [
+        f"`{key}` is for Hub datasets, but {location!r} is a local path: remove `{key}`"
+        for key in ("split", "name")
+        if key in options
+    ]
+    if "column" in options and location.lower().endswith(".txt"):
+        problems.append("`column` is for rows, but a .txt file has none: remove `column`")
+    return problems
+
+
+def _positive(value: str) -> int | None:
+    return int(value) if re.fullmatch(r"0*[1-9][0-9]*", value) else None
+
+
+def _exists(location: str) -> bool:
+    if not location:
+        return False
+    try:
+        return Path(location).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL byte, an unknown ~user
+        return False
