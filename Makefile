@@ -1,0 +1,36 @@
+# Every target sets up what it needs. Set PYTHON to any Python 3.10 to 3.13.
+#
+# torch is installed first and by itself, by the pin in constraints.txt. Where the package index has
+# only the CUDA build (gigabytes), point pip at the CPU one:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --constraint constraints.txt
+
+# An editable install copies these two: a change of them asks for a new one.
+STARTUP := mergekit_dam/mergekit_dam_autoload.pth mergekit_dam/mergekit_dam_autoload.start
+
+.PHONY: setup demo test lint
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt $(STARTUP)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable ".[dev]"
+	touch $@
+
+# A whole merge on models made on the spot: nothing is downloaded but packages.
+demo: $(STAMP)
+	$(BIN)/mergekit-dam demo demo
+
+# Everything, the slow tests included. Arguments for pytest: make test ARGS="-x -k autoload"
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
