@@ -178,11 +178,13 @@ def test_a_source_larger_than_a_window_is_read_on_while_tokens_are_missing(
 def test_a_later_piece_of_a_chat_begins_like_plain_text(chat_tokenizer: Any) -> None:
     chat = Document("<s>[user] the fox jumps", "x", templated=True)
     cut = [Piece(chat, 0, 0, 13), Piece(chat, 0, 13, 23)]
-    packed = pack(cut, tokenizer=chat_tokenizer, sequences=1, sequence_length=12, vocab_size=1000)
     text = "<s>[user] the<s> fox jumps"
     oracle = chat_tokenizer(text, add_special_tokens=False)["input_ids"]
+    packed = pack(
+        cut, tokenizer=chat_tokenizer, sequences=1, sequence_length=len(oracle), vocab_size=1000
+    )
+    assert packed.tokens.tolist() == [oracle]
     assert packed.tokenised == len(oracle)
-    assert packed.tokens[0].tolist() == oracle[:12]
 
 
 def test_a_window_never_holds_more_than_it_may() -> None:
