@@ -108,6 +108,8 @@ def capture(
 ) -> Iterator[Captured]:
     """Capture inputs and outputs of units while the body runs the part.
 
+    They are copies: some blocks add to these tensors in place later on.
+
     Args:
         stop: end the forward pass as soon as everything asked for was captured.
     """
@@ -120,14 +122,14 @@ def capture(
 
     def before(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            captured.inputs[name] = _first_tensor((args, kwargs))
+            captured.inputs[name] = _copy(_first_tensor((args, kwargs)))
             check()
 
         return hook
 
     def after(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, output: Any) -> None:
-            captured.outputs[name] = output
+            captured.outputs[name] = _copy(output)
             check()
 
         return hook
@@ -178,11 +180,11 @@ def examine(
         source: the hidden states that `run` feeds, if the part has a residual stream; they
             are disturbed in place and put back.
     """
-    owners = {
-        name: tuple(n for n, _ in module.named_parameters(recurse=False))
-        for name, module in root.named_modules()
-        if any(True for _ in module.named_parameters(recurse=False))
-    }
+    owners = {}
+    for name, module in root.named_modules():
+        own = tuple(n for n, _ in module.named_parameters(recurse=False))
+        if any((f"{name}.{n}" if name else n) in weights for n in own):
+            owners[name] = own
     records = _record(root, run, owners)
     units = {
         name: _classify(name, root.get_submodule(name), owners[name], record, weights)
@@ -204,7 +206,6 @@ def _record(root: nn.Module, run: Run, owners: Mapping[str, Any]) -> dict[str, _
             if name in records:
                 records[name].calls += 1
             else:
-                # Copies: some blocks add to these tensors in place later on.
                 records[name] = _Record(1, _copy(_first_tensor((args, kwargs))), _copy(output))
 
         return hook
@@ -252,9 +253,7 @@ def _classify(
     return other
 
 
-def _unit_gain(
-    module: nn.Module, x: Tensor, y: Tensor, own: Mapping[str, Tensor]
-) -> float | None:
+def _unit_gain(module: nn.Module, x: Tensor, y: Tensor, own: Mapping[str, Tensor]) -> float | None:
     """The gain g of `y = (w + g) * n(x) + b`, or None if the module is not of this form."""
     try:
         with_zero, normalised = norm_parts(module, x, own)
@@ -266,9 +265,7 @@ def _unit_gain(
     return float(round(gain)) if _close(expected, y) else None
 
 
-def norm_parts(
-    module: nn.Module, x: Tensor, own: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensor]:
+def norm_parts(module: nn.Module, x: Tensor, own: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """A norm's output at weight 0, and `n(x)`, what its weight multiplies; both without bias."""
     zeros = {name: torch.zeros_like(tensor) for name, tensor in own.items()}
     at_zero = functional_call(module, zeros, (x,))
@@ -363,10 +360,7 @@ def _stages(
 
 def _equal(a: Any, b: Any) -> bool:
     return (
-        isinstance(a, Tensor)
-        and isinstance(b, Tensor)
-        and a.shape == b.shape
-        and torch.equal(a, b)
+        isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
     )
 
 

@@ -5,6 +5,7 @@ there is one), with one coefficient per input column of each (arXiv 2410.08371, 
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_dam.errors import ConfigError
+
+LOG = logging.getLogger(__name__)
 
 FILE_NAME = "dam_coefficients.safetensors"
 
@@ -136,6 +139,27 @@ class CoefficientFile:
     sources: tuple[str, ...]
     metadata: Mapping[str, Any]
 
+    def rows_of(self, sources: Sequence[str]) -> list[int]:
+        """The rows of the coefficients that belong to some sources, in their order.
+
+        Models are found by name; if their names changed (a CI job elsewhere), by position.
+
+        Raises:
+            ConfigError: the file was made from another number of models.
+        """
+        if set(sources) == set(self.sources):
+            return [self.sources.index(source) for source in sources]
+        if len(sources) != len(self.sources):
+            raise ConfigError(
+                [
+                    f"coefficients: made from {len(self.sources)} models "
+                    f"({', '.join(self.sources)}), got {len(sources)} ({', '.join(sources)})"
+                ]
+            )
+        pairs = ", ".join(f"{a} as {b}" for a, b in zip(sources, self.sources, strict=True))
+        LOG.warning("coefficients: models go by other names now; taking %s", pairs)
+        return list(range(len(sources)))
+
     def save(self, path: Path) -> None:
         """Write atomically: a reader sees the whole file or none."""
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,12 +171,13 @@ class CoefficientFile:
         temporary.replace(path)
 
     @classmethod
-    def load(cls, path: Path) -> "CoefficientFile":
+    def load(cls, path: str | Path) -> "CoefficientFile":
         """Read a file, or the file of that name in a folder.
 
         Raises:
             ConfigError: no such file, or not one that this package wrote.
         """
+        path = Path(path)
         file = path / FILE_NAME if path.is_dir() else path
         if not file.is_file():
             raise ConfigError(

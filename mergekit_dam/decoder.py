@@ -9,13 +9,13 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -52,7 +52,6 @@ class Decoder:
         self, config: PretrainedConfig, device: torch.device, *, trust_remote_code: bool = False
     ) -> None:
         self.config = config
-        self.device = device
         try:
             # include_buffers=False: on a plain meta device rotary frequencies would be lost.
             with init_empty_weights(include_buffers=False), no_init_weights():
@@ -65,10 +64,7 @@ class Decoder:
             ) from error
         model.tie_weights()
         self.model: nn.Module = model.eval()
-        for module in self.model.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = buffer.to(device)
+        self.move(device)
         self.blocks_name, self.blocks = _find_blocks(self.model)
         self._names = self._canonical_names()
         self._wrap: Callable[[Tensor], Any] = self._learn_wrap()
@@ -80,6 +76,23 @@ class Decoder:
             name: first.setdefault(id(parameter), name)
             for name, parameter in self.model.named_parameters(remove_duplicate=False)
         }
+
+    def move(self, device: torch.device) -> None:
+        """Run on a device from now on; weights are handed in there."""
+        if getattr(self, "device", None) == device:
+            return
+        self.device = device
+        self.calls.cache_clear()
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
+
+    @property
+    def head_name(self) -> str | None:
+        """Path of the module that makes logits of hidden states."""
+        head = cast(PreTrainedModel, self.model).get_output_embeddings()
+        return next((name for name, module in self.model.named_modules() if module is head), None)
 
     def canonical(self, name: str) -> str | None:
         """The first name of a tied parameter, or None if the model has no such parameter."""
@@ -223,9 +236,7 @@ class Decoder:
             for name, parameter in self.model.named_parameters()
             if self.block_of(name) is None
         }
-        return functional_call(
-            self.model, given, (tokens,), {"use_cache": False}, tie_weights=True
-        )
+        return functional_call(self.model, given, (tokens,), {"use_cache": False}, tie_weights=True)
 
     def part_of(self, names: frozenset[str]) -> dict[str, str]:
         """Tell for parameters outside the blocks whether they act before or after them.

@@ -5,9 +5,18 @@ are fp32, sums over chunks fp64.
 """
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Losses:
+    """A loss on the data of the fit and on held-out data."""
+
+    fit: float
+    held_out: float
 
 
 @dataclass
@@ -15,7 +24,7 @@ class LinearMoments:
     """Sums over tokens of one linear's inputs `x [in]` and targets `y [out]`, each weighted.
 
     Attributes:
-        gram: `sum x x^T`, `[in, in]`. Linears that share their inputs share this tensor.
+        gram: `sum x x^T`, `[in, in]`.
         cross: `sum y x^T`, `[out, in]`.
         x_sum, y_sum: `sum x [in]` and `sum y [out]`.
         y_square: `sum |y|^2`.
@@ -32,21 +41,29 @@ class LinearMoments:
     count: float = 0.0
 
     @classmethod
-    def zeros(cls, gram: Tensor, out_features: int) -> "LinearMoments":
-        """Empty sums around a (shared) Gram matrix fp64 `[in, in]`."""
-        columns = gram.shape[0]
+    def zeros(cls, out_features: int, in_features: int, device: torch.device) -> "LinearMoments":
+        """Empty sums."""
+
+        def empty(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.float64, device=device)
+
         return cls(
-            gram,
-            gram.new_zeros(out_features, columns),
-            gram.new_zeros(columns),
-            gram.new_zeros(out_features),
+            gram=empty(in_features, in_features),
+            cross=empty(out_features, in_features),
+            x_sum=empty(in_features),
+            y_sum=empty(out_features),
         )
 
-    def add(self, x: Tensor, target: Tensor, output: Tensor) -> None:
-        """Add a chunk: inputs `[tokens, in]`, targets and teacher's outputs `[tokens, out]`, fp32.
+    def add(self, x: Tensor, gram: Tensor, target: Tensor, output: Tensor) -> None:
+        """Add a chunk.
 
-        The Gram matrix is the caller's to add to, once for all linears that share it.
+        Args:
+            x: inputs fp32 `[tokens, in]`.
+            gram: `x^T x` fp64 `[in, in]`, which linears with the same input compute once.
+            target: `[tokens, out]`.
+            output: the teacher's own output `[tokens, out]`.
         """
+        self.gram += gram
         self.cross += (target.T @ x).double()
         self.x_sum += x.sum(0, dtype=torch.float64)
         self.y_sum += target.sum(0, dtype=torch.float64)
@@ -55,7 +72,8 @@ class LinearMoments:
         self.count += x.shape[0]
 
     def add_scaled(self, other: "LinearMoments", factor: float) -> None:
-        """Add another set of sums, Gram matrix apart, with its tokens weighted by `factor`."""
+        """Add another set of sums with its tokens weighted by `factor`."""
+        self.gram.add_(other.gram, alpha=factor)
         self.cross.add_(other.cross, alpha=factor)
         self.x_sum.add_(other.x_sum, alpha=factor)
         self.y_sum.add_(other.y_sum, alpha=factor)
@@ -97,7 +115,10 @@ class FeatureMoments:
     @classmethod
     def zeros(cls, features: int, device: torch.device) -> "FeatureMoments":
         """Empty sums."""
-        return cls(*torch.zeros(5, features, dtype=torch.float64, device=device).unbind())
+        n_square, n_y, n_sum, y_sum, y_square = torch.zeros(
+            5, features, dtype=torch.float64, device=device
+        )
+        return cls(n_square, n_y, n_sum, y_sum, y_square)
 
     def add(self, n: Tensor, target: Tensor, output: Tensor) -> None:
         """Add a chunk: fp32 `[tokens, features]` each; the target without the untouched part."""
@@ -127,3 +148,30 @@ class FeatureMoments:
             squared = squared + 2 * bias * (weight * self.n_sum - self.y_sum)
             squared = squared + self.count * bias.square()
         return max(float(squared.sum()), 0.0)
+
+
+M = TypeVar("M", LinearMoments, FeatureMoments)
+
+
+@dataclass(frozen=True)
+class Evidence(Generic[M]):
+    """Moments of the data of the fit and of held-out data, and the weight they add up to.
+
+    Attributes:
+        fit, held_out: every model's tokens are weighted by its loss weight over the energy
+            of its teacher's output.
+        total: sum of the loss weights; losses are given as fractions of it.
+    """
+
+    fit: M
+    held_out: M
+    total: float
+
+    def losses(self, weight: Tensor, bias: Tensor | None) -> Losses:
+        """Losses of a weight and a bias, in any dtype, as fractions of the teachers' energy."""
+        weight = weight.double()
+        bias = None if bias is None else bias.double()
+        return Losses(
+            self.fit.error(weight, bias) / self.total,
+            self.held_out.error(weight, bias) / self.total,
+        )

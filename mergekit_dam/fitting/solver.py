@@ -52,6 +52,14 @@ class Solution:
     iterations: int = 0
     residual: float = 0.0
 
+    def statistics(self) -> dict[str, str | int | float]:
+        """How the solution was found, for the report."""
+        return {
+            "method": self.method,
+            "iterations": self.iterations,
+            "residual": self.residual,
+        }
+
 
 @dataclass(frozen=True)
 class ColumnProblem:
@@ -87,9 +95,7 @@ class ColumnProblem:
 
     def column_blocks(self) -> Tensor:
         """The blocks of A of one column each, `[in, U, U]`."""
-        gram = sum(
-            (term.gram.diagonal() for term in self.terms[1:]), self.terms[0].gram.diagonal()
-        )
+        gram = sum((term.gram.diagonal() for term in self.terms[1:]), self.terms[0].gram.diagonal())
         return torch.einsum("uoi,voi->iuv", self.directions, self.directions) * gram[:, None, None]
 
 

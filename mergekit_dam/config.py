@@ -1,0 +1,298 @@
+"""Checks of a dam configuration: everything wrong with it, before any work, in one error."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mergekit import merge_methods
+from mergekit.common import ModelReference
+from mergekit.config import (
+    ConditionalParameter,
+    InputModelDefinition,
+    InputSliceDefinition,
+    MergeConfiguration,
+    OutputModuleDefinition,
+    OutputSliceDefinition,
+    ParameterSetting,
+)
+from pydantic import BaseModel, ValidationError
+
+from mergekit_dam.errors import ConfigError
+from mergekit_dam.method import (
+    NAME,
+    DamMerge,
+    ModelParameters,
+    RunParameters,
+    TensorParameters,
+    fields,
+)
+
+OWNERS = {name: owner for owner, name, _ in fields()}
+_SPECS = {spec.name: spec for spec in DamMerge.spec.parameters}
+
+
+@dataclass(frozen=True)
+class Scope:
+    """A place in the YAML where parameters stand.
+
+    Attributes:
+        label: the place as a user would point at it.
+        level: what it holds for.
+        model: the model it holds for, if it is one model's.
+    """
+
+    label: str
+    level: Literal["top", "group", "model"]
+    settings: Mapping[str, ParameterSetting]
+    model: ModelReference | None = None
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a valid configuration says about the whole merge.
+
+    Attributes:
+        run: parameters of the whole merge.
+        models: the models to merge, in the order of the YAML; the base last, if included.
+        base: the base model.
+        calibrations: per model whose data takes part in the fit.
+    """
+
+    run: RunParameters
+    models: tuple[ModelReference, ...]
+    base: ModelReference | None
+    calibrations: Mapping[ModelReference, str]
+
+
+def check_configuration(
+    config: MergeConfiguration, source: Mapping[str, Any] | None = None
+) -> Checked:
+    """Check everything that the YAML alone can tell.
+
+    Args:
+        source: the YAML as parsed, to find keys that mergekit drops silently.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    problems: list[str] = []
+    if source is not None:
+        problems += _unknown_keys(source, MergeConfiguration, "the configuration")
+    scopes = list(_scopes(config))
+    for scope in scopes:
+        for name, setting in scope.settings.items():
+            problems += _check_setting(scope, name, setting)
+    if problems:
+        raise ConfigError(problems)
+    top = {k: v for scope in scopes if scope.level == "top" for k, v in scope.settings.items()}
+    run = RunParameters.model_validate({k: top[k] for k in top if OWNERS[k] is RunParameters})
+    listed = _listed_models(config)
+    problems += _check_models(config, run, listed, scopes)
+    models = tuple(m for m in listed if m != config.base_model)
+    if run.include_base and config.base_model is not None:
+        models = (*models, config.base_model)
+    calibrations, missing = _calibrations(models, scopes, top)
+    if run.coefficients is None:
+        problems += missing
+    if problems:
+        raise ConfigError(problems)
+    return Checked(run, models, config.base_model, calibrations)
+
+
+def _scopes(config: MergeConfiguration) -> Iterator[Scope]:
+    """Every place of a configuration that may hold parameters."""
+    yield Scope("parameters (top level)", "top", config.parameters or {})
+    yield from _inputs("models", config.models)
+    yield from _slices("slices", config.slices)
+    for name, module in (config.modules or {}).items():
+        yield Scope(f"modules.{name}", "group", module.parameters or {})
+        yield from _inputs(f"modules.{name}.models", module.models)
+        yield from _slices(f"modules.{name}.slices", module.slices)
+
+
+def _inputs(
+    path: str, inputs: Sequence[InputModelDefinition | InputSliceDefinition] | None
+) -> Iterator[Scope]:
+    for index, entry in enumerate(inputs or ()):
+        label = f"{path}[{index}] ({entry.model})"
+        yield Scope(label, "model", entry.parameters or {}, entry.model)
+
+
+def _slices(path: str, slices: list[OutputSliceDefinition] | None) -> Iterator[Scope]:
+    for index, entry in enumerate(slices or ()):
+        yield Scope(f"{path}[{index}]", "group", entry.parameters or {})
+        yield from _inputs(f"{path}[{index}].sources", entry.sources)
+
+
+def _listed_models(config: MergeConfiguration) -> list[ModelReference]:
+    """The models that a configuration lists as inputs, in order, each once."""
+    found = [scope.model for scope in _scopes(config) if scope.model is not None]
+    return list(dict.fromkeys(found))
+
+
+def _check_setting(scope: Scope, name: str, setting: ParameterSetting) -> list[str]:
+    """Problems of one parameter in one scope."""
+    owner = OWNERS.get(name)
+    if owner is None:
+        return [f"{scope.label}: {_unknown_parameter(name)}"]
+    where = f"{scope.label}: `{name}`"
+    plain = isinstance(setting, (bool, int, float, str))
+    if owner is RunParameters:
+        if scope.level != "top":
+            hint = (
+                "; for one model's sequences write `calibration: SOURCE:samples=N`"
+                if name == "samples"
+                else ""
+            )
+            return [
+                f"{where} holds for the whole merge; set it under `parameters` at top level{hint}"
+            ]
+        if not plain:
+            return [f"{where} takes one value for the whole merge, no filter or gradient"]
+    if owner is TensorParameters and scope.level == "model":
+        return [
+            f"{where} belongs to the merged tensor, not to one model; set it at top level "
+            f"or for a slice"
+        ]
+    if name == "calibration":
+        if scope.level == "group":
+            return [f"{where} belongs to a model (or to all, at top level), not to a slice"]
+        if not plain:
+            return [f"{where} takes one text per model, no filter or gradient"]
+    problems = []
+    for value in _scalars(setting):
+        try:
+            _SPECS[name].validate(value)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            problems.append(f"{where} is {value!r}: {reason[0].lower()}{reason[1:]}")
+    return problems
+
+
+def _scalars(setting: ParameterSetting) -> Iterator[Any]:
+    """The values inside a setting, without filters and gradients."""
+    if isinstance(setting, ConditionalParameter):
+        yield from _scalars(setting.value)
+    elif isinstance(setting, list):
+        for entry in setting:
+            yield from _scalars(entry)
+    else:
+        yield setting
+
+
+def _unknown_parameter(name: str) -> str:
+    """Say what an unknown parameter may have been meant to be."""
+    others = sorted(
+        method.spec.name
+        for method in merge_methods.registered_methods()
+        if method.spec.name != NAME and any(p.name == name for p in method.spec.parameters)
+    )
+    if others:
+        return f"`{name}` is a parameter of {', '.join(others)}, not of dam; remove it"
+    close = difflib.get_close_matches(name, OWNERS, n=1)
+    hint = f"; did you mean `{close[0]}`?" if close else f"; dam knows {', '.join(sorted(OWNERS))}"
+    return f"unknown parameter `{name}`{hint}"
+
+
+def _unknown_keys(source: Any, schema: type[BaseModel], where: str) -> list[str]:
+    """Keys of the YAML that mergekit would drop without a word."""
+    if not isinstance(source, Mapping):
+        return []
+    problems = []
+    for key in source:
+        if key in schema.model_fields:
+            continue
+        if key in OWNERS:
+            problems.append(f"{where}: `{key}` stands outside of `parameters:`; move it inside")
+            continue
+        close = difflib.get_close_matches(str(key), schema.model_fields, n=1)
+        hint = f"did you mean `{close[0]}`?" if close else "mergekit would ignore it"
+        problems.append(f"{where}: unknown key `{key}`; {hint}")
+    nested: dict[str, type[BaseModel]] = {
+        "models": InputModelDefinition,
+        "slices": OutputSliceDefinition,
+        "sources": InputSliceDefinition,
+    }
+    for key, inner in nested.items():
+        entries = source.get(key)
+        for index, entry in enumerate(entries if isinstance(entries, list) else ()):
+            problems += _unknown_keys(entry, inner, _join(where, f"{key}[{index}]"))
+    modules = source.get("modules")
+    for name, entry in modules.items() if isinstance(modules, Mapping) else ():
+        problems += _unknown_keys(entry, OutputModuleDefinition, _join(where, f"modules.{name}"))
+    return problems
+
+
+def _join(where: str, key: str) -> str:
+    return key if where == "the configuration" else f"{where}.{key}"
+
+
+def _check_models(
+    config: MergeConfiguration,
+    run: RunParameters,
+    listed: list[ModelReference],
+    scopes: list[Scope],
+) -> list[str]:
+    """Problems with which models are merged, and with the base among them."""
+    problems = []
+    base = config.base_model
+    if not [model for model in listed if model != base]:
+        problems.append("models: required at least one model besides the base; got none")
+    if run.include_base and base is None:
+        problems.append("`include_base` is true, but the configuration names no `base_model`")
+    if not run.include_base:
+        for scope in scopes:
+            extra = [n for n in scope.settings if OWNERS[n] is ModelParameters]
+            if scope.model is not None and scope.model == base and extra:
+                problems.append(
+                    f"{scope.label}: the base takes no {', '.join(f'`{n}`' for n in extra)}; set "
+                    f"`include_base: true` at top level to merge it like the other models"
+                )
+    counts = [entry.model for entry in config.models or ()]
+    for model in dict.fromkeys(m for m in counts if counts.count(m) > 1):
+        problems.append(f"models: {model} is listed {counts.count(model)} times; list it once")
+    for slices in [config.slices or [], *(m.slices or [] for m in (config.modules or {}).values())]:
+        for index, entry in enumerate(slices):
+            if entry.base_model is not None and entry.base_model != base:
+                problems.append(
+                    f"slices[{index}]: `base_model` differs from that of the whole merge; dam "
+                    f"takes one base for all slices"
+                )
+            absent = [m for m in listed if m not in {s.model for s in entry.sources}]
+            if absent:
+                problems.append(
+                    f"slices[{index}]: {', '.join(map(str, absent))} has no layers here; dam "
+                    f"merges layers of every model in every slice"
+                )
+    return problems
+
+
+def _calibrations(
+    models: tuple[ModelReference, ...], scopes: list[Scope], top: Mapping[str, Any]
+) -> tuple[dict[ModelReference, str], list[str]]:
+    """The calibration of every model that needs one, and what is missing."""
+    found: dict[ModelReference, str] = {}
+    problems = []
+    for model in models:
+        own = [scope.settings for scope in scopes if scope.model == model]
+        texts = {str(s["calibration"]) for s in own if s.get("calibration") is not None}
+        if len(texts) > 1:
+            problems.append(f"{model}: several calibrations ({', '.join(sorted(texts))}); give one")
+        if not texts and top.get("calibration") is not None:
+            texts = {str(top["calibration"])}
+        weights = [s["loss_weight"] for s in own if "loss_weight" in s] or [
+            top.get("loss_weight", 1.0)
+        ]
+        silent = all(isinstance(w, (int, float)) and w == 0 for w in weights)
+        if texts and not silent:
+            found[model] = texts.pop()
+        elif not silent:
+            problems.append(
+                f"{model}: required `calibration`, text of the kind that this model is good at; "
+                f"add `parameters: {{calibration: PATH}}` to it (`mergekit-dam` reads .txt, "
+                f".jsonl, .json, .parquet, a folder or a Hub dataset id)"
+            )
+    if not found and not problems:
+        problems.append("every model has `loss_weight: 0`; at least one must count in the fit")
+    return found, problems

@@ -1,0 +1,100 @@
+"""The fit of an embedding: N unknowns per dimension, tokens weighted by their use."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_dam.fitting.moments import Losses
+from mergekit_dam.fitting.solver import solve_small
+from mergekit_dam.fitting.tensors import FittedTensor, TensorSources, judged
+
+ROWS = 4096
+"""Rows of an embedding worked on at a time."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How often one model's data uses the rows of an embedding.
+
+    Attributes:
+        source: index of the model among the sources.
+        fit, held_out: counts `[rows]` in the data of the fit and in held-out data.
+    """
+
+    source: int
+    fit: Tensor
+    held_out: Tensor
+
+
+def fit_embedding(embedding: TensorSources, usage: Sequence[Usage]) -> FittedTensor:
+    """Make the rows that model k's data uses look like model k's rows.
+
+    Minimises over the coefficients, per dimension, `sum_k w_k sum_rows count_k |E - E_k|^2`
+    with `w_k` the loss weight over the energy of the rows used.
+    """
+    started = time.perf_counter()
+    settings = embedding.settings
+    form = settings.parametrisation
+    dimensions, unknowns = embedding.tensors[0].shape[1], len(form.start)
+    device = embedding.tensors[0].device
+    matrix = torch.zeros(dimensions, unknowns, unknowns, dtype=torch.float64, device=device)
+    rhs = torch.zeros(dimensions, unknowns, dtype=torch.float64, device=device)
+    for use in usage:
+        factor = settings.loss_weights[use.source] / max(_energy(embedding, use, use.fit), 1e-30)
+        for rows in _used_rows(use.fit):
+            tensors = [tensor[rows] for tensor in embedding.tensors]
+            directions = form.directions(tensors)
+            weighted = directions * (factor * use.fit[rows, None])
+            gap = tensors[use.source].double() - form.origin(tensors)
+            matrix += torch.einsum("uvd,wvd->duw", weighted, directions)
+            rhs += torch.einsum("uvd,vd->du", weighted, gap)
+    if settings.granularity == "tensor":
+        matrix, rhs = matrix.sum(0, keepdim=True), rhs.sum(0, keepdim=True)
+    solution = solve_small(matrix, rhs, form.start, settings.ridge)
+    candidate = form.coefficients(solution.unknowns)
+    return judged(
+        embedding,
+        "embedding",
+        candidate,
+        axis=-1,
+        before=_losses(embedding, embedding.merged(embedding.start()), usage),
+        after=_losses(embedding, embedding.merged(candidate), usage),
+        solver=solution.statistics(),
+        started=started,
+    )
+
+
+def _used_rows(counts: Tensor) -> Sequence[Tensor]:
+    return torch.split(counts.nonzero().squeeze(1), ROWS)
+
+
+def _energy(embedding: TensorSources, use: Usage, counts: Tensor) -> float:
+    own = embedding.tensors[use.source]
+    return sum(
+        float((own[rows].double().square() * counts[rows, None]).sum())
+        for rows in _used_rows(counts)
+    )
+
+
+def _losses(embedding: TensorSources, merged: Tensor, usage: Sequence[Usage]) -> Losses:
+    """Errors of the merged rows, as fractions of the energy of the rows used."""
+    return Losses(
+        _loss(embedding, merged, [(use, use.fit) for use in usage]),
+        _loss(embedding, merged, [(use, use.held_out) for use in usage]),
+    )
+
+
+def _loss(embedding: TensorSources, merged: Tensor, usage: Sequence[tuple[Usage, Tensor]]) -> float:
+    weights = embedding.settings.loss_weights
+    total = 0.0
+    for use, counts in usage:
+        own = embedding.tensors[use.source]
+        error = sum(
+            float(((merged[r].double() - own[r].double()).square() * counts[r, None]).sum())
+            for r in _used_rows(counts)
+        )
+        total += weights[use.source] * error / max(_energy(embedding, use, counts), 1e-30)
+    return total / sum(weights[use.source] for use, _ in usage)

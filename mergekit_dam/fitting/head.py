@@ -1,0 +1,163 @@
+"""The fit of the output head: a short gradient fit of the KL between logits.
+
+For each model k, `KL(teacher k's distribution || merged)` on its data, at the configured
+temperature; the merged head acts on the merged stream. The gradient with respect to the
+merged weight is turned into that of the coefficients, `dL/dc_s = sum over rows of
+W_s * dL/dW`, so that no autograd graph holds the weights of N models.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
+
+from mergekit_dam.anatomy import Unit
+from mergekit_dam.fitting.moments import Losses
+from mergekit_dam.fitting.state import Walk
+from mergekit_dam.fitting.streams import Split, Stream
+from mergekit_dam.fitting.tensors import FittedTensor, TensorSources, judged
+
+STEPS = 60
+LEARNING_RATE = 3e-2
+JUDGE_EVERY = 15
+"""Steps between two looks at the held-out loss; the best of them is kept."""
+
+ROWS = 8192
+"""Rows of the head worked on at a time when the gradient is turned."""
+
+
+def fit_head(walk: Walk, unit: Unit, *, temperature: float) -> Iterator[tuple[str, FittedTensor]]:
+    """Fit the coefficients of the head's weight (its bias keeps the average).
+
+    Adam on the unknowns, one sequence of every model a step, in turn.
+
+    Yields:
+        (name relative to the part, fitted tensor).
+    """
+    started = time.perf_counter()
+    name = unit.parameter("weight")
+    head = walk.sources[name]
+    form = head.settings.parametrisation
+    total = sum(head.settings.loss_weights[s.source] for s in walk.streams)
+    columns = head.tensors[0].shape[unit.axis]
+    size = columns if head.settings.granularity == "column" else 1
+    unknowns = form.start[:, None].repeat(1, size).to(walk.device)
+    optimizer = torch.optim.Adam([unknowns], lr=LEARNING_RATE)
+    expand = form.expand.to(walk.device)
+
+    judged_on: Split = "held_out" if all(s.held_out for s in walk.streams) else "fit"
+
+    def loss(coefficients: Tensor, split: Split) -> float:
+        weight = head.merged(coefficients, axis=unit.axis).float()
+        return _loss(walk, name, weight, split, temperature=temperature)
+
+    best, best_step = form.coefficients(unknowns), 0
+    lowest = start = loss(best, judged_on)
+    for step in range(1, STEPS + 1):
+        weight = head.merged(form.coefficients(unknowns), axis=unit.axis).float()
+        weight.requires_grad_(True)
+        for stream in walk.streams:
+            share = head.settings.loss_weights[stream.source] / total
+            _backward(walk, stream, step - 1, name, weight, temperature, share)
+        assert weight.grad is not None
+        unknowns.grad = expand.T @ _coefficient_gradient(head, weight.grad, unit.axis, size)
+        optimizer.step()
+        if step % JUDGE_EVERY == 0:
+            candidate = form.coefficients(unknowns)
+            now = loss(candidate, judged_on)
+            if now < lowest:
+                best, lowest, best_step = candidate, now, step
+    solver: dict[str, Any] = {"method": "adam", "iterations": best_step}
+    yield (
+        name,
+        judged(
+            head,
+            "head",
+            best,
+            axis=unit.axis,
+            before=Losses(loss(head.start(), "fit"), start),
+            after=Losses(loss(best, "fit"), lowest),
+            solver=solver,
+            started=started,
+        ),
+    )
+
+
+def _kl(
+    walk: Walk,
+    stream: Stream,
+    teacher_weights: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    sequences: slice,
+    temperature: float,
+) -> Tensor:
+    """KL in nats per token, averaged over the tokens of some sequences."""
+    with torch.no_grad():
+        teacher = walk.teachers[stream.source].run(
+            teacher_weights, stream.teacher[sequences].to(walk.device)
+        )
+        wanted = log_softmax(teacher.float() / temperature, dim=-1)
+    merged = walk.part.run(weights, stream.merged[sequences].to(walk.device))
+    got = log_softmax(merged.float() / temperature, dim=-1)
+    divergence = kl_div(got, wanted, log_target=True, reduction="none").sum(-1)
+    return divergence.mean()
+
+
+def _backward(
+    walk: Walk,
+    stream: Stream,
+    step: int,
+    name: str,
+    weight: Tensor,
+    temperature: float,
+    share: float,
+) -> None:
+    """Add one sequence's gradient to `weight.grad`."""
+    index = step % (stream.merged.shape[0] - stream.held_out)
+    with torch.enable_grad():
+        weights = {**walk.weights, name: weight}
+        loss = _kl(
+            walk,
+            stream,
+            walk.teacher_weights(stream),
+            weights,
+            slice(index, index + 1),
+            temperature,
+        )
+        (share * loss).backward()  # type: ignore[no-untyped-call]
+
+
+def _loss(walk: Walk, name: str, weight: Tensor, split: Split, *, temperature: float) -> float:
+    """KL of the merged model on a split, averaged over the models with their loss weights."""
+    loss_weights = walk.sources[name].settings.loss_weights
+    weights = {**walk.weights, name: weight}
+    total = sum(loss_weights[stream.source] for stream in walk.streams)
+    loss = 0.0
+    for stream in walk.streams:
+        teacher_weights = walk.teacher_weights(stream)
+        border = stream.merged.shape[0] - stream.held_out
+        first, last = (0, border) if split == "fit" else (border, stream.merged.shape[0])
+        mean = sum(
+            float(_kl(walk, stream, teacher_weights, weights, slice(i, i + 1), temperature))
+            for i in range(first, last)
+        ) / (last - first)
+        loss += loss_weights[stream.source] / total * mean
+    return loss
+
+
+def _coefficient_gradient(head: TensorSources, gradient: Tensor, axis: int, size: int) -> Tensor:
+    """`dL/dc`, fp64 `[sources, size]`, from the gradient of the merged weight."""
+    gradient = gradient.T if axis == 0 else gradient
+    rows: list[Tensor] = []
+    for tensor in head.tensors:
+        facing = tensor.T if axis == 0 else tensor
+        columns = sum(
+            (w.float() * g).sum(0, dtype=torch.float64)
+            for w, g in zip(torch.split(facing, ROWS), torch.split(gradient, ROWS), strict=True)
+        )
+        assert isinstance(columns, Tensor)
+        rows.append(columns if size > 1 else columns.sum(0, keepdim=True))
+    return torch.stack(rows)

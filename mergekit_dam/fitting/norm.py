@@ -1,0 +1,53 @@
+"""The fit of a norm: `y = (w + gain) * n(x) + b`, N unknowns per feature."""
+
+import time
+
+import torch
+
+from mergekit_dam.fitting.bias import fit_bias
+from mergekit_dam.fitting.moments import Evidence, FeatureMoments
+from mergekit_dam.fitting.solver import solve_small
+from mergekit_dam.fitting.tensors import FittedTensor, TensorSources, judged
+
+
+def fit_norm(
+    weight: TensorSources, bias: TensorSources | None, evidence: Evidence[FeatureMoments]
+) -> list[FittedTensor]:
+    """Fit the weight of a norm and, after it, its bias.
+
+    Only the merged value of a feature is determined by data; among the coefficients that
+    give it, the ridge picks those nearest to the start.
+
+    Returns:
+        The fitted weight and, where there is one, the fitted bias.
+    """
+    started = time.perf_counter()
+    moments = evidence.fit
+    form = weight.settings.parametrisation
+    bias_start = None if bias is None else bias.merged(bias.start())
+
+    reaction = moments.n_y - moments.n_square * form.origin(weight.tensors)
+    if bias_start is not None:
+        reaction -= bias_start.double() * moments.n_sum
+    directions = form.directions(weight.tensors).T
+    matrix = moments.n_square[:, None, None] * directions[:, :, None] * directions[:, None, :]
+    rhs = reaction[:, None] * directions
+    if weight.settings.granularity == "tensor":
+        matrix, rhs = matrix.sum(0, keepdim=True), rhs.sum(0, keepdim=True)
+    solution = solve_small(matrix, rhs, form.start, weight.settings.ridge)
+
+    candidate = form.coefficients(solution.unknowns)
+    fitted = judged(
+        weight,
+        "norm",
+        candidate,
+        axis=-1,
+        before=evidence.losses(weight.merged(weight.start()), bias_start),
+        after=evidence.losses(weight.merged(candidate), bias_start),
+        solver=solution.statistics(),
+        started=started,
+    )
+    if bias is None:
+        return [fitted]
+    residual = moments.y_sum - torch.mul(fitted.merged.double(), moments.n_sum)
+    return [fitted, fit_bias(bias, residual, fitted.merged, evidence)]

@@ -1,0 +1,110 @@
+"""The fit of one stage of a part, by the kind of its units."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mergekit_dam.anatomy import Unit, norm_parts
+from mergekit_dam.fitting.embedding import Usage, fit_embedding
+from mergekit_dam.fitting.gather import Seen, gather, target
+from mergekit_dam.fitting.linear import fit_linear
+from mergekit_dam.fitting.moments import FeatureMoments, LinearMoments
+from mergekit_dam.fitting.norm import fit_norm
+from mergekit_dam.fitting.state import Walk
+from mergekit_dam.fitting.streams import Split, Stream
+from mergekit_dam.fitting.tensors import FittedTensor
+
+Settled = Iterator[tuple[str, FittedTensor]]
+
+
+def fit_linears(walk: Walk, stage: int, units: list[Unit]) -> Settled:
+    """Fit linears that share an input, from one pass over the data.
+
+    Yields:
+        (name relative to the part, fitted tensor) for weights and biases.
+    """
+    shapes = {unit.name: _out_in(walk, unit) for unit in units}
+    columns = shapes[units[0].name][1]
+
+    def empty() -> dict[str, LinearMoments]:
+        # One Gram matrix a unit: the units weight the models' data differently.
+        return {
+            name: LinearMoments.zeros(out, columns, walk.device)
+            for name, (out, _) in shapes.items()
+        }
+
+    def add(sums: dict[str, LinearMoments], seen: Seen) -> None:
+        x = _flat(seen.merged.inputs[units[0].name])
+        gram = (x.T @ x).double()
+        for unit in units:
+            wanted = _flat(target(walk, unit, seen))
+            sums[unit.name].add(x, gram, wanted, _flat(seen.teacher.outputs[unit.name]))
+
+    evidence = gather(walk, stage, units, empty=empty, add=add)
+    for unit in units:
+        fitted = fit_linear(
+            walk.weight(unit), walk.bias(unit), evidence.pop(unit.name), axis=unit.axis
+        )
+        yield from _named(unit, fitted)
+
+
+def fit_norms(walk: Walk, stage: int, units: list[Unit]) -> Settled:
+    """Fit the one norm of a stage."""
+    (unit,) = units
+    module = walk.part.root.get_submodule(unit.name)
+    own = {p: walk.weights[unit.parameter(p)] for p in unit.parameters}
+    features = own["weight"].shape[0]
+
+    def empty() -> dict[str, FeatureMoments]:
+        return {unit.name: FeatureMoments.zeros(features, walk.device)}
+
+    def add(sums: dict[str, FeatureMoments], seen: Seen) -> None:
+        _, normalised = norm_parts(module, seen.merged.inputs[unit.name], own)
+        wanted = target(walk, unit, seen) - unit.unit_gain * normalised
+        output = seen.teacher.outputs[unit.name]
+        sums[unit.name].add(_flat(normalised), _flat(wanted), _flat(output))
+
+    evidence = gather(walk, stage, units, empty=empty, add=add)[unit.name]
+    yield from _named(unit, fit_norm(walk.weight(unit), walk.bias(unit), evidence))
+
+
+def fit_embeddings(walk: Walk, stage: int, units: list[Unit]) -> Settled:
+    """Fit an embedding to the rows that each model's data looks up."""
+    (unit,) = units
+    embedding = walk.weight(unit)
+    rows = embedding.tensors[0].shape[0]
+
+    def count(stream: Stream, split: Split) -> Tensor:
+        counts = torch.zeros(rows, dtype=torch.float64, device=walk.device)
+        for _, _, tokens in walk.pairs(stream, split):
+            seen = walk.part.captured(walk.weights, tokens, inputs=(unit.name,))
+            # Positions are looked up once for all sequences of a chunk.
+            ids = seen.inputs[unit.name].expand(tokens.shape[0], -1)
+            counts += torch.bincount(ids.reshape(-1), minlength=rows)
+        return counts
+
+    usage = []
+    for stream in walk.streams:
+        fit = count(stream, "fit")
+        held_out = count(stream, "held_out") if stream.held_out else fit
+        usage.append(Usage(stream.source, fit, held_out))
+    yield from _named(unit, [fit_embedding(embedding, usage)])
+
+
+FITS = {"linear": fit_linears, "norm": fit_norms, "embedding": fit_embeddings}
+
+
+def _named(unit: Unit, fitted: list[FittedTensor]) -> Settled:
+    for parameter, tensor in zip(("weight", "bias"), fitted, strict=False):
+        yield unit.parameter(parameter), tensor
+
+
+def _out_in(walk: Walk, unit: Unit) -> tuple[int, int]:
+    rows, columns = walk.weight(unit).tensors[0].shape
+    return (columns, rows) if unit.axis == 0 else (rows, columns)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """`[..., features]` as `[tokens, features]`."""
+    return x.reshape(-1, x.shape[-1])

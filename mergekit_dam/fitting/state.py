@@ -1,0 +1,75 @@
+"""State of the walk through one part of the model."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mergekit_dam.anatomy import Anatomy, Unit
+from mergekit_dam.fitting.streams import Split, Stream
+from mergekit_dam.fitting.tensors import FittedTensor, TensorSources
+from mergekit_dam.part import Part
+
+Progress = Callable[[FittedTensor], None]
+
+
+@dataclass
+class Walk:
+    """One part, its data, and how far its tensors are settled.
+
+    Attributes:
+        part: the part of the merged model.
+        teachers: the same part of each source's own model.
+        sources: tensors of the part by names relative to it.
+        streams: one per model with calibration data.
+        anatomy: what the part is made of.
+        weights: the merged part as it stands, fp32; what the merged stream runs through.
+        progress: called with every settled tensor.
+        fitted: what is settled, by relative name.
+    """
+
+    part: Part
+    teachers: Sequence[Part]
+    sources: Mapping[str, TensorSources]
+    streams: Sequence[Stream]
+    anatomy: Anatomy
+    weights: dict[str, Tensor]
+    progress: Progress
+    fitted: dict[str, FittedTensor] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the part runs."""
+        return next(iter(self.weights.values())).device
+
+    def settle(self, name: str, fitted: FittedTensor) -> None:
+        """Take a fitted tensor into the merged part."""
+        self.weights[name] = fitted.merged.float()
+        self.fitted[name] = fitted
+        self.progress(fitted)
+
+    def teacher_weights(self, stream: Stream) -> dict[str, Tensor]:
+        """The part's weights of a stream's own model, fp32."""
+        return {name: s.tensors[stream.source].float() for name, s in self.sources.items()}
+
+    def fittable(self, unit: Unit, kind: str | None = None) -> bool:
+        """Whether coefficients of a unit are asked for and can change it."""
+        weight = self.sources[unit.parameter("weight")]
+        return weight.settings.fits(kind or unit.kind) and not all(
+            self.sources[unit.parameter(p)].identical for p in unit.parameters
+        )
+
+    def weight(self, unit: Unit) -> TensorSources:
+        """Sources of a unit's weight."""
+        return self.sources[unit.parameter("weight")]
+
+    def bias(self, unit: Unit) -> TensorSources | None:
+        """Sources of a unit's bias, if it has one."""
+        return self.sources.get(unit.parameter("bias"))
+
+    def pairs(self, stream: Stream, split: Split | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """What enters the part, chunk by chunk: (chunk, teacher's, merged), on the device."""
+        for chunk in stream.chunks(split):
+            teacher = stream.teacher[chunk].to(self.device)
+            yield chunk, teacher, stream.merged[chunk].to(self.device)

@@ -1,0 +1,126 @@
+"""One output tensor on its way through the fit: its sources, and what became of it."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_dam.coefficients import merge_weights
+from mergekit_dam.fitting.moments import Losses
+from mergekit_dam.settings import TensorSettings
+
+
+@dataclass(frozen=True)
+class TensorSources:
+    """One tensor of every source, as loaded, and how it is to be merged.
+
+    Attributes:
+        name: of the output tensor.
+        tensors: of each source; borrowed, of one shape and device.
+        settings: how it is fitted.
+        dtype: in which it is written.
+    """
+
+    name: str
+    tensors: Sequence[Tensor]
+    settings: TensorSettings
+    dtype: torch.dtype
+
+    def merged(self, coefficients: Tensor, *, axis: int = -1) -> Tensor:
+        """The tensor as written: `merge_weights`, then the one cast."""
+        return merge_weights(self.tensors, coefficients, axis=axis).to(self.dtype)
+
+    def start(self) -> Tensor:
+        """Coefficients fp32 `[sources, 1]` of the weighted average."""
+        return self.settings.parametrisation.starting_coefficients()
+
+    @property
+    def identical(self) -> bool:
+        """All sources agree, and no coefficients of this form can change what they agree on."""
+        if self.settings.parametrisation.expand.sum(0).abs().max() > 1e-9:
+            return False
+        return all(torch.equal(self.tensors[0], other) for other in self.tensors[1:])
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """How the fit of one tensor went.
+
+    Losses are fractions of the energy of what the teachers put out (for the head: nats per
+    token), averaged over the models with their loss weights.
+
+    Attributes:
+        outcome: "fitted", or why the tensor keeps its starting coefficients.
+    """
+
+    name: str
+    kind: str
+    outcome: str
+    loss_start: float | None = None
+    loss_fitted: float | None = None
+    held_out_start: float | None = None
+    held_out_fitted: float | None = None
+    solver: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class FittedTensor:
+    """A merged tensor with the coefficients that made it.
+
+    Attributes:
+        merged: in the dtype it is written in.
+        coefficients: fp32 `[sources, n]` or `[sources, 1]`.
+        axis: the dimension of the tensor that coefficients run along.
+    """
+
+    sources: TensorSources
+    merged: Tensor
+    coefficients: Tensor
+    axis: int
+    report: TensorReport
+
+
+def unfitted(sources: TensorSources, kind: str, outcome: str, *, axis: int = -1) -> FittedTensor:
+    """The weighted average, with the reason why it was not fitted."""
+    start = sources.start()
+    report = TensorReport(sources.name, kind, outcome)
+    return FittedTensor(sources, sources.merged(start, axis=axis), start, axis, report)
+
+
+def judged(
+    sources: TensorSources,
+    kind: str,
+    candidate: Tensor,
+    *,
+    axis: int,
+    before: Losses,
+    after: Losses,
+    solver: dict[str, Any],
+    started: float,
+) -> FittedTensor:
+    """Keep the fit, or fall back to the start where held-out data likes that better.
+
+    Args:
+        candidate: fitted coefficients fp32 `[sources, n]`.
+        started: `time.perf_counter()` when the fit of this tensor began.
+    """
+    kept = after.held_out < before.held_out
+    coefficients = candidate if kept else sources.start()
+    report = TensorReport(
+        name=sources.name,
+        kind=kind,
+        outcome="fitted" if kept else "start kept: held-out loss was not better",
+        loss_start=before.fit,
+        loss_fitted=after.fit,
+        held_out_start=before.held_out,
+        held_out_fitted=after.held_out,
+        solver=solver,
+        seconds=time.perf_counter() - started,
+    )
+    return FittedTensor(
+        sources, sources.merged(coefficients, axis=axis), coefficients.cpu(), axis, report
+    )

@@ -1,0 +1,104 @@
+"""The walk through one part of the model, stage by stage, in the order the data passes.
+
+1. Everything starts at the weighted average.
+2. For each stage (units that see one input), moments are gathered over all calibration data:
+   the merged stream's inputs against what the teachers put out on their own streams.
+3. Each unit of the stage is fitted, judged on held-out data, and merged; what follows sees
+   the merged unit.
+4. After the last stage both streams move on through the part.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mergekit_dam.anatomy import Anatomy, Unit
+from mergekit_dam.fitting.stages import FITS
+from mergekit_dam.fitting.state import Progress, Walk
+from mergekit_dam.fitting.streams import Stream
+from mergekit_dam.fitting.tensors import FittedTensor, TensorSources, unfitted
+from mergekit_dam.part import Part
+
+FitHead = Callable[[Walk, Unit], Iterator[tuple[str, FittedTensor]]]
+Examine = Callable[[Part, Mapping[str, Tensor], Tensor], Anatomy]
+
+
+@torch.no_grad()
+def walk_part(
+    part: Part,
+    teachers: Sequence[Part],
+    sources: Mapping[str, TensorSources],
+    streams: Sequence[Stream],
+    *,
+    examine: Examine,
+    progress: Progress,
+    head: tuple[str, FitHead] | None = None,
+    advance: bool = True,
+) -> list[FittedTensor]:
+    """Fit every tensor of a part and move the streams through it.
+
+    Args:
+        part: of the merged model.
+        teachers: the same part of each source's own model.
+        sources: tensors by names relative to the part.
+        streams: moved on in place.
+        examine: finds the anatomy of a part from weights and what enters it.
+        progress: called with every settled tensor.
+        head: name of the output head's unit, and its fit.
+        advance: move the streams through the part at the end.
+
+    Returns:
+        One entry per tensor, in the order of `sources`.
+    """
+    weights = _starting_weights(sources)
+    device = next(iter(weights.values())).device
+    anatomy = examine(part, weights, streams[0].merged[:1].to(device))
+    walk = Walk(part, teachers, sources, streams, anatomy, weights, progress)
+    for index, stage in enumerate(anatomy.stages):
+        if head is not None and stage[0].name == head[0]:
+            if walk.fittable(stage[0], "head"):
+                for name, fitted in head[1](walk, stage[0]):
+                    walk.settle(name, fitted)
+        elif stage[0].kind in FITS:
+            units = [unit for unit in stage if walk.fittable(unit)]
+            for name, fitted in FITS[stage[0].kind](walk, index, units) if units else ():
+                walk.settle(name, fitted)
+    _settle_rest(walk)
+    if advance:
+        _advance(walk)
+    return [walk.fitted[name] for name in sources]
+
+
+def _starting_weights(sources: Mapping[str, TensorSources]) -> dict[str, Tensor]:
+    return {name: tensor.merged(tensor.start()).float() for name, tensor in sources.items()}
+
+
+def _settle_rest(walk: Walk) -> None:
+    """Give every tensor that was not fitted its average, and the reason."""
+    owner = {unit.parameter(p): unit for unit in walk.anatomy.units for p in unit.parameters}
+    for name, tensor in walk.sources.items():
+        if name in walk.fitted:
+            continue
+        unit = owner.get(name)
+        if unit is None:
+            kind, reason = "other", "averaged: not used by a forward pass on text"
+        elif tensor.identical:
+            kind, reason = unit.kind, "identical in all models"
+        elif unit.kind == "other":
+            kind, reason = unit.kind, "averaged: neither linear, norm nor embedding"
+        else:
+            kind, reason = unit.kind, "averaged, as configured"
+        walk.settle(name, unfitted(tensor, kind, reason))
+
+
+def _advance(walk: Walk) -> None:
+    """Run both streams through the part."""
+    for stream in walk.streams:
+        teacher = walk.teachers[stream.source]
+        weights = walk.teacher_weights(stream)
+        moved: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for _, teacher_x, merged_x in walk.pairs(stream, None):
+            moved[0].append(teacher.run(weights, teacher_x).cpu())
+            moved[1].append(walk.part.run(walk.weights, merged_x).cpu())
+        stream.teacher, stream.merged = torch.cat(moved[0]), torch.cat(moved[1])

@@ -1,0 +1,79 @@
+"""Checks of the sources' tensors that need no weight: names and shapes, from headers alone."""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from mergekit.architecture import WeightInfo
+from mergekit.common import ModelReference
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader
+from mergekit.io.tasks import GatherTensors, LoaderCache
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from safetensors import safe_open
+
+from mergekit_dam.errors import ArchitectureError
+
+_SHOWN = 5
+
+
+def check_headers(
+    planned: Sequence[tuple[WeightInfo, ExecuteMergeMethodTask]], order: Sequence[ModelReference]
+) -> None:
+    """See that every source has every planned tensor, all of one shape.
+
+    Tensors that a vocabulary adapter reshapes, that a checkpoint holds in another layout, or
+    that are pickled, are left to be checked when they are loaded.
+
+    Raises:
+        ArchitectureError: naming the first tensors that are missing or differ.
+    """
+    problems = []
+    for weight, task in planned:
+        gather = task.gather_tensors
+        if not isinstance(gather, GatherTensors):
+            continue
+        found = {}
+        for model in order:
+            loader = LoaderCache().get(model)
+            info = gather.weight_info[model]
+            name = _present(info, loader)
+            if name is not None:
+                found[model] = _shapes(loader).get(name)
+            elif weight.optional:
+                problems.append(f"{weight.name}: some models have it, {model} has not")
+        known = {model: shape for model, shape in found.items() if shape is not None}
+        if len(set(known.values())) > 1:
+            shapes = ", ".join(f"{m} {list(s)}" for m, s in known.items())
+            hint = (
+                "; align the vocabularies, for instance with `tokenizer: {source: base}`"
+                if weight.vocabulary_axis is not None
+                else ""
+            )
+            problems.append(f"{weight.name}: shapes differ: {shapes}{hint}")
+    if problems:
+        more = len(problems) - _SHOWN
+        lines = [*problems[:_SHOWN], *([f"and {more} more"] if more > 0 else [])]
+        raise ArchitectureError(
+            "required the same tensors in all models, got:\n" + "\n".join(f"  - {p}" for p in lines)
+        )
+
+
+def _present(info: WeightInfo, loader: LazyTensorLoader) -> str | None:
+    names = (info.name, *(info.aliases or ()), *(info.tied_names or ()))
+    return next((name for name in names if name in loader.index.tensor_paths), None)
+
+
+def _shapes(loader: LazyTensorLoader) -> Mapping[str, tuple[int, ...]]:
+    if not loader.index.is_safetensors:
+        return {}
+    return _header_shapes(loader.index.base_path, tuple(s.filename for s in loader.index.shards))
+
+
+@lru_cache(maxsize=16)
+def _header_shapes(folder: str, shards: tuple[str, ...]) -> Mapping[str, tuple[int, ...]]:
+    shapes = {}
+    for shard in shards:
+        with safe_open(Path(folder) / shard, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
+                shapes[name] = tuple(handle.get_slice(name).get_shape())
+    return shapes

@@ -1,0 +1,83 @@
+"""A part of a model as the fit walks it: its module, its input, how it runs."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mergekit_dam.anatomy import Anatomy, Captured, capture, examine, scattered
+from mergekit_dam.decoder import Decoder
+
+_PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Part:
+    """The input, one block, or the output of a model.
+
+    Attributes:
+        label: for people.
+        prefix: what precedes the names of its parameters in the whole model.
+        root: the module that names are relative to.
+        run: from weights (by relative names) and what enters to what leaves.
+        residual: it adds to a stream of hidden states that passes through it.
+    """
+
+    label: str
+    prefix: str
+    root: nn.Module
+    run: Callable[[Mapping[str, Tensor], Tensor], Tensor]
+    residual: bool = False
+
+    def captured(
+        self,
+        weights: Mapping[str, Tensor],
+        x: Tensor,
+        *,
+        inputs: tuple[str, ...] = (),
+        outputs: tuple[str, ...] = (),
+    ) -> Captured:
+        """Run until the inputs and outputs of the named units are known."""
+        with capture(self.root, inputs=inputs, outputs=outputs) as captured:
+            self.run(weights, x)
+        return captured
+
+    def anatomy(self, weights: Mapping[str, Tensor], like: Tensor) -> Anatomy:
+        """Examine the part on a few random tokens.
+
+        Args:
+            weights: of the part, by relative names, fp32.
+            like: what enters the part, for its kind and width: token ids or hidden states.
+        """
+        weights = scattered(weights)
+        if not like.is_floating_point():
+            tokens = torch.arange(_PROBE_TOKENS, device=like.device)[None]
+            return examine(self.root, lambda: self.run(weights, tokens), weights)
+        generator = torch.Generator(like.device).manual_seed(0)
+        hidden = torch.randn(
+            1, _PROBE_TOKENS, like.shape[-1], generator=generator, device=like.device
+        )
+        source = hidden if self.residual else None
+        return examine(self.root, lambda: self.run(weights, hidden), weights, source)
+
+
+def input_part(decoder: Decoder) -> Part:
+    """From token ids to the hidden states that enter the first block."""
+    return Part("input", "", decoder.model, decoder.embed)
+
+
+def block_part(decoder: Decoder, index: int) -> Part:
+    """One decoder block."""
+
+    def run(weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        return decoder.run_block(index, weights, hidden)
+
+    label = f"block {index + 1}/{len(decoder.blocks)}"
+    prefix = f"{decoder.block_name(index)}."
+    return Part(label, prefix, decoder.blocks[index], run, residual=True)
+
+
+def output_part(decoder: Decoder) -> Part:
+    """From the hidden states that leave the last block to logits."""
+    return Part("output", "", decoder.model, decoder.logits)

@@ -1,0 +1,50 @@
+"""What the fit of a merge was asked for, resolved and validated: plain frozen data."""
+
+from dataclasses import dataclass
+
+from mergekit_dam.coefficients import Parametrisation
+
+
+@dataclass(frozen=True)
+class TensorSettings:
+    """How one output tensor is fitted.
+
+    Attributes:
+        parametrisation: from unknowns to the coefficients of the sources.
+        loss_weights: of each source's data, in the order of the sources.
+        ridge: pull towards the start, relative to the mean curvature.
+        granularity: "column" or "tensor".
+        embeddings, norms, head: whether tensors of that kind are fitted.
+    """
+
+    parametrisation: Parametrisation
+    loss_weights: tuple[float, ...]
+    ridge: float
+    granularity: str
+    embeddings: bool
+    norms: bool
+    head: bool
+
+    def fits(self, kind: str) -> bool:
+        """Whether a tensor of a kind ("linear", "norm", "embedding", "head") is fitted."""
+        switches = {"embedding": self.embeddings, "norm": self.norms, "head": self.head}
+        return switches.get(kind, True)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What holds for the fit of every tensor.
+
+    Attributes:
+        holdout: fraction of the sequences kept out of the fit.
+        temperature: of the logits in the fit of the head.
+    """
+
+    holdout: float
+    temperature: float
+
+    def held_out(self, sequences: int) -> int:
+        """Sequences of a model kept out of the fit: at least one where a fraction is asked for."""
+        if self.holdout == 0 or sequences == 1:
+            return 0
+        return min(max(1, round(self.holdout * sequences)), sequences - 1)

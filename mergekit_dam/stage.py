@@ -1,0 +1,218 @@
+"""One stage of a merge, input, block or output, from loaded tensors to merged ones."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import torch
+from mergekit.common import ModelReference
+from torch import Tensor
+
+from mergekit_dam.anatomy import Anatomy
+from mergekit_dam.decoder import Decoder
+from mergekit_dam.errors import DamError
+from mergekit_dam.fitting.head import fit_head
+from mergekit_dam.fitting.streams import Stream
+from mergekit_dam.fitting.tensors import FittedTensor, TensorReport, TensorSources
+from mergekit_dam.fitting.walk import FitHead, walk_part
+from mergekit_dam.part import Part, block_part, input_part, output_part
+from mergekit_dam.settings import RunSettings, TensorSettings
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One output tensor as planned.
+
+    Attributes:
+        name: of the output tensor.
+        settings: how it is fitted.
+        written: dtype it is written in, or None for that of the sources.
+        tied_to: the tensor whose coefficients it shares, if it is the same parameter.
+    """
+
+    name: str
+    settings: TensorSettings
+    written: torch.dtype | None = None
+    tied_to: str | None = None
+
+    def sources(self, tensors: Sequence[Tensor]) -> TensorSources:
+        """The plan with the loaded tensors of every source.
+
+        Raises:
+            DamError: the sources' shapes differ.
+        """
+        shapes = {tuple(tensor.shape) for tensor in tensors}
+        if len(shapes) > 1:
+            raise DamError(f"{self.name}: required one shape in all models, got {sorted(shapes)}")
+        dtype = tensors[0].dtype
+        for tensor in tensors[1:]:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+        return TensorSources(self.name, tensors, self.settings, self.written or dtype)
+
+
+@dataclass
+class Record:
+    """What is known of the merge so far: small, and handed from stage to stage."""
+
+    coefficients: dict[str, Tensor] = field(default_factory=dict)
+    axes: dict[str, int] = field(default_factory=dict)
+    reports: dict[str, TensorReport] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, fitted: FittedTensor) -> None:
+        """Record a settled tensor."""
+        name = fitted.sources.name
+        self.coefficients[name] = fitted.coefficients.cpu()
+        self.reports[name] = fitted.report
+        if fitted.axis != -1:
+            self.axes[name] = fitted.axis
+
+
+@dataclass
+class Progress:
+    """What a stage leaves behind for the next one, and the merged tensors to be written."""
+
+    streams: list[Stream]
+    record: Record
+    merged: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Models:
+    """The decoders of a merge and what they share.
+
+    Attributes:
+        output: decoder of the merged model.
+        sources: decoder of every source; the merged model's own where configurations agree.
+        order: the sources.
+        settings: of the fit.
+        anatomies: what was found of parts that are built alike, by their printed structure.
+    """
+
+    output: Decoder
+    sources: tuple[Decoder, ...]
+    order: tuple[ModelReference, ...]
+    settings: RunSettings
+    anatomies: dict[str, Anatomy] = field(default_factory=dict)
+
+    def examine(self, part: Part, weights: Mapping[str, Tensor], like: Tensor) -> Anatomy:
+        """The anatomy of a part, examined once for all blocks built alike."""
+        key = f"{part.residual} {sorted(weights)} {part.root}"
+        if key not in self.anatomies:
+            self.anatomies[key] = part.anatomy(weights, like)
+        return self.anatomies[key]
+
+
+@dataclass(eq=False)
+class Stage:
+    """The fit of the input, of one block or of the output.
+
+    Attributes:
+        kind: which part of the model.
+        index: of the block.
+        tensors: output tensors of the stage.
+    """
+
+    models: Models
+    kind: Literal["input", "block", "output"]
+    index: int
+    tensors: Sequence[TensorPlan]
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return self.part(self.models.output).label
+
+    def part(self, decoder: Decoder) -> Part:
+        """The stage's part of a decoder."""
+        if self.kind == "block":
+            return block_part(decoder, self.index)
+        return input_part(decoder) if self.kind == "input" else output_part(decoder)
+
+    def run(
+        self,
+        loaded: Mapping[str, Mapping[ModelReference, Tensor]],
+        streams: list[Stream],
+        record: Record,
+        *,
+        show: Callable[[str], None],
+    ) -> Progress:
+        """Fit the stage's tensors and move the streams on.
+
+        Args:
+            loaded: tensors of every source by output tensor's name.
+            streams: moved on in place.
+            record: added to in place.
+            show: shows a line of progress.
+
+        Raises:
+            DamError: with the stage named.
+        """
+        started = time.perf_counter()
+        sources = {
+            plan.name: plan.sources([loaded[plan.name][model] for model in self.models.order])
+            for plan in self.tensors
+        }
+        try:
+            fitted = self._fit(sources, streams, show)
+        except DamError as error:
+            error.message = f"{self.label}: {error.message}"
+            raise
+        for tensor in fitted:
+            record.add(tensor)
+        merged = {tensor.sources.name: tensor.merged for tensor in fitted}
+        for plan in self.tensors:
+            if plan.tied_to is not None:
+                tied = _tied(sources[plan.name], plan.tied_to, record)
+                record.add(tied)
+                merged[plan.name] = tied.merged
+        record.seconds[self.label] = time.perf_counter() - started
+        return Progress(streams, record, merged)
+
+    def _fit(
+        self,
+        sources: Mapping[str, TensorSources],
+        streams: list[Stream],
+        show: Callable[[str], None],
+    ) -> list[FittedTensor]:
+        own = [plan.name for plan in self.tensors if plan.tied_to is None]
+        if not own:
+            return []
+        device = sources[own[0]].tensors[0].device
+        for decoder in {id(d): d for d in (self.models.output, *self.models.sources)}.values():
+            decoder.move(device)
+        part = self.part(self.models.output)
+
+        def progress(fitted: FittedTensor) -> None:
+            report = fitted.report
+            short = report.name[len(part.prefix) :]
+            if report.held_out_start is not None and report.held_out_fitted is not None:
+                short += f" {report.held_out_start:.3g} -> {report.held_out_fitted:.3g}"
+            show(f"{part.label} {short}")
+
+        show(part.label)
+        return walk_part(
+            part,
+            [self.part(decoder) for decoder in self.models.sources],
+            {name[len(part.prefix) :]: sources[name] for name in own},
+            streams,
+            examine=self.models.examine,
+            progress=progress,
+            head=self._head(),
+            advance=self.kind != "output",
+        )
+
+    def _head(self) -> tuple[str, FitHead] | None:
+        name = self.models.output.head_name
+        if self.kind != "output" or name is None:
+            return None
+        return name, partial(fit_head, temperature=self.models.settings.temperature)
+
+
+def _tied(sources: TensorSources, tied_to: str, record: Record) -> FittedTensor:
+    """A tensor that is the same parameter as an earlier one: same coefficients, same bytes."""
+    coefficients = record.coefficients[tied_to]
+    report = TensorReport(sources.name, "head", f"tied to {tied_to}")
+    return FittedTensor(sources, sources.merged(coefficients), coefficients, -1, report)

@@ -1,0 +1,189 @@
+"""The tasks that mergekit's executor runs for a dam merge.
+
+    loads -> gathers -> FitStage (input) -> FitStage (block 0) -> ... -> FitStage (output)
+                           |                  |                            |
+                        MergedTensor ...   MergedTensor ...            WriteArtifacts
+
+Labels are zero-padded stage numbers: the executor works through labels in the order of their
+text, so that the tensors of one stage are loaded, fitted, saved and released before the next
+stage's are loaded. (With mergekit's own labels, names of tensors, `layers.10` would come
+before `layers.2`, and several blocks would be in memory at a time.)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from mergekit.common import ModelReference
+from mergekit.graph import Task
+from mergekit.io.tasks import GatherTensors, LoadTensor
+from mergekit.merge_methods.buffers import copy_non_floating_buffer
+
+from mergekit_dam.coefficients import merge_weights
+from mergekit_dam.errors import DamError
+from mergekit_dam.fitting.streams import Stream
+from mergekit_dam.progress import show
+from mergekit_dam.stage import Progress, Record, Stage, TensorPlan
+
+
+class StageLoad(LoadTensor):  # type: ignore[misc]
+    """mergekit's LoadTensor, scheduled with its stage."""
+
+    label: str
+
+    def group_label(self) -> str:
+        return self.label
+
+
+class StageGather(GatherTensors):  # type: ignore[misc]
+    """mergekit's GatherTensors, scheduled with its stage."""
+
+    label: str
+
+    def arguments(self) -> dict[str, Task]:
+        return {
+            key: StageLoad(
+                **{name: getattr(load, name) for name in LoadTensor.model_fields}, label=self.label
+            )
+            for key, load in super().arguments().items()
+        }
+
+    def group_label(self) -> str:
+        return self.label
+
+
+@dataclass(eq=False)
+class StageNode:
+    """A stage's place in the graph; compared by identity, since hashing tasks recurses.
+
+    Attributes:
+        label: orders the stages.
+        inputs: tensors of every source, one task an output tensor, in the order of the stage.
+        previous: the stage before, or None.
+        streams: makes the streams at the entrance, for the first stage.
+        record: what is known from planning, for the first stage.
+    """
+
+    stage: Stage
+    label: str
+    inputs: tuple[Task, ...]
+    previous: "FitStage | None"
+    streams: Callable[[], list[Stream]]
+    record: Record = field(default_factory=Record)
+
+
+class FitStage(Task[Any], frozen=True, arbitrary_types_allowed=True):  # type: ignore[misc]
+    """Fits the input, one block, or the output of the model."""
+
+    node: StageNode
+
+    def arguments(self) -> dict[str, Task]:
+        arguments = {f"tensor_{i}": task for i, task in enumerate(self.node.inputs)}
+        if self.node.previous is not None:
+            arguments["previous"] = self.node.previous
+        return arguments
+
+    def group_label(self) -> str:
+        return self.node.label
+
+    def uses_accelerator(self) -> bool:
+        return True
+
+    def execute(self, previous: Progress | None = None, **tensors: Any) -> Progress:
+        stage = self.node.stage
+        loaded = {plan.name: tensors[f"tensor_{index}"] for index, plan in enumerate(stage.tensors)}
+        streams = previous.streams if previous else self.node.streams()
+        record = previous.record if previous else self.node.record
+        return stage.run(loaded, streams, record, show=show)
+
+
+class MergedTensor(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):  # type: ignore[misc]
+    """Hands one merged tensor of a stage to whoever writes it."""
+
+    fit: FitStage
+    name: str
+
+    def arguments(self) -> dict[str, Task]:
+        return {"progress": self.fit}
+
+    def group_label(self) -> str:
+        return self.fit.group_label()
+
+    def priority(self) -> int:
+        return 100
+
+    def execute(self, progress: Progress) -> torch.Tensor:
+        # Handed over, not shared: the stage's result lives on until the next stage has run.
+        return progress.merged.pop(self.name)
+
+
+@dataclass(eq=False)
+class KnownCoefficients:
+    """A tensor that is merged with coefficients known from planning.
+
+    Attributes:
+        order: the sources, in the order of the rows of the coefficients.
+        coefficients: fp32 `[sources, n]`.
+        axis: the dimension of the tensor that they run along.
+    """
+
+    plan: TensorPlan
+    order: tuple[ModelReference, ...]
+    coefficients: torch.Tensor
+    axis: int
+
+
+class MergeKnown(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):  # type: ignore[misc]
+    """Merges one tensor with known coefficients: a replay, or a weight outside the decoder."""
+
+    tensors: Task
+    known: KnownCoefficients
+
+    def arguments(self) -> dict[str, Task]:
+        return {"tensors": self.tensors}
+
+    def group_label(self) -> str | None:
+        label: str | None = self.tensors.group_label()
+        return label
+
+    def uses_accelerator(self) -> bool:
+        return True
+
+    def execute(self, tensors: dict[ModelReference, torch.Tensor]) -> torch.Tensor:
+        known = self.known
+        loaded = [tensors[model] for model in known.order]
+        buffer: torch.Tensor | None = copy_non_floating_buffer(loaded, known.plan.name)
+        if buffer is not None:
+            return buffer
+        sources = known.plan.sources(loaded)
+        size = loaded[0].shape[known.axis] if loaded[0].ndim else 1
+        columns = known.coefficients.shape[1]
+        if columns not in (1, size):
+            raise DamError(
+                f"{known.plan.name}: required {size} coefficients a model, got {columns}; the "
+                f"coefficients were fitted on models of another shape"
+            )
+        return merge_weights(sources.tensors, known.coefficients, axis=known.axis).to(sources.dtype)
+
+
+class WriteArtifacts(Task[None], frozen=True, arbitrary_types_allowed=True):  # type: ignore[misc]
+    """Writes coefficients and report beside the merged model, once the last stage is through."""
+
+    last: FitStage | None
+    write: Callable[[Record], None]
+    record: Record | None = None
+
+    def arguments(self) -> dict[str, Task]:
+        return {} if self.last is None else {"progress": self.last}
+
+    def group_label(self) -> str:
+        return "" if self.last is None else self.last.group_label()
+
+    def main_thread_only(self) -> bool:
+        return True
+
+    def execute(self, progress: Progress | None = None) -> None:
+        record = progress.record if progress is not None else self.record
+        assert record is not None
+        self.write(record)
