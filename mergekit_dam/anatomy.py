@@ -293,7 +293,8 @@ def _measure_writes(
             module = root.get_submodule(name)
             handles.append(module.register_forward_hook(lambda *_, value=value: _copy(value)))
         try:
-            return _copy(_first_tensor(run()))
+            output: Tensor = _copy(_first_tensor(run()))
+            return output
         finally:
             for handle in handles:
                 handle.remove()

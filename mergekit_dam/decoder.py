@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -229,7 +229,7 @@ class Decoder:
             return self._forward(weights, tokens)
 
     def _forward(self, weights: Weights, tokens: Tensor) -> Any:
-        """Forward of the whole module tree; weights that are not given are zeros without storage."""
+        """Forward of the module tree; weights not given are zeros that take no memory."""
         zero = torch.zeros((), device=self.device)
         given = {
             name: weights[name] if name in weights else zero.expand(parameter.shape)
@@ -238,15 +238,15 @@ class Decoder:
         }
         return functional_call(self.model, given, (tokens,), {"use_cache": False}, tie_weights=True)
 
-    def part_of(self, names: frozenset[str]) -> dict[str, str]:
+    def part_of(self, names: frozenset[str]) -> dict[str, Literal["input", "output"]]:
         """Tell for parameters outside the blocks whether they act before or after them.
 
         Returns:
             full name -> "input" or "output"; parameters that a forward on text does not use
             are absent.
         """
-        used: dict[str, str] = {}
-        part = "input"
+        used: dict[str, Literal["input", "output"]] = {}
+        part: Literal["input", "output"] = "input"
         handles = []
 
         def enter_blocks(hidden: Tensor, _: BlockCall) -> Any:

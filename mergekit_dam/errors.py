@@ -13,6 +13,10 @@ class DamError(click.ClickException):
     is the message. A message says what was required, where, what was got, the remedy.
     """
 
+    def inside(self, place: str) -> "DamError":
+        """The same error with the place where it came up, which the inner layer cannot know."""
+        return DamError(f"{place}: {self.message}")
+
 
 class ConfigError(DamError):
     """Everything that is wrong with a configuration, reported together."""

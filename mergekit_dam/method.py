@@ -158,7 +158,7 @@ def _type_name(annotation: Any) -> str:
     arguments = [a for a in getattr(annotation, "__args__", ()) if a is not type(None)]
     if arguments and all(isinstance(a, str) for a in arguments):
         return " or ".join(f"`{a}`" for a in arguments)
-    return arguments[0].__name__ if arguments else annotation.__name__
+    return str((arguments[0] if arguments else annotation).__name__)
 
 
 def _parameter_spec(owner: type[Parameters], name: str, field: FieldInfo) -> ParameterSpec:

@@ -20,6 +20,8 @@ from mergekit_dam.fitting.walk import FitHead, walk_part
 from mergekit_dam.part import Part, block_part, input_part, output_part
 from mergekit_dam.settings import RunSettings, TensorSettings
 
+StageKind = Literal["input", "block", "output"]
+
 
 @dataclass(frozen=True)
 class TensorPlan:
@@ -116,7 +118,7 @@ class Stage:
     """
 
     models: Models
-    kind: Literal["input", "block", "output"]
+    kind: StageKind
     index: int
     tensors: Sequence[TensorPlan]
 
@@ -158,8 +160,7 @@ class Stage:
         try:
             fitted = self._fit(sources, streams, show)
         except DamError as error:
-            error.message = f"{self.label}: {error.message}"
-            raise
+            raise error.inside(self.label) from error
         for tensor in fitted:
             record.add(tensor)
         merged = {tensor.sources.name: tensor.merged for tensor in fitted}

@@ -27,7 +27,7 @@ from mergekit_dam.progress import show
 from mergekit_dam.stage import Progress, Record, Stage, TensorPlan
 
 
-class StageLoad(LoadTensor):  # type: ignore[misc]
+class StageLoad(LoadTensor):
     """mergekit's LoadTensor, scheduled with its stage."""
 
     label: str
@@ -36,18 +36,14 @@ class StageLoad(LoadTensor):  # type: ignore[misc]
         return self.label
 
 
-class StageGather(GatherTensors):  # type: ignore[misc]
+class StageGather(GatherTensors):
     """mergekit's GatherTensors, scheduled with its stage."""
 
     label: str
 
-    def arguments(self) -> dict[str, Task]:
-        return {
-            key: StageLoad(
-                **{name: getattr(load, name) for name in LoadTensor.model_fields}, label=self.label
-            )
-            for key, load in super().arguments().items()
-        }
+    def arguments(self) -> dict[str, Task[Any]]:
+        stock = super().arguments()
+        return {key: StageLoad(**dict(load), label=self.label) for key, load in stock.items()}
 
     def group_label(self) -> str:
         return self.label
@@ -67,18 +63,18 @@ class StageNode:
 
     stage: Stage
     label: str
-    inputs: tuple[Task, ...]
+    inputs: tuple[Task[Any], ...]
     previous: "FitStage | None"
     streams: Callable[[], list[Stream]]
     record: Record = field(default_factory=Record)
 
 
-class FitStage(Task[Any], frozen=True, arbitrary_types_allowed=True):  # type: ignore[misc]
+class FitStage(Task[Any], frozen=True, arbitrary_types_allowed=True):
     """Fits the input, one block, or the output of the model."""
 
     node: StageNode
 
-    def arguments(self) -> dict[str, Task]:
+    def arguments(self) -> dict[str, Task[Any]]:
         arguments = {f"tensor_{i}": task for i, task in enumerate(self.node.inputs)}
         if self.node.previous is not None:
             arguments["previous"] = self.node.previous
@@ -98,13 +94,13 @@ class FitStage(Task[Any], frozen=True, arbitrary_types_allowed=True):  # type: i
         return stage.run(loaded, streams, record, show=show)
 
 
-class MergedTensor(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):  # type: ignore[misc]
+class MergedTensor(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):
     """Hands one merged tensor of a stage to whoever writes it."""
 
     fit: FitStage
     name: str
 
-    def arguments(self) -> dict[str, Task]:
+    def arguments(self) -> dict[str, Task[Any]]:
         return {"progress": self.fit}
 
     def group_label(self) -> str:
@@ -123,29 +119,29 @@ class KnownCoefficients:
     """A tensor that is merged with coefficients known from planning.
 
     Attributes:
+        gather: brings the tensors of all sources.
         order: the sources, in the order of the rows of the coefficients.
         coefficients: fp32 `[sources, n]`.
         axis: the dimension of the tensor that they run along.
     """
 
     plan: TensorPlan
+    gather: Task[Any]
     order: tuple[ModelReference, ...]
     coefficients: torch.Tensor
     axis: int
 
 
-class MergeKnown(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):  # type: ignore[misc]
+class MergeKnown(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):
     """Merges one tensor with known coefficients: a replay, or a weight outside the decoder."""
 
-    tensors: Task
     known: KnownCoefficients
 
-    def arguments(self) -> dict[str, Task]:
-        return {"tensors": self.tensors}
+    def arguments(self) -> dict[str, Task[Any]]:
+        return {"tensors": self.known.gather}
 
     def group_label(self) -> str | None:
-        label: str | None = self.tensors.group_label()
-        return label
+        return self.known.gather.group_label()
 
     def uses_accelerator(self) -> bool:
         return True
@@ -167,14 +163,14 @@ class MergeKnown(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):
         return merge_weights(sources.tensors, known.coefficients, axis=known.axis).to(sources.dtype)
 
 
-class WriteArtifacts(Task[None], frozen=True, arbitrary_types_allowed=True):  # type: ignore[misc]
+class WriteArtifacts(Task[None], frozen=True, arbitrary_types_allowed=True):
     """Writes coefficients and report beside the merged model, once the last stage is through."""
 
     last: FitStage | None
     write: Callable[[Record], None]
     record: Record | None = None
 
-    def arguments(self) -> dict[str, Task]:
+    def arguments(self) -> dict[str, Task[Any]]:
         return {} if self.last is None else {"progress": self.last}
 
     def group_label(self) -> str:

@@ -82,21 +82,35 @@ class ColumnProblem:
 
     def product(self, unknowns: Tensor) -> Tensor:
         """`A d` for d `[U, in]`, without forming A: `2 * out * in^2` flops a term."""
-        deviation = torch.einsum("uoi,ui->oi", self.directions, unknowns)
+        deviation = torch.zeros_like(self.directions[0])
+        for direction, unknown in zip(self.directions, unknowns, strict=True):
+            deviation.addcmul_(direction, unknown)
         reaction = sum(
             (deviation @ term.gram for term in self.terms[1:]), deviation @ self.terms[0].gram
         )
-        return torch.einsum("uoi,oi->ui", self.directions, reaction)
+        return _sum_rows(self.directions, reaction)
 
     def right_hand_side(self) -> Tensor:
         """`b`, `[U, in]`."""
         cross = sum((term.cross for term in self.terms[1:]), self.terms[0].cross)
-        return torch.einsum("uoi,oi->ui", self.directions, cross)
+        return _sum_rows(self.directions, cross)
 
     def column_blocks(self) -> Tensor:
         """The blocks of A of one column each, `[in, U, U]`."""
         gram = sum((term.gram.diagonal() for term in self.terms[1:]), self.terms[0].gram.diagonal())
-        return torch.einsum("uoi,voi->iuv", self.directions, self.directions) * gram[:, None, None]
+        count, _, columns = self.directions.shape
+        blocks = self.directions.new_empty(columns, count, count)
+        for u in range(count):
+            for v in range(u, count):
+                # Pair by pair: one einsum over all pairs runs as many tiny products, slowly.
+                blocks[:, u, v] = (self.directions[u] * self.directions[v]).sum(0) * gram
+                blocks[:, v, u] = blocks[:, u, v]
+        return blocks
+
+
+def _sum_rows(directions: Tensor, other: Tensor) -> Tensor:
+    """`(T_u * other)` summed over rows, `[U, in]`, without a `[U, out, in]` product."""
+    return torch.stack([(direction * other).sum(0) for direction in directions])
 
 
 def solve_columns(
