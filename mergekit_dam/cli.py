@@ -1,0 +1,145 @@
+"""The command `mergekit-dam`: merge where the plugin is not found, try it out, compare models.
+
+Heavy imports stand inside the commands, so that help and errors come at once.
+"""
+
+import json
+from pathlib import Path
+
+import click
+
+from mergekit_dam import __version__
+
+
+class _PassThrough(click.Command):
+    """A command that leaves its whole command line, `--help` included, to another one."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.args = list(args)
+        return []
+
+
+@click.group()
+@click.version_option(__version__, prog_name="mergekit-dam")
+def main() -> None:
+    """Differentiable Adaptive Merging (arXiv 2410.08371) as a merge method of mergekit.
+
+    With this package installed, mergekit's own command knows the method:
+
+        mergekit-yaml dam.yaml ./out
+    """
+
+
+@main.command("merge", cls=_PassThrough)
+@click.pass_context
+def merge(ctx: click.Context) -> None:
+    """Run mergekit-yaml, with `dam` registered first.
+
+    For installs whose mergekit-yaml does not find plugins. Takes the same arguments and
+    options.
+    """
+    from mergekit_dam import plugin
+
+    plugin.install()
+    from mergekit.scripts.run_yaml import main as mergekit_yaml
+
+    mergekit_yaml.main(args=ctx.args, prog_name=ctx.command_path, standalone_mode=False)
+
+
+@main.command("demo")
+@click.argument("directory", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--seed", default=0, show_default=True, help="Seed of text, weights and training.")
+@click.option("--force", is_flag=True, help="Write into a folder that holds something else.")
+def demo(directory: Path, seed: int, force: bool) -> None:
+    """Make three tiny specialists, merge them, and compare.
+
+    Everything is made in DIRECTORY, on the CPU, in a few minutes, without a network: text,
+    a base model, specialists for Python code, word problems and records, the YAML files
+    and, with mergekit-yaml, four merges of the specialists. Ends with a table of held-out
+    losses. The same seed gives the same table, on the same machine with the same number of
+    threads.
+    """
+    from mergekit_dam.demo import DemoSettings, run_demo
+
+    click.echo(run_demo(directory, settings=DemoSettings(seed=seed), force=force).table())
+
+
+@main.command("evaluate")
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
+@click.option(
+    "--data",
+    "files",
+    metavar="FILE",
+    multiple=True,
+    required=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="Held-out text: .jsonl, .json, .parquet or .txt. Repeat for more texts.",
+)
+@click.option(
+    "--sequence-length",
+    default=256,
+    show_default=True,
+    type=click.IntRange(min=2),
+    help="Tokens per sequence.",
+)
+@click.option(
+    "--sequences",
+    default=24,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Sequences per text, at most.",
+)
+@click.option(
+    "--batch-size",
+    default=4,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Sequences per forward pass.",
+)
+@click.option("--device", default="cpu", show_default=True, help="Such as cuda, cuda:1 or mps.")
+@click.option(
+    "--dtype",
+    default="float32",
+    show_default=True,
+    type=click.Choice(["float32", "bfloat16", "float16", "auto"]),
+    help="What weights are loaded as; auto is as stored.",
+)
+@click.option(
+    "--json",
+    "json_path",
+    metavar="PATH",
+    type=click.Path(dir_okay=False, allow_dash=True, path_type=str),
+    help="Write the losses as JSON too; - writes them to the terminal in place of the table.",
+)
+def evaluate(
+    models: tuple[str, ...],
+    files: tuple[Path, ...],
+    sequence_length: int,
+    sequences: int,
+    batch_size: int,
+    device: str,
+    dtype: str,
+    json_path: str | None,
+) -> None:
+    """Measure the cross-entropy of models on held-out text.
+
+    In nats per token. Every MODEL, a folder or an id on the Hub, reads the same documents
+    in the same order.
+    """
+    from mergekit_dam import evaluate as evaluation
+
+    settings = evaluation.EvaluationSettings(
+        sequence_length=sequence_length,
+        sequences=sequences,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+    )
+    result = evaluation.evaluate(models, files, settings)
+    text = json.dumps(result.to_json(), indent=2)
+    if json_path == "-":
+        click.echo(text)
+        return
+    click.echo(result.table())
+    if json_path is not None:
+        Path(json_path).write_text(text + "\n", encoding="utf-8")

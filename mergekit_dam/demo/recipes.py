@@ -1,0 +1,49 @@
+"""The YAML files of the demo's merges."""
+
+from pathlib import Path
+
+import yaml
+
+from mergekit_dam.demo.settings import DemoSettings
+from mergekit_dam.demo.texts import DOMAINS
+
+METHODS = ("linear", "task_arithmetic", "ties", "dam")
+
+_HEAD = "# Paths start at the folder that `mergekit-dam demo` was run in.\n"
+_STOCK_PARAMETERS = {
+    "linear": {"weight": 1.0},
+    "task_arithmetic": {"weight": 0.4},
+    "ties": {"weight": 1.0, "density": 0.5},
+}
+
+
+def recipe(method: str, directory: Path, settings: DemoSettings) -> str:
+    """The configuration of one merge, as text; `directory` is that of the demo."""
+    models = [{"model": (directory / domain).as_posix()} for domain in DOMAINS]
+    config: dict[str, object] = {"merge_method": method}
+    if method != "linear":
+        config["base_model"] = (directory / "base").as_posix()
+    if method == "dam":
+        config["models"] = [
+            {
+                **model,
+                "parameters": {
+                    "calibration": text_path(directory, domain, "calibration").as_posix()
+                },
+            }
+            for model, domain in zip(models, DOMAINS, strict=True)
+        ]
+        config["parameters"] = {
+            "samples": settings.calibration_samples,
+            "sequence_length": settings.sequence_length,
+        }
+    else:
+        config["models"] = models
+        config["parameters"] = _STOCK_PARAMETERS[method]
+    config["dtype"] = "float32"
+    return _HEAD + yaml.safe_dump(config, sort_keys=False)
+
+
+def text_path(directory: Path, domain: str, part: str) -> Path:
+    """Where the calibration or test text of a domain is."""
+    return directory / "data" / f"{domain}.{part}.jsonl"

@@ -1,0 +1,160 @@
+"""The demo from nothing to the table.
+
+1. Make the text, and a tokenizer from it; write the held-out parts as calibration and test.
+2. Train the base on a mixture of everything.
+3. Train a specialist from the base on each domain.
+4. Write the YAML files and merge with mergekit's own command.
+5. Measure every model on the test text of every domain.
+
+Nothing of an earlier run is taken over: what an interrupted run left is written anew.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from mergekit_dam import __version__
+from mergekit_dam.demo.merging import merge
+from mergekit_dam.demo.recipes import METHODS, recipe, text_path
+from mergekit_dam.demo.result import DemoResult
+from mergekit_dam.demo.settings import DemoSettings
+from mergekit_dam.demo.texts import DOMAINS, Corpus, make_corpus
+from mergekit_dam.demo.tokenizer import train_tokenizer
+from mergekit_dam.demo.training import draw, new_model, pack_documents, train
+from mergekit_dam.errors import DamError
+from mergekit_dam.evaluate import EvaluationSettings, evaluate
+
+MARKER = "demo.json"  # a folder with it is ours to write to again
+
+
+def run_demo(
+    directory: Path, *, settings: DemoSettings | None = None, force: bool = False
+) -> DemoResult:
+    """Run the demo in a folder; the steps stand in the module's docstring.
+
+    Progress goes to stderr. The same settings give the same result, on the same machine
+    with the same number of threads.
+
+    Raises:
+        DamError: if the folder holds something else and `force` is not set, or a merge fails.
+    """
+    settings = settings or DemoSettings()
+    _claim(directory, settings, force=force)
+
+    _say("1/5 Text and tokenizer")
+    corpus = make_corpus(
+        train=settings.train_characters,
+        held_out=settings.held_out_characters,
+        seed=settings.seed,
+    )
+    _write_texts(corpus, directory)
+    tokenizer = train_tokenizer(_tokenizer_text(corpus), vocab_size=settings.model.vocab_size)
+    english, *domains = (
+        pack_documents(documents, tokenizer, sequence_length=settings.sequence_length)
+        for documents in (corpus.english, *(corpus.domains[name].train for name in DOMAINS))
+    )
+
+    _say("2/5 Base model")
+    base = _train_base(english, domains, tokenizer, settings)
+    _save(base, tokenizer, directory / "base")
+
+    _say("3/5 Specialists")
+    for name, sequences in zip(DOMAINS, domains, strict=True):
+        training = settings.finetuning[name]
+        drawn = draw([sequences], [1.0], count=training.sequences, seed=settings.seed + 1)
+        specialist = train(base, drawn, training, name=name)
+        _save(specialist, tokenizer, directory / name)
+
+    _say("4/5 Merges")
+    for method in METHODS:
+        config = directory / f"{method}.yaml"
+        _write(config, recipe(method, directory, settings))
+        merge(config, directory / "merged" / method)
+
+    _say("5/5 Held-out losses")
+    result = _measure(directory, settings)
+    _write(directory / "losses.json", json.dumps(result.losses, indent=2) + "\n")
+    return result
+
+
+def _claim(directory: Path, settings: DemoSettings, *, force: bool) -> None:
+    """Mark a folder as the demo's, unless it is somebody else's."""
+    ours = not directory.exists() or (directory / MARKER).is_file()
+    if not ours and not force and any(directory.iterdir()):
+        raise DamError(
+            f"{directory} holds other files: name a folder that is new, empty or an earlier "
+            f"demo's, or pass --force to write into this one"
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    about = {"mergekit_dam": __version__, "torch": torch.__version__, "settings": asdict(settings)}
+    _write(directory / MARKER, json.dumps(about, indent=2) + "\n")
+    (directory / "losses.json").unlink(missing_ok=True)
+
+
+def _write_texts(corpus: Corpus, directory: Path) -> None:
+    (directory / "data").mkdir(exist_ok=True)
+    for name, split in corpus.domains.items():
+        for part, documents in (("calibration", split.calibration), ("test", split.test)):
+            lines = "".join(json.dumps({"text": document}) + "\n" for document in documents)
+            _write(text_path(directory, name, part), lines)
+
+
+def _tokenizer_text(corpus: Corpus) -> Iterator[str]:
+    """Half of all training text, which is plenty for a small vocabulary."""
+    yield from corpus.english[::2]
+    for split in corpus.domains.values():
+        yield from split.train[::2]
+
+
+def _train_base(
+    english: torch.Tensor,
+    domains: list[torch.Tensor],
+    tokenizer: PreTrainedTokenizerFast,
+    settings: DemoSettings,
+) -> LlamaForCausalLM:
+    training = settings.pretraining
+    drawn = draw(
+        [english, *domains],
+        [1 - sum(settings.base_shares.values()), *(settings.base_shares[d] for d in DOMAINS)],
+        count=training.sequences,
+        seed=settings.seed,
+    )
+    return train(new_model(settings, tokenizer), drawn, training, name="base")
+
+
+def _measure(directory: Path, settings: DemoSettings) -> DemoResult:
+    folders = {name: directory / name for name in ("base", *DOMAINS)}
+    folders |= {method: directory / "merged" / method for method in METHODS}
+    evaluation = evaluate(
+        [folder.as_posix() for folder in folders.values()],
+        [text_path(directory, domain, "test") for domain in DOMAINS],
+        EvaluationSettings(
+            sequence_length=settings.sequence_length, sequences=settings.test_sequences
+        ),
+    )
+    return DemoResult(
+        {
+            name: dict(zip(DOMAINS, evaluation.losses[folder.as_posix()].values(), strict=True))
+            for name, folder in folders.items()
+        }
+    )
+
+
+def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    transformers_logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)

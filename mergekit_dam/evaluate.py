@@ -1,0 +1,290 @@
+"""Held-out cross-entropy of models on texts: the number that merges are compared by.
+
+1. Read and pack the texts as calibration text is read, with each model's own tokenizer.
+2. Run every model, one in memory at a time, over the same documents in the same order.
+3. Report the mean over all predicted positions, in nats per token.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import logging as transformers_logging
+
+from mergekit_dam.calibration.chat import chat_renderer
+from mergekit_dam.calibration.documents import documents_from
+from mergekit_dam.calibration.files import find_files, local_rows
+from mergekit_dam.calibration.load import LOCAL_WINDOW, PIECE_SEQUENCES
+from mergekit_dam.calibration.packing import pack
+from mergekit_dam.calibration.pieces import Intake, shuffled_pieces
+from mergekit_dam.calibration.source import CalibrationSource
+from mergekit_dam.errors import DamError
+
+LOG = logging.getLogger(__name__)
+
+LOGITS_AT_ONCE = 2**28  # elements: 1 GiB in fp32
+_REMEDY = "name a folder with config.json, safetensors and tokenizer files, or a model on the Hub"
+_ORDER_SEED = 0  # the order of the documents is part of the measure, so it is no option
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """How models are evaluated.
+
+    Attributes:
+        sequence_length: tokens per sequence; the first of each is not predicted.
+        sequences: at most so many per text; all there are, if there are fewer.
+        batch_size: sequences per forward pass, fewer where logits would be too large.
+        device: where models run, such as `cpu` or `cuda:0`.
+        dtype: what weights are loaded as: `float32`, `bfloat16`, `float16`, or `auto` for
+            the one they are stored in.
+    """
+
+    sequence_length: int = 256
+    sequences: int = 24
+    batch_size: int = 4
+    device: str = "cpu"
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came out.
+
+    Attributes:
+        settings: what was asked for.
+        models: their names, in the order given.
+        texts: column name -> path, in the order given.
+        sequences: how many sequences of each text were used, per model.
+        losses: cross-entropy in nats per token, per model and text.
+    """
+
+    settings: EvaluationSettings
+    models: tuple[str, ...]
+    texts: dict[str, Path]
+    sequences: dict[str, dict[str, int]]
+    losses: dict[str, dict[str, float]]
+
+    def mean(self, model: str) -> float:
+        """Mean over the texts, each counted the same."""
+        return sum(self.losses[model].values()) / len(self.losses[model])
+
+    def table(self) -> str:
+        """Rows are models, columns are texts."""
+        rows = [(model, [*self.losses[model].values(), self.mean(model)]) for model in self.models]
+        return format_table(["nats per token", *self.texts, "mean"], rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as JSON takes it."""
+        return {
+            "settings": asdict(self.settings),
+            "texts": {name: str(path) for name, path in self.texts.items()},
+            "models": [
+                {
+                    "model": model,
+                    "loss": self.losses[model],
+                    "mean": self.mean(model),
+                    "sequences": self.sequences[model],
+                }
+                for model in self.models
+            ],
+        }
+
+
+def evaluate(
+    models: Sequence[str], files: Sequence[Path], settings: EvaluationSettings
+) -> Evaluation:
+    """Measure the cross-entropy of every model on every text.
+
+    Args:
+        models: paths of folders or Hub ids of causal language models with a tokenizer.
+        files: `.jsonl` with a `text` column (or `messages`), `.txt`, `.json` or `.parquet`.
+
+    Raises:
+        DamError: if a text or model is missing, cannot be read, or holds too little text.
+    """
+    texts = name_texts(files)
+    models = tuple(dict.fromkeys(models))
+    for model in models:
+        _require_model(model)
+    _require_device(settings.device)
+    tokens = {model: _all_tokens(model, texts, settings) for model in models}
+    _warn_of_different_tokens(tokens)
+    losses: dict[str, dict[str, float]] = {}
+    total = sum(len(sequences) for own in tokens.values() for sequences in own.values())
+    with tqdm(total=total, desc="Evaluate", unit="sequence") as progress:
+        for model in models:
+            progress.set_postfix_str(Path(model).name)
+            loaded = load_model(model, settings)
+            losses[model] = {
+                name: cross_entropy(
+                    loaded, sequences, batch_size=settings.batch_size, progress=progress
+                )
+                for name, sequences in tokens[model].items()
+            }
+            del loaded  # before the next is loaded
+    counts = {model: {name: len(x) for name, x in own.items()} for model, own in tokens.items()}
+    return Evaluation(settings, models, texts, counts, losses)
+
+
+def cross_entropy(
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    *,
+    batch_size: int,
+    progress: tqdm[NoReturn] | None = None,
+) -> float:
+    """Mean over all predicted positions of -log p(token | those before it), in nats.
+
+    Args:
+        tokens: int64 `[sequences, sequence_length]`; positions 1 and up are predicted.
+        batch_size: sequences per forward pass; lowered until their logits have at most
+            `LOGITS_AT_ONCE` elements, though never below one sequence.
+        progress: updated by the number of sequences done.
+    """
+    sequences, length = tokens.shape
+    vocabulary = model.config.get_text_config().vocab_size
+    rows = max(1, min(batch_size, LOGITS_AT_ONCE // (length * vocabulary)))
+    total = 0.0
+    with torch.inference_mode():
+        for batch in torch.split(tokens.to(model.device), rows):
+            logits = model(input_ids=batch, use_cache=False).logits
+            for row, targets in zip(logits, batch, strict=True):  # one fp32 copy at a time
+                losses = functional.cross_entropy(row[:-1].float(), targets[1:], reduction="none")
+                total += losses.double().sum().item()
+            if progress is not None:
+                progress.update(len(batch))
+    return total / (sequences * (length - 1))
+
+
+def read_tokens(
+    path: Path, tokenizer: Tokenizer, settings: EvaluationSettings, *, vocab_size: int
+) -> torch.Tensor:
+    """Pack the first sequences of a text: int64 `[sequences, sequence_length]`.
+
+    Documents come in an order that depends on the text alone, not on the tokenizer.
+    """
+    source = CalibrationSource.parse(str(path))
+    files, _ = find_files(source)
+    documents = documents_from(
+        local_rows(files, column=source.column, seed=_ORDER_SEED),
+        column=source.column,
+        render=chat_renderer(tokenizer, template_path=source.chat_template),
+    )
+    pieces = shuffled_pieces(
+        documents,
+        window=LOCAL_WINDOW,
+        piece_tokens=PIECE_SEQUENCES * settings.sequence_length,
+        seed=_ORDER_SEED,
+        intake=Intake(),
+    )
+    packed = pack(
+        pieces,
+        tokenizer=tokenizer,
+        sequences=settings.sequences,
+        sequence_length=settings.sequence_length,
+        vocab_size=vocab_size,
+    )
+    if not len(packed.tokens):
+        raise DamError(
+            f"{path} holds {packed.tokenised} tokens, which are less than one sequence of "
+            f"{settings.sequence_length}: add text, or pass a smaller --sequence-length"
+        )
+    return packed.tokens
+
+
+def load_model(name: str, settings: EvaluationSettings) -> PreTrainedModel:
+    """Load a model for evaluation, on its device."""
+    transformers_logging.disable_progress_bar()  # ours shows the models
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=settings.dtype)
+    except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, ...
+        raise _not_loaded("model", name, error) from error
+    torch.nn.Module.to(model.eval(), settings.device)  # in place; transformers' own is untyped
+    return model
+
+
+def name_texts(files: Sequence[Path]) -> dict[str, Path]:
+    """Short names for text files: the stem, or the path where stems are not unique."""
+    stems = [path.stem for path in files]
+    return {path.stem if stems.count(path.stem) == 1 else path.as_posix(): path for path in files}
+
+
+def format_table(header: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]) -> str:
+    """Lay out losses for a terminal: names to the left, numbers of three digits to the right."""
+    cells = [list(header), *([name, *(f"{value:.3f}" for value in row)] for name, row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = (
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells
+    )
+    return "\n".join(lines)
+
+
+def _require_model(name: str) -> None:
+    """Refuse what is neither a folder with a model nor can be an id on the Hub."""
+    path = Path(name)
+    if path.is_dir():
+        problem = None if (path / "config.json").is_file() else "is a folder without config.json"
+    elif path.exists():
+        problem = "is a file"
+    else:
+        may_be_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)
+        problem = None if may_be_id else "does not exist"
+    if problem:
+        raise DamError(f"the model {name} {problem}: {_REMEDY}")
+
+
+def _require_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+        reason = str(error).strip().partition("\n")[0]
+        raise DamError(f"the device {name!r} cannot be used: {reason}") from error
+
+
+def _all_tokens(
+    model: str, texts: dict[str, Path], settings: EvaluationSettings
+) -> dict[str, torch.Tensor]:
+    """Every text in a model's tokens."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        vocab_size = AutoConfig.from_pretrained(model).get_text_config().vocab_size
+    except Exception as error:  # OSError, ValueError, KeyError, ImportError
+        raise _not_loaded("tokenizer", model, error) from error
+    return {
+        name: read_tokens(path, tokenizer, settings, vocab_size=vocab_size)
+        for name, path in texts.items()
+    }
+
+
+def _not_loaded(what: str, model: str, error: Exception) -> DamError:
+    reason = str(error).strip().partition("\n")[0]
+    return DamError(
+        f"the {what} of {model} cannot be loaded ({type(error).__name__}: {reason}): {_REMEDY}"
+    )
+
+
+def _warn_of_different_tokens(tokens: dict[str, dict[str, torch.Tensor]]) -> None:
+    first, *others = tokens
+    different = [
+        model
+        for model in others
+        if any(not torch.equal(tokens[model][text], tokens[first][text]) for text in tokens[first])
+    ]
+    if different:
+        LOG.warning(
+            "%s: the tokenizer differs from that of %s; losses per token of different "
+            "tokenizers do not compare",
+            ", ".join(different),
+            first,
+        )
