@@ -42,11 +42,12 @@ from transformers import (
     Starcoder2Config,
 )
 
-WORDS = """
+_TEXT = """
 zero one two three four five six seven eight nine ten plus minus times is equals the a of and in to
 cat dog bird fish tree house river hill runs sits flies swims red green blue old new big small
 def return print if else for while not true false
-""".split()
+"""
+WORDS = tuple(_TEXT.split())
 VOCABULARY = ("<unk>", "<s>", "</s>", "<pad>", *WORDS)
 VOCAB_SIZE = 64
 """Rows of every embedding: a few more than the tokenizer knows words, as real models have."""
