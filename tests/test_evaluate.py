@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from click.testing import CliRunner
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mergekit_dam import evaluate as evaluation
 from mergekit_dam.cli import main
@@ -14,7 +14,7 @@ from mergekit_dam.demo.tokenizer import train_tokenizer
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluate import EvaluationSettings, cross_entropy, evaluate
 
-WORDS = "one two three four five six seven eight nine ten".split()
+WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 LENGTH = 16
 SETTINGS = EvaluationSettings(sequence_length=LENGTH, sequences=5, batch_size=2)
 
@@ -58,7 +58,7 @@ def texts(tmp_path):
 
 
 def tokens_of(model, path):
-    tokenizer = evaluation.AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
     return evaluation.read_tokens(path, tokenizer, SETTINGS, vocab_size=300)
 
 
