@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -190,6 +191,13 @@ def test_recipes_are_what_mergekit_reads(method, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_relative_paths_are_not_taken_for_names_on_the_hub(method):
+    paths = re.findall(r"(\S*demo/\S*)", recipe(method, Path("demo"), TINY).partition("\n")[2])
+    assert len(paths) >= len(DOMAINS)
+    assert all(path.startswith("./demo/") for path in paths)
+
+
 def test_recovery_is_nothing_for_linear_and_all_for_the_own_specialist():
     specialists = {
         name: {domain: 1.0 if domain == name else 3.0 for domain in DOMAINS} for name in DOMAINS
@@ -208,6 +216,13 @@ def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path):
     assert result.exit_code == 1
     assert "holds other files: name a folder that is new, empty" in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_folder_that_mergekit_would_misread_is_refused(tmp_path):
+    result = CliRunner().invoke(main, ["demo", str(tmp_path / "a+b")])
+    assert result.exit_code == 1
+    assert "has a + or @ in its path" in result.output
+    assert not (tmp_path / "a+b").exists()
 
 
 @pytest.mark.slow

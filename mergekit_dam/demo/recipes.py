@@ -19,17 +19,15 @@ _STOCK_PARAMETERS = {
 
 def recipe(method: str, directory: Path, settings: DemoSettings) -> str:
     """The configuration of one merge, as text; `directory` is that of the demo."""
-    models = [{"model": (directory / domain).as_posix()} for domain in DOMAINS]
+    models = [{"model": _named(directory / domain)} for domain in DOMAINS]
     config: dict[str, object] = {"merge_method": method}
     if method != "linear":
-        config["base_model"] = (directory / "base").as_posix()
+        config["base_model"] = _named(directory / "base")
     if method == "dam":
         config["models"] = [
             {
                 **model,
-                "parameters": {
-                    "calibration": text_path(directory, domain, "calibration").as_posix()
-                },
+                "parameters": {"calibration": _named(text_path(directory, domain, "calibration"))},
             }
             for model, domain in zip(models, DOMAINS, strict=True)
         ]
@@ -47,3 +45,8 @@ def recipe(method: str, directory: Path, settings: DemoSettings) -> str:
 def text_path(directory: Path, domain: str, part: str) -> Path:
     """Where the calibration or test text of a domain is."""
     return directory / "data" / f"{domain}.{part}.jsonl"
+
+
+def _named(path: Path) -> str:
+    """A path for the YAML; mergekit asks the Hub about `a/b`, but never about `./a/b`."""
+    return path.as_posix() if path.is_absolute() else f"./{path.as_posix()}"

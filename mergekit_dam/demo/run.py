@@ -85,6 +85,11 @@ def run_demo(
 
 def _claim(directory: Path, settings: DemoSettings, *, force: bool) -> None:
     """Mark a folder as the demo's, unless it is somebody else's."""
+    if set("+@") & set(str(directory)):
+        raise DamError(
+            f"{directory} has a + or @ in its path, which mergekit reads as an adapter or a "
+            f"revision: name another folder"
+        )
     ours = not directory.exists() or (directory / MARKER).is_file()
     if not ours and not force and any(directory.iterdir()):
         raise DamError(
