@@ -166,7 +166,11 @@ class CoefficientFile:
         temporary = path.with_name(path.name + ".tmp")
         metadata = {"sources": json.dumps(self.sources)}
         metadata |= {key: json.dumps(value, sort_keys=True) for key, value in self.metadata.items()}
-        tensors = {name: tensor.contiguous() for name, tensor in self.coefficients.items()}
+        # Tied tensors share their coefficients, which safetensors refuses to write.
+        tensors = {
+            name: tensor.clone(memory_format=torch.contiguous_format)
+            for name, tensor in self.coefficients.items()
+        }
         save_file(tensors, temporary, metadata=metadata)
         temporary.replace(path)
 
