@@ -147,6 +147,19 @@ def capture(
             handle.remove()
 
 
+@contextlib.contextmanager
+def substitute(root: nn.Module, outputs: Mapping[str, Tensor]) -> Iterator[None]:
+    """While the body runs the part, units put out copies of what is known, without computing."""
+    modules = [root.get_submodule(name) for name in outputs]
+    for module, output in zip(modules, outputs.values(), strict=True):
+        module.forward = lambda *_, output=output, **__: output.clone()
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
 @dataclass
 class _Record:
     """What one unit did in the recorded forward."""

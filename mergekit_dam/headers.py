@@ -5,6 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from mergekit.architecture import WeightInfo
+from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelReference
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from mergekit.io.tasks import GatherTensors, LoaderCache
@@ -39,8 +40,9 @@ def check_headers(
             name = _present(info, loader)
             if name is not None:
                 found[model] = _shapes(loader).get(name)
-            elif weight.optional:
-                problems.append(f"{weight.name}: some models have it, {model} has not")
+            elif not _convertible(model, loader, info.name):
+                have = "some models have it, " if weight.optional else ""
+                problems.append(f"{weight.name}: {have}{model} has not")
         known = {model: shape for model, shape in found.items() if shape is not None}
         if len(set(known.values())) > 1:
             shapes = ", ".join(f"{m} {list(s)}" for m, s in known.items())
@@ -54,13 +56,20 @@ def check_headers(
         more = len(problems) - _SHOWN
         lines = [*problems[:_SHOWN], *([f"and {more} more"] if more > 0 else [])]
         raise ArchitectureError(
-            "required the same tensors in all models, got:\n" + "\n".join(f"  - {p}" for p in lines)
+            "required the same tensors in all models, as mergekit's definition of the architecture "
+            "lists them, got:\n" + "\n".join(f"  - {line}" for line in lines)
         )
 
 
 def _present(info: WeightInfo, loader: LazyTensorLoader) -> str | None:
     names = (info.name, *(info.aliases or ()), *(info.tied_names or ()))
     return next((name for name in names if name in loader.index.tensor_paths), None)
+
+
+def _convertible(model: ModelReference, loader: LazyTensorLoader, name: str) -> bool:
+    """Whether mergekit makes the tensor of others when it loads it (fused experts, say)."""
+    model_type = model.config(trust_remote_code=LoaderCache().trust_remote_code).model_type
+    return bool(can_convert_checkpoint_keys(model_type, set(loader.index.tensor_paths), name))
 
 
 def _shapes(loader: LazyTensorLoader) -> Mapping[str, tuple[int, ...]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mergekit_dam.anatomy import Anatomy, Captured, capture, examine, scattered
+from mergekit_dam.anatomy import Anatomy, Captured, capture, examine, scattered, substitute
 from mergekit_dam.decoder import Decoder
 
 _PROBE_TOKENS = 8
@@ -37,11 +37,35 @@ class Part:
         *,
         inputs: tuple[str, ...] = (),
         outputs: tuple[str, ...] = (),
+        known: Mapping[str, Tensor] | None = None,
     ) -> Captured:
-        """Run until the inputs and outputs of the named units are known."""
-        with capture(self.root, inputs=inputs, outputs=outputs) as captured:
+        """Run until the inputs and outputs of the named units are captured.
+
+        Args:
+            known: outputs of units that need not be computed again.
+        """
+        with (
+            capture(self.root, inputs=inputs, outputs=outputs) as captured,
+            substitute(self.root, known or {}),
+        ):
             self.run(weights, x)
         return captured
+
+    def through(
+        self,
+        weights: Mapping[str, Tensor],
+        x: Tensor,
+        *,
+        outputs: tuple[str, ...] = (),
+        known: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Captured]:
+        """Run to the end; what leaves the part, and the outputs of the named units."""
+        with (
+            capture(self.root, outputs=outputs, stop=False) as captured,
+            substitute(self.root, known or {}),
+        ):
+            leaving = self.run(weights, x)
+        return leaving, captured
 
     def anatomy(self, weights: Mapping[str, Tensor], like: Tensor) -> Anatomy:
         """Examine the part on a few random tokens.

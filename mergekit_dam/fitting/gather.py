@@ -62,8 +62,11 @@ def gather(
         weights = walk.teacher_weights(stream)
         for split, sums in pooled.items():
             own = empty()
-            for _, teacher_x, merged_x in walk.pairs(stream, split):
-                add(own, _see(walk, stage, units, stream, weights, teacher_x, merged_x))
+            for chunk, teacher_x, merged_x in walk.pairs(stream, split):
+                teacher = _see_teacher(walk, stage, units, stream, chunk, weights, teacher_x)
+                merged = _see_merged(walk, stage, units, stream, chunk, merged_x)
+                drift = _drift(walk, stage, teacher, merged, teacher_x - merged_x)
+                add(own, Seen(teacher, merged, drift))
             for unit in units:
                 loss_weight = walk.weight(unit).settings.loss_weights[stream.source]
                 energy = max(own[unit.name].energy, 1e-30)
@@ -74,36 +77,56 @@ def gather(
     }
 
 
-def _see(
+def _see_teacher(
     walk: Walk,
     stage: int,
     units: Sequence[Unit],
     stream: Stream,
-    teacher_weights: dict[str, Tensor],
-    teacher_x: Tensor,
-    merged_x: Tensor,
-) -> Seen:
-    """Run one chunk through teacher and merged part, up to the stage."""
-    writers = walk.anatomy.writers_before(stage)
+    chunk: slice,
+    weights: dict[str, Tensor],
+    x: Tensor,
+) -> Captured:
+    """What the teacher's units put out for a chunk: of the stage, and of what its targets need."""
+    kept = walk.known(walk.teacher_tape, stream, chunk)
+    if kept:
+        return Captured(outputs=kept)
     norms = [u.write.through for u in units if u.write and u.write.through]
-    wanted = dict.fromkeys([*(u.name for u in (*writers, *units)), *norms])
-    teacher = walk.teachers[stream.source].captured(
-        teacher_weights, teacher_x, outputs=tuple(wanted)
+    others = (*walk.anatomy.writers_before(stage), *units)
+    wanted = dict.fromkeys([*(unit.name for unit in others), *norms])
+    return walk.teachers[stream.source].captured(weights, x, outputs=tuple(wanted))
+
+
+def _see_merged(
+    walk: Walk, stage: int, units: Sequence[Unit], stream: Stream, chunk: slice, x: Tensor
+) -> Captured:
+    """What enters the stage in the merged part, and what the writers before it put out."""
+    known = walk.known(walk.merged_tape, stream, chunk)
+    writers = [unit.name for unit in walk.anatomy.writers_before(stage)]
+    settled = [unit.name for unit in walk.settled_linears(stage)] if walk.merged_tape.keep else []
+    wanted = [name for name in dict.fromkeys([*writers, *settled]) if name not in known]
+    seen = walk.part.captured(
+        walk.weights, x, inputs=(units[0].name,), outputs=tuple(wanted), known=known
     )
-    merged = walk.part.captured(
-        walk.weights,
-        merged_x,
-        inputs=(units[0].name,),
-        outputs=tuple(writer.name for writer in writers),
-    )
-    drift = torch.zeros((), device=merged_x.device)
-    if walk.part.residual:
-        drift = walk.anatomy.residual_scale * (teacher_x - merged_x)
-    for writer in writers:
+    new = {name: seen.outputs[name] for name in settled if name in seen.outputs}
+    walk.merged_tape.add(stream.source, chunk, new)
+    seen.outputs.update(known)
+    return seen
+
+
+def _drift(walk: Walk, stage: int, teacher: Captured, merged: Captured, entering: Tensor) -> Tensor:
+    """The residual stream of the teacher less that of the merged model, before the stage.
+
+    Args:
+        entering: the same difference where the part begins.
+    """
+    if not walk.part.residual:
+        return torch.zeros((), device=walk.device)
+    drift = walk.anatomy.residual_scale * entering
+    for writer in walk.anatomy.writers_before(stage):
         assert writer.write is not None
         added = teacher.outputs[writer.name] - merged.outputs[writer.name]
         drift = drift + writer.write.scale * added.reshape(drift.shape)
-    return Seen(teacher, merged, drift)
+    return drift
 
 
 def target(walk: Walk, unit: Unit, seen: Seen) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mergekit_dam.anatomy import Anatomy, Unit
 from mergekit_dam.fitting.streams import Split, Stream
+from mergekit_dam.fitting.tape import Tape
 from mergekit_dam.fitting.tensors import FittedTensor, TensorSources
 from mergekit_dam.part import Part
 
@@ -27,6 +28,8 @@ class Walk:
         weights: the merged part as it stands, fp32; what the merged stream runs through.
         progress: called with every settled tensor.
         fitted: what is settled, by relative name.
+        teacher_tape: outputs of the teachers' units.
+        merged_tape: outputs of the merged part's linears that are settled.
     """
 
     part: Part
@@ -37,6 +40,8 @@ class Walk:
     weights: dict[str, Tensor]
     progress: Progress
     fitted: dict[str, FittedTensor] = field(default_factory=dict)
+    teacher_tape: Tape = field(default_factory=Tape)
+    merged_tape: Tape = field(default_factory=Tape)
 
     @property
     def device(self) -> torch.device:
@@ -60,6 +65,23 @@ class Walk:
             self.sources[unit.parameter(p)].identical for p in unit.parameters
         )
 
+    def recorded_units(self, head: str | None) -> tuple[str, ...]:
+        """Units whose teachers' outputs the fits will ask for; none if nothing is to be fitted."""
+        kinds = ("linear", "norm")
+        units = [unit for unit in self.anatomy.units if unit.name != head]
+        if not any(unit.kind in kinds and self.fittable(unit) for unit in units):
+            return ()
+        return tuple(
+            unit.name
+            for unit in units
+            if unit.write or (unit.kind in kinds and self.fittable(unit))
+        )
+
+    def settled_linears(self, stage: int) -> tuple[Unit, ...]:
+        """Linears of earlier stages: what they put out will not change any more."""
+        before = (unit for units in self.anatomy.stages[:stage] for unit in units)
+        return tuple(unit for unit in before if unit.kind == "linear")
+
     def weight(self, unit: Unit) -> TensorSources:
         """Sources of a unit's weight."""
         return self.sources[unit.parameter("weight")]
@@ -73,3 +95,8 @@ class Walk:
         for chunk in stream.chunks(split):
             teacher = stream.teacher[chunk].to(self.device)
             yield chunk, teacher, stream.merged[chunk].to(self.device)
+
+    def known(self, tape: Tape, stream: Stream, chunk: slice) -> dict[str, Tensor]:
+        """A chunk's outputs on a tape, on the device."""
+        outputs = tape.of(stream.source, chunk)
+        return {name: output.to(self.device) for name, output in outputs.items()}

@@ -1,11 +1,12 @@
 """The walk through one part of the model, stage by stage, in the order the data passes.
 
 1. Everything starts at the weighted average.
-2. For each stage (units that see one input), moments are gathered over all calibration data:
-   the merged stream's inputs against what the teachers put out on their own streams.
-3. Each unit of the stage is fitted, judged on held-out data, and merged; what follows sees
+2. Each teacher's part runs on its own stream; what its units put out is kept, if it fits.
+3. For each stage (units that see one input), moments are gathered over all calibration data:
+   the merged stream's inputs against what the teachers put out.
+4. Each unit of the stage is fitted, judged on held-out data, and merged; what follows sees
    the merged unit.
-4. After the last stage both streams move on through the part.
+5. After the last stage both streams move on through the part.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from mergekit_dam.anatomy import Anatomy, Unit
 from mergekit_dam.fitting.stages import FITS
 from mergekit_dam.fitting.state import Progress, Walk
 from mergekit_dam.fitting.streams import Stream
+from mergekit_dam.fitting.tape import fits
 from mergekit_dam.fitting.tensors import FittedTensor, TensorSources, unfitted
 from mergekit_dam.part import Part
 
@@ -55,6 +57,7 @@ def walk_part(
     device = next(iter(weights.values())).device
     anatomy = examine(part, weights, streams[0].merged[:1].to(device))
     walk = Walk(part, teachers, sources, streams, anatomy, weights, progress)
+    leaving = _play_teachers(walk, head[0] if head else None, to_the_end=advance)
     for index, stage in enumerate(anatomy.stages):
         if head is not None and stage[0].name == head[0]:
             if walk.fittable(stage[0], "head"):
@@ -66,7 +69,7 @@ def walk_part(
                 walk.settle(name, fitted)
     _settle_rest(walk)
     if advance:
-        _advance(walk)
+        _advance(walk, leaving)
     return [walk.fitted[name] for name in sources]
 
 
@@ -92,13 +95,51 @@ def _settle_rest(walk: Walk) -> None:
         walk.settle(name, unfitted(tensor, kind, reason))
 
 
-def _advance(walk: Walk) -> None:
-    """Run both streams through the part."""
+def _play_teachers(walk: Walk, head: str | None, *, to_the_end: bool) -> list[Tensor] | None:
+    """Run every teacher once and keep what the fits will ask for.
+
+    Returns:
+        What leaves each teacher; None if nothing is fitted, or it does not fit in memory.
+    """
+    recorded = walk.recorded_units(head)
+    if not recorded:
+        return None
+    left: list[Tensor] = []
     for stream in walk.streams:
+        teacher, weights = walk.teachers[stream.source], walk.teacher_weights(stream)
+        leaving: list[Tensor] = []
+        for chunk, x, _ in walk.pairs(stream, None):
+            if to_the_end:
+                out, captured = teacher.through(weights, x, outputs=recorded)
+                leaving.append(out.cpu())
+            else:
+                captured = teacher.captured(weights, x, outputs=recorded)
+            if not walk.teacher_tape.keep:
+                tokens = x.shape[0] * x.shape[1]
+                if not fits(captured.outputs, tokens=tokens, of_tokens=_tokens(walk)):
+                    return None
+                walk.teacher_tape.keep = walk.merged_tape.keep = True
+            walk.teacher_tape.add(stream.source, chunk, captured.outputs)
+        left.append(torch.cat(leaving) if to_the_end else torch.empty(0))
+    return left
+
+
+def _tokens(walk: Walk) -> int:
+    return sum(stream.teacher.shape[0] * stream.teacher.shape[1] for stream in walk.streams)
+
+
+def _advance(walk: Walk, leaving: list[Tensor] | None) -> None:
+    """Run both streams through the part, the teachers' only where they did not run before."""
+    for index, stream in enumerate(walk.streams):
         teacher = walk.teachers[stream.source]
-        weights = walk.teacher_weights(stream)
-        moved: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for _, teacher_x, merged_x in walk.pairs(stream, None):
-            moved[0].append(teacher.run(weights, teacher_x).cpu())
-            moved[1].append(walk.part.run(walk.weights, merged_x).cpu())
-        stream.teacher, stream.merged = torch.cat(moved[0]), torch.cat(moved[1])
+        weights = {} if leaving else walk.teacher_weights(stream)
+        teacher_out: list[Tensor] = []
+        merged_out: list[Tensor] = []
+        for chunk, teacher_x, merged_x in walk.pairs(stream, None):
+            if leaving is None:
+                teacher_out.append(teacher.run(weights, teacher_x).cpu())
+            known = walk.known(walk.merged_tape, stream, chunk)
+            merged, _ = walk.part.through(walk.weights, merged_x, known=known)
+            merged_out.append(merged.cpu())
+        stream.teacher = torch.cat(teacher_out) if leaving is None else leaving[index]
+        stream.merged = torch.cat(merged_out)
