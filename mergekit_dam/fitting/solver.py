@@ -167,7 +167,8 @@ def _conjugate_gradients(
         previous, slope = slope, (residual * conditioned).sum()
         direction = conditioned + (slope / previous) * direction
         iterations += 1
-    return step, iterations, float(residual.norm() / rhs.norm())
+    # At a start that is the minimum already there is nothing to relate the residual to.
+    return step, iterations, float(residual.norm() / rhs.norm().clamp_min(1e-300))
 
 
 def solve_tensor(problem: ColumnProblem, start: Tensor, ridge: float) -> Solution:
