@@ -3,8 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.models import Models, save_calibration, save_models, tiny_llama_config
+
+# Nothing here is large enough for a second thread to help; on a busy machine they wait in turns.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,113 @@
+"""Sums over tokens against the same quantities computed from all the data at once."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from mergekit_dam.fitting.moments import Evidence, FeatureMoments, LinearMoments
+
+CPU = torch.device("cpu")
+CHUNKINGS = [(30,), (1, 29), (10, 10, 10), (1,) * 30]
+
+
+def data(*sizes: int, tokens: int = 30, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(tokens, size, generator=generator) for size in sizes]
+
+
+def linear_moments(
+    x: Tensor, y: Tensor, output: Tensor, chunks: Sequence[int] = (30,)
+) -> LinearMoments:
+    sums = LinearMoments.zeros(y.shape[1], x.shape[1], CPU)
+    parts = zip(x.split(chunks), y.split(chunks), output.split(chunks), strict=True)
+    for x_part, y_part, output_part in parts:
+        sums.add(x_part, (x_part.T @ x_part).double(), y_part, output_part)
+    return sums
+
+
+def feature_moments(
+    n: Tensor, y: Tensor, output: Tensor, chunks: Sequence[int] = (30,)
+) -> FeatureMoments:
+    sums = FeatureMoments.zeros(n.shape[1], CPU)
+    for parts in zip(n.split(chunks), y.split(chunks), output.split(chunks), strict=True):
+        sums.add(*parts)
+    return sums
+
+
+@pytest.mark.parametrize("chunks", CHUNKINGS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear_error_is_the_squared_distance_to_the_targets(
+    chunks: tuple[int, ...], with_bias: bool
+) -> None:
+    x, y, output = data(6, 4, 4)
+    weight = torch.randn(4, 6, dtype=torch.float64)
+    bias = torch.randn(4, dtype=torch.float64) if with_bias else None
+    direct = x.double() @ weight.T + (0 if bias is None else bias) - y.double()
+    sums = linear_moments(x, y, output, chunks)
+    assert sums.error(weight, bias) == pytest.approx(float(direct.square().sum()), rel=1e-6)
+    assert sums.energy == pytest.approx(float(output.square().sum()))
+    assert sums.count == 30
+
+
+@pytest.mark.parametrize("chunks", CHUNKINGS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_feature_error_is_the_squared_distance_to_the_targets(
+    chunks: tuple[int, ...], with_bias: bool
+) -> None:
+    n, y, output = data(5, 5, 5)
+    weight = torch.randn(5, dtype=torch.float64)
+    bias = torch.randn(5, dtype=torch.float64) if with_bias else None
+    direct = n.double() * weight + (0 if bias is None else bias) - y.double()
+    sums = feature_moments(n, y, output, chunks)
+    assert sums.error(weight, bias) == pytest.approx(float(direct.square().sum()), rel=1e-9)
+    assert sums.energy == pytest.approx(float(output.square().sum()))
+
+
+@pytest.mark.parametrize("chunks", CHUNKINGS)
+def test_chunking_does_not_matter(chunks: tuple[int, ...]) -> None:
+    x, y, output = data(6, 4, 4)
+    whole, parts = linear_moments(x, y, output), linear_moments(x, y, output, chunks)
+    for name in ("gram", "cross", "x_sum", "y_sum"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=0, atol=1e-5)
+
+
+def test_a_perfect_weight_has_no_error_left_and_never_a_negative_one() -> None:
+    (x,) = data(6)
+    weight, bias = torch.randn(4, 6), torch.randn(4)
+    y = x @ weight.T + bias
+    sums = linear_moments(x, y, y)
+    assert 0 <= sums.error(weight.double(), bias.double()) < 1e-5 * sums.energy
+
+
+def test_scaled_sums_weight_the_tokens_of_each_model() -> None:
+    (x, y, output), (x2, y2, output2) = data(6, 4, 4), data(6, 4, 4, seed=1)
+    weight, bias = torch.randn(4, 6).double(), torch.randn(4).double()
+    first, second = linear_moments(x, y, output), linear_moments(x2, y2, output2)
+    both = LinearMoments.zeros(4, 6, CPU)
+    both.add_scaled(first, 0.25)
+    both.add_scaled(second, 3.0)
+    expected = 0.25 * first.error(weight, bias) + 3 * second.error(weight, bias)
+    assert both.error(weight, bias) == pytest.approx(expected, rel=1e-9)
+    assert both.count == 0.25 * 30 + 3 * 30
+
+    n, n2 = feature_moments(x, x, x), feature_moments(x2, x, x)
+    features = FeatureMoments.zeros(6, CPU)
+    features.add_scaled(n, 0.25)
+    features.add_scaled(n2, 3.0)
+    scale = torch.randn(6).double()
+    expected = 0.25 * n.error(scale, scale) + 3 * n2.error(scale, scale)
+    assert features.error(scale, scale) == pytest.approx(expected, rel=1e-9)
+
+
+def test_losses_are_fractions_of_the_teachers_energy() -> None:
+    """Sums scaled by loss weight over energy: predicting nothing at all has loss 1."""
+    x, y = data(6, 4)
+    scaled = LinearMoments.zeros(4, 6, CPU)
+    moments = linear_moments(x, y, y)
+    scaled.add_scaled(moments, 2.0 / moments.energy)
+    evidence = Evidence(scaled, scaled, total=2.0)
+    losses = evidence.losses(torch.zeros(4, 6), None)
+    assert losses.fit == pytest.approx(1.0)
+    assert losses.held_out == losses.fit
