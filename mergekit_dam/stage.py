@@ -54,7 +54,7 @@ class TensorPlan:
         return TensorSources(self.name, tensors, self.settings, self.written or dtype)
 
 
-@dataclass
+@dataclass(eq=False)  # tasks that carry one are hashed: by its identity
 class Record:
     """What is known of the merge so far: small, and handed from stage to stage."""
 
