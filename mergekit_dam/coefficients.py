@@ -21,6 +21,7 @@ from mergekit_dam.errors import ConfigError
 LOG = logging.getLogger(__name__)
 
 FILE_NAME = "dam_coefficients.safetensors"
+_METADATA_KEY = "mergekit_dam"
 
 
 def merge_weights(tensors: Sequence[Tensor], coefficients: Tensor, *, axis: int = -1) -> Tensor:
@@ -164,14 +165,14 @@ class CoefficientFile:
         """Write atomically: a reader sees the whole file or none."""
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
-        metadata = {"sources": json.dumps(self.sources)}
-        metadata |= {key: json.dumps(value, sort_keys=True) for key, value in self.metadata.items()}
+        # Under one key: safetensors writes several in an order that differs from run to run.
+        provenance = json.dumps({**self.metadata, "sources": self.sources}, sort_keys=True)
         # Tied tensors share their coefficients, which safetensors refuses to write.
         tensors = {
             name: tensor.clone(memory_format=torch.contiguous_format)
             for name, tensor in self.coefficients.items()
         }
-        save_file(tensors, temporary, metadata=metadata)
+        save_file(tensors, temporary, metadata={_METADATA_KEY: provenance})
         temporary.replace(path)
 
     @classmethod
@@ -192,7 +193,7 @@ class CoefficientFile:
             )
         try:
             with safe_open(file, framework="pt") as handle:
-                metadata = {k: json.loads(v) for k, v in (handle.metadata() or {}).items()}
+                metadata = json.loads((handle.metadata() or {})[_METADATA_KEY])
                 tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (safe_open is no mapping)
             sources = tuple(metadata.pop("sources"))
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
