@@ -75,13 +75,13 @@ def build_graph(
         ConfigError: coefficients to replay do not fit the models.
     """
     order = tuple(planned[0][1].model_order)
-    check_headers(planned, order)
+    shapes = check_headers(planned, order)
     artifacts = partial(
         write_artifacts, prepared, order, options.trust_remote_code, parameters, out_path
     )
     plans = [_tensor_plan(weight, task, prepared, out_dtype) for weight, task in planned]
     if prepared.replay is not None:
-        tensors, record = _replay(planned, plans, order, prepared.replay)
+        tensors, record = _replay(planned, plans, order, prepared.replay, shapes)
         return Graph(tensors, WriteArtifacts(last=None, write=artifacts, record=record))
     output = Decoder(config, torch.device("cpu"), trust_remote_code=options.trust_remote_code)
     models = Models(output, source_decoders(output, order, options), order, prepared.settings)
@@ -189,15 +189,25 @@ def _replay(
     plans: Sequence[TensorPlan],
     order: tuple[ModelReference, ...],
     saved: CoefficientFile,
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> tuple[list[tuple[WeightInfo, Task[Any]]], Record]:
     """Merge every tensor with the coefficients of an earlier merge."""
     rows = saved.rows_of([str(model) for model in order])
-    missing = [plan.name for plan in plans if plan.name not in saved.coefficients]
-    if missing:
+    axes = saved.metadata.get("axes", {})
+    names = [plan.name for plan in plans]
+    problems = [
+        *(f"none for {name}" for name in names if name not in saved.coefficients),
+        *(f"some for {name}, which is not merged" for name in saved.coefficients.keys() - names),
+    ]
+    for name in saved.coefficients.keys() & shapes.keys():
+        columns, shape = saved.coefficients[name].shape[1], shapes[name]
+        if columns not in (1, shape[axes.get(name, -1)] if shape else 1):
+            problems.append(f"{columns} a model for {name}, of shape {list(shape)}")
+    if problems:
         raise ConfigError(
             [
-                f"coefficients: the file has none for {', '.join(missing[:3])}"
-                f"{' and others' if len(missing) > 3 else ''}; it belongs to another model or "
+                f"coefficients: the file has {', '.join(sorted(problems)[:3])}"
+                f"{' and so on' if len(problems) > 3 else ''}; it belongs to another model or "
                 f"another choice of layers"
             ]
         )
@@ -205,7 +215,7 @@ def _replay(
     record = Record()
     for (weight, task), plan in zip(planned, plans, strict=True):
         coefficients = saved.coefficients[plan.name][rows]
-        axis = saved.metadata.get("axes", {}).get(plan.name, -1)
+        axis = axes.get(plan.name, -1)
         known = KnownCoefficients(plan, task.gather_tensors, order, coefficients, axis)
         tensors.append((weight, MergeKnown(known=known)))
         record.coefficients[plan.name] = coefficients

@@ -19,16 +19,20 @@ _SHOWN = 5
 
 def check_headers(
     planned: Sequence[tuple[WeightInfo, ExecuteMergeMethodTask]], order: Sequence[ModelReference]
-) -> None:
+) -> dict[str, tuple[int, ...]]:
     """See that every source has every planned tensor, all of one shape.
 
     Tensors that a vocabulary adapter reshapes, that a checkpoint holds in another layout, or
     that are pickled, are left to be checked when they are loaded.
 
+    Returns:
+        output tensor's name -> shape, where headers tell it.
+
     Raises:
         ArchitectureError: naming the first tensors that are missing or differ.
     """
     problems = []
+    shapes: dict[str, tuple[int, ...]] = {}
     for weight, task in planned:
         gather = task.gather_tensors
         if not isinstance(gather, GatherTensors):
@@ -44,14 +48,15 @@ def check_headers(
                 have = "some models have it, " if weight.optional else ""
                 problems.append(f"{weight.name}: {have}{model} has not")
         known = {model: shape for model, shape in found.items() if shape is not None}
+        shapes.update((weight.name, shape) for shape in known.values())
         if len(set(known.values())) > 1:
-            shapes = ", ".join(f"{m} {list(s)}" for m, s in known.items())
+            listed = ", ".join(f"{m} {list(s)}" for m, s in known.items())
             hint = (
                 "; align the vocabularies, for instance with `tokenizer: {source: base}`"
                 if weight.vocabulary_axis is not None
                 else ""
             )
-            problems.append(f"{weight.name}: shapes differ: {shapes}{hint}")
+            problems.append(f"{weight.name}: shapes differ: {listed}{hint}")
     if problems:
         more = len(problems) - _SHOWN
         lines = [*problems[:_SHOWN], *([f"and {more} more"] if more > 0 else [])]
@@ -59,6 +64,7 @@ def check_headers(
             "required the same tensors in all models, as mergekit's definition of the architecture "
             "lists them, got:\n" + "\n".join(f"  - {line}" for line in lines)
         )
+    return shapes
 
 
 def _present(info: WeightInfo, loader: LazyTensorLoader) -> str | None:
