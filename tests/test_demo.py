@@ -27,6 +27,7 @@ from mergekit_dam.errors import DamError
 
 TINY = DemoSettings(
     train_characters=30_000,
+    english_characters=30_000,
     held_out_characters=6_000,
     sequence_length=32,
     calibration_samples=8,
@@ -49,7 +50,7 @@ TINY = DemoSettings(
 
 @pytest.fixture(scope="module")
 def corpus():
-    return make_corpus(train=30_000, held_out=6_000, seed=0)
+    return make_corpus(train=30_000, english=30_000, held_out=6_000, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +60,8 @@ def tokenizer(corpus):
 
 
 def test_the_text_follows_from_the_seed(corpus):
-    assert make_corpus(train=30_000, held_out=6_000, seed=0) == corpus
-    other = make_corpus(train=30_000, held_out=6_000, seed=1)
+    assert make_corpus(train=30_000, english=30_000, held_out=6_000, seed=0) == corpus
+    other = make_corpus(train=30_000, english=30_000, held_out=6_000, seed=1)
     for domain in DOMAINS:
         assert not set(corpus.domains[domain].test) & set(other.domains[domain].test)
 
@@ -81,7 +82,7 @@ def test_no_source_file_stands_in_two_parts(monkeypatch):
         for number in range(40)
     ]
     monkeypatch.setattr(texts, "_sources", lambda rng: iter(sources))
-    corpus = make_corpus(train=20_000, held_out=4_000, seed=0)
+    corpus = make_corpus(train=20_000, english=20_000, held_out=4_000, seed=0)
     split = corpus.domains["python"]
 
     def files(part):
@@ -96,7 +97,7 @@ def test_no_source_file_stands_in_two_parts(monkeypatch):
 def test_the_standard_library_must_be_there(monkeypatch, tmp_path):
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     with pytest.raises(DamError, match="has 0: use a Python that was installed with its sources"):
-        make_corpus(train=100, held_out=100, seed=0)
+        make_corpus(train=100, english=100, held_out=100, seed=0)
 
 
 def test_word_problems_are_solved_correctly():

@@ -50,6 +50,7 @@ def run_demo(
     _say("1/5 Text and tokenizer")
     corpus = make_corpus(
         train=settings.train_characters,
+        english=settings.english_characters,
         held_out=settings.held_out_characters,
         seed=settings.seed,
     )

@@ -49,6 +49,7 @@ class DemoSettings:
     Attributes:
         seed: of text, order, weights.
         train_characters: training text per domain.
+        english_characters: general text.
         held_out_characters: calibration text, and as much test text, per domain.
         base_shares: share of each domain in what the base is trained on; the rest is general.
         calibration_samples: sequences per model that the fit of `dam` gets.
@@ -56,13 +57,14 @@ class DemoSettings:
     """
 
     seed: int = 0
-    train_characters: int = 600_000
+    train_characters: int = 250_000
+    english_characters: int = 450_000
     held_out_characters: int = 30_000
     sequence_length: int = 256
     calibration_samples: int = 32
     test_sequences: int = 24
     base_shares: dict[str, float] = field(
-        default_factory=lambda: {"python": 0.2, "arithmetic": 0.1, "records": 0.1}
+        default_factory=lambda: dict.fromkeys(("python", "arithmetic", "records"), 0.1)
     )
     model: ModelSettings = field(default_factory=ModelSettings)
     pretraining: TrainingSettings = field(
@@ -74,7 +76,7 @@ class DemoSettings:
         default_factory=lambda: dict.fromkeys(
             ("python", "arithmetic", "records"),
             TrainingSettings(
-                steps=50,
+                steps=60,
                 matrix_rate=5e-4,
                 other_rate=5e-4,
                 matrices_by_muon=False,

@@ -45,22 +45,25 @@ class Corpus:
     english: tuple[str, ...]
 
 
-def make_corpus(*, train: int, held_out: int, seed: int) -> Corpus:
+def make_corpus(*, train: int, english: int, held_out: int, seed: int) -> Corpus:
     """Make the text of a demo; the same seed on the same machine gives the same text.
 
     Args:
         train: characters of training text per domain, at least, if there are so many.
+        english: characters of general text, likewise.
         held_out: characters of calibration text, and as many of test text, per domain.
         seed: seed of the choice of excerpts and of the generated text.
     """
-    python, english = _standard_library(train=train, held_out=held_out, seed=seed)
+    python, docstrings = _standard_library(
+        train=train, english=english, held_out=held_out, seed=seed
+    )
     return Corpus(
         domains={
             "python": python,
             "arithmetic": _generated(word_problem, train, held_out, f"{seed}/arithmetic"),
             "records": _generated(person_record, train, held_out, f"{seed}/records"),
         },
-        english=english,
+        english=docstrings,
     )
 
 
@@ -95,7 +98,9 @@ def _take(documents: Iterable[str], characters: int) -> tuple[str, ...]:
     return tuple(taken)
 
 
-def _standard_library(*, train: int, held_out: int, seed: int) -> tuple[Split, tuple[str, ...]]:
+def _standard_library(
+    *, train: int, english: int, held_out: int, seed: int
+) -> tuple[Split, tuple[str, ...]]:
     """The python split and the docstrings. Files are split first, then cut into excerpts.
 
     Held-out parts take one excerpt a file, so that they are as diverse as their size allows.
@@ -107,7 +112,7 @@ def _standard_library(*, train: int, held_out: int, seed: int) -> tuple[Split, t
     calibration = _take(one_each, held_out)
     excerpts: list[str] = []
     docstrings: list[str] = []
-    needed = {"excerpts": train, "docstrings": train}
+    needed = {"excerpts": train, "docstrings": english}
     for source in sources:
         if needed["excerpts"] > 0:
             new = _excerpts(source)
