@@ -1,7 +1,7 @@
 """Coefficients: what they multiply, where they start, how they are saved.
 
 A merged weight is `W = sum_s c_s * W_s` over the sources s (the models, and the base where
-there is one), with one coefficient per input column of each (arXiv 2410.08371, eq. 3).
+there is one), with one coefficient per input column of each (arXiv 2410.08371).
 """
 
 import json

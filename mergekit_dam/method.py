@@ -121,6 +121,13 @@ SCOPES: dict[type[Parameters], str] = {
 }
 
 
+SCOPES_IN_WORDS = {
+    "model": "per model, or for all",
+    "tensor": "for all, or a slice; filters",
+    "merge": "once, at top level",
+}
+
+
 @dataclass(frozen=True)
 class ParameterHelp:
     """One row of the README's table."""
@@ -151,6 +158,17 @@ def parameter_help() -> tuple[ParameterHelp, ...]:
         )
         for owner, name, field in fields()
     )
+
+
+def parameter_table() -> str:
+    """The README's table, in Markdown."""
+    lines = ["| parameter | set | type | default | what it does |", "|---|---|---|---|---|"]
+    lines += [
+        f"| `{row.name}` | {SCOPES_IN_WORDS[row.scope]} | {row.type} | {row.default} "
+        f"| {row.description} |"
+        for row in parameter_help()
+    ]
+    return "\n".join(lines)
 
 
 def _type_name(annotation: Any) -> str:
