@@ -80,6 +80,7 @@ def _starting_weights(sources: Mapping[str, TensorSources]) -> dict[str, Tensor]
 def _settle_rest(walk: Walk) -> None:
     """Give every tensor that was not fitted its average, and the reason."""
     owner = {unit.parameter(p): unit for unit in walk.anatomy.units for p in unit.parameters}
+    fitted = frozenset(walk.fitted)
     for name, tensor in walk.sources.items():
         if name in walk.fitted:
             continue
@@ -90,6 +91,8 @@ def _settle_rest(walk: Walk) -> None:
             kind, reason = unit.kind, "identical in all models"
         elif unit.kind == "other":
             kind, reason = unit.kind, "averaged: neither linear, norm nor embedding"
+        elif unit.parameter("weight") in fitted:
+            kind, reason = unit.kind, "averaged: of the head, the weight alone is fitted"
         else:
             kind, reason = unit.kind, "averaged, as configured"
         walk.settle(name, unfitted(tensor, kind, reason))
