@@ -44,8 +44,8 @@ class Decoder:
         device: where the forward passes run; weights and hidden states are expected there.
 
     Raises:
-        ArchitectureError: transformers cannot build the model, or no list of decoder blocks
-            is found in it.
+        ArchitectureError: transformers cannot build the model, no list of decoder blocks is
+            found in it, or its blocks cannot run one by one.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class Decoder:
         self.blocks_name, self.blocks = _find_blocks(self.model)
         self._names = self._canonical_names()
         self._wrap: Callable[[Tensor], Any] = self._learn_wrap()
+        self._check_blocks()
 
     def _canonical_names(self) -> dict[str, str]:
         """Name of every parameter -> first name of that parameter (tied ones share it)."""
@@ -216,8 +217,32 @@ class Decoder:
             for block in self.blocks:
                 stack.enter_context(_replaced_forward(block, record))
             stack.enter_context(contextlib.suppress(_Stop))
-            self._forward({}, tokens)
+            self._forward(self._telling_weights(), tokens)
         return tuple(calls)
+
+    def _telling_weights(self) -> dict[str, Tensor]:
+        """Weights outside the blocks that give every token an embedding of its own.
+
+        Every row is filled with its number, which takes no memory beyond one column.
+        """
+        weights = {}
+        for name, parameter in self.model.named_parameters():
+            if self.block_of(name) is None:
+                count = parameter.shape[0] if parameter.ndim else 1
+                rows = torch.arange(1.0, 1.0 + count, device=self.device)
+                shape = [-1, *[1] * (parameter.ndim - 1)] if parameter.ndim else []
+                weights[name] = rows.reshape(shape).expand(parameter.shape)
+        return weights
+
+    def _check_blocks(self) -> None:
+        """See on two tokens that the blocks can run one by one."""
+        try:
+            self.calls(1, 2)
+        except (ValueError, TypeError, LookupError, RuntimeError) as error:
+            raise ArchitectureError(
+                f"the blocks of {type(self.model).__name__} cannot run one by one ({error}). "
+                f"Merge this architecture with one of mergekit's other methods."
+            ) from error
 
     def _pass_through(self, weights: Weights, hidden: Tensor) -> Any:
         """Run input and output of the model around blocks that hand `hidden` through."""
