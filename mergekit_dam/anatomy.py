@@ -312,11 +312,14 @@ def _measure_writes(
             for handle in handles:
                 handle.remove()
 
-    def disturbance(like: Tensor) -> Tensor:
-        noise = torch.randn(like.shape, generator=generator, device=like.device)
-        return noise * like.float().square().mean().sqrt().clamp_min(1e-3)
-
     reference = held_run(None, None)
+    smallest = max(_size(reference), 1e-3)
+
+    def disturbance(like: Tensor) -> Tensor:
+        # No smaller than the part's output, in whose rounding its effect would be lost.
+        noise = torch.randn(like.shape, generator=generator, device=like.device)
+        return noise * max(_size(like), smallest)
+
     measured = dict(units)
     for name in held:
         output = records[name].output
@@ -344,6 +347,11 @@ def _is_leaf(root: nn.Module, name: str) -> bool:
     """A unit none of whose submodules owns parameters: holding it hides no other unit."""
     children = root.get_submodule(name).named_modules()
     return not any(n and any(True for _ in m.parameters(recurse=False)) for n, m in children)
+
+
+def _size(x: Tensor) -> float:
+    """Root mean square."""
+    return float(x.float().square().mean().sqrt())
 
 
 def _proportion(effect: Tensor, cause: Tensor) -> float:
