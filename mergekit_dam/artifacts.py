@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from mergekit.common import ModelReference
+from mergekit.config import ParameterSetting
+from pydantic import TypeAdapter
 
 from mergekit_dam import report
 from mergekit_dam.coefficients import FILE_NAME, CoefficientFile
 from mergekit_dam.prepare import Prepared
 from mergekit_dam.stage import Record
+
+_PARAMETERS = TypeAdapter(dict[str, ParameterSetting])
+"""To plain values: a filter is parsed into an object, which JSON does not know."""
 
 
 def write_artifacts(
@@ -29,7 +34,7 @@ def write_artifacts(
         provenance = {
             "versions": report.versions(),
             "revisions": {str(m): _revision(m, trust_remote_code) for m in order},
-            "parameters": dict(parameters),
+            "parameters": _PARAMETERS.dump_python(dict(parameters), mode="json", exclude_none=True),
             "calibration_sha256": {
                 str(m): c.provenance.sha256 for m, c in prepared.calibration.items()
             },
