@@ -79,7 +79,7 @@ def build_graph(
     artifacts = partial(
         write_artifacts, prepared, order, options.trust_remote_code, parameters, out_path
     )
-    plans = [_tensor_plan(weight, task, prepared, out_dtype) for weight, task in planned]
+    plans = [_tensor_plan(weight, task, order, prepared, out_dtype) for weight, task in planned]
     if prepared.replay is not None:
         tensors, record = _replay(planned, plans, order, prepared.replay, shapes)
         return Graph(tensors, WriteArtifacts(last=None, write=artifacts, record=record))
@@ -91,9 +91,14 @@ def build_graph(
 
 
 def _tensor_plan(
-    weight: WeightInfo, task: ExecuteMergeMethodTask, prepared: Prepared, out_dtype: str | None
+    weight: WeightInfo,
+    task: ExecuteMergeMethodTask,
+    order: Sequence[ModelReference],
+    prepared: Prepared,
+    out_dtype: str | None,
 ) -> TensorPlan:
-    shared, order = task.parameters, task.model_order
+    """How one tensor is fitted; `order` is that of the first slice, and others may differ."""
+    shared = task.parameters
     base = order.index(task.base_model) if task.base_model in order else None
     own = [task.input_parameters[model] for model in order]
     include_base = prepared.checked.run.include_base
@@ -101,6 +106,11 @@ def _tensor_plan(
     if not sum(w for i, w in enumerate(weights) if i != base or include_base):
         raise ConfigError(
             [f"{weight.name}: every model has `weight: 0`; the average to start from needs one"]
+        )
+    calibrated = [task.input_parameters[model]["loss_weight"] for model in prepared.calibration]
+    if prepared.replay is None and not sum(calibrated):
+        raise ConfigError(
+            [f"{weight.name}: every model has `loss_weight: 0`; at least one must count in the fit"]
         )
     settings = TensorSettings(
         parametrisation=Parametrisation.create(
