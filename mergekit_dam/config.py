@@ -259,11 +259,12 @@ def _check_models(
                     f"slices[{index}]: `base_model` differs from that of the whole merge; dam "
                     f"takes one base for all slices"
                 )
-            absent = [m for m in listed if m not in {s.model for s in entry.sources}]
+            needed = [*listed, base] if base is not None and base not in listed else listed
+            absent = [m for m in needed if m not in {s.model for s in entry.sources}]
             if absent:
                 problems.append(
                     f"slices[{index}]: {', '.join(map(str, absent))} has no layers here; dam "
-                    f"merges layers of every model in every slice"
+                    f"merges layers of every model, the base included, in every slice"
                 )
     return problems
 
