@@ -161,6 +161,11 @@ class Stage:
             fitted = self._fit(sources, streams, show)
         except DamError as error:
             raise error.inside(self.label) from error
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise DamError(
+                f"{self.label}: the fit has no solution ({error}); either `ridge` is too small, or "
+                f"a model's weights, or what it makes of its calibration text, are not finite"
+            ) from error
         for tensor in fitted:
             record.add(tensor)
         merged = {tensor.sources.name: tensor.merged for tensor in fitted}

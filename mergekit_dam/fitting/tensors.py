@@ -1,5 +1,6 @@
 """One output tensor on its way through the fit: its sources, and what became of it."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.coefficients import merge_weights
+from mergekit_dam.errors import DamError
 from mergekit_dam.fitting.moments import Losses
 from mergekit_dam.settings import TensorSettings
 
@@ -107,17 +109,27 @@ def judged(
     Args:
         candidate: fitted coefficients fp32 `[sources, n]`.
         started: `time.perf_counter()` when the fit of this tensor began.
+
+    Raises:
+        DamError: the loss at the start is not finite.
     """
-    kept = after.held_out < before.held_out
+    if not math.isfinite(before.fit + before.held_out):
+        raise DamError(
+            f"{sources.name}: required a finite loss at the average of the models, got "
+            f"{before.fit} ({before.held_out} on held-out text); a model's weights, or what it "
+            f"makes of its calibration text, are not finite"
+        )
+    finite = math.isfinite(after.fit + after.held_out)
+    kept = finite and after.held_out < before.held_out
     coefficients = candidate if kept else sources.start()
     report = TensorReport(
         name=sources.name,
         kind=kind,
         outcome="fitted" if kept else "start kept: held-out loss was not better",
         loss_start=before.fit,
-        loss_fitted=after.fit,
+        loss_fitted=after.fit if finite else None,
         held_out_start=before.held_out,
-        held_out_fitted=after.held_out,
+        held_out_fitted=after.held_out if finite else None,
         solver=solver,
         seconds=time.perf_counter() - started,
     )
