@@ -73,6 +73,8 @@ class ColumnProblem:
         count, _, columns = self.directions.shape
         matrix = self.directions.new_empty(count, columns, count, columns)
         gram = sum((term.gram for term in self.terms[1:]), self.terms[0].gram)
+        # A sum of fp32 products is symmetric to fp32 alone; a tiny ridge asks for more.
+        gram = (gram + gram.T) / 2
         for u in range(count):
             for v in range(u, count):
                 block = (self.directions[u].T @ self.directions[v]) * gram
