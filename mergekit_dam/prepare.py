@@ -14,6 +14,7 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from pydantic import PrivateAttr
+from transformers import PreTrainedTokenizerBase
 
 from mergekit_dam.calibration import (
     CalibrationSet,
@@ -64,6 +65,15 @@ class PreparedConfiguration(MergeConfiguration):
         """What was prepared."""
         return self._prepared
 
+    def referenced_models(self) -> list[ModelReference]:
+        """The base and the models in the order of the YAML.
+
+        mergekit's own order is that of a set, and the first gives the merged model its
+        configuration and tokenizer: without a base, it would be another one in every run.
+        """
+        checked = self._prepared.checked
+        return list(dict.fromkeys([*([checked.base] if checked.base else []), *checked.models]))
+
 
 def prepare(
     config: MergeConfiguration, options: MergeOptions, source: Mapping[str, Any] | None = None
@@ -87,22 +97,64 @@ def prepare(
     models = checked.models
     if checked.base is not None and checked.base not in models:
         models = (*models, checked.base)
+    giver = _vocabulary_giver(config, checked)
+    if giver is not None and giver not in models:
+        models = (*models, giver)
     tokenizers = {model: load_tokenizer(model, options.trust_remote_code) for model in models}
     check_agreement({str(model): tokenizer for model, tokenizer in tokenizers.items()})
     calibration = {}
     for model, text in checked.calibrations.items():
-        model_config = model.config(trust_remote_code=options.trust_remote_code)
         calibration[model] = load_calibration(
             text,
             model=str(model),
             tokenizer=tokenizers[model],
             samples=run.samples,
             sequence_length=run.sequence_length,
-            vocab_size=model_config.get_text_config().vocab_size,
+            vocab_size=_vocab_size(model, options),
             seed=seed,
         )
     _check_length(checked, options)
+    if giver is not None:
+        kept = set(tokenizers[giver].get_vocab().values())
+        _check_vocabulary(calibration, tokenizers, kept, f"it gets the tokenizer of {giver}")
+    elif options.unsafe_truncate_embeddings:
+        rows = min(_vocab_size(model, options) for model in models)
+        because = f"--unsafe-truncate-embeddings leaves {rows} ids"
+        _check_vocabulary(calibration, tokenizers, set(range(rows)), because)
     return Prepared(checked, settings, calibration, None, seed)
+
+
+def _vocab_size(model: ModelReference, options: MergeOptions) -> int:
+    config = model.config(trust_remote_code=options.trust_remote_code)
+    size: int = config.get_text_config().vocab_size
+    return size
+
+
+def _vocabulary_giver(config: MergeConfiguration, checked: Checked) -> ModelReference | None:
+    """The model whose tokenizer the merged model gets, if the configuration names one."""
+    source = config.tokenizer.source if config.tokenizer is not None else config.tokenizer_source
+    if source == "base":
+        return checked.base or checked.models[0]
+    return source if isinstance(source, ModelReference) else None
+
+
+def _check_vocabulary(
+    calibration: Mapping[ModelReference, CalibrationSet],
+    tokenizers: Mapping[ModelReference, PreTrainedTokenizerBase],
+    kept: set[int],
+    because: str,
+) -> None:
+    """Refuse text with tokens that the merged model will not have."""
+    for model, own in calibration.items():
+        lost = sorted(set(own.tokens.flatten().tolist()) - kept)
+        if lost:
+            named = ", ".join(map(str, tokenizers[model].convert_ids_to_tokens(lost[:3])))
+            raise CalibrationError(
+                f"calibration of {model}: its text has {len(lost)} tokens ({named}"
+                f"{' and others' if len(lost) > 3 else ''}) that the merged model will not have, "
+                f"as {because}; write `tokenizer: {{source: union}}`, or leave out the text that "
+                f"has them"
+            )
 
 
 def _check_length(checked: Checked, options: MergeOptions) -> None:
