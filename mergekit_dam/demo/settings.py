@@ -77,8 +77,8 @@ class DemoSettings:
             ("python", "arithmetic", "records"),
             TrainingSettings(
                 steps=60,
-                matrix_rate=5e-4,
-                other_rate=5e-4,
+                matrix_rate=1e-3,
+                other_rate=1e-3,
                 matrices_by_muon=False,
                 final_rate=0.0,
             ),

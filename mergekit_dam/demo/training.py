@@ -35,7 +35,7 @@ def new_model(settings: DemoSettings, tokenizer: PreTrainedTokenizerFast) -> Lla
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.key_value_heads,
         max_position_embeddings=2 * settings.sequence_length,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
