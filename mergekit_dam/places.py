@@ -40,11 +40,21 @@ class Place:
 def source_decoders(
     output: Decoder, order: Sequence[ModelReference], options: MergeOptions
 ) -> tuple[Decoder, ...]:
-    """Every source's decoder; the merged model's own wherever the forward pass is the same."""
+    """Every source's decoder; the merged model's own wherever the forward pass is the same.
+
+    Raises:
+        ArchitectureError: a source has a head of its own, the merged model none.
+    """
     decoders = {_forward_key(output.config): output}
     found = []
     for model in order:
         config = model.config(trust_remote_code=options.trust_remote_code)
+        if _ties_head(output.config) and not _ties_head(config):
+            raise ArchitectureError(
+                f"{model} has an output head of its own, but the merged model takes its from the "
+                f"embeddings: its configuration is that of the base, else of the first model. Name "
+                f"one with `tie_word_embeddings: false` there"
+            )
         layers = config.get_text_config().num_hidden_layers
         # With slices a source's stack of layers is the merged model's.
         key = _forward_key(config) if layers == len(output.blocks) else _forward_key(output.config)
@@ -54,6 +64,10 @@ def source_decoders(
             )
         found.append(decoders[key])
     return tuple(found)
+
+
+def _ties_head(config: PretrainedConfig) -> bool:
+    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
 
 
 _NOT_OF_THE_FORWARD = (
