@@ -62,6 +62,7 @@ def demo(directory: Path, seed: int, force: bool) -> None:
     from mergekit_dam.demo import DemoSettings, run_demo
 
     click.echo(run_demo(directory, settings=DemoSettings(seed=seed), force=force).table())
+    click.echo("recovery: 0 is mergekit's linear, 1 each specialist on its own domain", err=True)
 
 
 @main.command("evaluate")
