@@ -27,10 +27,13 @@ def find_files(source: CalibrationSource) -> tuple[list[Path], int]:
     if source.kind == "file":
         return [root], 0
     # Sorted by the posix form: Windows compares paths without regard to case.
-    inside = sorted(
-        (path for path in root.rglob("*") if path.is_file()),
-        key=lambda path: path.relative_to(root).as_posix(),
-    )
+    try:
+        inside = sorted(
+            (path for path in root.rglob("*") if path.is_file()),
+            key=lambda path: path.relative_to(root).as_posix(),
+        )
+    except OSError as error:
+        raise CalibrationError(f"{root.absolute()} cannot be searched: {error}") from error
     files = [path for path in inside if _is_readable(path.relative_to(root))]
     if not files:
         raise CalibrationError(
