@@ -79,6 +79,7 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 def dam(
     models: Sequence[Path],
     calibration: Sequence[Path | str | None] = (),
+    /,
     *,
     base: Path | None = None,
     each: Sequence[Mapping[str, Any]] = (),
