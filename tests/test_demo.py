@@ -41,10 +41,7 @@ TINY = DemoSettings(
         key_value_heads=1,
     ),
     pretraining=TrainingSettings(steps=8, matrix_rate=0.02, other_rate=0.01, matrices_by_muon=True),
-    finetuning=dict.fromkeys(
-        DOMAINS,
-        TrainingSettings(steps=4, matrix_rate=2e-3, other_rate=2e-3, matrices_by_muon=False),
-    ),
+    finetuning=TrainingSettings(steps=4, matrix_rate=2e-3, other_rate=2e-3, matrices_by_muon=False),
 )
 
 

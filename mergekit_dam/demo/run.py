@@ -67,9 +67,10 @@ def run_demo(
 
     _say("3/5 Specialists")
     for name, sequences in zip(DOMAINS, domains, strict=True):
-        training = settings.finetuning[name]
-        drawn = draw([sequences], [1.0], count=training.sequences, seed=settings.seed + 1)
-        specialist = train(base, drawn, training, name=name)
+        drawn = draw(
+            [sequences], [1.0], count=settings.finetuning.sequences, seed=settings.seed + 1
+        )
+        specialist = train(base, drawn, settings.finetuning, name=name)
         _save(specialist, tokenizer, directory / name)
 
     _say("4/5 Merges")
@@ -124,14 +125,14 @@ def _train_base(
     tokenizer: PreTrainedTokenizerFast,
     settings: DemoSettings,
 ) -> LlamaForCausalLM:
-    training = settings.pretraining
+    shares = [settings.domain_share] * len(domains)
     drawn = draw(
         [english, *domains],
-        [1 - sum(settings.base_shares.values()), *(settings.base_shares[d] for d in DOMAINS)],
-        count=training.sequences,
+        [1 - sum(shares), *shares],
+        count=settings.pretraining.sequences,
         seed=settings.seed,
     )
-    return train(new_model(settings, tokenizer), drawn, training, name="base")
+    return train(new_model(settings, tokenizer), drawn, settings.pretraining, name="base")
 
 
 def _measure(directory: Path, settings: DemoSettings) -> DemoResult:

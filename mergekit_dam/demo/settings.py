@@ -1,6 +1,6 @@
 """Every size and rate of the demo."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +51,12 @@ class DemoSettings:
         train_characters: training text per domain.
         english_characters: general text.
         held_out_characters: calibration text, and as much test text, per domain.
-        base_shares: share of each domain in what the base is trained on; the rest is general.
         calibration_samples: sequences per model that the fit of `dam` gets.
         test_sequences: sequences per domain that losses are measured on, at most.
+        domain_share: share of each domain in what the base is trained on; the rest is general
+            text, so that specialists have something to add.
+        pretraining: of the base.
+        finetuning: of each specialist; AdamW and few steps, or the average is hopeless.
     """
 
     seed: int = 0
@@ -63,24 +66,11 @@ class DemoSettings:
     sequence_length: int = 256
     calibration_samples: int = 32
     test_sequences: int = 24
-    base_shares: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("python", "arithmetic", "records"), 0.1)
+    domain_share: float = 0.1
+    model: ModelSettings = ModelSettings()
+    pretraining: TrainingSettings = TrainingSettings(
+        steps=200, matrix_rate=0.02, other_rate=0.01, matrices_by_muon=True
     )
-    model: ModelSettings = field(default_factory=ModelSettings)
-    pretraining: TrainingSettings = field(
-        default_factory=lambda: TrainingSettings(
-            steps=200, matrix_rate=0.02, other_rate=0.01, matrices_by_muon=True
-        )
-    )
-    finetuning: dict[str, TrainingSettings] = field(
-        default_factory=lambda: dict.fromkeys(
-            ("python", "arithmetic", "records"),
-            TrainingSettings(
-                steps=60,
-                matrix_rate=1e-3,
-                other_rate=1e-3,
-                matrices_by_muon=False,
-                final_rate=0.0,
-            ),
-        )
+    finetuning: TrainingSettings = TrainingSettings(
+        steps=60, matrix_rate=1e-3, other_rate=1e-3, matrices_by_muon=False, final_rate=0.0
     )
