@@ -86,7 +86,8 @@ def build_graph(
     output = Decoder(config, torch.device("cpu"), trust_remote_code=options.trust_remote_code)
     models = Models(output, source_decoders(output, order, options), order, prepared.settings)
     places = place_tensors(planned, plans, output)
-    check_complete(output, places)
+    for decoder in (output, *models.sources):
+        check_complete(decoder, places)
     return _chain(planned, places, models, prepared, artifacts)
 
 

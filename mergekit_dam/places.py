@@ -121,6 +121,6 @@ def check_complete(decoder: Decoder, places: Sequence[Place]) -> None:
         raise ArchitectureError(
             f"mergekit plans no tensor for {', '.join(missing[:3])}"
             f"{' and others' if len(missing) > 3 else ''}, which the forward pass of "
-            f"{type(decoder.model).__name__} needs; mergekit's definition of this architecture "
-            f"does not fit transformers' model"
+            f"{type(decoder.model).__name__} needs; mergekit's definition of the architecture "
+            f"(that of the first model) does not fit transformers' model"
         )
