@@ -294,6 +294,6 @@ def _calibrations(
                 f"add `parameters: {{calibration: PATH}}` to it (`mergekit-dam` reads .txt, "
                 f".jsonl, .json, .parquet, a folder or a Hub dataset id)"
             )
-    if not found and not problems:
+    if models and not found and not problems:
         problems.append("every model has `loss_weight: 0`; at least one must count in the fit")
     return found, problems
