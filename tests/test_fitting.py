@@ -73,7 +73,7 @@ def linear_evidence(
 
     def moments(x: Tensor, y: Tensor) -> LinearMoments:
         own = LinearMoments.zeros(y.shape[1], x.shape[1], CPU)
-        own.add(x, (x.T @ x).double(), y, y)
+        own.add(x, (x.T @ x).double(), y, y, torch.ones(x.shape[0]))
         scaled = LinearMoments.zeros(y.shape[1], x.shape[1], CPU)
         scaled.add_scaled(own, 1 / own.energy)
         return scaled
@@ -84,7 +84,7 @@ def linear_evidence(
 
 def feature_evidence(n: Tensor, y: Tensor) -> Evidence[FeatureMoments]:
     own = FeatureMoments.zeros(n.shape[1], CPU)
-    own.add(n, y, y)
+    own.add(n, y, y, torch.ones(n.shape[0]))
     scaled = FeatureMoments.zeros(n.shape[1], CPU)
     scaled.add_scaled(own, 1 / own.energy)
     return Evidence(scaled, scaled, 1.0)

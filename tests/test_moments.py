@@ -1,6 +1,6 @@
 """Sums over tokens against the same quantities computed from all the data at once."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from mergekit_dam.fitting.moments import Evidence, FeatureMoments, LinearMoments
 
 CPU = torch.device("cpu")
+WEIGHTS = torch.rand(30, generator=torch.Generator().manual_seed(9))
 CHUNKINGS = [(30,), (1, 29), (10, 10, 10), (1,) * 30]
 
 
@@ -21,17 +22,21 @@ def linear_moments(
     x: Tensor, y: Tensor, output: Tensor, chunks: Sequence[int] = (30,)
 ) -> LinearMoments:
     sums = LinearMoments.zeros(y.shape[1], x.shape[1], CPU)
-    parts = zip(x.split(chunks), y.split(chunks), output.split(chunks), strict=True)
-    for x_part, y_part, output_part in parts:
-        sums.add(x_part, (x_part.T @ x_part).double(), y_part, output_part)
+    for x_part, *rest, weight in _parts(chunks, x, y, output):
+        gram = ((x_part * weight[:, None]).T @ x_part).double()
+        sums.add(x_part, gram, *rest, weight)
     return sums
+
+
+def _parts(chunks: Sequence[int], *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(t.split(chunks) for t in (*tensors, WEIGHTS)), strict=True)
 
 
 def feature_moments(
     n: Tensor, y: Tensor, output: Tensor, chunks: Sequence[int] = (30,)
 ) -> FeatureMoments:
     sums = FeatureMoments.zeros(n.shape[1], CPU)
-    for parts in zip(n.split(chunks), y.split(chunks), output.split(chunks), strict=True):
+    for parts in _parts(chunks, n, y, output):
         sums.add(*parts)
     return sums
 
@@ -46,9 +51,10 @@ def test_linear_error_is_the_squared_distance_to_the_targets(
     bias = torch.randn(4, dtype=torch.float64) if with_bias else None
     direct = x.double() @ weight.T + (0 if bias is None else bias) - y.double()
     sums = linear_moments(x, y, output, chunks)
-    assert sums.error(weight, bias) == pytest.approx(float(direct.square().sum()), rel=1e-6)
-    assert sums.energy == pytest.approx(float(output.square().sum()))
-    assert sums.count == 30
+    expected = float((WEIGHTS @ direct.square().float()).sum())
+    assert sums.error(weight, bias) == pytest.approx(expected, rel=1e-5)
+    assert sums.energy == pytest.approx(float((WEIGHTS @ output.square()).sum()))
+    assert sums.count == pytest.approx(float(WEIGHTS.sum()))
 
 
 @pytest.mark.parametrize("chunks", CHUNKINGS)
@@ -61,8 +67,9 @@ def test_feature_error_is_the_squared_distance_to_the_targets(
     bias = torch.randn(5, dtype=torch.float64) if with_bias else None
     direct = n.double() * weight + (0 if bias is None else bias) - y.double()
     sums = feature_moments(n, y, output, chunks)
-    assert sums.error(weight, bias) == pytest.approx(float(direct.square().sum()), rel=1e-9)
-    assert sums.energy == pytest.approx(float(output.square().sum()))
+    expected = float((WEIGHTS.double() @ direct.square()).sum())
+    assert sums.error(weight, bias) == pytest.approx(expected, rel=1e-9)
+    assert sums.energy == pytest.approx(float((WEIGHTS @ output.square()).sum()))
 
 
 @pytest.mark.parametrize("chunks", CHUNKINGS)
@@ -90,7 +97,7 @@ def test_scaled_sums_weight_the_tokens_of_each_model() -> None:
     both.add_scaled(second, 3.0)
     expected = 0.25 * first.error(weight, bias) + 3 * second.error(weight, bias)
     assert both.error(weight, bias) == pytest.approx(expected, rel=1e-9)
-    assert both.count == 0.25 * 30 + 3 * 30
+    assert both.count == pytest.approx(3.25 * float(WEIGHTS.sum()))
 
     n, n2 = feature_moments(x, x, x), feature_moments(x2, x, x)
     features = FeatureMoments.zeros(6, CPU)

@@ -5,6 +5,10 @@ residual stream with scale s it is `y_teacher + (r_teacher - r_merged) / s`, whe
 residual streams as they stand at that point. Where a norm stands between, `s * norm(y)` is
 what is added: the target is the y whose norm is `norm(y_teacher) + (r_teacher - r_merged) / s`
 and whose size, which a norm does not see, is the teacher's.
+
+A few tokens (the first of a sequence, delimiters) carry activations, and drifts, hundreds of
+times as large as the others'. No weight is to be spent on them alone: a token counts in full
+up to the median energy of its sequence's targets, beyond that in inverse proportion.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,12 +31,13 @@ class Seen:
     """What the teacher and the merged part did with one chunk.
 
     `drift` is the residual stream of the teacher less that of the merged model, as it stands
-    where the units of the stage add to it.
+    where the units of the stage add to it; `sequences` is the number of sequences.
     """
 
     teacher: Captured
     merged: Captured
     drift: Tensor
+    sequences: int
 
 
 def gather(
@@ -66,7 +71,7 @@ def gather(
                 teacher = _see_teacher(walk, stage, units, stream, chunk, weights, teacher_x)
                 merged = _see_merged(walk, stage, units, stream, chunk, merged_x)
                 drift = _drift(walk, stage, teacher, merged, teacher_x - merged_x)
-                add(own, Seen(teacher, merged, drift))
+                add(own, Seen(teacher, merged, drift, teacher_x.shape[0]))
             for unit in units:
                 loss_weight = walk.weight(unit).settings.loss_weights[stream.source]
                 energy = max(own[unit.name].energy, 1e-30)
@@ -141,6 +146,23 @@ def target(walk: Walk, unit: Unit, seen: Seen) -> Tensor:
     own = {p: walk.weights[norm.parameter(p)] for p in norm.parameters}
     wanted = seen.teacher.outputs[norm.name] + missing - own.get("bias", 0)
     return _before_norm(output, wanted, own["weight"] + norm.unit_gain)
+
+
+def token_weights(targets: Sequence[Tensor], sequences: int) -> Tensor:
+    """Weights of a chunk's tokens, fp32 `[tokens]`, in (0, 1].
+
+    Args:
+        targets: of the units of one stage, each `[..., features]` with the sequences first;
+            relative to the median, their energies are averaged.
+        sequences: number of sequences. Medians are theirs, so that chunks do not matter.
+    """
+    relative = []
+    for wanted in targets:
+        energy = wanted.reshape(-1, wanted.shape[-1]).square().sum(-1).reshape(sequences, -1)
+        median = energy.median(dim=1, keepdim=True).values
+        relative.append(energy / median.clamp_min(1e-30))
+    mean = torch.stack(relative).mean(0)
+    return mean.clamp_min(1).reciprocal().reshape(-1)
 
 
 def _before_norm(output: Tensor, wanted: Tensor, gain: Tensor) -> Tensor:

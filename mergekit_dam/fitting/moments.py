@@ -54,22 +54,24 @@ class LinearMoments:
             y_sum=empty(out_features),
         )
 
-    def add(self, x: Tensor, gram: Tensor, target: Tensor, output: Tensor) -> None:
+    def add(self, x: Tensor, gram: Tensor, target: Tensor, output: Tensor, weight: Tensor) -> None:
         """Add a chunk.
 
         Args:
             x: inputs fp32 `[tokens, in]`.
-            gram: `x^T x` fp64 `[in, in]`, which linears with the same input compute once.
+            gram: `sum weight x x^T` fp64 `[in, in]`, which linears with one input compute once.
             target: `[tokens, out]`.
             output: the teacher's own output `[tokens, out]`.
+            weight: of each token, `[tokens]`.
         """
+        weighted = target * weight[:, None]
         self.gram += gram
-        self.cross += (target.T @ x).double()
-        self.x_sum += x.sum(0, dtype=torch.float64)
-        self.y_sum += target.sum(0, dtype=torch.float64)
-        self.y_square += float(target.double().square().sum())
-        self.energy += float(output.double().square().sum())
-        self.count += x.shape[0]
+        self.cross += (weighted.T @ x).double()
+        self.x_sum += (weight @ x).double()
+        self.y_sum += weighted.sum(0, dtype=torch.float64)
+        self.y_square += float((weighted * target).sum(dtype=torch.float64))
+        self.energy += float((weight @ output.square()).sum(dtype=torch.float64))
+        self.count += float(weight.sum(dtype=torch.float64))
 
     def add_scaled(self, other: "LinearMoments", factor: float) -> None:
         """Add another set of sums with its tokens weighted by `factor`."""
@@ -120,16 +122,19 @@ class FeatureMoments:
         )
         return cls(n_square, n_y, n_sum, y_sum, y_square)
 
-    def add(self, n: Tensor, target: Tensor, output: Tensor) -> None:
-        """Add a chunk: fp32 `[tokens, features]` each; the target without the untouched part."""
-        n, target = n.double(), target.double()
-        self.n_square += n.square().sum(0)
-        self.n_y += (n * target).sum(0)
-        self.n_sum += n.sum(0)
-        self.y_sum += target.sum(0)
-        self.y_square += target.square().sum(0)
-        self.energy += float(output.double().square().sum())
-        self.count += n.shape[0]
+    def add(self, n: Tensor, target: Tensor, output: Tensor, weight: Tensor) -> None:
+        """Add a chunk: fp32 `[tokens, features]` each, and the tokens' weights `[tokens]`.
+
+        The target comes without the part of the output that the norm's weight does not touch.
+        """
+        n, target, output, weight = n.double(), target.double(), output.double(), weight.double()
+        self.n_square += weight @ n.square()
+        self.n_y += weight @ (n * target)
+        self.n_sum += weight @ n
+        self.y_sum += weight @ target
+        self.y_square += weight @ target.square()
+        self.energy += float((weight @ output.square()).sum())
+        self.count += float(weight.sum())
 
     def add_scaled(self, other: "FeatureMoments", factor: float) -> None:
         """Add another set of sums with its tokens weighted by `factor`."""

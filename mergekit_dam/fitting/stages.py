@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mergekit_dam.anatomy import Unit, norm_parts
 from mergekit_dam.fitting.embedding import Usage, fit_embedding
-from mergekit_dam.fitting.gather import Seen, gather, target
+from mergekit_dam.fitting.gather import Seen, gather, target, token_weights
 from mergekit_dam.fitting.linear import fit_linear
 from mergekit_dam.fitting.moments import FeatureMoments, LinearMoments
 from mergekit_dam.fitting.norm import fit_norm
@@ -36,10 +36,11 @@ def fit_linears(walk: Walk, stage: int, units: list[Unit]) -> Settled:
 
     def add(sums: dict[str, LinearMoments], seen: Seen) -> None:
         x = _flat(seen.merged.inputs[units[0].name])
-        gram = (x.T @ x).double()
-        for unit in units:
-            wanted = _flat(target(walk, unit, seen))
-            sums[unit.name].add(x, gram, wanted, _flat(seen.teacher.outputs[unit.name]))
+        targets = {unit.name: target(walk, unit, seen) for unit in units}
+        weight = token_weights(list(targets.values()), seen.sequences)
+        gram = ((x * weight[:, None]).T @ x).double()
+        for name, wanted in targets.items():
+            sums[name].add(x, gram, _flat(wanted), _flat(seen.teacher.outputs[name]), weight)
 
     evidence = gather(walk, stage, units, empty=empty, add=add)
     for unit in units:
@@ -61,9 +62,11 @@ def fit_norms(walk: Walk, stage: int, units: list[Unit]) -> Settled:
 
     def add(sums: dict[str, FeatureMoments], seen: Seen) -> None:
         _, normalised = norm_parts(module, seen.merged.inputs[unit.name], own)
-        wanted = target(walk, unit, seen) - unit.unit_gain * normalised
+        wanted = target(walk, unit, seen)
+        weight = token_weights([wanted], seen.sequences)
+        scaled = wanted - unit.unit_gain * normalised
         output = seen.teacher.outputs[unit.name]
-        sums[unit.name].add(_flat(normalised), _flat(wanted), _flat(output))
+        sums[unit.name].add(_flat(normalised), _flat(scaled), _flat(output), weight)
 
     evidence = gather(walk, stage, units, empty=empty, add=add)[unit.name]
     yield from _named(unit, fit_norm(walk.weight(unit), walk.bias(unit), evidence))
