@@ -125,6 +125,16 @@ def _slices(path: str, slices: list[OutputSliceDefinition] | None) -> Iterator[S
         yield from _inputs(f"{path}[{index}].sources", entry.sources)
 
 
+def _input_lists(config: MergeConfiguration) -> Iterator[tuple[str, list[ModelReference]]]:
+    """Every list of inputs, each of which must name a model once."""
+    groups: dict[str, MergeConfiguration | OutputModuleDefinition] = {"": config}
+    groups |= {f"modules.{name}.": module for name, module in (config.modules or {}).items()}
+    for path, group in groups.items():
+        yield f"{path}models", [entry.model for entry in group.models or ()]
+        for index, entry in enumerate(group.slices or ()):
+            yield f"{path}slices[{index}].sources", [source.model for source in entry.sources]
+
+
 def _listed_models(config: MergeConfiguration) -> list[ModelReference]:
     """The models that a configuration lists as inputs, in order, each once."""
     found = [scope.model for scope in _scopes(config) if scope.model is not None]
@@ -249,9 +259,9 @@ def _check_models(
                     f"{scope.label}: the base takes no {', '.join(f'`{n}`' for n in extra)}; set "
                     f"`include_base: true` at top level to merge it like the other models"
                 )
-    counts = [entry.model for entry in config.models or ()]
-    for model in dict.fromkeys(m for m in counts if counts.count(m) > 1):
-        problems.append(f"models: {model} is listed {counts.count(model)} times; list it once")
+    for path, inputs in _input_lists(config):
+        for model in dict.fromkeys(m for m in inputs if inputs.count(m) > 1):
+            problems.append(f"{path}: {model} is listed {inputs.count(model)} times; list it once")
     for slices in [config.slices or [], *(m.slices or [] for m in (config.modules or {}).values())]:
         for index, entry in enumerate(slices):
             if entry.base_model is not None and entry.base_model != base:
@@ -282,10 +292,9 @@ def _calibrations(
             problems.append(f"{model}: several calibrations ({', '.join(sorted(texts))}); give one")
         if not texts and top.get("calibration") is not None:
             texts = {str(top["calibration"])}
-        weights = [s["loss_weight"] for s in own if "loss_weight" in s] or [
-            top.get("loss_weight", 1.0)
-        ]
-        silent = all(isinstance(w, (int, float)) and w == 0 for w in weights)
+        default = top.get("loss_weight", 1.0)
+        weights = [settings.get("loss_weight", default) for settings in own] or [default]
+        silent = all(_is_zero(weight) for weight in weights)
         if texts and not silent:
             found[model] = texts.pop()
         elif not silent:
@@ -297,3 +306,13 @@ def _calibrations(
     if models and not found and not problems:
         problems.append("every model has `loss_weight: 0`; at least one must count in the fit")
     return found, problems
+
+
+def _is_zero(weight: ParameterSetting) -> bool:
+    """Whether a loss weight is 0 for every tensor; a filter leaves others at the default."""
+    if isinstance(weight, ConditionalParameter):
+        return False
+    if isinstance(weight, list) and any(isinstance(w, ConditionalParameter) for w in weight):
+        return False
+    values = [_SPECS["loss_weight"].validate(value) for value in _scalars(weight)]
+    return bool(values) and not any(values)
