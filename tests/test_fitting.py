@@ -13,7 +13,7 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.fitting import embedding as embedding_module
 from mergekit_dam.fitting.bias import fit_bias
 from mergekit_dam.fitting.embedding import Usage, fit_embedding
-from mergekit_dam.fitting.gather import _before_norm
+from mergekit_dam.fitting.gather import _before_norm, token_weights
 from mergekit_dam.fitting.linear import fit_linear
 from mergekit_dam.fitting.moments import Evidence, FeatureMoments, LinearMoments, Losses
 from mergekit_dam.fitting.norm import fit_norm
@@ -342,6 +342,37 @@ def test_an_embedding_with_one_coefficient_a_model_ties_its_dimensions() -> None
     torch.testing.assert_close(
         fitted.coefficients[:, 0], torch.tensor([1.0, 0.0, 0.0]), atol=1e-4, rtol=0
     )
+
+
+# Weights of tokens
+
+
+def test_tokens_up_to_the_median_energy_count_in_full_and_others_inversely() -> None:
+    energies = torch.tensor([[1.0, 4.0, 2.0, 8.0, 0.0], [3.0, 3.0, 3.0, 3.0, 300.0]])
+    targets = torch.zeros(2, 5, 4)
+    targets[:, :, 1] = energies.sqrt()
+    expected = torch.tensor([1, 1 / 2, 1, 1 / 4, 1, 1, 1, 1, 1, 1 / 100])
+    torch.testing.assert_close(token_weights([targets], 2), expected)
+    torch.testing.assert_close(token_weights([targets.flatten(0, 1)], 2), expected)
+
+
+def test_token_weights_do_not_depend_on_size_or_chunks_and_average_over_units() -> None:
+    a, b = randn(4, 7, 5), randn(4, 7, 9, seed=1)
+    whole = token_weights([a, b], 4)
+    torch.testing.assert_close(token_weights([1e3 * a, 1e-3 * b], 4), whole)
+    parts = [token_weights([a[i : i + 2], b[i : i + 2]], 2) for i in (0, 2)]
+    torch.testing.assert_close(torch.cat(parts), whole)
+    energy = [
+        x.square().sum(-1) / x.square().sum(-1).median(1, keepdim=True).values for x in (a, b)
+    ]
+    expected = 1 / ((energy[0] + energy[1]) / 2).clamp_min(1).flatten()
+    torch.testing.assert_close(whole, expected)
+    assert whole.min() > 0
+    assert whole.max() == 1
+
+
+def test_targets_of_no_energy_leave_all_tokens_equal() -> None:
+    assert token_weights([torch.zeros(2, 3, 4)], 2).equal(torch.ones(6))
 
 
 # Targets in front of a norm

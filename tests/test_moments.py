@@ -22,9 +22,9 @@ def linear_moments(
     x: Tensor, y: Tensor, output: Tensor, chunks: Sequence[int] = (30,)
 ) -> LinearMoments:
     sums = LinearMoments.zeros(y.shape[1], x.shape[1], CPU)
-    for x_part, *rest, weight in _parts(chunks, x, y, output):
+    for x_part, y_part, output_part, weight in _parts(chunks, x, y, output):
         gram = ((x_part * weight[:, None]).T @ x_part).double()
-        sums.add(x_part, gram, *rest, weight)
+        sums.add(x_part, gram, y_part, output_part, weight)
     return sums
 
 
