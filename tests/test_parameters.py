@@ -397,6 +397,59 @@ def model_with_new_words(folder: Path) -> tuple[Path, Path]:
     return folder / "other", text
 
 
+class TestOptions:
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"async_write": True, "write_threads": 2},
+            {"clone_tensors": True},
+            {"low_cpu_memory": True},
+            {"read_to_gpu": True},  # to options.device, which is the CPU
+        ],
+        ids=str,
+    )
+    def test_change_nothing_in_the_model(
+        self,
+        llama_models: Models,
+        calibration: Calibration,
+        tmp_path: Path,
+        options: dict[str, Any],
+    ) -> None:
+        configuration = dam(llama_models.models, calibration, head=False)
+        plain = merge(configuration, tmp_path / "plain")
+        assert merge(configuration, tmp_path / "out", **options).model_bytes == plain.model_bytes
+
+    def test_shards_card_and_tokenizer_are_mergekits(
+        self, llama_models: Models, calibration: Calibration, tmp_path: Path
+    ) -> None:
+        merged = merge(
+            dam(llama_models.models, calibration, head=False),
+            tmp_path / "out",
+            out_shard_size=4000,
+            write_model_card=False,
+            copy_tokenizer=False,
+        )
+        names = {path.name for path in merged.path.iterdir()}
+        assert "model.safetensors.index.json" in names
+        assert not names & {"README.md", "tokenizer.json"}
+        merged.load()
+
+    @pytest.mark.parametrize("lazy_unpickle", [True, False])
+    def test_pickled_models_are_read_too(
+        self, llama_models: Models, calibration: Calibration, tmp_path: Path, lazy_unpickle: bool
+    ) -> None:
+        pickled = []
+        for model in llama_models.models:
+            pickled.append(tmp_path / model.name)
+            shutil.copytree(model, pickled[-1], ignore=shutil.ignore_patterns("*.safetensors"))
+            torch.save(tensors_of(model), pickled[-1] / "pytorch_model.bin")
+        plain = merge(dam(llama_models.models, calibration, head=False), tmp_path / "plain")
+        merged = merge(
+            dam(pickled, calibration, head=False), tmp_path / "out", lazy_unpickle=lazy_unpickle
+        )
+        assert merged.model_bytes == plain.model_bytes
+
+
 class TestForms:
     def test_slices_of_all_layers_are_the_whole_merge(
         self, llama_models: Models, calibration: Calibration, tmp_path: Path
