@@ -222,7 +222,9 @@ def name_texts(files: Sequence[Path]) -> dict[str, Path]:
 
 def format_table(header: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]) -> str:
     """Lay out losses for a terminal: names to the left, numbers of three digits to the right."""
-    cells = [list(header), *([name, *(f"{value:.3f}" for value in row)] for name, row in rows)]
+    cells = [list(header)]
+    for name, row in rows:
+        cells.append([name, *(f"{round(value, 3) + 0.0:.3f}" for value in row)])  # no -0.000
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = (
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells

@@ -168,3 +168,8 @@ def test_too_little_text_is_refused_with_a_remedy(models, tmp_path):
     short.write_text("one two")
     with pytest.raises(DamError, match="less than one sequence of 16: add text"):
         evaluate(models, [short], SETTINGS)
+
+
+def test_a_table_is_aligned_and_knows_no_negative_zero():
+    table = evaluation.format_table(["loss", "a"], [("x", [-0.0001]), ("longer", [-12.3456])])
+    assert table.splitlines() == ["loss          a", "x         0.000", "longer  -12.346"]
