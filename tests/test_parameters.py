@@ -549,6 +549,46 @@ class TestForms:
         merged.load()
 
 
+class TestReplayOf:
+    """A replay of merges that are more than a list of models."""
+
+    def test_aligned_vocabularies(
+        self, llama_models: Models, calibration: Calibration, tmp_path: Path
+    ) -> None:
+        other, text = model_with_new_words(tmp_path)
+        models, settings = [llama_models.models[0], other], {"tokenizer": {"source": "union"}}
+        first = merge(dam(models, [calibration[0], text], settings=settings), tmp_path / "first")
+        again = merge(
+            dam(models, settings=settings, coefficients=str(first.path)), tmp_path / "again"
+        )
+        assert again.model_bytes == first.model_bytes
+
+    def test_slices(self, llama_models: Models, calibration: Calibration, tmp_path: Path) -> None:
+        ranges = [(0, 2), (1, 2)]
+        first = merge(sliced_dam(llama_models.models, calibration, ranges), tmp_path / "first")
+        configuration = sliced_dam(
+            llama_models.models, calibration, ranges, coefficients=str(first.path)
+        )
+        configuration["slices"][1]["sources"].reverse()
+        assert merge(configuration, tmp_path / "again").model_bytes == first.model_bytes
+
+    @pytest.mark.parametrize("settings", [{"dtype": "bfloat16"}, {"out_dtype": "float16"}], ids=str)
+    def test_other_dtypes(
+        self,
+        llama_models: Models,
+        calibration: Calibration,
+        tmp_path: Path,
+        settings: dict[str, str],
+    ) -> None:
+        models = llama_models.models
+        first = merge(dam(models, calibration, settings=settings, head=False), tmp_path / "first")
+        again = merge(
+            dam(models, settings=settings, coefficients=str(first.path)), tmp_path / "again"
+        )
+        assert again.model_bytes == first.model_bytes
+        assert {t.dtype for t in again.tensors.values()} <= {torch.bfloat16, torch.float16}
+
+
 def sliced_dam(
     models: Sequence[Path],
     calibration: Calibration,
