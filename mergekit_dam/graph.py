@@ -7,7 +7,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +114,7 @@ def _tensor_plan(
             [f"{weight.name}: every model has `loss_weight: 0`; at least one must count in the fit"]
         )
     settings = TensorSettings(
-        parametrisation=Parametrisation.create(
-            weights, base=base, include_base=include_base, sum_to_one=shared["sum_to_one"]
-        ),
+        parametrisation=_parametrisation(tuple(weights), base, include_base, shared["sum_to_one"]),
         loss_weights=tuple(parameters["loss_weight"] for parameters in own),
         ridge=shared["ridge"],
         granularity=shared["granularity"],
@@ -126,6 +124,16 @@ def _tensor_plan(
     )
     written = dtype_from_name(weight.force_dtype or out_dtype)
     return TensorPlan(weight.name, settings, written)
+
+
+@lru_cache(maxsize=64)
+def _parametrisation(
+    weights: tuple[float, ...], base: int | None, include_base: bool, sum_to_one: bool
+) -> Parametrisation:
+    """One for all tensors that are asked for alike, so that none grows with the layers."""
+    return Parametrisation.create(
+        weights, base=base, include_base=include_base, sum_to_one=sum_to_one
+    )
 
 
 def _chain(

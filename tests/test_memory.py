@@ -98,7 +98,6 @@ def test_nothing_but_coefficients_grows_with_depth(tmp_path: Path) -> None:
         coefficients = merged.coefficients.coefficients.values()
         rest.append(peak.bytes - sum(rows.nbytes for rows in coefficients))
         assert len(list(merged.path.glob("model-*.safetensors"))) > layers / 2
-    # What is planned for a tensor, 64 bytes each here, is all that a layer may add.
     assert rest[1] - rest[0] < block, rest
 
 
