@@ -1,5 +1,6 @@
 """Checks of a dam configuration: everything wrong with it, before any work, in one error."""
 
+import dataclasses
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -79,12 +80,17 @@ def check_configuration(
     problems: list[str] = []
     if source is not None:
         problems += _unknown_keys(source, MergeConfiguration, "the configuration")
-    scopes = list(_scopes(config))
-    for scope in scopes:
+    scopes = []
+    for scope in _scopes(config):
+        sound = {}
         for name, setting in scope.settings.items():
-            problems += _check_setting(scope, name, setting)
-    if problems:
-        raise ConfigError(problems)
+            found = _check_setting(scope, name, setting)
+            problems += found
+            if not found:
+                sound[name] = setting
+        # What is wrong is told above; the rest is checked as if it were not there.
+        scopes.append(dataclasses.replace(scope, settings=sound))
+    told = any("`calibration`" in problem for problem in problems)
     top = {k: v for scope in scopes if scope.level == "top" for k, v in scope.settings.items()}
     run = RunParameters.model_validate({k: top[k] for k in top if OWNERS[k] is RunParameters})
     listed = _listed_models(config)
@@ -93,7 +99,7 @@ def check_configuration(
     if run.include_base and config.base_model is not None:
         models = (*models, config.base_model)
     calibrations, missing = _calibrations(models, scopes, top)
-    if run.coefficients is None:
+    if run.coefficients is None and not told:
         problems += missing
     if problems:
         raise ConfigError(problems)

@@ -531,3 +531,17 @@ def test_without_the_yaml_the_parsed_configuration_is_checked_alone() -> None:
     source: dict[str, Any] = yaml.safe_load(configuration(more="dam: {samples: 3}"))
     config = MergeConfiguration.model_validate(source)
     assert check_configuration(config).models == refs("org/a", "org/b")
+
+
+def test_problems_of_settings_and_of_models_are_told_together() -> None:
+    source = {
+        "merge_method": "dam",
+        "parameters": {"smaples": 4, "include_base": True},
+        "models": [{"model": "a", "parameters": {"weight": -1, "calibration": "a.txt"}}],
+    }
+    with pytest.raises(ConfigError) as caught:
+        check_configuration(MergeConfiguration.model_validate(source), source)
+    told = "\n".join(caught.value.problems)
+    assert len(caught.value.problems) == 3
+    for part in ("did you mean `samples`", "`weight` is -1", "names no `base_model`"):
+        assert part in told
