@@ -99,10 +99,6 @@ class Decoder:
         """The first name of a tied parameter, or None if the model has no such parameter."""
         return self._names.get(name)
 
-    def shape(self, name: str) -> torch.Size:
-        """Shape of a parameter."""
-        return self.model.get_parameter(name).shape
-
     def block_of(self, name: str) -> int | None:
         """Index of the block that a parameter belongs to, or None."""
         prefix = f"{self.blocks_name}."
@@ -114,10 +110,6 @@ class Decoder:
     def block_name(self, index: int) -> str:
         """Prefix of the parameters of a block, without the trailing dot."""
         return f"{self.blocks_name}.{index}"
-
-    def parameters_of(self, index: int) -> frozenset[str]:
-        """Names, relative to the block, of the parameters that its forward needs."""
-        return frozenset(name for name, _ in self.blocks[index].named_parameters())
 
     def embed(self, weights: Weights, tokens: Tensor) -> Tensor:
         """Hidden states `[batch, length, hidden]` that enter the first block.
