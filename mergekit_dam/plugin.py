@@ -6,7 +6,6 @@ that is imported (see `autoload`), or explicitly by `install`.
 
 import functools
 import importlib
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +13,6 @@ from types import ModuleType
 from typing import Any
 
 import yaml
-
-LOG = logging.getLogger(__name__)
 
 _MARK = "_mergekit_dam"
 """Attribute of what is hooked already: hooking twice does nothing."""

@@ -5,7 +5,6 @@
    agree, and make every model's calibration tokens.
 """
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +25,6 @@ from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.config import Checked, check_configuration
 from mergekit_dam.errors import CalibrationError
 from mergekit_dam.settings import RunSettings
-
-LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

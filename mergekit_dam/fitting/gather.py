@@ -64,7 +64,8 @@ def gather(
         for unit in units
     }
     for stream in walk.streams:
-        weights = walk.teacher_weights(stream)
+        # Where outputs are kept the teacher does not run again, and its weights stay unconverted.
+        weights = {} if walk.teacher_tape.keep else walk.teacher_weights(stream)
         for split, sums in pooled.items():
             own = empty()
             for chunk, teacher_x, merged_x in walk.pairs(stream, split):
@@ -92,12 +93,12 @@ def _see_teacher(
     x: Tensor,
 ) -> Captured:
     """What the teacher's units put out for a chunk: of the stage, and of what its targets need."""
-    kept = walk.known(walk.teacher_tape, stream, chunk)
-    if kept:
-        return Captured(outputs=kept)
     norms = [u.write.through for u in units if u.write and u.write.through]
     others = (*walk.anatomy.writers_before(stage), *units)
     wanted = dict.fromkeys([*(unit.name for unit in others), *norms])
+    if walk.teacher_tape.keep:
+        kept = walk.teacher_tape.of(stream.source, chunk)
+        return Captured(outputs={name: kept[name].to(walk.device) for name in wanted})
     return walk.teachers[stream.source].captured(weights, x, outputs=tuple(wanted))
 
 
@@ -105,7 +106,7 @@ def _see_merged(
     walk: Walk, stage: int, units: Sequence[Unit], stream: Stream, chunk: slice, x: Tensor
 ) -> Captured:
     """What enters the stage in the merged part, and what the writers before it put out."""
-    known = walk.known(walk.merged_tape, stream, chunk)
+    known = walk.known(stream, chunk)
     writers = [unit.name for unit in walk.anatomy.writers_before(stage)]
     settled = [unit.name for unit in walk.settled_linears(stage)] if walk.merged_tape.keep else []
     wanted = [name for name in dict.fromkeys([*writers, *settled]) if name not in known]

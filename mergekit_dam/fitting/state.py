@@ -96,7 +96,7 @@ class Walk:
             teacher = stream.teacher[chunk].to(self.device)
             yield chunk, teacher, stream.merged[chunk].to(self.device)
 
-    def known(self, tape: Tape, stream: Stream, chunk: slice) -> dict[str, Tensor]:
-        """A chunk's outputs on a tape, on the device."""
-        outputs = tape.of(stream.source, chunk)
+    def known(self, stream: Stream, chunk: slice) -> dict[str, Tensor]:
+        """What settled linears of the merged part put out for a chunk, on the device."""
+        outputs = self.merged_tape.of(stream.source, chunk)
         return {name: output.to(self.device) for name, output in outputs.items()}

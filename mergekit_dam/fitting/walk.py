@@ -141,7 +141,7 @@ def _advance(walk: Walk, leaving: list[Tensor] | None) -> None:
         for chunk, teacher_x, merged_x in walk.pairs(stream, None):
             if leaving is None:
                 teacher_out.append(teacher.run(weights, teacher_x).cpu())
-            known = walk.known(walk.merged_tape, stream, chunk)
+            known = walk.known(stream, chunk)
             merged, _ = walk.part.through(walk.weights, merged_x, known=known)
             merged_out.append(merged.cpu())
         stream.teacher = torch.cat(teacher_out) if leaving is None else leaving[index]
