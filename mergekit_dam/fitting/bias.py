@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mergekit_dam.fitting.moments import Evidence, M
 from mergekit_dam.fitting.solver import solve_small
-from mergekit_dam.fitting.tensors import FittedTensor, TensorSources, judged
+from mergekit_dam.fitting.tensors import FittedTensor, TensorSources, judged_solution
 
 
 def fit_bias(
@@ -25,14 +25,10 @@ def fit_bias(
     matrix = count * directions @ directions.T
     rhs = directions @ (residual - count * form.origin(bias.tensors))
     solution = solve_small(matrix[None], rhs[None], form.start, bias.settings.ridge)
-    candidate = form.coefficients(solution.unknowns)
-    return judged(
+    return judged_solution(
         bias,
         "bias",
-        candidate,
-        axis=-1,
-        before=evidence.losses(weight, bias.merged(bias.start())),
-        after=evidence.losses(weight, bias.merged(candidate)),
-        solver=solution.statistics(),
+        solution,
+        lambda merged: evidence.losses(weight, merged),
         started=started,
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mergekit_dam.fitting.moments import Losses
 from mergekit_dam.fitting.solver import solve_small
-from mergekit_dam.fitting.tensors import FittedTensor, TensorSources, judged
+from mergekit_dam.fitting.tensors import FittedTensor, TensorSources, judged_solution
 
 ROWS = 4096
 """Rows of an embedding worked on at a time."""
@@ -54,15 +54,11 @@ def fit_embedding(embedding: TensorSources, usage: Sequence[Usage]) -> FittedTen
     if settings.granularity == "tensor":
         matrix, rhs = matrix.sum(0, keepdim=True), rhs.sum(0, keepdim=True)
     solution = solve_small(matrix, rhs, form.start, settings.ridge)
-    candidate = form.coefficients(solution.unknowns)
-    return judged(
+    return judged_solution(
         embedding,
         "embedding",
-        candidate,
-        axis=-1,
-        before=_losses(embedding, embedding.merged(embedding.start()), usage),
-        after=_losses(embedding, embedding.merged(candidate), usage),
-        solver=solution.statistics(),
+        solution,
+        lambda merged: _losses(embedding, merged, usage),
         started=started,
     )
 

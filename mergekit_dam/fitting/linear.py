@@ -13,7 +13,7 @@ from mergekit_dam.fitting.solver import (
     solve_columns,
     solve_tensor,
 )
-from mergekit_dam.fitting.tensors import FittedTensor, TensorSources, judged
+from mergekit_dam.fitting.tensors import FittedTensor, TensorSources, judged_solution
 
 
 def fit_linear(
@@ -47,17 +47,12 @@ def fit_linear(
         solution = solve_columns(problem, form.start, weight.settings.ridge)
     del problem, cross
 
-    candidate = form.coefficients(solution.unknowns)
-    start = _facing(weight.merged(weight.start(), axis=axis), axis)
-    merged = _facing(weight.merged(candidate, axis=axis), axis)
-    fitted = judged(
+    fitted = judged_solution(
         weight,
         "linear",
-        candidate,
+        solution,
+        lambda merged: evidence.losses(_facing(merged, axis), bias_start),
         axis=axis,
-        before=evidence.losses(start, bias_start),
-        after=evidence.losses(merged, bias_start),
-        solver=solution.statistics(),
         started=started,
     )
     if bias is None or bias_start is None:

@@ -7,7 +7,7 @@ import torch
 from mergekit_dam.fitting.bias import fit_bias
 from mergekit_dam.fitting.moments import Evidence, FeatureMoments
 from mergekit_dam.fitting.solver import solve_small
-from mergekit_dam.fitting.tensors import FittedTensor, TensorSources, judged
+from mergekit_dam.fitting.tensors import FittedTensor, TensorSources, judged_solution
 
 
 def fit_norm(
@@ -36,15 +36,11 @@ def fit_norm(
         matrix, rhs = matrix.sum(0, keepdim=True), rhs.sum(0, keepdim=True)
     solution = solve_small(matrix, rhs, form.start, weight.settings.ridge)
 
-    candidate = form.coefficients(solution.unknowns)
-    fitted = judged(
+    fitted = judged_solution(
         weight,
         "norm",
-        candidate,
-        axis=-1,
-        before=evidence.losses(weight.merged(weight.start()), bias_start),
-        after=evidence.losses(weight.merged(candidate), bias_start),
-        solver=solution.statistics(),
+        solution,
+        lambda merged: evidence.losses(merged, bias_start),
         started=started,
     )
     if bias is None:

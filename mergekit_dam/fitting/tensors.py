@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from mergekit_dam.coefficients import merge_weights
 from mergekit_dam.errors import DamError
 from mergekit_dam.fitting.moments import Losses
+from mergekit_dam.fitting.solver import Solution
 from mergekit_dam.settings import TensorSettings
 
 
@@ -135,4 +136,32 @@ def judged(
     )
     return FittedTensor(
         sources, sources.merged(coefficients, axis=axis), coefficients.cpu(), axis, report
+    )
+
+
+def judged_solution(
+    sources: TensorSources,
+    kind: str,
+    solution: Solution,
+    losses: Callable[[Tensor], Losses],
+    *,
+    axis: int = -1,
+    started: float,
+) -> FittedTensor:
+    """Judge an exact fit by the losses of the tensor as it would be written.
+
+    Args:
+        solution: unknowns of the sources' parametrisation.
+        losses: of a merged tensor.
+    """
+    candidate = sources.settings.parametrisation.coefficients(solution.unknowns)
+    return judged(
+        sources,
+        kind,
+        candidate,
+        axis=axis,
+        before=losses(sources.merged(sources.start(), axis=axis)),
+        after=losses(sources.merged(candidate, axis=axis)),
+        solver=solution.statistics(),
+        started=started,
     )
