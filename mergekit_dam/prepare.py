@@ -34,14 +34,12 @@ class Prepared:
     Attributes:
         calibration: per model whose data takes part in the fit; empty in a replay.
         replay: the coefficients to replay, or None.
-        seed: of the choice of calibration text.
     """
 
     checked: Checked
     settings: RunSettings
     calibration: Mapping[ModelReference, CalibrationSet]
     replay: CoefficientFile | None
-    seed: int
 
 
 class PreparedConfiguration(MergeConfiguration):
@@ -90,7 +88,7 @@ def prepare(
     seed = run.seed if run.seed is not None else options.random_seed or 0
     if run.coefficients is not None:
         replay = CoefficientFile.load(run.coefficients)
-        return Prepared(checked, settings, {}, replay, seed)
+        return Prepared(checked, settings, {}, replay)
     models = checked.models
     if checked.base is not None and checked.base not in models:
         models = (*models, checked.base)
@@ -118,7 +116,7 @@ def prepare(
         rows = min(_vocab_size(model, options) for model in models)
         because = f"--unsafe-truncate-embeddings leaves {rows} ids"
         _check_vocabulary(calibration, tokenizers, set(range(rows)), because)
-    return Prepared(checked, settings, calibration, None, seed)
+    return Prepared(checked, settings, calibration, None)
 
 
 def _vocab_size(model: ModelReference, options: MergeOptions) -> int:
