@@ -148,6 +148,29 @@ def capture(
 
 
 @contextlib.contextmanager
+def watch(root: nn.Module, outputs: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
+    """Hold on to the outputs of units, for gradients by them, while the body runs the part.
+
+    What follows gets copies, since some blocks add to these tensors in place later on.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def hook_for(name: str) -> Callable[..., Tensor]:
+        def hook(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+            seen[name] = output
+            return output.clone()
+
+        return hook
+
+    handles = [root.get_submodule(name).register_forward_hook(hook_for(name)) for name in outputs]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
 def substitute(root: nn.Module, outputs: Mapping[str, Tensor]) -> Iterator[None]:
     """While the body runs the part, units put out copies of what is known, without computing."""
     modules = [root.get_submodule(name) for name in outputs]

@@ -51,6 +51,7 @@ def write_artifacts(
             "calibration": {
                 str(m): dataclasses.asdict(c.provenance) for m, c in prepared.calibration.items()
             },
+            "search": [dataclasses.asdict(rung) for rung in record.rungs],
             "seconds": record.seconds,
             "peak_memory_bytes": report.peak_memory(),
             "tensors": [

@@ -23,6 +23,9 @@ LOG = logging.getLogger(__name__)
 FILE_NAME = "dam_coefficients.safetensors"
 _METADATA_KEY = "mergekit_dam"
 
+_GRADIENT_CHUNK = 2**22
+"""Elements of a weight that are worked on at a time when a gradient is turned."""
+
 
 def merge_weights(tensors: Sequence[Tensor], coefficients: Tensor, *, axis: int = -1) -> Tensor:
     """Merge one tensor of every source; the fit and the writer both call this.
@@ -52,6 +55,34 @@ def merge_weights(tensors: Sequence[Tensor], coefficients: Tensor, *, axis: int 
     return torch.zeros_like(tensors[0], dtype=torch.float32) if merged is None else merged
 
 
+def coefficient_gradient(
+    tensors: Sequence[Tensor], gradient: Tensor, *, axis: int = -1, per_column: bool
+) -> Tensor:
+    """Turn the gradient of a merged tensor into that of its coefficients.
+
+    `dL/dc_s = sum over rows of W_s * dL/dW`: no autograd graph holds N models.
+
+    Args:
+        tensors: one tensor a source, as `merge_weights` takes them.
+        gradient: of the merged tensor, of their shape.
+        axis: the input dimension of the weight.
+        per_column: one coefficient a column, else one a tensor.
+
+    Returns:
+        fp64 `[sources, n]`, or `[sources, 1]`.
+    """
+    size = gradient.shape[axis] if per_column and gradient.ndim else 1
+    # With the columns last, rows are added up some at a time: products take no memory.
+    turned = gradient.movedim(axis, -1).reshape(-1, size) if size > 1 else gradient.reshape(-1, 1)
+    result = torch.zeros(len(tensors), size, dtype=torch.float64, device=gradient.device)
+    for row, tensor in zip(result, tensors, strict=True):
+        facing = tensor.movedim(axis, -1).reshape(-1, size) if size > 1 else tensor.reshape(-1, 1)
+        rows = max(1, _GRADIENT_CHUNK // size)
+        for w, g in zip(torch.split(facing, rows), torch.split(turned, rows), strict=True):
+            row += (w.float() * g).sum(0)
+    return result
+
+
 @dataclass(frozen=True)
 class Parametrisation:
     """Affine map from the U unknowns of a column to the coefficients of its S sources.
@@ -63,11 +94,15 @@ class Parametrisation:
         offset: fp64 `[S]`.
         expand: fp64 `[S, U]`.
         start: fp64 `[U]`, the unknowns of the weighted average.
+        merged: the sources that are models to merge; all but a base that is none.
+        base: index of the base among the sources, or None.
     """
 
     offset: Tensor
     expand: Tensor
     start: Tensor
+    merged: tuple[int, ...]
+    base: int | None
 
     @classmethod
     def create(
@@ -90,24 +125,43 @@ class Parametrisation:
         share /= share.sum()
         identity = torch.eye(count, dtype=torch.float64)
         if not sum_to_one:
-            return cls(torch.zeros(count, dtype=torch.float64), identity[:, merged], share[merged])
+            offset = torch.zeros(count, dtype=torch.float64)
+            return cls(offset, identity[:, merged], share[merged], tuple(merged), base)
         if base is not None:
             free = [s for s in range(count) if s != base]
             expand = identity[:, free]
             expand[base] = -1
-            return cls(identity[base].clone(), expand, share[free])
+            return cls(identity[base].clone(), expand, share[free], tuple(merged), base)
         # Affine form: the origin is the average itself, so the start is the zero vector.
-        return cls(share, identity - share[:, None], torch.zeros(count, dtype=torch.float64))
+        start = torch.zeros(count, dtype=torch.float64)
+        return cls(share, identity - share[:, None], start, tuple(merged), None)
 
     def coefficients(self, unknowns: Tensor) -> Tensor:
-        """Coefficients fp32 `[S, n]` of unknowns `[U, n]`; computed in fp64, cast last."""
+        """Coefficients fp32 `[S, n]` of unknowns `[U, n]`; computed in fp64, cast last.
+
+        Differentiable in the unknowns.
+        """
         expand = self.expand.to(unknowns.device)
         offset = self.offset.to(unknowns.device)
         return (offset[:, None] + expand @ unknowns.double()).float()
 
+    def unknowns(self, coefficients: Tensor) -> Tensor:
+        """Unknowns fp64 `[U, n]` whose coefficients come nearest to `[S, n]`."""
+        expand = self.expand.to(coefficients.device)
+        offset = self.offset.to(coefficients.device)
+        inverse: Tensor = torch.linalg.pinv(expand)
+        return inverse @ (coefficients.double() - offset[:, None])
+
     def starting_coefficients(self, columns: int = 1) -> Tensor:
         """Coefficients fp32 `[S, columns]` of the weighted average."""
         return self.coefficients(self.start[:, None].expand(-1, columns))
+
+    def random_coefficients(self, generator: torch.Generator) -> Tensor:
+        """Coefficients fp32 `[S, 1]` of a random average of the models."""
+        share = torch.rand(len(self.merged), generator=generator, dtype=torch.float64).softmax(0)
+        rows = torch.zeros(len(self.offset), dtype=torch.float64)
+        rows[list(self.merged)] = share
+        return rows[:, None].float()
 
     def origin(self, tensors: Sequence[Tensor]) -> Tensor:
         """`W_origin`, fp64, of the sources' tensors."""
@@ -134,11 +188,13 @@ class CoefficientFile:
         coefficients: output tensor's name -> fp32 `[sources, n]`.
         sources: the models in the order of the rows, as written in the configuration.
         metadata: provenance: versions, revisions, parameters, digests of the calibration.
+        parameter: of the configuration, which named the file: problems begin with it.
     """
 
     coefficients: Mapping[str, Tensor]
     sources: tuple[str, ...]
     metadata: Mapping[str, Any]
+    parameter: str = "coefficients"
 
     def rows_of(self, sources: Sequence[str]) -> list[int]:
         """The rows of the coefficients that belong to some sources, in their order.
@@ -153,12 +209,12 @@ class CoefficientFile:
         if len(sources) != len(self.sources):
             raise ConfigError(
                 [
-                    f"coefficients: made from {len(self.sources)} models "
+                    f"{self.parameter}: made from {len(self.sources)} models "
                     f"({', '.join(self.sources)}), got {len(sources)} ({', '.join(sources)})"
                 ]
             )
         pairs = ", ".join(f"{a} as {b}" for a, b in zip(sources, self.sources, strict=True))
-        LOG.warning("coefficients: models go by other names now; taking %s", pairs)
+        LOG.warning("%s: models go by other names now; taking %s", self.parameter, pairs)
         return list(range(len(sources)))
 
     def save(self, path: Path) -> None:
@@ -176,8 +232,11 @@ class CoefficientFile:
         temporary.replace(path)
 
     @classmethod
-    def load(cls, path: str | Path) -> "CoefficientFile":
+    def load(cls, path: str | Path, *, parameter: str = "coefficients") -> "CoefficientFile":
         """Read a file, or the file of that name in a folder.
+
+        Args:
+            parameter: of the configuration, which names the file.
 
         Raises:
             ConfigError: no such file, or not one that this package wrote.
@@ -187,7 +246,7 @@ class CoefficientFile:
         if not file.is_file():
             raise ConfigError(
                 [
-                    f"coefficients: no file at {file}; give the path of a {FILE_NAME} "
+                    f"{parameter}: no file at {file}; give the path of a {FILE_NAME} "
                     f"that an earlier dam merge wrote, or of its folder"
                 ]
             )
@@ -198,6 +257,6 @@ class CoefficientFile:
             sources = tuple(metadata.pop("sources"))
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ConfigError(
-                [f"coefficients: {file} was not written by a dam merge ({error!r})"]
+                [f"{parameter}: {file} was not written by a dam merge ({error!r})"]
             ) from error
-        return cls(tensors, sources, metadata)
+        return cls(tensors, sources, metadata, parameter)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from mergekit_dam.errors import ConfigError
 from mergekit_dam.method import (
     NAME,
     DamMerge,
+    LogitsParameters,
     ModelParameters,
     RunParameters,
     TensorParameters,
@@ -81,12 +82,15 @@ def check_configuration(
     if source is not None:
         problems += _unknown_keys(source, MergeConfiguration, "the configuration")
     scopes = []
+    wrong = set()
     for scope in _scopes(config):
         sound = {}
         for name, setting in scope.settings.items():
             found = _check_setting(scope, name, setting)
             problems += found
-            if not found:
+            if found:
+                wrong.add(name)
+            else:
                 sound[name] = setting
         # What is wrong is told above; the rest is checked as if it were not there.
         scopes.append(dataclasses.replace(scope, settings=sound))
@@ -95,6 +99,7 @@ def check_configuration(
     run = RunParameters.model_validate({k: top[k] for k in top if OWNERS[k] is RunParameters})
     listed = _listed_models(config)
     problems += _check_models(config, run, listed, scopes)
+    problems += _check_objective(config, run, scopes, wrong)
     models = tuple(m for m in listed if m != config.base_model)
     if run.include_base and config.base_model is not None:
         models = (*models, config.base_model)
@@ -262,7 +267,7 @@ def _check_models(
             extra = [n for n in scope.settings if OWNERS[n] is ModelParameters]
             if scope.model is not None and scope.model == base and extra:
                 problems.append(
-                    f"{scope.label}: the base takes no {', '.join(f'`{n}`' for n in extra)}; set "
+                    f"{scope.label}: the base takes no {_quoted(extra)}; set "
                     f"`include_base: true` at top level to merge it like the other models"
                 )
     for path, inputs in _input_lists(config):
@@ -283,6 +288,76 @@ def _check_models(
                     f"merges layers of every model, the base included, in every slice"
                 )
     return problems
+
+
+def _check_objective(
+    config: MergeConfiguration, run: RunParameters, scopes: list[Scope], wrong: Collection[str]
+) -> list[str]:
+    """Problems with how parameters of the objective go together.
+
+    Args:
+        wrong: parameters whose own value is refused, of which nothing follows for others.
+    """
+    if "objective" in wrong:
+        return []
+    where = "parameters (top level)"
+    given = {name: None for scope in scopes if scope.level == "top" for name in scope.settings}
+    unread = [name for name in given if name in LogitsParameters.model_fields]
+    if run.objective == "layer":
+        if not unread:
+            return []
+        return [
+            f"{where}: `objective: layer` takes no {_quoted(unread)}; set `objective: logits` or "
+            f"`objective: layer+logits`, or remove {'it' if len(unread) == 1 else 'them'}"
+        ]
+    problems = []
+    if run.objective == "logits" and "metric" in given:
+        problems.append(
+            f"{where}: `objective: logits` takes no `metric`, as it fits no layers; set "
+            f"`objective: layer+logits`, or remove it"
+        )
+    if "mofo_fraction" in given and run.optimizer != "mofo" and "optimizer" not in wrong:
+        problems.append(
+            f"{where}: `optimizer: {run.optimizer}` takes no `mofo_fraction`; set `optimizer: "
+            f"mofo`, or remove it"
+        )
+    if run.weighted_overlap and config.base_model is None:
+        problems.append(
+            f"{where}: `weighted_overlap` is {run.weighted_overlap:g}, but the configuration names "
+            f"no `base_model` to take task vectors from; name one, or set `overlap`"
+        )
+    if run.nonlinearity != "none":
+        problems += [f"{where}: {p}" for p in _check_nonlinearity(config, run, scopes)]
+    return problems
+
+
+def _check_nonlinearity(
+    config: MergeConfiguration, run: RunParameters, scopes: list[Scope]
+) -> list[str]:
+    """Problems with a nonlinearity that some start is out of the reach of.
+
+    What depends on weights, on filters or on a file is left to the plan of the tensors.
+    """
+    if run.objective == "layer+logits":
+        return [
+            f"`nonlinearity: {run.nonlinearity}` cannot give every coefficient that layers may be "
+            f"fitted to, where `objective: layer+logits` goes on from; set `objective: logits`, or "
+            f"`nonlinearity: none`"
+        ]
+    settings = [s.settings["sum_to_one"] for s in scopes if "sum_to_one" in s.settings]
+    values = [_SPECS["sum_to_one"].validate(v) for setting in settings for v in _scalars(setting)]
+    # Deviations from the average cancel each other: some are 0 or less, wherever they start.
+    if config.base_model is None and all(values) and run.nonlinearity in ("sigmoid", "relu"):
+        return [
+            f"`nonlinearity: {run.nonlinearity}` has no start: with `sum_to_one` and no "
+            f"`base_model`, what is learned are deviations from the average, which start at 0; set "
+            f"`sum_to_one: false`, name a `base_model`, or take `tanh` or `none`"
+        ]
+    return []
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _calibrations(

@@ -2,9 +2,12 @@
 
 1. Every planned tensor is placed: input, a block, or output of the decoder, or outside of it.
 2. Headers are checked: every source has every tensor, in one shape.
-3. Tensors of a place become a stage, and stages a chain; a replay needs no chain.
+3. Tensors of a place become a stage. One sweep of layer fits is a chain of stages, written as
+   it goes; a search goes through the stages as often as it needs to, and is followed by a sweep
+   that writes; a replay needs no stages.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -22,21 +25,26 @@ from mergekit.tokenizer.truncate import TruncatedVocabulary
 from transformers import PretrainedConfig
 
 from mergekit_dam.artifacts import write_artifacts
-from mergekit_dam.coefficients import CoefficientFile, Parametrisation
+from mergekit_dam.coefficients import Parametrisation
 from mergekit_dam.decoder import Decoder
 from mergekit_dam.errors import ConfigError
 from mergekit_dam.fitting.streams import Stream
 from mergekit_dam.fitting.tensors import TensorReport
 from mergekit_dam.headers import check_headers
+from mergekit_dam.network import Network
+from mergekit_dam.objective.nonlinearity import invert
 from mergekit_dam.places import Place, Planned, check_complete, place_tensors, source_decoders
 from mergekit_dam.prepare import Prepared
-from mergekit_dam.settings import TensorSettings
+from mergekit_dam.replay import saved_record
+from mergekit_dam.settings import RunSettings, TensorSettings
 from mergekit_dam.stage import Models, Record, Stage, StageKind, TensorPlan
 from mergekit_dam.tasks import (
     FitStage,
-    KnownCoefficients,
+    Known,
     MergedTensor,
     MergeKnown,
+    Search,
+    SearchNode,
     StageGather,
     StageNode,
     WriteArtifacts,
@@ -81,14 +89,39 @@ def build_graph(
     )
     plans = [_tensor_plan(weight, task, order, prepared, out_dtype) for weight, task in planned]
     if prepared.replay is not None:
-        tensors, record = _replay(planned, plans, order, prepared.replay, shapes)
-        return Graph(tensors, WriteArtifacts(last=None, write=artifacts, record=record))
+        known = saved_record(prepared.replay, plans, order, shapes)
+        tensors: list[tuple[WeightInfo, Task[Any]]] = [
+            (weight, _known(plan, task.gather_tensors, order, known))
+            for (weight, task), plan in zip(planned, plans, strict=True)
+        ]
+        return Graph(tensors, WriteArtifacts(last=None, write=artifacts, record=known))
     output = Decoder(config, torch.device("cpu"), trust_remote_code=options.trust_remote_code)
     models = Models(output, source_decoders(output, order, options), order, prepared.settings)
     places = place_tensors(planned, plans, output)
     for decoder in (output, *models.sources):
         check_complete(decoder, places)
-    return _chain(planned, places, models, prepared, artifacts)
+    stages = _stages(places, models)
+    streams = partial(_streams, prepared, order)
+    averages = _averages(places, order)
+    last: FitStage | Search
+    if prepared.settings.one_sweep:
+        tasks, last = _chain(stages, streams, averages)
+    else:
+        saved = None
+        if prepared.start is not None:
+            saved = saved_record(prepared.start, plans, order, shapes)
+        start = _start(stages, prepared.settings, averages, saved)
+        _check_start(plans, start, prepared.settings)
+        tasks, last = _search(stages, streams, prepared.settings, start, options, out_path)
+    tasks |= {
+        place.plan.name: _known(place.plan, place.gather, order, averages)
+        for place in places
+        if place.kind == "outside"
+    }
+    return Graph(
+        [(weight, tasks[weight.name]) for weight, _ in planned],
+        WriteArtifacts(last=last, write=artifacts),
+    )
 
 
 def _tensor_plan(
@@ -136,46 +169,165 @@ def _parametrisation(
     )
 
 
-def _chain(
-    planned: Sequence[Planned],
-    places: Sequence[Place],
-    models: Models,
-    prepared: Prepared,
-    artifacts: Callable[[Record], None],
-) -> Graph:
-    """Stages in the order the data passes them, each behind the one before."""
-    stages: list[tuple[StageKind, int]] = [("input", 0)]
-    stages += [("block", index) for index in range(len(models.output.blocks))]
-    stages += [("output", 0)]
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage, and the tasks that bring its tensors.
+
+    Attributes:
+        label: orders the stages among the tasks.
+        gathers: one task an output tensor, in the order of the stage; then those it borrows.
+    """
+
+    stage: Stage
+    label: str
+    gathers: tuple[Task[Any], ...]
+
+
+def _stages(places: Sequence[Place], models: Models) -> list[PlannedStage]:
+    """Stages in the order the data passes them."""
+    kinds: list[tuple[StageKind, int]] = [("input", 0)]
+    kinds += [("block", index) for index in range(len(models.output.blocks))]
+    kinds += [("output", 0)]
+    tied = _tied_head(places, models.output)
+    stages = []
+    for number, (kind, index) in enumerate(kinds):
+        own = [place for place in places if (place.kind, place.index) == (kind, index)]
+        borrowed = [tied] if kind == "output" and tied is not None else []
+        label = f"dam {number:05d}"
+        stages.append(
+            PlannedStage(
+                Stage(
+                    models,
+                    kind,
+                    index,
+                    [place.plan for place in own],
+                    [place.plan for place in borrowed],
+                ),
+                label,
+                tuple(_labelled(place.gather, label) for place in [*own, *borrowed]),
+            )
+        )
+    return stages
+
+
+def _tied_head(places: Sequence[Place], decoder: Decoder) -> Place | None:
+    """The tensor of the input that the head is tied to."""
+    name = decoder.canonical(f"{decoder.head_name}.weight")
+    return next((p for p in places if p.kind == "input" and p.plan.name == name), None)
+
+
+def _averages(places: Sequence[Place], order: Sequence[ModelReference]) -> Record:
+    """The weights outside of the decoder: averaged, whatever is fitted."""
     record = Record()
-    tasks: dict[str, Task[Any]] = {}
     for place in places:
         if place.kind == "outside":
-            task, start = _average(place, models.order)
-            tasks[place.plan.name] = task
-            record.coefficients[place.plan.name] = start
-            record.reports[place.plan.name] = TensorReport(
-                place.plan.name, "other", "averaged: outside of the decoder"
-            )
+            name = place.plan.name
+            record.coefficients[name] = place.plan.settings.parametrisation.starting_coefficients()
+            record.reports[name] = TensorReport(name, "other", "averaged: outside of the decoder")
+    return record
+
+
+def _chain(
+    stages: Sequence[PlannedStage], streams: Callable[[], list[Stream]], averages: Record
+) -> tuple[dict[str, Task[Any]], FitStage]:
+    """One sweep, every stage behind the one before; tensors are written as they are fitted."""
+    tasks: dict[str, Task[Any]] = {}
     previous: FitStage | None = None
-    for number, (kind, index) in enumerate(stages):
-        own = [place for place in places if (place.kind, place.index) == (kind, index)]
-        label = f"dam {number:05d}"
+    for planned in stages:
+        stage = planned.stage
+        own = len(stage.tensors)
         node = StageNode(
-            stage=Stage(models, kind, index, [place.plan for place in own]),
-            label=label,
-            inputs=tuple(_labelled(place.gather, label) for place in own),
-            previous=previous,
-            streams=partial(_streams, prepared, models.order),
-            record=record,
+            dataclasses.replace(stage, borrowed=()),
+            planned.label,
+            planned.gathers[:own],
+            previous,
+            streams,
+            averages,
         )
         previous = FitStage(node=node)
-        for place in own:
-            tasks[place.plan.name] = MergedTensor(fit=previous, name=place.plan.name)
-    return Graph(
-        [(weight, tasks[weight.name]) for weight, _ in planned],
-        WriteArtifacts(last=previous, write=artifacts),
+        for plan in stage.tensors:
+            tasks[plan.name] = MergedTensor(fit=previous, name=plan.name)
+    assert previous is not None
+    return tasks, previous
+
+
+def _search(
+    stages: Sequence[PlannedStage],
+    streams: Callable[[], list[Stream]],
+    settings: RunSettings,
+    start: Record,
+    options: MergeOptions,
+    out_path: Path,
+) -> tuple[dict[str, Task[Any]], Search]:
+    """All sweeps in one task; when the best coefficients are known, tensors are merged."""
+    device = torch.device(options.device or "cpu")
+    network = Network(
+        [planned.stage for planned in stages],
+        [planned.gathers for planned in stages],
+        device,
+        settings.resident,
     )
+    fit = Search(node=SearchNode(network, streams, settings, start, out_path))
+    tasks: dict[str, Task[Any]] = {}
+    for planned in stages:
+        stage = planned.stage
+        for plan, gather in zip(stage.tensors, planned.gathers, strict=False):
+            tasks[plan.name] = MergeKnown(known=Known(plan, gather, stage.models.order), fit=fit)
+    return tasks, fit
+
+
+def _start(
+    stages: Sequence[PlannedStage], settings: RunSettings, averages: Record, saved: Record | None
+) -> Record:
+    """The coefficients that a search starts from."""
+    if saved is not None:
+        return saved
+    generator = torch.Generator().manual_seed(settings.seed)
+    record = dataclasses.replace(averages, coefficients=dict(averages.coefficients))
+    record.reports = dict(averages.reports)
+    for plan in (plan for planned in stages for plan in planned.stage.tensors):
+        form = plan.settings.parametrisation
+        if settings.start == "random":
+            rows = form.random_coefficients(generator)
+        else:
+            rows = form.starting_coefficients()
+        record.coefficients[plan.name] = rows
+        record.reports[plan.name] = TensorReport(plan.name, "other", "start kept")
+    for planned in stages:
+        for plan in planned.stage.tensors:
+            if plan.tied_to is not None:
+                record.coefficients[plan.name] = record.coefficients[plan.tied_to]
+    return record
+
+
+def _check_start(plans: Sequence[TensorPlan], start: Record, settings: RunSettings) -> None:
+    """Refuse a start that the descent cannot begin at.
+
+    Raises:
+        ConfigError: the start's coefficients are of another form than those that are fitted.
+    """
+    if settings.objective == "layer":
+        return
+    for plan in plans:
+        coefficients = start.coefficients[plan.name]
+        if plan.settings.granularity == "tensor" and coefficients.shape[1] > 1:
+            raise ConfigError(
+                [
+                    f"start: the file has one coefficient a column for {plan.name}, but "
+                    f"`granularity` is `tensor`; set `granularity: column`, or another start"
+                ]
+            )
+        try:
+            form = plan.settings.parametrisation
+            invert(settings.logits.nonlinearity, form.unknowns(coefficients))
+        except ConfigError as error:
+            raise ConfigError([f"{plan.name}: {problem}" for problem in error.problems]) from None
+
+
+def _known(
+    plan: TensorPlan, gather: Task[Any], order: tuple[ModelReference, ...], record: Record
+) -> MergeKnown:
+    return MergeKnown(known=Known(plan, gather, order, record))
 
 
 def _streams(prepared: Prepared, order: Sequence[ModelReference]) -> list[Stream]:
@@ -195,50 +347,3 @@ def _labelled(task: Task[Any], label: str) -> Task[Any]:
     if isinstance(task, (PermutedVocabulary, TruncatedVocabulary)):
         return task.model_copy(update={"gather_tensors": _labelled(task.gather_tensors, label)})
     return StageGather(**dict(task), label=label)
-
-
-def _average(place: Place, order: tuple[ModelReference, ...]) -> tuple[MergeKnown, torch.Tensor]:
-    start = place.plan.settings.parametrisation.starting_coefficients()
-    known = KnownCoefficients(place.plan, place.gather, order, start, -1)
-    return MergeKnown(known=known), start
-
-
-def _replay(
-    planned: Sequence[Planned],
-    plans: Sequence[TensorPlan],
-    order: tuple[ModelReference, ...],
-    saved: CoefficientFile,
-    shapes: Mapping[str, tuple[int, ...]],
-) -> tuple[list[tuple[WeightInfo, Task[Any]]], Record]:
-    """Merge every tensor with the coefficients of an earlier merge."""
-    rows = saved.rows_of([str(model) for model in order])
-    axes = saved.metadata.get("axes", {})
-    names = [plan.name for plan in plans]
-    problems = [
-        *(f"none for {name}" for name in names if name not in saved.coefficients),
-        *(f"some for {name}, which is not merged" for name in saved.coefficients.keys() - names),
-    ]
-    for name in saved.coefficients.keys() & shapes.keys():
-        columns, shape = saved.coefficients[name].shape[1], shapes[name]
-        if columns not in (1, shape[axes.get(name, -1)] if shape else 1):
-            problems.append(f"{columns} a model for {name}, of shape {list(shape)}")
-    if problems:
-        raise ConfigError(
-            [
-                f"coefficients: the file has {', '.join(sorted(problems)[:3])}"
-                f"{' and so on' if len(problems) > 3 else ''}; it belongs to another model or "
-                f"another choice of layers"
-            ]
-        )
-    tensors: list[tuple[WeightInfo, Task[Any]]] = []
-    record = Record()
-    for (weight, task), plan in zip(planned, plans, strict=True):
-        coefficients = saved.coefficients[plan.name][rows]
-        axis = axes.get(plan.name, -1)
-        known = KnownCoefficients(plan, task.gather_tensors, order, coefficients, axis)
-        tensors.append((weight, MergeKnown(known=known)))
-        record.coefficients[plan.name] = coefficients
-        record.reports[plan.name] = TensorReport(plan.name, "replay", "replayed")
-        if axis != -1:
-            record.axes[plan.name] = axis
-    return tensors, record

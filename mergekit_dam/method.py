@@ -1,7 +1,7 @@
 """Every YAML parameter of the merge method `dam`: its type, default, help and where it is set.
 
-The three classes below are the single source: mergekit's specification, the checks of a
-configuration and the table in the README are all made from their fields.
+The classes below are the single source: mergekit's specification, the checks of a
+configuration and the tables in the README are all made from their fields.
 """
 
 from collections.abc import Iterator
@@ -39,19 +39,21 @@ class ModelParameters(Parameters):
     calibration: str | None = Field(
         default=None,
         description="Where this model's text comes from: a `.txt`, `.jsonl`, `.json` or `.parquet` "
-        "file, a directory of them, or a Hub dataset id; options follow as `:key=value`.",
+        "file, a directory of them, or a Hub dataset id; options follow as `:key=value`. Every "
+        "model whose data counts needs it.",
     )
     weight: float = Field(
         default=1.0,
         ge=0,
-        description="Relative weight of the model in the average that the fit starts from, "
-        "as in mergekit's `linear`.",
+        description="Relative weight of the model in the average that the fit starts from and is "
+        "pulled to, as in mergekit's `linear`; set it where you know a better average.",
     )
     loss_weight: float = Field(
         default=1.0,
         ge=0,
-        description="How much this model's data counts in the fit; 0 merges the model without "
-        "asking what it does on its data (it then needs no calibration).",
+        description="How much this model's data counts in the fit; more for the skill that "
+        "matters most. 0 merges the model without asking what it does on its data (it then needs "
+        "no calibration).",
     )
 
 
@@ -67,45 +69,193 @@ class TensorParameters(Parameters):
     sum_to_one: bool = Field(
         default=True,
         description="Coefficients of a column sum to one over the models and the base (the base "
-        "takes the remainder); `false` is the paper's free form.",
+        "takes the remainder); `false`, the paper's free form, to repeat its setting.",
     )
     granularity: Literal["column", "tensor"] = Field(
         default="column",
-        description="One coefficient per model and input column, or one per model and tensor.",
+        description="One coefficient per model and input column, or one per model and tensor, "
+        "which asks less of short calibration text.",
     )
-    embeddings: bool = Field(default=True, description="Fit embeddings; `false` averages them.")
-    norms: bool = Field(default=True, description="Fit norm weights; `false` averages them.")
+    embeddings: bool = Field(
+        default=True,
+        description="Fit embeddings; `false` averages them, where calibration text shows few of "
+        "the tokens that matter.",
+    )
+    norms: bool = Field(
+        default=True,
+        description="Fit norm weights; `false` averages them, to leave them as `linear` would.",
+    )
     head: bool = Field(
-        default=True, description="Fit the output head (where untied); `false` averages it."
+        default=True,
+        description="Fit the output head (where untied); `false` averages it, which saves time "
+        "where the vocabulary is large.",
     )
 
 
-class RunParameters(Parameters):
+class LogitsParameters(Parameters):
+    """Parameters of the whole merge that only the end-to-end fit reads: objective `logits`."""
+
+    steps: int = Field(
+        default=60,
+        gt=0,
+        description="Steps of the optimiser; more, if the best of them was the last (the report "
+        "says which it was).",
+    )
+    batch_size: int = Field(
+        default=4,
+        gt=0,
+        description="Sequences of every model whose gradient is taken at once; fewer take less "
+        "memory.",
+    )
+    gradient_accumulation: int = Field(
+        default=1,
+        gt=0,
+        description="Batches per step; more, where memory holds no larger batch.",
+    )
+    optimizer: Literal["adamw", "mofo"] = Field(
+        default="adamw",
+        description="AdamW without decay, or MoFO, which in every step moves only the "
+        "coefficients of largest momentum, to stay nearer to the start.",
+    )
+    mofo_fraction: float = Field(
+        default=0.3,
+        gt=0,
+        le=1,
+        description="Fraction of a model's coefficients in a tensor that a step of `mofo` moves; "
+        "less stays nearer to the start.",
+    )
+    learning_rate: float = Field(
+        default=0.1,
+        gt=0,
+        description="Peak of the learning rate; lower it if the losses jump, raise it if they "
+        "still fall at the last step.",
+    )
+    lr_schedule: Literal["constant", "linear", "cosine", "inverse_sqrt"] = Field(
+        default="cosine",
+        description="How the learning rate falls; `constant` to compare numbers of steps.",
+    )
+    warmup: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Fraction of the steps in which the learning rate rises from zero; set it if "
+        "the first steps do harm.",
+    )
+    max_grad_norm: float = Field(
+        default=0.0,
+        ge=0,
+        description="Norm that the gradient of all coefficients is cut to (0 = off); set it if "
+        "single batches throw the fit off.",
+    )
+    nonlinearity: Literal["none", "tanh", "sigmoid", "relu"] = Field(
+        default="none",
+        description="Map from what is learned to the coefficients: `tanh` keeps them between -1 "
+        "and 1, `sigmoid` between 0 and 1, `relu` at 0 or more. For `objective: logits`, where "
+        "coefficients must not leave a range.",
+    )
+    similarity: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of the mean cosine between models' coefficients (0 = off); set it to "
+        "have models share out the columns.",
+    )
+    l1: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of the 1-norms of models' coefficients (0 = off); set it for few that "
+        "are not zero.",
+    )
+    l2: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of the 2-norms of models' coefficients (0 = off); set it for small "
+        "ones.",
+    )
+    overlap: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of how much models use the same columns (0 = off); set it to give "
+        "each column to one model.",
+    )
+    weighted_overlap: float = Field(
+        default=0.0,
+        ge=0,
+        description="The same, with columns weighted by how far the models' task vectors "
+        "interfere there (0 = off); needs a `base_model`.",
+    )
+    mse: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of the squared difference of logits beside the KL (0 = off); set it "
+        "to hold unlikely tokens to the teachers too.",
+    )
+    entropy: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of the entropy of the merged model's predictions (0 = off); set it "
+        "for a model that commits itself more.",
+    )
+    start: str = Field(
+        default="average",
+        description="What the fit starts from: `average` (by `weight`), `random`, or an earlier "
+        "merge (a path as in `coefficients`), to go on from there.",
+    )
+
+
+class RunParameters(LogitsParameters):
     """Parameters of the whole merge; one value, at top level."""
 
-    samples: int = Field(
-        default=32, gt=0, description="Calibration sequences per model, held-out ones included."
+    objective: Literal["layer", "logits", "layer+logits"] = Field(
+        default="layer+logits",
+        description="What is fitted: every layer to its teachers' outputs, one after the other; "
+        "the logits of the whole model, by gradient descent (the paper's objective); or the "
+        "second from the first's result. `layer` takes least time.",
     )
-    sequence_length: int = Field(default=512, gt=1, description="Tokens per calibration sequence.")
+    metric: Literal["identity", "sensitivity"] = Field(
+        default="identity",
+        description="How layer fits measure an error: plainly, or (in a second sweep) by how much "
+        "the loss feels it; `identity` takes less time.",
+    )
+    samples: int = Field(
+        default=32,
+        gt=0,
+        description="Calibration sequences per model, held-out ones included; more overfit less, "
+        "and take time in proportion.",
+    )
+    sequence_length: int = Field(
+        default=512,
+        gt=1,
+        description="Tokens per calibration sequence; as many as what the models are good at "
+        "needs.",
+    )
     holdout: float = Field(
         default=0.125,
         ge=0,
         lt=1,
-        description="Fraction of the sequences kept out of the fit to judge it; at 0 the fit "
-        "is judged on its own data.",
+        description="Fraction of the sequences kept out of the fit to judge it; more where there "
+        "are few. At 0 the fit is judged on its own data.",
     )
     temperature: float = Field(
-        default=1.0, gt=0, description="Temperature of the logits in the fit of the head."
+        default=1.0,
+        gt=0,
+        description="Temperature of the logits that are compared, in the fit of the head as in "
+        "the objective `logits`; above 1, tokens that are unlikely count more.",
+    )
+    resident: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="Whether weights stay in memory between sweeps: `auto` as long as half of it "
+        "is free, `never` where others need the memory. The result is the same.",
     )
     seed: int | None = Field(
         default=None,
         ge=0,
-        description="Seed of the choice of calibration text; default: mergekit's `--random-seed`, "
-        "or 0.",
+        description="Seed of the choice of calibration text and of its order; change it to see "
+        "how much they matter. Default: mergekit's `--random-seed`, or 0.",
     )
     include_base: bool = Field(
         default=False,
-        description="The base is a model to merge too, with a calibration and a weight of its own.",
+        description="The base is a model to merge too, with a calibration and a weight of its "
+        "own; where its own skills must not suffer.",
     )
     coefficients: str | None = Field(
         default=None,
@@ -121,37 +271,39 @@ SCOPES: dict[type[Parameters], str] = {
 }
 
 
-SCOPES_IN_WORDS = {
-    "model": "per model, or for all",
-    "tensor": "for all, or a slice; filters",
-    "merge": "once, at top level",
+HEADINGS = {
+    "model": "Of a model; at top level, of all models",
+    "tensor": "Of the fit of a tensor; at top level or for a slice, with filters and gradients",
+    "merge": "Of the whole merge; once, at top level",
+    "logits": "Of the objective `logits` (and `layer+logits`); once, at top level",
 }
+"""What the tables in the README hold, by scope; the parameters of the merge are in two tables."""
 
 
 @dataclass(frozen=True)
 class ParameterHelp:
-    """One row of the README's table."""
+    """One row of the README's tables; `table` is a key of `HEADINGS`."""
 
     name: str
-    scope: str
+    table: str
     type: str
     default: str
     description: str
 
 
 def fields() -> Iterator[tuple[type[Parameters], str, FieldInfo]]:
-    """Every parameter as (class it belongs to, name, field), in the order of the table."""
+    """Every parameter as (class it belongs to, name, field)."""
     for owner in SCOPES:
         for name, field in owner.model_fields.items():
             yield owner, name, field
 
 
 def parameter_help() -> tuple[ParameterHelp, ...]:
-    """The rows of the README's table."""
+    """The rows of the README's tables."""
     return tuple(
         ParameterHelp(
             name=name,
-            scope=SCOPES[owner],
+            table="logits" if name in LogitsParameters.model_fields else SCOPES[owner],
             type=_type_name(field.annotation),
             default="" if field.default is None else str(field.default).lower(),
             description=field.description or "",
@@ -160,15 +312,23 @@ def parameter_help() -> tuple[ParameterHelp, ...]:
     )
 
 
-def parameter_table() -> str:
-    """The README's table, in Markdown."""
-    lines = ["| parameter | set | type | default | what it does |", "|---|---|---|---|---|"]
-    lines += [
-        f"| `{row.name}` | {SCOPES_IN_WORDS[row.scope]} | {row.type} | {row.default} "
-        f"| {row.description} |"
-        for row in parameter_help()
-    ]
-    return "\n".join(lines)
+def parameter_tables() -> str:
+    """The README's tables, in Markdown."""
+    parts = []
+    for table, heading in HEADINGS.items():
+        lines = [
+            f"**{heading}**",
+            "",
+            "| parameter | type | default | what it does, and when to touch it |",
+            "|---|---|---|---|",
+        ]
+        lines += [
+            f"| `{row.name}` | {row.type} | {row.default} | {row.description} |"
+            for row in parameter_help()
+            if row.table == table
+        ]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
 
 
 def _type_name(annotation: Any) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mergekit_dam.anatomy import Anatomy, Captured, capture, examine, scattered, substitute
+from mergekit_dam.anatomy import Anatomy, Captured, capture, examine, scattered, substitute, watch
 from mergekit_dam.decoder import Decoder
 
 _PROBE_TOKENS = 8
@@ -66,6 +66,14 @@ class Part:
         ):
             leaving = self.run(weights, x)
         return leaving, captured
+
+    def watched(
+        self, weights: Mapping[str, Tensor], x: Tensor, *, outputs: tuple[str, ...]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run to the end; what leaves the part, and the named outputs on the way of gradients."""
+        with watch(self.root, outputs) as seen:
+            leaving = self.run(weights, x)
+        return leaving, seen
 
     def anatomy(self, weights: Mapping[str, Tensor], like: Tensor) -> Anatomy:
         """Examine the part on a few random tokens.

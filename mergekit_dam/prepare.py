@@ -5,6 +5,7 @@
    agree, and make every model's calibration tokens.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ from mergekit_dam.calibration import (
 from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.config import Checked, check_configuration
 from mergekit_dam.errors import CalibrationError
+from mergekit_dam.method import RunParameters
+from mergekit_dam.objective.settings import LogitsSettings
 from mergekit_dam.settings import RunSettings
 
 
@@ -34,12 +37,14 @@ class Prepared:
     Attributes:
         calibration: per model whose data takes part in the fit; empty in a replay.
         replay: the coefficients to replay, or None.
+        start: the coefficients to start from, or None.
     """
 
     checked: Checked
     settings: RunSettings
     calibration: Mapping[ModelReference, CalibrationSet]
     replay: CoefficientFile | None
+    start: CoefficientFile | None = None
 
 
 class PreparedConfiguration(MergeConfiguration):
@@ -84,11 +89,14 @@ def prepare(
     """
     checked = check_configuration(config, source)
     run = checked.run
-    settings = RunSettings(holdout=run.holdout, temperature=run.temperature)
     seed = run.seed if run.seed is not None else options.random_seed or 0
+    settings = run_settings(run, seed)
     if run.coefficients is not None:
         replay = CoefficientFile.load(run.coefficients)
         return Prepared(checked, settings, {}, replay)
+    start = None
+    if run.start not in ("average", "random"):
+        start = CoefficientFile.load(run.start, parameter="start")
     models = checked.models
     if checked.base is not None and checked.base not in models:
         models = (*models, checked.base)
@@ -116,7 +124,21 @@ def prepare(
         rows = min(_vocab_size(model, options) for model in models)
         because = f"--unsafe-truncate-embeddings leaves {rows} ids"
         _check_vocabulary(calibration, tokenizers, set(range(rows)), because)
-    return Prepared(checked, settings, calibration, None)
+    return Prepared(checked, settings, calibration, None, start)
+
+
+def run_settings(run: RunParameters, seed: int) -> RunSettings:
+    """What the parameters of the whole merge ask for."""
+    names = [field.name for field in dataclasses.fields(LogitsSettings)]
+    return RunSettings(
+        holdout=run.holdout,
+        objective=run.objective,
+        metric=run.metric,
+        logits=LogitsSettings(**{name: getattr(run, name) for name in names}),
+        start=run.start,
+        resident=run.resident,
+        seed=seed,
+    )
 
 
 def _vocab_size(model: ModelReference, options: MergeOptions) -> int:

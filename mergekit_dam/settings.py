@@ -1,8 +1,14 @@
 """What the fit of a merge was asked for, resolved and validated: plain frozen data."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from mergekit_dam.coefficients import Parametrisation
+from mergekit_dam.objective.settings import LogitsSettings
+
+Objective = Literal["layer", "logits", "layer+logits"]
+MetricName = Literal["identity", "sensitivity"]
+Resident = Literal["auto", "always", "never"]
 
 
 @dataclass(frozen=True)
@@ -37,11 +43,26 @@ class RunSettings:
 
     Attributes:
         holdout: fraction of the sequences kept out of the fit.
-        temperature: of the logits in the fit of the head.
+        objective: "layer", "logits" or "layer+logits".
+        metric: of the layer fits: "identity", or "sensitivity" after it.
+        logits: the objective `logits`, and the temperature of the fit of the head.
+        start: "average", "random" or a path.
+        resident: whether weights stay in memory between sweeps.
+        seed: of the order of sequences, and of a random start.
     """
 
     holdout: float
-    temperature: float
+    objective: Objective
+    metric: MetricName
+    logits: LogitsSettings
+    start: str
+    resident: Resident
+    seed: int
+
+    @property
+    def one_sweep(self) -> bool:
+        """One sweep of layer fits is all: nothing has to be known before tensors are written."""
+        return self.objective == "layer" and self.metric == "identity"
 
     def held_out(self, sequences: int) -> int:
         """Sequences of a model kept out of the fit: at least one where a fraction is asked for."""

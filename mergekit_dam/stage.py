@@ -1,10 +1,10 @@
 """One stage of a merge, input, block or output, from loaded tensors to merged ones."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from mergekit.common import ModelReference
@@ -14,6 +14,7 @@ from mergekit_dam.anatomy import Anatomy
 from mergekit_dam.decoder import Decoder
 from mergekit_dam.errors import DamError
 from mergekit_dam.fitting.head import fit_head
+from mergekit_dam.fitting.state import Metrics
 from mergekit_dam.fitting.streams import Stream
 from mergekit_dam.fitting.tensors import FittedTensor, TensorReport, TensorSources
 from mergekit_dam.fitting.walk import FitHead, walk_part
@@ -21,6 +22,29 @@ from mergekit_dam.part import Part, block_part, input_part, output_part
 from mergekit_dam.settings import RunSettings, TensorSettings
 
 StageKind = Literal["input", "block", "output"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One step of the search for the best coefficients, judged on held-out data.
+
+    Attributes:
+        name: what was tried.
+        kept: it became the best so far.
+        held_out_kl: from each model that has calibration data, in nats per token.
+        mean_held_out_kl: their mean, by the models' loss weights.
+        seconds: wall time.
+        details: such as the number of steps.
+    """
+
+    name: str
+    kept: bool
+    held_out_kl: tuple[float, ...]
+    mean_held_out_kl: float
+    seconds: float
+    details: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,12 +80,29 @@ class TensorPlan:
 
 @dataclass(eq=False)  # tasks that carry one are hashed: by its identity
 class Record:
-    """What is known of the merge so far: small, and handed from stage to stage."""
+    """What is known of the merge so far: small, and handed from stage to stage.
+
+    Attributes:
+        coefficients: fp32 `[sources, n]` or `[sources, 1]` by output tensor.
+        axes: the dimension they run along, where it is not the last.
+        reports: by output tensor.
+        seconds: by stage.
+        rungs: of the search, where the whole model was judged.
+    """
 
     coefficients: dict[str, Tensor] = field(default_factory=dict)
     axes: dict[str, int] = field(default_factory=dict)
     reports: dict[str, TensorReport] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    rungs: list[Rung] = field(default_factory=list)
+
+    def without(self, names: Collection[str]) -> "Record":
+        """What is known of all other tensors."""
+
+        def rest(known: dict[str, T]) -> dict[str, T]:
+            return {name: value for name, value in known.items() if name not in names}
+
+        return Record(rest(self.coefficients), rest(self.axes), rest(self.reports))
 
     def add(self, fitted: FittedTensor) -> None:
         """Record a settled tensor."""
@@ -106,6 +147,11 @@ class Models:
             self.anatomies[key] = part.anatomy(weights, like)
         return self.anatomies[key]
 
+    def move(self, device: torch.device) -> None:
+        """Have all decoders run on a device."""
+        for decoder in {id(d): d for d in (self.output, *self.sources)}.values():
+            decoder.move(device)
+
 
 @dataclass(eq=False)
 class Stage:
@@ -115,12 +161,32 @@ class Stage:
         kind: which part of the model.
         index: of the block.
         tensors: output tensors of the stage.
+        borrowed: tensors of an earlier stage that this part runs on too (a tied head's).
     """
 
     models: Models
     kind: StageKind
     index: int
     tensors: Sequence[TensorPlan]
+    borrowed: Sequence[TensorPlan] = ()
+
+    @property
+    def all_tensors(self) -> tuple[TensorPlan, ...]:
+        """Tensors that are read for the stage: its own, and those it borrows."""
+        return (*self.tensors, *self.borrowed)
+
+    def sources_of_part(
+        self, loaded: Mapping[str, Mapping[ModelReference, Tensor]]
+    ) -> dict[str, TensorSources]:
+        """The tensors that the part runs on, by names relative to it."""
+        prefix = self.part(self.models.output).prefix
+        return {
+            plan.name[len(prefix) :]: plan.sources(
+                [loaded[plan.name][model] for model in self.models.order]
+            )
+            for plan in self.all_tensors
+            if plan.tied_to is None
+        }
 
     @property
     def label(self) -> str:
@@ -140,6 +206,7 @@ class Stage:
         record: Record,
         *,
         show: Callable[[str], None],
+        metrics: Callable[[Anatomy], Metrics] | None = None,
     ) -> Progress:
         """Fit the stage's tensors and move the streams on.
 
@@ -148,6 +215,7 @@ class Stage:
             streams: moved on in place.
             record: added to in place.
             show: shows a line of progress.
+            metrics: finds the metrics of the stage's linears; None measures plain errors.
 
         Raises:
             DamError: with the stage named.
@@ -158,7 +226,7 @@ class Stage:
             for plan in self.tensors
         }
         try:
-            fitted = self._fit(sources, streams, show)
+            fitted = self._fit(sources, streams, show, metrics)
         except DamError as error:
             raise error.inside(self.label) from error
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
@@ -182,13 +250,13 @@ class Stage:
         sources: Mapping[str, TensorSources],
         streams: list[Stream],
         show: Callable[[str], None],
+        metrics: Callable[[Anatomy], Metrics] | None,
     ) -> list[FittedTensor]:
         own = [plan.name for plan in self.tensors if plan.tied_to is None]
         if not own:
             return []
         device = sources[own[0]].tensors[0].device
-        for decoder in {id(d): d for d in (self.models.output, *self.models.sources)}.values():
-            decoder.move(device)
+        self.models.move(device)
         part = self.part(self.models.output)
 
         def progress(fitted: FittedTensor) -> None:
@@ -208,13 +276,14 @@ class Stage:
             progress=progress,
             head=self._head(),
             advance=self.kind != "output",
+            metrics=metrics,
         )
 
     def _head(self) -> tuple[str, FitHead] | None:
         name = self.models.output.head_name
         if self.kind != "output" or name is None:
             return None
-        return name, partial(fit_head, temperature=self.models.settings.temperature)
+        return name, partial(fit_head, temperature=self.models.settings.logits.temperature)
 
 
 def _tied(sources: TensorSources, tied_to: str, record: Record) -> FittedTensor:

@@ -1,8 +1,13 @@
 """The tasks that mergekit's executor runs for a dam merge.
 
+    one sweep:
     loads -> gathers -> FitStage (input) -> FitStage (block 0) -> ... -> FitStage (output)
                            |                  |                            |
                         MergedTensor ...   MergedTensor ...            WriteArtifacts
+    a search:
+    Search -> WriteArtifacts
+       |
+    loads -> gathers -> MergeKnown ...
 
 Labels are zero-padded stage numbers: the executor works through labels in the order of their
 text, so that the tensors of one stage are loaded, fitted, saved and released before the next
@@ -12,6 +17,7 @@ before `layers.2`, and several blocks would be in memory at a time.)
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +29,10 @@ from mergekit.merge_methods.buffers import copy_non_floating_buffer
 from mergekit_dam.coefficients import merge_weights
 from mergekit_dam.errors import DamError
 from mergekit_dam.fitting.streams import Stream
+from mergekit_dam.network import Network
 from mergekit_dam.progress import show
+from mergekit_dam.search import search
+from mergekit_dam.settings import RunSettings
 from mergekit_dam.stage import Progress, Record, Stage, TensorPlan
 
 
@@ -115,30 +124,74 @@ class MergedTensor(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True
 
 
 @dataclass(eq=False)
-class KnownCoefficients:
-    """A tensor that is merged with coefficients known from planning.
+class SearchNode:
+    """All that a search needs; compared by identity, since hashing tasks recurses.
+
+    Attributes:
+        streams: makes the streams at the entrance.
+        start: coefficients of every tensor to start from.
+        scratch: where hidden states are kept on disk.
+    """
+
+    network: Network
+    streams: Callable[[], list[Stream]]
+    settings: RunSettings
+    start: Record
+    scratch: Path
+
+
+class Search(Task[Any], frozen=True, arbitrary_types_allowed=True):
+    """Finds the coefficients of all tensors, before any tensor is merged."""
+
+    node: SearchNode
+
+    def arguments(self) -> dict[str, Task[Any]]:
+        return {}
+
+    def group_label(self) -> str:
+        return ""  # before all stages
+
+    def main_thread_only(self) -> bool:
+        return True  # it reads models through mergekit's loaders, which each thread has anew
+
+    def execute(self) -> Progress:
+        node = self.node
+        record = search(
+            node.network,
+            node.streams(),
+            node.settings,
+            node.start,
+            scratch=node.scratch,
+            show=show,
+        )
+        return Progress([], record)
+
+
+@dataclass(eq=False)
+class Known:
+    """A tensor that is merged once its coefficients are known.
 
     Attributes:
         gather: brings the tensors of all sources.
         order: the sources, in the order of the rows of the coefficients.
-        coefficients: fp32 `[sources, n]`.
-        axis: the dimension of the tensor that they run along.
+        record: holds the coefficients, where they are known from planning.
     """
 
     plan: TensorPlan
     gather: Task[Any]
     order: tuple[ModelReference, ...]
-    coefficients: torch.Tensor
-    axis: int
+    record: Record | None = None
 
 
 class MergeKnown(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):
-    """Merges one tensor with known coefficients: a replay, or a weight outside the decoder."""
+    """Merges one tensor by coefficients: of a replay, of a search, or an average."""
 
-    known: KnownCoefficients
+    known: Known
+    fit: Search | None = None
 
     def arguments(self) -> dict[str, Task[Any]]:
-        return {"tensors": self.known.gather}
+        tensors = {"tensors": self.known.gather}
+        return tensors if self.fit is None else {**tensors, "progress": self.fit}
 
     def group_label(self) -> str | None:
         return self.known.gather.group_label()
@@ -146,27 +199,31 @@ class MergeKnown(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):
     def uses_accelerator(self) -> bool:
         return True
 
-    def execute(self, tensors: dict[ModelReference, torch.Tensor]) -> torch.Tensor:
-        known = self.known
+    def execute(
+        self, tensors: dict[ModelReference, torch.Tensor], progress: Progress | None = None
+    ) -> torch.Tensor:
+        known, name = self.known, self.known.plan.name
         loaded = [tensors[model] for model in known.order]
-        buffer: torch.Tensor | None = copy_non_floating_buffer(loaded, known.plan.name)
+        buffer: torch.Tensor | None = copy_non_floating_buffer(loaded, name)
         if buffer is not None:
             return buffer
+        record = known.record if progress is None else progress.record
+        assert record is not None
+        coefficients, axis = record.coefficients[name], record.axes.get(name, -1)
         sources = known.plan.sources(loaded)
-        size = loaded[0].shape[known.axis] if loaded[0].ndim else 1
-        columns = known.coefficients.shape[1]
-        if columns not in (1, size):
+        size = loaded[0].shape[axis] if loaded[0].ndim else 1
+        if coefficients.shape[1] not in (1, size):
             raise DamError(
-                f"{known.plan.name}: required {size} coefficients a model, got {columns}; the "
+                f"{name}: required {size} coefficients a model, got {coefficients.shape[1]}; the "
                 f"coefficients were fitted on models of another shape"
             )
-        return merge_weights(sources.tensors, known.coefficients, axis=known.axis).to(sources.dtype)
+        return merge_weights(sources.tensors, coefficients, axis=axis).to(sources.dtype)
 
 
 class WriteArtifacts(Task[None], frozen=True, arbitrary_types_allowed=True):
     """Writes coefficients and report beside the merged model, once the last stage is through."""
 
-    last: FitStage | None
+    last: FitStage | Search | None
     write: Callable[[Record], None]
     record: Record | None = None
 

@@ -25,7 +25,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mergekit_dam.coefficients import FILE_NAME, CoefficientFile
 
-SMALL: dict[str, Any] = {"samples": 4, "sequence_length": 16}
+SMALL: dict[str, Any] = {
+    "samples": 4,
+    "sequence_length": 16,
+    "objective": "layer",
+    "metric": "identity",
+}
 """Parameters of a merge that takes a second."""
 
 

@@ -229,6 +229,15 @@ def test_coefficients_shared_by_tied_tensors_and_views_can_be_saved(tmp_path: Pa
     assert all(loaded.coefficients[name].equal(tensor) for name, tensor in tensors.items())
 
 
+def test_problems_name_the_parameter_that_named_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"- start: no file at .*gone"):
+        CoefficientFile.load(tmp_path / "gone", parameter="start")
+    saved(tmp_path)
+    file = CoefficientFile.load(tmp_path, parameter="start")
+    with pytest.raises(ConfigError, match="- start: made from 2 models"):
+        file.rows_of(["org/a"])
+
+
 def test_saving_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failed write leaves the file of before, whole."""
     file = saved(tmp_path)

@@ -11,14 +11,15 @@ from torch.nn.functional import rms_norm
 from mergekit_dam.coefficients import Parametrisation, merge_weights
 from mergekit_dam.errors import DamError
 from mergekit_dam.fitting import embedding as embedding_module
-from mergekit_dam.fitting.bias import fit_bias
+from mergekit_dam.fitting.bias import Residual, fit_bias
 from mergekit_dam.fitting.embedding import Usage, fit_embedding
 from mergekit_dam.fitting.gather import _before_norm, token_weights
 from mergekit_dam.fitting.linear import fit_linear
 from mergekit_dam.fitting.moments import Evidence, FeatureMoments, LinearMoments, Losses
 from mergekit_dam.fitting.norm import fit_norm
 from mergekit_dam.fitting.tensors import TensorSources, judged
-from mergekit_dam.settings import RunSettings, TensorSettings
+from mergekit_dam.settings import TensorSettings
+from tests.objective.made import run_settings
 
 CPU = torch.device("cpu")
 MODELS = 3
@@ -79,7 +80,7 @@ def linear_evidence(
         return scaled
 
     fit = moments(x, y)
-    return Evidence(fit, fit if held_out is None else moments(*held_out), 1.0)
+    return Evidence([fit], [fit if held_out is None else moments(*held_out)], 1.0)
 
 
 def feature_evidence(n: Tensor, y: Tensor) -> Evidence[FeatureMoments]:
@@ -87,7 +88,7 @@ def feature_evidence(n: Tensor, y: Tensor) -> Evidence[FeatureMoments]:
     own.add(n, y, y, torch.ones(n.shape[0]))
     scaled = FeatureMoments.zeros(n.shape[1], CPU)
     scaled.add_scaled(own, 1 / own.energy)
-    return Evidence(scaled, scaled, 1.0)
+    return Evidence([scaled], [scaled], 1.0)
 
 
 # Linears
@@ -147,8 +148,9 @@ def test_fit_bias_judges_with_the_weight_it_is_given() -> None:
     biases = list(randn(MODELS, 12, seed=3))
     x, y = randn(50, 6, seed=1), randn(50, 12, seed=2)
     evidence, weight = linear_evidence(x, y), randn(12, 6, seed=5)
-    residual = evidence.fit.y_sum - weight.double() @ evidence.fit.x_sum
-    bias = fit_bias(sources_of(biases), residual, weight, evidence)
+    (sums,) = evidence.fit
+    residual = Residual(sums.y_sum - weight.double() @ sums.x_sum, sums.count)
+    bias = fit_bias(sources_of(biases), [residual], weight, evidence)
     direct = (x @ weight.T + bias.merged - y).square().sum() / y.square().sum()
     assert bias.report.loss_fitted == pytest.approx(float(direct), rel=1e-5)
     at_start = (x @ weight.T + torch.stack(biases).mean(0) - y).square().sum() / y.square().sum()
@@ -418,4 +420,4 @@ def test_a_target_that_would_turn_the_output_around_is_given_up() -> None:
 def test_at_least_one_sequence_is_held_out_and_one_is_left(
     holdout: float, sequences: int, expected: int
 ) -> None:
-    assert RunSettings(holdout=holdout, temperature=1.0).held_out(sequences) == expected
+    assert run_settings(holdout).held_out(sequences) == expected

@@ -258,10 +258,43 @@ class TestConfiguration:
             ),
             ({"loss_weight": 0}, "every model has `loss_weight: 0`"),
             ({"coefficients": "gone"}, "coefficients: no file at gone"),
+            ({"steps": 8}, "`objective: layer` takes no `steps`"),
         ],
     )
     def test_parameters(self, case: Case, parameters: dict[str, Any], message: str) -> None:
         case.refused(ConfigError, message, configuration=case.configuration(**parameters))
+
+    @pytest.mark.parametrize(
+        ("parameters", "message"),
+        [
+            ({"start": "gone"}, "start: no file at gone"),
+            ({"metric": "identity"}, "`objective: logits` takes no `metric`"),
+            ({"weighted_overlap": 1}, "the configuration names no `base_model` to take task"),
+            ({"nonlinearity": "sigmoid"}, "`nonlinearity: sigmoid` has no start"),
+            (
+                {"nonlinearity": "sigmoid", "sum_to_one": [{"filter": "mlp", "value": False}]},
+                "model.embed_tokens.weight: nonlinearity: sigmoid can only give coefficients "
+                "between 0 and 1, got one that starts at 0; use `nonlinearity: none`",
+            ),
+            (
+                {"nonlinearity": "tanh", "sum_to_one": False, "weight": [1, 0]},
+                "model.embed_tokens.weight: nonlinearity: tanh can only give",
+            ),
+        ],
+    )
+    def test_parameters_of_the_objective_logits(
+        self, case: Case, parameters: dict[str, Any], message: str
+    ) -> None:
+        configuration = case.configuration(**parameters)
+        configuration["parameters"]["objective"] = "logits"
+        if "metric" not in parameters:
+            del configuration["parameters"]["metric"]
+        if isinstance(parameters.get("weight"), list):
+            for entry, weight in zip(
+                configuration["models"], configuration["parameters"].pop("weight"), strict=True
+            ):
+                entry["parameters"]["weight"] = weight
+        case.refused(ConfigError, message, configuration=configuration)
 
     def test_every_problem_is_told_at_once(self, case: Case) -> None:
         configuration = case.configuration(sampels=4, ridge=-1)

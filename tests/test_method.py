@@ -1,5 +1,7 @@
 """The entry in mergekit's registry."""
 
+import dataclasses
+
 import pytest
 import torch
 from mergekit import merge_methods
@@ -9,15 +11,19 @@ from pydantic import ValidationError
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.method import (
+    HEADINGS,
     NAME,
     SCOPES,
     DamMerge,
+    LogitsParameters,
     ModelParameters,
     RunParameters,
     TensorParameters,
     fields,
     parameter_help,
+    parameter_tables,
 )
+from mergekit_dam.objective.settings import LogitsSettings
 
 
 def test_mergekit_knows_the_method() -> None:
@@ -67,6 +73,8 @@ def test_constraints_of_a_field_are_those_of_its_spec() -> None:
         ("holdout", 1),
         ("weight", -1),
         ("seed", -1),
+        ("steps", 0),
+        ("objective", "heads"),
         ("granularity", "row"),
     ):
         with pytest.raises(ValidationError):
@@ -84,7 +92,23 @@ def test_the_table_of_parameters_shows_types_and_defaults() -> None:
     assert rows["calibration"].default == ""
     assert rows["sum_to_one"].default == "true"
     assert rows["samples"].default == str(RunParameters().samples)
-    assert {row.scope for row in rows.values()} == {"model", "tensor", "merge"}
+    assert rows["objective"].type == "`layer` or `logits` or `layer+logits`"
+
+
+def test_every_parameter_is_in_one_table() -> None:
+    rows = parameter_help()
+    assert [row.name for row in rows] == [name for _, name, _ in fields()]
+    assert {row.table for row in rows} == HEADINGS.keys()
+    for row in rows:
+        assert parameter_tables().count(f"\n| `{row.name}` | {row.type} | {row.default} |") == 1
+
+
+def test_parameters_of_the_logits_are_settings_of_the_logits() -> None:
+    """But for the temperature, which the fit of the head has as well, and the start."""
+    settings = {field.name for field in dataclasses.fields(LogitsSettings)}
+    assert settings - {"temperature"} == LogitsParameters.model_fields.keys() - {"start"}
+    in_table = {row.name for row in parameter_help() if row.table == "logits"}
+    assert in_table == LogitsParameters.model_fields.keys()
 
 
 @pytest.mark.parametrize("name", ["some.weight", None])

@@ -114,7 +114,7 @@ def test_losses_are_fractions_of_the_teachers_energy() -> None:
     scaled = LinearMoments.zeros(4, 6, CPU)
     moments = linear_moments(x, y, y)
     scaled.add_scaled(moments, 2.0 / moments.energy)
-    evidence = Evidence(scaled, scaled, total=2.0)
+    evidence = Evidence([scaled], [scaled], total=2.0)
     losses = evidence.losses(torch.zeros(4, 6), None)
     assert losses.fit == pytest.approx(1.0)
     assert losses.held_out == losses.fit

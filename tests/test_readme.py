@@ -7,13 +7,13 @@ import yaml
 from mergekit.config import MergeConfiguration
 
 from mergekit_dam.config import check_configuration
-from mergekit_dam.method import parameter_table
+from mergekit_dam.method import parameter_tables
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_table_of_parameters_is_made_from_their_fields() -> None:
-    assert parameter_table() in README
+def test_the_tables_of_parameters_are_made_from_their_fields() -> None:
+    assert parameter_tables() in README
 
 
 @pytest.mark.parametrize("block", [b for b in README.split("```")[1:] if b.startswith("yaml")])

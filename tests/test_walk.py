@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 from transformers import PretrainedConfig, PreTrainedModel
 
+from mergekit_dam import coefficients as coefficients_module
 from mergekit_dam.anatomy import Unit, substitute
-from mergekit_dam.coefficients import Parametrisation, merge_weights
+from mergekit_dam.coefficients import Parametrisation, coefficient_gradient, merge_weights
 from mergekit_dam.decoder import Decoder
 from mergekit_dam.fitting import head as head_module
 from mergekit_dam.fitting import streams as streams_module
@@ -25,9 +26,10 @@ from mergekit_dam.fitting.streams import Split, Stream
 from mergekit_dam.fitting.tensors import FittedTensor, TensorSources
 from mergekit_dam.fitting.walk import walk_part
 from mergekit_dam.part import Part, block_part, output_part
-from mergekit_dam.settings import RunSettings, TensorSettings
+from mergekit_dam.settings import TensorSettings
 from mergekit_dam.stage import Models, Progress, Record, Stage, StageKind, TensorPlan
 from tests.models import ARCHITECTURES, VOCAB_SIZE, fine_tune, make_model, tiny_llama_config
+from tests.objective.made import run_settings
 
 CPU = torch.device("cpu")
 LENGTH = 12
@@ -92,7 +94,7 @@ class Merge:
         """Merged tensors by name, and the record."""
         decoder = Decoder(self.config, CPU)
         order = tuple(ModelReference.model_validate(f"m{i}") for i in range(len(self.models)))
-        models = Models(decoder, (decoder,) * len(order), order, RunSettings(0.25, 1.0))
+        models = Models(decoder, (decoder,) * len(order), order, run_settings(0.25))
         weights = [dict(model.named_parameters()) for model in self.models]
         record, merged = Record(), dict[str, Tensor]()
         for kind, index in self._stages(decoder):
@@ -450,7 +452,7 @@ def targets(walk: Walk, unit: Unit) -> Tensor:
 
     empty = LinearMoments.zeros(1, 1, CPU)
     with torch.no_grad():
-        gather(walk, stage, [unit], empty=lambda: {unit.name: empty}, add=add)
+        gather(walk, stage, [unit], empty=lambda _: {unit.name: empty}, add=add, pool=True)
     return torch.cat(found)
 
 
@@ -607,7 +609,7 @@ def test_a_head_that_can_only_get_worse_keeps_its_start(
 def test_the_gradient_of_the_coefficients_is_autograds(
     axis: int, size: int, rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head_module, "ROWS", rows_at_a_time)
+    monkeypatch.setattr(coefficients_module, "_GRADIENT_CHUNK", rows_at_a_time * size)
     tensors = [randn(9, 5, seed=s) for s in range(3)]
     tensors = [t.T if axis == 0 else t for t in tensors]
     coefficients = randn(3, size, seed=5).requires_grad_()
@@ -615,7 +617,6 @@ def test_the_gradient_of_the_coefficients_is_autograds(
     weight = (torch.stack(tensors) * coefficients.reshape(shape)).sum(0)
     gradient = randn(*weight.shape, seed=6)
     weight.backward(gradient)
-    sources = TensorSources("lm_head.weight", tensors, settings_of(3), torch.float32)
-    found = head_module._coefficient_gradient(sources, gradient, axis, size)
+    found = coefficient_gradient(tensors, gradient, axis=axis, per_column=size > 1)
     assert coefficients.grad is not None
     torch.testing.assert_close(found.float(), coefficients.grad)

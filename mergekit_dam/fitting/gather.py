@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.anatomy import Captured, Unit
+from mergekit_dam.fitting.judge import judging_split
 from mergekit_dam.fitting.moments import Evidence, M
 from mergekit_dam.fitting.state import Walk
 from mergekit_dam.fitting.streams import Split, Stream
@@ -45,8 +46,9 @@ def gather(
     stage: int,
     units: Sequence[Unit],
     *,
-    empty: Callable[[], dict[str, M]],
+    empty: Callable[[Stream], dict[str, M]],
     add: Callable[[dict[str, M], Seen], None],
+    pool: bool,
 ) -> dict[str, Evidence[M]]:
     """Sum the moments of a stage's units over all streams.
 
@@ -54,11 +56,12 @@ def gather(
     that no model's data counts for more because its activations are large.
 
     Args:
-        empty: makes empty moments for every unit, by name.
+        empty: makes empty moments of a stream for every unit, by name.
         add: adds a chunk to such moments.
+        pool: add the streams up, where they are measured alike.
     """
-    pooled: dict[Split, dict[str, M]] = {"fit": empty(), "held_out": empty()}
-    judged_on: Split = "held_out" if all(s.held_out for s in walk.streams) else "fit"
+    found: dict[Split, dict[str, list[M]]] = {"fit": {}, "held_out": {}}
+    judged_on = judging_split(walk.streams)
     totals = {
         unit.name: sum(walk.weight(unit).settings.loss_weights[s.source] for s in walk.streams)
         for unit in units
@@ -66,8 +69,8 @@ def gather(
     for stream in walk.streams:
         # Where outputs are kept the teacher does not run again, and its weights stay unconverted.
         weights = {} if walk.teacher_tape.keep else walk.teacher_weights(stream)
-        for split, sums in pooled.items():
-            own = empty()
+        for split, sums in found.items():
+            own = empty(stream)
             for chunk, teacher_x, merged_x in walk.pairs(stream, split):
                 teacher = _see_teacher(walk, stage, units, stream, chunk, weights, teacher_x)
                 merged = _see_merged(walk, stage, units, stream, chunk, merged_x)
@@ -76,10 +79,13 @@ def gather(
             for unit in units:
                 loss_weight = walk.weight(unit).settings.loss_weights[stream.source]
                 energy = max(own[unit.name].energy, 1e-30)
-                sums[unit.name].add_scaled(own[unit.name], loss_weight / energy)
+                terms = sums.setdefault(unit.name, [])
+                if not pool or not terms:
+                    terms.append(empty(stream)[unit.name])
+                terms[-1].add_scaled(own[unit.name], loss_weight / energy)
     return {
-        name: Evidence(moments, pooled[judged_on][name], totals[name])
-        for name, moments in pooled["fit"].items()
+        name: Evidence(moments, found[judged_on][name], totals[name])
+        for name, moments in found["fit"].items()
     }
 
 

@@ -12,21 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div, log_softmax
 
 from mergekit_dam.anatomy import Unit
+from mergekit_dam.coefficients import coefficient_gradient
+from mergekit_dam.fitting.judge import divergence, judging_split
 from mergekit_dam.fitting.moments import Losses
 from mergekit_dam.fitting.state import Walk
 from mergekit_dam.fitting.streams import Split, Stream
-from mergekit_dam.fitting.tensors import FittedTensor, TensorSources, judged
+from mergekit_dam.fitting.tensors import FittedTensor, judged
 
 STEPS = 60
 LEARNING_RATE = 3e-2
 JUDGE_EVERY = 15
 """Steps between two looks at the held-out loss; the best of them is kept."""
-
-ROWS = 8192
-"""Rows of the head worked on at a time when the gradient is turned."""
 
 
 def fit_head(walk: Walk, unit: Unit, *, temperature: float) -> Iterator[tuple[str, FittedTensor]]:
@@ -48,7 +46,7 @@ def fit_head(walk: Walk, unit: Unit, *, temperature: float) -> Iterator[tuple[st
     optimizer = torch.optim.Adam([unknowns], lr=LEARNING_RATE)
     expand = form.expand.to(walk.device)
 
-    judged_on: Split = "held_out" if all(s.held_out for s in walk.streams) else "fit"
+    judged_on = judging_split(walk.streams)
 
     def loss(coefficients: Tensor, split: Split) -> float:
         weight = head.merged(coefficients, axis=unit.axis).float()
@@ -63,7 +61,9 @@ def fit_head(walk: Walk, unit: Unit, *, temperature: float) -> Iterator[tuple[st
             share = head.settings.loss_weights[stream.source] / total
             _backward(walk, stream, step - 1, name, weight, temperature, share)
         assert weight.grad is not None
-        unknowns.grad = expand.T @ _coefficient_gradient(head, weight.grad, unit.axis, size)
+        unknowns.grad = expand.T @ coefficient_gradient(
+            head.tensors, weight.grad, axis=unit.axis, per_column=size > 1
+        )
         optimizer.step()
         if step % JUDGE_EVERY == 0:
             candidate = form.coefficients(unknowns)
@@ -99,11 +99,8 @@ def _kl(
         teacher = walk.teachers[stream.source].run(
             teacher_weights, stream.teacher[sequences].to(walk.device)
         )
-        wanted = log_softmax(teacher.float() / temperature, dim=-1)
     merged = walk.part.run(weights, stream.merged[sequences].to(walk.device))
-    got = log_softmax(merged.float() / temperature, dim=-1)
-    divergence = kl_div(got, wanted, log_target=True, reduction="none").sum(-1)
-    return divergence.mean()
+    return divergence(merged, teacher, temperature=temperature).mean()
 
 
 def _backward(
@@ -138,26 +135,10 @@ def _loss(walk: Walk, name: str, weight: Tensor, split: Split, *, temperature: f
     loss = 0.0
     for stream in walk.streams:
         teacher_weights = walk.teacher_weights(stream)
-        border = stream.merged.shape[0] - stream.held_out
-        first, last = (0, border) if split == "fit" else (border, stream.merged.shape[0])
+        first, last = stream.border(split)
         mean = sum(
             float(_kl(walk, stream, teacher_weights, weights, slice(i, i + 1), temperature))
             for i in range(first, last)
         ) / (last - first)
         loss += loss_weights[stream.source] / total * mean
     return loss
-
-
-def _coefficient_gradient(head: TensorSources, gradient: Tensor, axis: int, size: int) -> Tensor:
-    """`dL/dc`, fp64 `[sources, size]`, from the gradient of the merged weight."""
-    gradient = gradient.T if axis == 0 else gradient
-    rows: list[Tensor] = []
-    for tensor in head.tensors:
-        facing = tensor.T if axis == 0 else tensor
-        columns = sum(
-            (w.float() * g).sum(0, dtype=torch.float64)
-            for w, g in zip(torch.split(facing, ROWS), torch.split(gradient, ROWS), strict=True)
-        )
-        assert isinstance(columns, Tensor)
-        rows.append(columns if size > 1 else columns.sum(0, keepdim=True))
-    return torch.stack(rows)

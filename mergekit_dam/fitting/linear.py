@@ -5,7 +5,7 @@ import time
 import torch
 from torch import Tensor
 
-from mergekit_dam.fitting.bias import fit_bias
+from mergekit_dam.fitting.bias import Residual, fit_bias
 from mergekit_dam.fitting.moments import Evidence, LinearMoments
 from mergekit_dam.fitting.solver import (
     ColumnProblem,
@@ -32,20 +32,18 @@ def fit_linear(
         The fitted weight and, where there is one, the fitted bias.
     """
     started = time.perf_counter()
-    moments = evidence.fit
     form = weight.settings.parametrisation
     facing = [_facing(tensor, axis) for tensor in weight.tensors]
     bias_start = None if bias is None else bias.merged(bias.start())
 
-    cross = moments.cross - form.origin(facing) @ moments.gram
-    if bias_start is not None:
-        cross -= torch.outer(bias_start.double(), moments.x_sum)
-    problem = ColumnProblem(form.directions(facing), (Term(moments.gram, cross),))
+    origin = form.origin(facing)
+    terms = [Term(m.gram, _cross(m, origin, bias_start), m.metric) for m in evidence.fit]
+    problem = ColumnProblem(form.directions(facing), terms)
     if weight.settings.granularity == "tensor":
         solution = solve_tensor(problem, form.start, weight.settings.ridge)
     else:
         solution = solve_columns(problem, form.start, weight.settings.ridge)
-    del problem, cross
+    del problem, terms
 
     fitted = judged_solution(
         weight,
@@ -58,8 +56,17 @@ def fit_linear(
     if bias is None or bias_start is None:
         return [fitted]
     facing_merged = _facing(fitted.merged, axis)
-    residual = moments.y_sum - facing_merged.double() @ moments.x_sum
-    return [fitted, fit_bias(bias, residual, facing_merged, evidence)]
+    residuals = [
+        Residual(m.y_sum - facing_merged.double() @ m.x_sum, m.count, m.metric)
+        for m in evidence.fit
+    ]
+    return [fitted, fit_bias(bias, residuals, facing_merged, evidence)]
+
+
+def _cross(moments: LinearMoments, origin: Tensor, bias: Tensor | None) -> Tensor:
+    """Cross moment of the targets less the output of the origin."""
+    cross = moments.cross - origin @ moments.gram
+    return cross if bias is None else cross - torch.outer(bias.double(), moments.x_sum)
 
 
 def _facing(weight: Tensor, axis: int) -> Tensor:

@@ -4,11 +4,14 @@ The number of calibration tokens enters a fit through these sums alone. Products
 are fp32, sums over chunks fp64.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+from mergekit_dam.fitting.metric import PLAIN, Metric
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class LinearMoments:
         y_square: `sum |y|^2`.
         energy: `sum |teacher's own output|^2`; the target may differ from that output.
         count: sum of the tokens' weights.
+        metric: in which errors, `y_square` and `energy` are measured.
     """
 
     gram: Tensor
@@ -39,9 +43,16 @@ class LinearMoments:
     y_square: float = 0.0
     energy: float = 0.0
     count: float = 0.0
+    metric: Metric = PLAIN
 
     @classmethod
-    def zeros(cls, out_features: int, in_features: int, device: torch.device) -> "LinearMoments":
+    def zeros(
+        cls,
+        out_features: int,
+        in_features: int,
+        device: torch.device,
+        metric: Metric = PLAIN,
+    ) -> "LinearMoments":
         """Empty sums."""
 
         def empty(*shape: int) -> Tensor:
@@ -52,6 +63,7 @@ class LinearMoments:
             cross=empty(out_features, in_features),
             x_sum=empty(in_features),
             y_sum=empty(out_features),
+            metric=metric,
         )
 
     def add(self, x: Tensor, gram: Tensor, target: Tensor, output: Tensor, weight: Tensor) -> None:
@@ -69,8 +81,9 @@ class LinearMoments:
         self.cross += (weighted.T @ x).double()
         self.x_sum += (weight @ x).double()
         self.y_sum += weighted.sum(0, dtype=torch.float64)
-        self.y_square += float((weighted * target).sum(dtype=torch.float64))
-        self.energy += float((weight @ output.square()).sum(dtype=torch.float64))
+        energy = self.metric.square(output, weight)
+        self.energy += energy
+        self.y_square += energy if target is output else self.metric.square(target, weight)
         self.count += float(weight.sum(dtype=torch.float64))
 
     def add_scaled(self, other: "LinearMoments", factor: float) -> None:
@@ -84,11 +97,13 @@ class LinearMoments:
         self.count += factor * other.count
 
     def error(self, weight: Tensor, bias: Tensor | None) -> float:
-        """`sum |W x + b - y|^2` of a weight fp64 `[out, in]` and bias `[out]`."""
-        squared = ((weight @ self.gram) * weight).sum() - 2 * (weight * self.cross).sum()
+        """`sum |W x + b - y|^2` in the metric, of a weight fp64 `[out, in]` and bias `[out]`."""
+        felt = self.metric(weight)
+        squared = ((weight @ self.gram) * felt).sum() - 2 * (felt * self.cross).sum()
         if bias is not None:
-            squared += 2 * (bias * (weight @ self.x_sum - self.y_sum)).sum()
-            squared += self.count * bias.square().sum()
+            felt_bias = self.metric(bias)
+            squared += 2 * (felt_bias * (weight @ self.x_sum - self.y_sum)).sum()
+            squared += self.count * (felt_bias * bias).sum()
         return max(float(squared) + self.y_square, 0.0)
 
 
@@ -163,13 +178,14 @@ class Evidence(Generic[M]):
     """Moments of the data of the fit and of held-out data, and the weight they add up to.
 
     Attributes:
-        fit, held_out: every model's tokens are weighted by its loss weight over the energy
-            of its teacher's output.
+        fit, held_out: all models' in one, or one a model where each has a metric of its own.
+            Every model's tokens are weighted by its loss weight over the energy of its
+            teacher's output.
         total: sum of the loss weights; losses are given as fractions of it.
     """
 
-    fit: M
-    held_out: M
+    fit: Sequence[M]
+    held_out: Sequence[M]
     total: float
 
     def losses(self, weight: Tensor, bias: Tensor | None) -> Losses:
@@ -177,6 +193,6 @@ class Evidence(Generic[M]):
         weight = weight.double()
         bias = None if bias is None else bias.double()
         return Losses(
-            self.fit.error(weight, bias) / self.total,
-            self.held_out.error(weight, bias) / self.total,
+            sum(moments.error(weight, bias) for moments in self.fit) / self.total,
+            sum(moments.error(weight, bias) for moments in self.held_out) / self.total,
         )

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from mergekit_dam.fitting.bias import fit_bias
+from mergekit_dam.fitting.bias import Residual, fit_bias
 from mergekit_dam.fitting.moments import Evidence, FeatureMoments
 from mergekit_dam.fitting.solver import solve_small
 from mergekit_dam.fitting.tensors import FittedTensor, TensorSources, judged_solution
@@ -22,7 +22,7 @@ def fit_norm(
         The fitted weight and, where there is one, the fitted bias.
     """
     started = time.perf_counter()
-    moments = evidence.fit
+    (moments,) = evidence.fit
     form = weight.settings.parametrisation
     bias_start = None if bias is None else bias.merged(bias.start())
 
@@ -46,4 +46,4 @@ def fit_norm(
     if bias is None:
         return [fitted]
     residual = moments.y_sum - torch.mul(fitted.merged.double(), moments.n_sum)
-    return [fitted, fit_bias(bias, residual, fitted.merged, evidence)]
+    return [fitted, fit_bias(bias, [Residual(residual, moments.count)], fitted.merged, evidence)]

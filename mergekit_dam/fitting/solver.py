@@ -2,12 +2,12 @@
 
 The column fit of one linear minimises over the unknowns d `[U, in]`
 
-    sum_k <V G_k, V> - 2 <V, B_k>  +  ridge * mean(diag A) * |d - d_start|^2,
+    sum_k <S_k V G_k, V> - 2 <S_k V, B_k>  +  ridge * mean(diag A) * |d - d_start|^2,
     V = sum_u T_u diag(d_u),
 
-a linear system `A d = b` with `A[(u,p),(v,q)] = sum_k (T_u^T T_v)[p,q] G_k[p,q]` and
-`b[(u,p)] = sum_k (T_u * B_k)[:, p].sum()`. A term k holds what belongs to one domain; terms
-without a metric of their own may be summed into one beforehand.
+a linear system `A d = b` with `A[(u,p),(v,q)] = sum_k (T_u^T S_k T_v)[p,q] G_k[p,q]` and
+`b[(u,p)] = sum_k (T_u * S_k B_k)[:, p].sum()`. A term k holds what belongs to one domain, with
+the metric S_k of its errors; terms in the plain metric may be summed into one beforehand.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from mergekit_dam.fitting.metric import PLAIN, Metric
 
 DENSE_LIMIT = 6144
 """Unknowns up to which the normal matrix is formed and factorised (300 MB in fp64)."""
@@ -34,6 +36,7 @@ class Term:
 
     gram: Tensor
     cross: Tensor
+    metric: Metric = PLAIN
 
 
 @dataclass(frozen=True)
@@ -72,40 +75,53 @@ class ColumnProblem:
         """The normal matrix `[U * in, U * in]`."""
         count, _, columns = self.directions.shape
         matrix = self.directions.new_empty(count, columns, count, columns)
-        gram = sum((term.gram for term in self.terms[1:]), self.terms[0].gram)
-        # A sum of fp32 products is symmetric to fp32 alone; a tiny ridge asks for more.
-        gram = (gram + gram.T) / 2
-        for u in range(count):
-            for v in range(u, count):
-                block = (self.directions[u].T @ self.directions[v]) * gram
-                matrix[u, :, v] = block
-                matrix[v, :, u] = block.T
+        matrix.zero_()
+        for term in self.terms:
+            # A sum of fp32 products is symmetric to fp32 alone; a tiny ridge asks for more.
+            gram = (term.gram + term.gram.T) / 2
+            for v in range(count):
+                felt = term.metric(self.directions[v])
+                for u in range(v + 1):
+                    matrix[u, :, v] += (self.directions[u].T @ felt) * gram
+        for v in range(count):
+            for u in range(v):
+                matrix[v, :, u] = matrix[u, :, v].T
         return matrix.reshape(count * columns, count * columns)
 
     def product(self, unknowns: Tensor) -> Tensor:
-        """`A d` for d `[U, in]`, without forming A: `2 * out * in^2` flops a term."""
+        """`A d` for d `[U, in]`, without forming A: `2 * out * in^2` flops a term, and S's."""
         deviation = torch.zeros_like(self.directions[0])
         for direction, unknown in zip(self.directions, unknowns, strict=True):
             deviation.addcmul_(direction, unknown)
-        reaction = sum(
-            (deviation @ term.gram for term in self.terms[1:]), deviation @ self.terms[0].gram
-        )
-        return _sum_rows(self.directions, reaction)
+        return _sum_rows(self.directions, self.reaction(deviation))
+
+    def reaction(self, deviation: Tensor) -> Tensor:
+        """`sum_k S_k V G_k` of V `[out, in]`."""
+        total = torch.zeros_like(deviation)
+        for term in self.terms:
+            total += term.metric(deviation @ term.gram)
+        return total
 
     def right_hand_side(self) -> Tensor:
         """`b`, `[U, in]`."""
-        cross = sum((term.cross for term in self.terms[1:]), self.terms[0].cross)
-        return _sum_rows(self.directions, cross)
+        total = torch.zeros_like(self.directions[0])
+        for term in self.terms:
+            total += term.metric(term.cross)
+        return _sum_rows(self.directions, total)
 
     def column_blocks(self) -> Tensor:
         """The blocks of A of one column each, `[in, U, U]`."""
-        gram = sum((term.gram.diagonal() for term in self.terms[1:]), self.terms[0].gram.diagonal())
         count, _, columns = self.directions.shape
-        blocks = self.directions.new_empty(columns, count, count)
-        for u in range(count):
-            for v in range(u, count):
-                # Pair by pair: one einsum over all pairs runs as many tiny products, slowly.
-                blocks[:, u, v] = (self.directions[u] * self.directions[v]).sum(0) * gram
+        blocks = self.directions.new_zeros(columns, count, count)
+        for term in self.terms:
+            gram = term.gram.diagonal()
+            for v in range(count):
+                felt = term.metric(self.directions[v])
+                for u in range(v + 1):
+                    # Pair by pair: one einsum over all runs as many tiny products, slowly.
+                    blocks[:, u, v] += (self.directions[u] * felt).sum(0) * gram
+        for v in range(count):
+            for u in range(v):
                 blocks[:, v, u] = blocks[:, u, v]
         return blocks
 
@@ -127,17 +143,20 @@ def solve_columns(
     """
     count, _, columns = problem.directions.shape
     anchor = start[:, None].expand(-1, columns).to(problem.directions)
-    blocks = problem.column_blocks()
-    shift = ridge * float(blocks.diagonal(dim1=1, dim2=2).mean())
-    if shift == 0:
-        return Solution(anchor.contiguous(), "none")
     rhs = problem.right_hand_side() - problem.product(anchor)
     if count * columns <= dense_limit:
         matrix = problem.matrix()
+        shift = ridge * float(matrix.diagonal().mean())
+        if shift == 0:
+            return Solution(anchor.contiguous(), "none")
         matrix.diagonal().add_(shift)
         factor = torch.linalg.cholesky(matrix)
         step = torch.cholesky_solve(rhs.reshape(-1, 1), factor).reshape(count, columns)
         return Solution(anchor + step, "cholesky")
+    blocks = problem.column_blocks()
+    shift = ridge * float(blocks.diagonal(dim1=1, dim2=2).mean())
+    if shift == 0:
+        return Solution(anchor.contiguous(), "none")
     step, iterations, residual = _conjugate_gradients(problem, rhs, blocks, shift)
     return Solution(anchor + step, "conjugate gradients", iterations, residual)
 
@@ -175,10 +194,7 @@ def _conjugate_gradients(
 
 def solve_tensor(problem: ColumnProblem, start: Tensor, ridge: float) -> Solution:
     """One unknown per direction: the column system summed over all columns."""
-    reactions = [
-        sum((d @ term.gram for term in problem.terms[1:]), d @ problem.terms[0].gram)
-        for d in problem.directions
-    ]
+    reactions = [problem.reaction(direction) for direction in problem.directions]
     matrix = torch.einsum("uoi,voi->uv", torch.stack(reactions), problem.directions)
     rhs = problem.right_hand_side().sum(1)
     return solve_small(matrix[None], rhs[None], start, ridge)

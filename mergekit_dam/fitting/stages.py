@@ -27,10 +27,10 @@ def fit_linears(walk: Walk, stage: int, units: list[Unit]) -> Settled:
     shapes = {unit.name: _out_in(walk, unit) for unit in units}
     columns = shapes[units[0].name][1]
 
-    def empty() -> dict[str, LinearMoments]:
+    def empty(stream: Stream) -> dict[str, LinearMoments]:
         # One Gram matrix a unit: the units weight the models' data differently.
         return {
-            name: LinearMoments.zeros(out, columns, walk.device)
+            name: LinearMoments.zeros(out, columns, walk.device, walk.metric(name, stream))
             for name, (out, _) in shapes.items()
         }
 
@@ -40,9 +40,11 @@ def fit_linears(walk: Walk, stage: int, units: list[Unit]) -> Settled:
         weight = token_weights(list(targets.values()), seen.sequences)
         gram = ((x * weight[:, None]).T @ x).double()
         for name, wanted in targets.items():
-            sums[name].add(x, gram, _flat(wanted), _flat(seen.teacher.outputs[name]), weight)
+            output = _flat(seen.teacher.outputs[name])
+            own = output if wanted is seen.teacher.outputs[name] else _flat(wanted)
+            sums[name].add(x, gram, own, output, weight)
 
-    evidence = gather(walk, stage, units, empty=empty, add=add)
+    evidence = gather(walk, stage, units, empty=empty, add=add, pool=not walk.metrics)
     for unit in units:
         fitted = fit_linear(
             walk.weight(unit), walk.bias(unit), evidence.pop(unit.name), axis=unit.axis
@@ -57,7 +59,7 @@ def fit_norms(walk: Walk, stage: int, units: list[Unit]) -> Settled:
     own = {p: walk.weights[unit.parameter(p)] for p in unit.parameters}
     features = own["weight"].shape[0]
 
-    def empty() -> dict[str, FeatureMoments]:
+    def empty(_: Stream) -> dict[str, FeatureMoments]:
         return {unit.name: FeatureMoments.zeros(features, walk.device)}
 
     def add(sums: dict[str, FeatureMoments], seen: Seen) -> None:
@@ -68,7 +70,7 @@ def fit_norms(walk: Walk, stage: int, units: list[Unit]) -> Settled:
         output = seen.teacher.outputs[unit.name]
         sums[unit.name].add(_flat(normalised), _flat(scaled), _flat(output), weight)
 
-    evidence = gather(walk, stage, units, empty=empty, add=add)[unit.name]
+    evidence = gather(walk, stage, units, empty=empty, add=add, pool=True)[unit.name]
     yield from _named(unit, fit_norm(walk.weight(unit), walk.bias(unit), evidence))
 
 

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.anatomy import Anatomy, Unit
+from mergekit_dam.fitting.metric import PLAIN, Metric
 from mergekit_dam.fitting.streams import Split, Stream
 from mergekit_dam.fitting.tape import Tape
 from mergekit_dam.fitting.tensors import FittedTensor, TensorSources
 from mergekit_dam.part import Part
 
 Progress = Callable[[FittedTensor], None]
+Metrics = Mapping[tuple[int, str], Metric]
 
 
 @dataclass
@@ -27,6 +29,7 @@ class Walk:
         anatomy: what the part is made of.
         weights: the merged part as it stands, fp32; what the merged stream runs through.
         progress: called with every settled tensor.
+        metrics: in which errors of linears are measured, by source and unit; none for `S = I`.
         fitted: what is settled, by relative name.
         teacher_tape: outputs of the teachers' units.
         merged_tape: outputs of the merged part's linears that are settled.
@@ -39,6 +42,7 @@ class Walk:
     anatomy: Anatomy
     weights: dict[str, Tensor]
     progress: Progress
+    metrics: Metrics = field(default_factory=dict)
     fitted: dict[str, FittedTensor] = field(default_factory=dict)
     teacher_tape: Tape = field(default_factory=Tape)
     merged_tape: Tape = field(default_factory=Tape)
@@ -89,6 +93,10 @@ class Walk:
     def bias(self, unit: Unit) -> TensorSources | None:
         """Sources of a unit's bias, if it has one."""
         return self.sources.get(unit.parameter("bias"))
+
+    def metric(self, unit: str, stream: Stream) -> Metric:
+        """The metric of a linear's errors on a stream's data."""
+        return self.metrics[stream.source, unit] if self.metrics else PLAIN
 
     def pairs(self, stream: Stream, split: Split | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """What enters the part, chunk by chunk: (chunk, teacher's, merged), on the device."""

@@ -36,10 +36,14 @@ class Stream:
 
     def chunks(self, split: Split | None = None) -> Iterator[slice]:
         """Slices of sequences, in order; of all of them or of one split."""
-        count, length = self.teacher.shape[:2]
-        border = count - self.held_out
-        size = max(1, CHUNK_TOKENS // length)
-        parts = {"fit": (0, border), "held_out": (border, count)}
-        for begin, end in parts.values() if split is None else (parts[split],):
+        size = max(1, CHUNK_TOKENS // self.teacher.shape[1])
+        splits: tuple[Split, ...] = ("fit", "held_out") if split is None else (split,)
+        for begin, end in map(self.border, splits):
             for first in range(begin, end, size):
                 yield slice(first, min(first + size, end))
+
+    def border(self, split: Split) -> tuple[int, int]:
+        """First sequence of a split, and the one after its last."""
+        count = self.teacher.shape[0]
+        edge = count - self.held_out
+        return (0, edge) if split == "fit" else (edge, count)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mergekit_dam.anatomy import Anatomy, Unit
 from mergekit_dam.fitting.stages import FITS
-from mergekit_dam.fitting.state import Progress, Walk
+from mergekit_dam.fitting.state import Metrics, Progress, Walk
 from mergekit_dam.fitting.streams import Stream
 from mergekit_dam.fitting.tape import fits
 from mergekit_dam.fitting.tensors import FittedTensor, TensorSources, unfitted
@@ -37,6 +37,7 @@ def walk_part(
     progress: Progress,
     head: tuple[str, FitHead] | None = None,
     advance: bool = True,
+    metrics: Callable[[Anatomy], Metrics] | None = None,
 ) -> list[FittedTensor]:
     """Fit every tensor of a part and move the streams through it.
 
@@ -49,6 +50,7 @@ def walk_part(
         progress: called with every settled tensor.
         head: name of the output head's unit, and its fit.
         advance: move the streams through the part at the end.
+        metrics: finds the metrics of the part's linears; None measures plain errors.
 
     Returns:
         One entry per tensor, in the order of `sources`.
@@ -57,6 +59,8 @@ def walk_part(
     device = next(iter(weights.values())).device
     anatomy = examine(part, weights, streams[0].merged[:1].to(device))
     walk = Walk(part, teachers, sources, streams, anatomy, weights, progress)
+    if metrics is not None:
+        walk.metrics = metrics(anatomy)
     leaving = _play_teachers(walk, head[0] if head else None, to_the_end=advance)
     for index, stage in enumerate(anatomy.stages):
         if head is not None and stage[0].name == head[0]:

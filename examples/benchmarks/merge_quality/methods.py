@@ -1,0 +1,241 @@
+"""The rows of the table: every method with the points of its grid, as something to run.
+
+Grids are small on purpose. Weights of task vectors are given as multiples of 1/N, N being the
+number of models: with 1/N their sum is the plain average.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import yaml
+
+from mergekit_dam.errors import DamError
+
+from .results import BASE, LINEAR, OWN
+
+REGMEAN = "regmean"
+_FIXED = (BASE, OWN, LINEAR)  # recovery is measured by them: they cannot be left out
+
+# arcee-ai/DAM: what its repository and the paper train with.
+_REFERENCE = {
+    "objective": "logits",
+    "temperature": 2.0,
+    "similarity": 0.01,
+    "optimizer": "mofo",
+    "mofo_fraction": 0.3,
+    "learning_rate": 1e-3,
+    "lr_schedule": "constant",
+    "sum_to_one": False,
+}
+_END_TO_END = {
+    "objective": "logits",
+    "temperature": 1.0,
+    "similarity": 0.0,
+    "optimizer": "adamw",
+    "learning_rate": 1e-2,
+    "lr_schedule": "cosine",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One merge.
+
+    Attributes:
+        method: of mergekit, or `REGMEAN`.
+        parameters: of the whole merge.
+        weights: mergekit's `weight`, of each model.
+        base: which model is mergekit's `base_model`: the base, the first specialist, or none.
+    """
+
+    method: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    weights: tuple[float, ...] = ()
+    base: Literal["base", "first", "none"] = "base"
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """What the table says of it."""
+        if len(set(self.weights)) > 1:
+            return {"weight": ":".join(f"{weight:g}" for weight in self.weights), **self.parameters}
+        return {**({"weight": self.weights[0]} if self.weights else {}), **self.parameters}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A row of the table to be, with the points that its best is chosen from."""
+
+    name: str
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What a user asks for.
+
+    Attributes:
+        variants: further rows of `dam`, by name, with the parameters that they set.
+        reference_steps: of the end-to-end objectives; by default one pass over the samples.
+        only, skip: names of rows, with `*` for any letters.
+    """
+
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    reference_steps: int | None = None
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+
+
+def select(choices: Choices, *, count: int, has_base: bool, samples: int) -> tuple[Method, ...]:
+    """The methods to run, `linear` first, for `count` models.
+
+    Raises:
+        DamError: if a name is taken twice, or selects nothing.
+    """
+    methods = (
+        *_stock(count, has_base=has_base),
+        _regmean(),
+        *_end_to_end(samples, choices.reference_steps),
+        Method(name="dam", points=(Point(method="dam"),)),
+        *(
+            Method(name=name, points=(Point(method="dam", parameters=parameters),))
+            for name, parameters in choices.variants.items()
+        ),
+    )
+    names = [method.name for method in methods]
+    twice = sorted({name for name in names if names.count(name) > 1 or name in (BASE, OWN)})
+    if twice:
+        raise DamError(f"a row named {', '.join(twice)} is there already: name it otherwise")
+    for pattern in (*choices.only, *choices.skip):
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise DamError(f"no row is named {pattern!r}; there are {', '.join(names)}")
+    return tuple(method for method in methods if _wanted(method.name, choices))
+
+
+def configuration(
+    point: Point,
+    models: Mapping[str, str],
+    *,
+    base: str | None,
+    calibrations: Mapping[str, str],
+    samples: int,
+    sequence_length: int,
+    dtype: str,
+) -> str:
+    """The mergekit configuration of a point, as YAML.
+
+    Args:
+        models, calibrations: by domain.
+    """
+    fits = point.method == "dam"
+    entries: list[dict[str, Any]] = []
+    for index, (domain, model) in enumerate(models.items()):
+        own: dict[str, Any] = {"weight": point.weights[index]} if point.weights else {}
+        own |= {"calibration": calibrations[domain]} if fits else {}
+        entries.append({"model": model, **({"parameters": own} if own else {})})
+    bases = {"base": base, "first": next(iter(models.values())), "none": None}
+    given = {"samples": samples, "sequence_length": sequence_length} if fits else {}
+    config: dict[str, Any] = {
+        "merge_method": point.method,
+        "base_model": bases[point.base],
+        "models": entries,
+        "parameters": {**given, **point.parameters},
+        "dtype": dtype,
+    }
+    text: str = yaml.safe_dump({k: v for k, v in config.items() if v}, sort_keys=False)
+    return text
+
+
+def parse_variant(text: str) -> tuple[str, dict[str, Any]]:
+    """`name: key=value, key=value` as a name and parameters; numbers, true and false are read.
+
+    Raises:
+        DamError: if it is written otherwise.
+    """
+    name, colon, rest = (piece.strip() for piece in text.partition(":"))
+    assignments = [piece.partition("=") for piece in rest.split(",")] if rest else []
+    if not name or not colon or not all(key.strip() and equals for key, equals, _ in assignments):
+        raise DamError(f"{text!r} is not understood: write 'name: key=value, key=value'")
+    return name, {key.strip(): _scalar(value.strip()) for key, _, value in assignments}
+
+
+def _wanted(name: str, choices: Choices) -> bool:
+    if name in _FIXED:
+        return True
+    chosen = not choices.only or any(fnmatchcase(name, pattern) for pattern in choices.only)
+    return chosen and not any(fnmatchcase(name, pattern) for pattern in choices.skip)
+
+
+def _stock(count: int, *, has_base: bool) -> Iterator[Method]:
+    """mergekit's methods that merge any number of models without training."""
+    equal = (1.0,) * count
+    yield _method(LINEAR, [Point(method="linear", weights=equal, base="none")])
+    if count > 1:
+        weights = [tuple(2.0 if k == i else 1.0 for k in range(count)) for i in range(count)]
+        yield _method(
+            "linear_weighted",
+            [Point(method="linear", weights=own, base="none") for own in weights],
+        )
+    if count == 2:
+        ts = [{"t": t} for t in (0.3, 0.5, 0.7)]
+        yield _method("slerp", [Point(method="slerp", parameters=t, base="first") for t in ts])
+        yield _method("nuslerp", [Point(method="nuslerp", weights=equal)])
+    yield _method("multislerp", [Point(method="multislerp", weights=equal)])
+    yield _method("karcher", [Point(method="karcher", base="none")])
+    if not has_base:
+        return
+    yield _method("model_stock", [Point(method="model_stock")])
+    yield _method("sce", _grid("sce", count, select_topk=(0.1, 1.0)))
+    yield _method("task_arithmetic", _grid("task_arithmetic", count, (0.8, 1.25, 1.75, 2.5)))
+    yield _method(
+        "ties",
+        [
+            *_grid("ties", count, (0.8, 1.5, 3.0), density=(0.5,), normalize=(False,)),
+            *_grid("ties", count, (3.0,), density=(1.0,), normalize=(True,)),
+        ],
+    )
+    yield _method("dare_linear", _grid("dare_linear", count, (0.8, 1.75), density=(0.5, 0.9)))
+    yield _method("dare_ties", _grid("dare_ties", count, (0.8, 1.75), density=(0.5, 0.9)))
+    yield _method("della", _grid("della", count, (3.0,), density=(0.7,), **{"lambda": (0.4, 0.8)}))
+    yield _method("breadcrumbs", _grid("breadcrumbs", count, (0.8, 1.5), density=(0.9,)))
+
+
+def _regmean() -> Method:
+    points = [Point(method=REGMEAN, parameters={"alpha": alpha}) for alpha in (0.5, 0.9)]
+    return _method(REGMEAN, points)
+
+
+def _end_to_end(samples: int, steps: int | None) -> Iterator[Method]:
+    """The reference objective, and the same with better settings; a step sees a sequence each."""
+    count = {"steps": steps or samples, "batch_size": 1}
+    for name, settings in (("reference", _REFERENCE), ("end_to_end", _END_TO_END)):
+        yield _method(name, [Point(method="dam", parameters={**settings, **count})])
+
+
+def _method(name: str, points: Sequence[Point]) -> Method:
+    return Method(name=name, points=tuple(points))
+
+
+def _grid(
+    method: str, count: int, shares: Sequence[float] = (), /, **values: Sequence[Any]
+) -> list[Point]:
+    """All combinations of weights, as multiples of 1/count, and parameters."""
+    weights = [(round(share / count, 4),) * count for share in shares] or [()]
+    parameters = [
+        dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())
+    ]
+    return [
+        Point(method=method, weights=own, parameters=chosen)
+        for own, chosen in itertools.product(weights, parameters)
+    ]
+
+
+def _scalar(value: str) -> Any:
+    """As YAML reads it, and 1e-3 is a number too."""
+    read = yaml.safe_load(value)
+    try:
+        return float(read) if isinstance(read, str) else read
+    except ValueError:
+        return read

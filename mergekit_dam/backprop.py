@@ -1,0 +1,119 @@
+"""Back-propagation through a model of which one stage is in memory at a time.
+
+1. Forward, stage by stage; what enters each block goes to a shelf.
+2. At the output, whoever calls seeds the gradient of what left the last block.
+3. Backward, stage by stage in reverse: run the stage again on what entered it, and turn the
+   gradient of what leaves it into that of what enters it, and of its weights.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mergekit_dam.fitting.streams import CHUNK_TOKENS
+from mergekit_dam.network import Network, OpenStage
+from mergekit_dam.part import Part
+
+Weights = dict[str, Tensor]
+WeightsOf = Callable[[int, OpenStage], Weights]
+Gradients = dict[str, Tensor]
+
+
+class Shelf:
+    """Tensors of every stage and stream, kept in files: depth costs disk, not memory.
+
+    Args:
+        folder: where the files go; whoever made it removes it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def put(self, number: int, tensors: Sequence[Tensor]) -> None:
+        """Keep one tensor a stream for a stage."""
+        named = {str(index): tensor.contiguous().cpu() for index, tensor in enumerate(tensors)}
+        save_file(named, self._folder / f"{number:05d}.safetensors")
+
+    def get(self, number: int) -> list[Tensor]:
+        """What was kept for a stage, on the host."""
+        named = load_file(self._folder / f"{number:05d}.safetensors")
+        return [named[str(index)] for index in range(len(named))]
+
+
+def chunks(tensor: Tensor) -> Iterator[slice]:
+    """Slices of sequences of `[sequences, length, ...]` that run through a part at a time."""
+    count, length = tensor.shape[:2]
+    size = max(1, CHUNK_TOKENS // length)
+    return (slice(first, min(first + size, count)) for first in range(0, count, size))
+
+
+@torch.no_grad()
+def forward(
+    network: Network, weights_of: WeightsOf, tokens: Sequence[Tensor], shelf: Shelf | None = None
+) -> list[Tensor]:
+    """Run the merged model up to what leaves its last block.
+
+    Args:
+        weights_of: weights of a stage, fp32, by names relative to the part.
+        tokens: int64 `[sequences, length]` a stream.
+        shelf: keeps what enters each block.
+
+    Returns:
+        Hidden states fp32 `[sequences, length, hidden]` a stream, on the host.
+    """
+    streams = list(tokens)
+    for number, opened in network.forward():
+        if shelf is not None and number > 0:
+            shelf.put(number, streams)
+        weights = weights_of(number, opened)
+        streams = [run(opened.part, weights, stream, network.device) for stream in streams]
+    return streams
+
+
+def run(part: Part, weights: Mapping[str, Tensor], x: Tensor, device: torch.device) -> Tensor:
+    """Run a part on a whole stream, chunk by chunk; the result is on the host."""
+    return torch.cat([part.run(weights, x[chunk].to(device)).cpu() for chunk in chunks(x)])
+
+
+def backward(
+    part: Part,
+    weights: Mapping[str, Tensor],
+    x: Tensor,
+    gradient: Tensor,
+    device: torch.device,
+    *,
+    sums: Gradients,
+) -> Tensor:
+    """Turn the gradient of what leaves a part into that of what enters it.
+
+    Args:
+        x: what entered, `[sequences, length, ...]`.
+        gradient: of what left, `[sequences, length, hidden]`.
+        sums: gradients of weights by name, fp32, to add to; those named in it are computed.
+
+    Returns:
+        Gradient of x, on the host; empty for token ids.
+    """
+    entered = []
+    if not sums and not x.is_floating_point():
+        return x.new_empty(0)
+    for chunk in chunks(x):
+        inner = x[chunk].to(device)
+        live = {n: w.detach().requires_grad_(n in sums) for n, w in weights.items()}
+        if inner.is_floating_point():
+            inner = inner.detach().requires_grad_(True)
+        with torch.enable_grad():
+            left = part.run(live, inner)
+        wanted = [*([inner] if inner.is_floating_point() else []), *(live[n] for n in sums)]
+        got = torch.autograd.grad(left, wanted, gradient[chunk].to(device), allow_unused=True)
+        if inner.is_floating_point():
+            entered.append(got[0].cpu())
+            got = got[1:]
+        for name, own in zip(sums, got, strict=True):
+            if own is not None:
+                sums[name] += own
+    return torch.cat(entered) if entered else x.new_empty(0)

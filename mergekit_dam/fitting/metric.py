@@ -1,0 +1,69 @@
+"""The metric in which the error of a linear is measured.
+
+With `S = mean over tokens of g g^T`, g being the gradient of a domain's loss at the linear's
+output, `e^T S e` says how much the loss feels an error e: a Gauss-Newton view of the KL with
+Kronecker factors (Martens & Grosse, arXiv 1503.05671). With `S = I` the error is the plain one.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DAMPING = 0.1
+"""What is added to S, in units of its mean diagonal: gradients of few tokens are not all."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric S on the outputs of one linear.
+
+    Attributes:
+        factors: fp64, either `[out, out]`, a part of S itself, or fewer rows `[rows, out]` with
+            `rows^T rows` that part; None for `S = I`.
+        is_matrix: which of the two.
+        shift: the multiple of the identity that is added.
+    """
+
+    factors: Tensor | None = None
+    is_matrix: bool = False
+    shift: float = 1.0
+
+    @classmethod
+    def of_gradients(cls, gradients: Tensor, weight: Tensor) -> "Metric":
+        """The metric of gradients fp32 `[tokens, out]`, each token weighted `[tokens]`, damped.
+
+        It is kept as a matrix where there are more tokens than outputs, else as the gradients.
+        """
+        share = weight.double() / weight.sum(dtype=torch.float64)
+        rows = gradients * share.sqrt().to(gradients)[:, None]
+        mean = float(rows.square().sum(dtype=torch.float64)) / rows.shape[1]
+        if mean == 0:
+            return cls()
+        if rows.shape[0] <= rows.shape[1]:
+            return cls(rows.double(), False, DAMPING * mean)
+        matrix = (rows.T @ rows).double()
+        # A product in fp32 is symmetric to fp32 alone.
+        return cls((matrix + matrix.T) / 2, True, DAMPING * mean)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`S x` of fp64 `[out, n]` or `[out]`."""
+        if self.factors is None:
+            return x
+        if self.is_matrix:
+            return torch.add(self.factors @ x, x, alpha=self.shift)
+        return torch.add(self.factors.T @ (self.factors @ x), x, alpha=self.shift)
+
+    def square(self, rows: Tensor, weight: Tensor) -> float:
+        """`sum over tokens of weight * y^T S y` of y fp32 `[tokens, out]`; products are fp32."""
+        plain = rows.square().sum(1, dtype=torch.float64)
+        total = self.shift * float(weight.double() @ plain)
+        if self.factors is None:
+            return total
+        factors = self.factors.to(rows.dtype)
+        felt = (rows @ factors * rows) if self.is_matrix else (rows @ factors.T).square()
+        return total + float(weight.double() @ felt.sum(1, dtype=torch.float64))
+
+
+PLAIN = Metric()
+"""`S = I`."""

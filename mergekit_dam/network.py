@@ -1,0 +1,161 @@
+"""The model as a chain of stages whose weights are read whenever a sweep comes by.
+
+A sweep goes through the stages in order, or in reverse, and holds one of them at a time.
+What fits in memory stays there between sweeps (`resident`); the numbers are the same.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import psutil
+import torch
+from mergekit.common import ModelReference
+from mergekit.graph import Executor, Task
+from torch import Tensor
+
+from mergekit_dam.anatomy import Anatomy
+from mergekit_dam.fitting.tensors import TensorSources
+from mergekit_dam.part import Part
+from mergekit_dam.settings import Resident
+from mergekit_dam.stage import Record, Stage
+
+Loaded = Mapping[str, Mapping[ModelReference, Tensor]]
+
+_SPARE = 0.5
+"""Part of the memory that stays free of weights kept between sweeps."""
+
+
+@dataclass
+class OpenStage:
+    """A stage with the weights of all sources at hand.
+
+    Attributes:
+        loaded: output tensor's name -> source -> tensor, on the device of the fit.
+        sources: the tensors that the part runs on, by names relative to it.
+    """
+
+    stage: Stage
+    loaded: Loaded
+
+    @cached_property
+    def part(self) -> Part:
+        """The stage's part of the merged model."""
+        return self.stage.part(self.stage.models.output)
+
+    @cached_property
+    def sources(self) -> dict[str, TensorSources]:
+        """The tensors that the part runs on, by names relative to it."""
+        return self.stage.sources_of_part(self.loaded)
+
+    def by_name(self, name: str) -> TensorSources:
+        """The sources of an output tensor."""
+        return next(tensor for tensor in self.sources.values() if tensor.name == name)
+
+    def teacher_part(self, source: int) -> Part:
+        """The stage's part of a source's own model."""
+        return self.stage.part(self.stage.models.sources[source])
+
+    def teacher_weights(self, source: int) -> dict[str, Tensor]:
+        """Weights of a source's own model, fp32, by relative names."""
+        return {name: tensor.tensors[source].float() for name, tensor in self.sources.items()}
+
+    def merged_weights(self, point: Record) -> dict[str, Tensor]:
+        """Weights of the merged model at some coefficients: as written, then fp32."""
+        return {
+            name: tensor.merged(
+                point.coefficients[tensor.name], axis=point.axes.get(tensor.name, -1)
+            ).float()
+            for name, tensor in self.sources.items()
+        }
+
+    def anatomy(self, like: Tensor) -> Anatomy:
+        """What the part is made of; `like` is what enters it, of any number of tokens."""
+        borrowed = {plan.name for plan in self.stage.borrowed}
+        start = {
+            name: tensor.merged(tensor.start()).float()
+            for name, tensor in self.sources.items()
+            if tensor.name not in borrowed
+        }
+        return self.stage.models.examine(self.part, start, like)
+
+
+@dataclass
+class Network:
+    """The stages of a model, in the order the data passes them.
+
+    Attributes:
+        stages: input, blocks, output.
+        gathers: per stage, mergekit's tasks that bring each tensor of all sources.
+        device: where parts run.
+        resident: whether weights stay in memory between sweeps.
+    """
+
+    stages: Sequence[Stage]
+    gathers: Sequence[Sequence[Task[Any]]]
+    device: torch.device
+    resident: Resident = "auto"
+    _kept: dict[int, Loaded] = field(default_factory=dict)
+
+    @property
+    def tensor_names(self) -> frozenset[str]:
+        """Output tensors of all stages."""
+        return frozenset(plan.name for stage in self.stages for plan in stage.tensors)
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Output tensors that are the same parameter as another: name -> that one's name."""
+        plans = (plan for stage in self.stages for plan in stage.tensors)
+        return {plan.name: plan.tied_to for plan in plans if plan.tied_to is not None}
+
+    def open(self, number: int) -> OpenStage:
+        """A stage with its weights, read from the models' shards unless they are at hand."""
+        stage = self.stages[number]
+        stage.models.move(self.device)
+        loaded = self._kept.get(number)
+        if loaded is None:
+            loaded = self._read(number)
+            if self.resident == "always" or (self.resident == "auto" and _has_room(self.device)):
+                self._kept[number] = loaded
+        return OpenStage(stage, loaded)
+
+    def forward(self) -> Iterator[tuple[int, OpenStage]]:
+        """Input and blocks in order, one at a time; the output is opened by whoever needs it."""
+        for number in range(len(self.stages) - 1):
+            yield number, self.open(number)
+
+    def backward(self) -> Iterator[tuple[int, OpenStage]]:
+        """Blocks in reverse order, one at a time."""
+        for number in range(len(self.stages) - 2, 0, -1):
+            yield number, self.open(number)
+
+    def output(self) -> OpenStage:
+        """The last stage."""
+        return self.open(len(self.stages) - 1)
+
+    def keeps(self, number: int) -> bool:
+        """Whether a stage's weights stay in memory between sweeps."""
+        return number in self._kept
+
+    def release(self) -> None:
+        """Let go of the weights that were kept."""
+        self._kept.clear()
+
+    def _read(self, number: int) -> Loaded:
+        tasks = list(self.gathers[number])
+        plans = self.stages[number].all_tensors
+        found = dict(Executor(tasks).run(quiet=True)) if tasks else {}
+        return {
+            plan.name: {model: tensor.to(self.device) for model, tensor in found[task].items()}
+            for plan, task in zip(plans, tasks, strict=True)
+        }
+
+
+def _has_room(device: torch.device) -> bool:
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+    else:
+        memory = psutil.virtual_memory()
+        free, total = memory.available, memory.total
+    return free > _SPARE * total

@@ -1,0 +1,208 @@
+"""The search for the best coefficients: one rung after the other, each judged on held-out data.
+
+1. Survey: every teacher and the model at the start run on the calibration data once.
+2. The rungs of the configured objective: a sweep of layer fits in the sensitivity metric; one in
+   the plain metric, where the first is not asked for or was no good; a descent of the end-to-end
+   objective from the best so far.
+3. A rung is kept if the merged model as a whole comes nearer to its teachers on held-out data.
+
+So the result is never worse there than the start, nor than a shorter ladder's.
+"""
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mergekit_dam.backprop import Shelf, run
+from mergekit_dam.fitting.judge import Verdict
+from mergekit_dam.fitting.streams import Stream
+from mergekit_dam.network import Network
+from mergekit_dam.objective.coordinates import Coordinate, coordinates_of
+from mergekit_dam.objective.descend import Data, descend, judged_at_output
+from mergekit_dam.objective.gradient import Objective
+from mergekit_dam.objective.regularisers import column_weights
+from mergekit_dam.sensitivity import Sensitivity
+from mergekit_dam.settings import RunSettings
+from mergekit_dam.stage import Record, Rung
+
+Show = Callable[[str], None]
+
+
+@dataclasses.dataclass
+class Best:
+    """The best coefficients so far, and how the search came to them."""
+
+    record: Record
+    verdict: Verdict
+    rungs: list[Rung]
+
+    @property
+    def climbed(self) -> bool:
+        """Something better than the start was found."""
+        return any(rung.kept for rung in self.rungs[1:])
+
+    def try_(
+        self,
+        name: str,
+        record: Record,
+        verdict: Verdict,
+        started: float,
+        **details: float,
+    ) -> None:
+        """Keep a candidate if the judge prefers it."""
+        kept = verdict.mean < self.verdict.mean
+        seconds = time.perf_counter() - started
+        self.rungs.append(Rung(name, kept, verdict.losses, verdict.mean, seconds, details))
+        if kept:
+            self.record, self.verdict = record, verdict
+
+
+@torch.no_grad()
+def search(
+    network: Network,
+    streams: Sequence[Stream],
+    settings: RunSettings,
+    start: Record,
+    *,
+    scratch: Path,
+    show: Show,
+) -> Record:
+    """Find the coefficients of every tensor.
+
+    Args:
+        streams: every model's calibration tokens, at the entrance of the model.
+        start: coefficients of every tensor to start from.
+        scratch: a folder on a disk with room for the hidden states of every block.
+        show: shows a line of progress.
+
+    Returns:
+        The best record, with the rungs of the search.
+    """
+    scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".dam-", dir=scratch) as folder:
+        shelf = Shelf(Path(folder) / "entered")
+        best, data, hidden = survey(network, streams, start, shelf, show=show)
+        if settings.objective != "logits" and settings.metric == "sensitivity":
+            left = Shelf(Path(folder) / "left")
+            sensitivity = Sensitivity(
+                network, start, data, hidden, entered=shelf, left=left, seed=settings.seed
+            )
+            layer_rung(network, streams, best, data, sensitivity, show=show)
+        if settings.objective != "logits" and not best.climbed:
+            layer_rung(network, streams, best, data, None, show=show)
+        if settings.objective != "layer":
+            logits_rung(network, settings, best, data, shelf, show=show)
+    network.release()
+    return dataclasses.replace(best.record, rungs=best.rungs)
+
+
+def survey(
+    network: Network, streams: Sequence[Stream], start: Record, shelf: Shelf, *, show: Show
+) -> tuple[Best, list[Data], list[Tensor]]:
+    """Run every teacher on its data, and the model at the start on all data.
+
+    Returns:
+        The start, the data with what leaves the teachers' last blocks, and what leaves that of
+        the model at the start; what enters each of its blocks is on the shelf.
+    """
+    started = time.perf_counter()
+    weights = network.stages[0].tensors[0].settings.loss_weights
+    teachers, merged = [s.teacher for s in streams], [s.merged for s in streams]
+    for number, opened in network.forward():
+        show(f"start {opened.part.label}")
+        if number > 0:
+            shelf.put(number, merged)
+        own = opened.merged_weights(start)
+        merged = [run(opened.part, own, x, network.device) for x in merged]
+        for index, stream in enumerate(streams):
+            part, source = opened.teacher_part(stream.source), stream.source
+            theirs = opened.teacher_weights(source)
+            teachers[index] = run(part, theirs, teachers[index], network.device)
+    data = [
+        Data(s.source, weights[s.source], s.merged, teacher, s.held_out)
+        for s, teacher in zip(streams, teachers, strict=True)
+    ]
+    verdict = judged_at_output(network, start, data, merged)
+    seconds = time.perf_counter() - started
+    rung = Rung("start", True, verdict.losses, verdict.mean, seconds)
+    return Best(start, verdict, [rung]), data, merged
+
+
+def layer_rung(
+    network: Network,
+    streams: Sequence[Stream],
+    best: Best,
+    data: Sequence[Data],
+    sensitivity: Sensitivity | None,
+    *,
+    show: Show,
+) -> None:
+    """One sweep of layer fits on the merged stream, in a metric or the plain one."""
+    started = time.perf_counter()
+    moving = [dataclasses.replace(stream) for stream in streams]
+    record = best.record.without(network.tensor_names)
+    for number in range(len(network.stages)):
+        opened = network.open(number)
+        metrics = None
+        if sensitivity is not None and opened.stage.kind == "block":
+            metrics = partial(sensitivity.metrics, number, opened)
+        opened.stage.run(opened.loaded, moving, record, show=show, metrics=metrics)
+    verdict = judged_at_output(network, record, data, [stream.merged for stream in moving])
+    name = "layer, identity" if sensitivity is None else "layer, sensitivity"
+    best.try_(name, record, verdict, started)
+
+
+def logits_rung(
+    network: Network,
+    settings: RunSettings,
+    best: Best,
+    data: Sequence[Data],
+    shelf: Shelf,
+    *,
+    show: Show,
+) -> None:
+    """Descend the end-to-end objective from the best so far."""
+    started = time.perf_counter()
+    coordinates, weights = _coordinates(network, settings, data)
+    objective = Objective(network, coordinates, settings.logits, shelf)
+    ended = descend(
+        objective,
+        data,
+        best.record,
+        best.verdict,
+        column_weights=weights,
+        seed=settings.seed,
+        show=show,
+    )
+    best.try_("logits", ended.record, ended.verdict, started, steps=ended.steps)
+
+
+def _coordinates(
+    network: Network, settings: RunSettings, data: Sequence[Data]
+) -> tuple[dict[str, Coordinate], dict[str, Tensor]]:
+    """The fitted tensors of all stages, and the weights of their columns where those are asked."""
+    found: dict[str, Coordinate] = {}
+    weights: dict[str, Tensor] = {}
+    head = network.stages[0].models.output.head_name
+    for number in range(len(network.stages)):
+        opened = network.open(number)
+        last = number == len(network.stages) - 1
+        like = data[0].tokens[:1] if number == 0 else data[0].teacher[:1]
+        anatomy = opened.anatomy(like.to(network.device))
+        for coordinate in coordinates_of(opened, anatomy, head if last else None):
+            found[coordinate.name] = coordinate
+            base = coordinate.form.base
+            if settings.logits.weighted_overlap and coordinate.kind == "linear":
+                assert base is not None  # the configuration was refused otherwise
+                tensors = opened.by_name(coordinate.name).tensors
+                models = [tensors[source] for source in coordinate.form.merged]
+                weights[coordinate.name] = column_weights(
+                    models, tensors[base], axis=coordinate.axis
+                )
+    return found, weights
