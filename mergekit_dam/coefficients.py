@@ -136,6 +136,11 @@ class Parametrisation:
         start = torch.zeros(count, dtype=torch.float64)
         return cls(share, identity - share[:, None], start, tuple(merged), None)
 
+    @property
+    def sums_to_one(self) -> bool:
+        """Whether coefficients of a column sum to one over the sources, whatever the unknowns."""
+        return float(self.expand.sum(0).abs().max()) <= 1e-9
+
     def coefficients(self, unknowns: Tensor) -> Tensor:
         """Coefficients fp32 `[S, n]` of unknowns `[U, n]`; computed in fp64, cast last.
 

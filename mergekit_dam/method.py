@@ -95,14 +95,15 @@ class TensorParameters(Parameters):
 class LogitsParameters(Parameters):
     """Parameters of the whole merge that only the end-to-end fit reads: objective `logits`."""
 
-    steps: int = Field(
-        default=60,
+    steps: int | None = Field(
+        default=None,
         gt=0,
-        description="Steps of the optimiser; more, if the best of them was the last (the report "
-        "says which it was).",
+        description="Steps of the optimiser; default: as many as pay, in descents of 20, 40, 80 "
+        "and 160, until one lowers the held-out KL by less than a twentieth. Set it to know the "
+        "cost beforehand.",
     )
     batch_size: int = Field(
-        default=4,
+        default=1,
         gt=0,
         description="Sequences of every model whose gradient is taken at once; fewer take less "
         "memory.",
@@ -124,11 +125,11 @@ class LogitsParameters(Parameters):
         description="Fraction of a model's coefficients in a tensor that a step of `mofo` moves; "
         "less stays nearer to the start.",
     )
-    learning_rate: float = Field(
-        default=0.1,
+    learning_rate: float | None = Field(
+        default=None,
         gt=0,
-        description="Peak of the learning rate; lower it if the losses jump, raise it if they "
-        "still fall at the last step.",
+        description="Peak of the learning rate; default: 0.1, or 0.01 with `sum_to_one: false`. "
+        "Lower it if the losses jump.",
     )
     lr_schedule: Literal["constant", "linear", "cosine", "inverse_sqrt"] = Field(
         default="cosine",
@@ -212,7 +213,7 @@ class RunParameters(LogitsParameters):
         "second from the first's result. `layer` takes least time.",
     )
     metric: Literal["identity", "sensitivity"] = Field(
-        default="identity",
+        default="sensitivity",
         description="How layer fits measure an error: plainly, or (in a second sweep) by how much "
         "the loss feels it; `identity` takes less time.",
     )

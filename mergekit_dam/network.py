@@ -39,6 +39,11 @@ class OpenStage:
     stage: Stage
     loaded: Loaded
 
+    def close(self) -> None:
+        """Let go of the weights, whoever still holds the stage."""
+        self.loaded = {}
+        vars(self).pop("sources", None)
+
     @cached_property
     def part(self) -> Part:
         """The stage's part of the merged model."""
@@ -97,6 +102,7 @@ class Network:
     device: torch.device
     resident: Resident = "auto"
     _kept: dict[int, Loaded] = field(default_factory=dict)
+    _last: OpenStage | None = None
 
     @property
     def tensor_names(self) -> frozenset[str]:
@@ -110,7 +116,12 @@ class Network:
         return {plan.name: plan.tied_to for plan in plans if plan.tied_to is not None}
 
     def open(self, number: int) -> OpenStage:
-        """A stage with its weights, read from the models' shards unless they are at hand."""
+        """A stage with its weights, read from the models' shards unless they are at hand.
+
+        It stays open until the next one is.
+        """
+        if self._last is not None:
+            self._last.close()
         stage = self.stages[number]
         stage.models.move(self.device)
         loaded = self._kept.get(number)
@@ -118,7 +129,8 @@ class Network:
             loaded = self._read(number)
             if self.resident == "always" or (self.resident == "auto" and _has_room(self.device)):
                 self._kept[number] = loaded
-        return OpenStage(stage, loaded)
+        self._last = OpenStage(stage, loaded)
+        return self._last
 
     def forward(self) -> Iterator[tuple[int, OpenStage]]:
         """Input and blocks in order, one at a time; the output is opened by whoever needs it."""
@@ -139,8 +151,10 @@ class Network:
         return number in self._kept
 
     def release(self) -> None:
-        """Let go of the weights that were kept."""
+        """Let go of all weights."""
         self._kept.clear()
+        if self._last is not None:
+            self._last.close()
 
     def _read(self, number: int) -> Loaded:
         tasks = list(self.gathers[number])

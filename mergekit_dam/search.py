@@ -2,8 +2,8 @@
 
 1. Survey: every teacher and the model at the start run on the calibration data once.
 2. The rungs of the configured objective: a sweep of layer fits in the sensitivity metric; one in
-   the plain metric, where the first is not asked for or was no good; a descent of the end-to-end
-   objective from the best so far.
+   the plain metric, where the first is not asked for or was no good; descents of the end-to-end
+   objective from the best so far, each twice as long as the last, as long as they pay.
 3. A rung is kept if the merged model as a whole comes nearer to its teachers on held-out data.
 
 So the result is never worse there than the start, nor than a shorter ladder's.
@@ -32,6 +32,12 @@ from mergekit_dam.settings import RunSettings
 from mergekit_dam.stage import Record, Rung
 
 Show = Callable[[str], None]
+
+DESCENTS = (20, 40, 80, 160)
+"""Steps of one descent after the other, where no number is asked for."""
+
+WORTHWHILE = 0.05
+"""A descent is followed by a longer one if it lowered the held-out KL by this fraction."""
 
 
 @dataclasses.dataclass
@@ -122,8 +128,10 @@ def survey(
         merged = [run(opened.part, own, x, network.device) for x in merged]
         for index, stream in enumerate(streams):
             part, source = opened.teacher_part(stream.source), stream.source
-            theirs = opened.teacher_weights(source)
-            teachers[index] = run(part, theirs, teachers[index], network.device)
+            # In line: a name for these weights would outlive the stage.
+            teachers[index] = run(
+                part, opened.teacher_weights(source), teachers[index], network.device
+            )
     data = [
         Data(s.source, weights[s.source], s.merged, teacher, s.held_out)
         for s, teacher in zip(streams, teachers, strict=True)
@@ -167,20 +175,26 @@ def logits_rung(
     *,
     show: Show,
 ) -> None:
-    """Descend the end-to-end objective from the best so far."""
-    started = time.perf_counter()
+    """Descend the end-to-end objective from the best so far, as long as that pays."""
     coordinates, weights = _coordinates(network, settings, data)
     objective = Objective(network, coordinates, settings.logits, shelf)
-    ended = descend(
-        objective,
-        data,
-        best.record,
-        best.verdict,
-        column_weights=weights,
-        seed=settings.seed,
-        show=show,
-    )
-    best.try_("logits", ended.record, ended.verdict, started, steps=ended.steps)
+    asked = settings.logits.steps
+    for number, steps in enumerate(DESCENTS if asked is None else (asked,)):
+        started, before = time.perf_counter(), best.verdict.mean
+        ended = descend(
+            objective,
+            data,
+            best.record,
+            best.verdict,
+            steps=steps,
+            column_weights=weights,
+            seed=settings.seed + number,
+            show=show,
+        )
+        name = f"logits, {steps} steps"
+        best.try_(name, ended.record, ended.verdict, started, best_step=ended.steps)
+        if best.verdict.mean > (1 - WORTHWHILE) * before:
+            break
 
 
 def _coordinates(

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from mergekit_dam.anatomy import Anatomy
 from mergekit_dam.backprop import Shelf, backward, chunks
-from mergekit_dam.fitting.gather import token_weights
 from mergekit_dam.fitting.metric import Metric
 from mergekit_dam.fitting.state import Metrics
 from mergekit_dam.network import Network, OpenStage
@@ -98,7 +97,7 @@ class Sensitivity:
         entered = self._of_the_fit(self._entered.get(number))
         streams = zip(self._sources, entered, self._left.get(number), strict=True)
         return {
-            (source, name): Metric.of_gradients(rows, token_weights([rows], len(x)))
+            (source, name): Metric.of_gradients(rows)
             for source, x, gradient in streams
             for name, rows in self._output_gradients(opened, weights, units, x, gradient).items()
         }

@@ -93,6 +93,8 @@ def dam(
 ) -> dict[str, Any]:
     """A configuration with the method dam, of a `SMALL` merge.
 
+    The objective `logits` alone has no metric: it takes that of `SMALL` away.
+
     Args:
         calibration: of each model, or none.
         each: further parameters of each model.
@@ -105,11 +107,14 @@ def dam(
         if index < len(calibration) and calibration[index] is not None:
             own["calibration"] = str(calibration[index])
         entries.append({"model": str(model), **({"parameters": own} if own else {})})
+    small = dict(SMALL)
+    if parameters.get("objective") == "logits":
+        del small["metric"]
     return {
         "merge_method": "dam",
         **({"base_model": str(base)} if base is not None else {}),
         "models": entries,
-        "parameters": {**SMALL, **parameters},
+        "parameters": {**small, **parameters},
         **(settings or {}),
     }
 

@@ -1,8 +1,8 @@
 """Networks of models that are in memory, and the same models as one plain network with autograd.
 
-    made = make("llama", base=True)
-    loss, gradients = Objective(made.network(), made.coordinates, settings, shelf)(point, batches)
-    logits = made.logits(made.differentiable(point), tokens)
+made = make("llama", base=True)
+loss, gradients = Objective(made.network(), made.coordinates, settings, shelf)(point, batches)
+logits = made.logits(made.differentiable(point), tokens)
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,7 +50,7 @@ class Given(Task[Any], frozen=True, arbitrary_types_allowed=True):
     def arguments(self) -> dict[str, Task[Any]]:
         return {}
 
-    def execute(self) -> dict[ModelReference, Tensor]:
+    def execute(self, **_: Any) -> dict[ModelReference, Tensor]:
         self.given.reads += 1
         return dict(self.given.tensors)
 
@@ -91,7 +91,7 @@ class Made:
             own = [self._plan(n) for n in self.weights[0] if self._place(n) == (kind, index)]
             tied = self.tied_to if kind == "output" else None
             borrowed = [] if tied is None else [self._plan(tied)]
-            stages.append(Stage(models, kind, index, own, borrowed))  # type: ignore[arg-type]
+            stages.append(Stage(models, kind, index, own, borrowed))
             gathers.append([Given(given=self._given(plan, order)) for plan in (*own, *borrowed)])
         return Network(stages, gathers, CPU, resident)
 

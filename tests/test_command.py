@@ -113,13 +113,18 @@ class TestProgress:
             shown = rf"{block} mlp\.down_proj\.weight [\d.]+ -> [\d.]+"
             assert re.search(shown, result.output), result.output
 
+    @pytest.mark.parametrize("fit", [{}, {"objective": "layer+logits", "steps": 1}], ids=str)
     def test_quiet_prints_what_linear_prints(
-        self, llama_models: Models, calibration: Calibration, tmp_path: Path
+        self,
+        llama_models: Models,
+        calibration: Calibration,
+        tmp_path: Path,
+        fit: dict[str, Any],
     ) -> None:
         outputs = []
         for configuration in (
             linear(llama_models.models),
-            dam(llama_models.models, calibration, head=False),
+            dam(llama_models.models, calibration, head=False, **fit),
         ):
             path = write(tmp_path, configuration)
             result = invoke(path, tmp_path / configuration["merge_method"], "--quiet")

@@ -276,25 +276,43 @@ class TestConfiguration:
                 "model.embed_tokens.weight: nonlinearity: sigmoid can only give coefficients "
                 "between 0 and 1, got one that starts at 0; use `nonlinearity: none`",
             ),
-            (
-                {"nonlinearity": "tanh", "sum_to_one": False, "weight": [1, 0]},
-                "model.embed_tokens.weight: nonlinearity: tanh can only give",
-            ),
         ],
     )
     def test_parameters_of_the_objective_logits(
         self, case: Case, parameters: dict[str, Any], message: str
     ) -> None:
-        configuration = case.configuration(**parameters)
-        configuration["parameters"]["objective"] = "logits"
-        if "metric" not in parameters:
-            del configuration["parameters"]["metric"]
-        if isinstance(parameters.get("weight"), list):
-            for entry, weight in zip(
-                configuration["models"], configuration["parameters"].pop("weight"), strict=True
-            ):
-                entry["parameters"]["weight"] = weight
+        configuration = case.configuration(objective="logits", **parameters)
         case.refused(ConfigError, message, configuration=configuration)
+
+    def test_a_start_that_weights_put_out_of_reach(self, case: Case) -> None:
+        configuration = case.configuration(
+            objective="logits", nonlinearity="tanh", sum_to_one=False
+        )
+        configuration["models"][1]["parameters"]["weight"] = 0
+        case.refused(
+            ConfigError,
+            "model.embed_tokens.weight: nonlinearity: tanh can only give coefficients between -1 "
+            "and 1, got one that starts at 1",
+            configuration=configuration,
+        )
+
+    def test_a_start_of_another_form(self, case: Case) -> None:
+        merge(case.configuration(granularity="column"), case.folder / "first")
+        configuration = case.configuration(
+            objective="logits", start=str(case.folder / "first"), granularity="tensor"
+        )
+        case.refused(
+            ConfigError,
+            "start: the file has one coefficient a column for model.",
+            "but `granularity` is `tensor`; set `granularity: column`, or another start",
+            configuration=configuration,
+        )
+
+    def test_a_start_of_other_models(self, case: Case) -> None:
+        merge(case.configuration(), case.folder / "first")
+        configuration = case.configuration(objective="logits", start=str(case.folder / "first"))
+        configuration["base_model"] = str(case.base)
+        case.refused(ConfigError, "start: made from 2 models", "got 3", configuration=configuration)
 
     def test_every_problem_is_told_at_once(self, case: Case) -> None:
         configuration = case.configuration(sampels=4, ridge=-1)
@@ -356,6 +374,11 @@ class TestConfiguration:
             ConfigError,
             f"coefficients: {path} was not written by a dam merge",
             configuration=case.configuration(coefficients=str(path)),
+        )
+        case.refused(
+            ConfigError,
+            f"start: {path} was not written by a dam merge",
+            configuration=case.configuration(objective="logits", start=str(path)),
         )
 
 

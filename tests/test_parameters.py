@@ -230,6 +230,126 @@ class TestRunParameters:
         assert losses[1] < losses[0] / 4
 
 
+class TestObjective:
+    @pytest.mark.parametrize("metric", ["identity", "sensitivity"])
+    @pytest.mark.parametrize("objective", ["layer", "layer+logits"])
+    def test_layer_fits_in_every_metric(
+        self,
+        llama_models: Models,
+        calibration: Calibration,
+        tmp_path: Path,
+        objective: str,
+        metric: str,
+    ) -> None:
+        steps = {} if objective == "layer" else {"steps": 2}
+        configuration = dam(
+            llama_models.models, calibration, objective=objective, metric=metric, **steps
+        )
+        merged = merge(configuration, tmp_path / "out")
+        searched = (objective, metric) != ("layer", "identity")
+        assert bool(merged.report["search"]) == searched
+        merged.load()
+
+    @pytest.mark.parametrize(
+        "parameters",
+        [
+            {"nonlinearity": "tanh"},
+            {"nonlinearity": "sigmoid", "sum_to_one": False},
+            {"nonlinearity": "relu", "sum_to_one": False},
+            {"optimizer": "mofo", "mofo_fraction": 0.5},
+            {"lr_schedule": "inverse_sqrt", "warmup": 0.5, "max_grad_norm": 1.0},
+            {"batch_size": 1, "gradient_accumulation": 2, "learning_rate": "1e-2"},
+            {"similarity": 1, "l1": 1, "l2": 1, "overlap": 1, "mse": 1, "entropy": 1},
+            {"temperature": 2, "granularity": "tensor"},
+            {"start": "random"},
+            {"embeddings": False, "norms": False, "head": False},
+        ],
+        ids=str,
+    )
+    def test_options_of_the_logits(
+        self,
+        llama_models: Models,
+        calibration: Calibration,
+        tmp_path: Path,
+        parameters: dict[str, Any],
+    ) -> None:
+        configuration = dam(
+            llama_models.models, calibration, objective="logits", steps=2, **parameters
+        )
+        merged = merge(configuration, tmp_path / "out")
+        assert len(merged.report["search"]) == 2
+        merged.load()
+
+    @pytest.mark.parametrize("include_base", [False, True])
+    def test_weighted_overlap_with_a_base(
+        self, llama_models: Models, calibration: Calibration, tmp_path: Path, include_base: bool
+    ) -> None:
+        own = {"include_base": True, "calibration": str(calibration[0])} if include_base else {}
+        configuration = dam(
+            llama_models.models,
+            calibration,
+            base=llama_models.base,
+            objective="logits",
+            steps=2,
+            weighted_overlap=1,
+            **own,
+        )
+        merge(configuration, tmp_path / "out").load()
+
+    def test_weights_that_stay_in_memory_change_nothing(
+        self, llama_models: Models, calibration: Calibration, tmp_path: Path
+    ) -> None:
+        always, never = (
+            merge(
+                dam(
+                    llama_models.models, calibration, objective="logits", steps=2, resident=resident
+                ),
+                tmp_path / resident,
+            )
+            for resident in ("always", "never")
+        )
+        assert always.model_bytes == never.model_bytes
+
+    def test_a_fit_goes_on_from_an_earlier_merge(
+        self, llama_models: Models, calibration: Calibration, tmp_path: Path
+    ) -> None:
+        first = merge(dam(llama_models.models, calibration), tmp_path / "first")
+        configuration = dam(
+            llama_models.models,
+            calibration,
+            objective="logits",
+            steps=1,
+            learning_rate=1e-12,
+            start=str(first.path),
+        )
+        second = merge(configuration, tmp_path / "out")
+        for name in first.entries:
+            found, given = torch.broadcast_tensors(rows(second, name), rows(first, name))
+            torch.testing.assert_close(found, given)
+
+    def test_what_was_searched_is_replayed(
+        self, llama_models: Models, calibration: Calibration, tmp_path: Path
+    ) -> None:
+        first = merge(
+            dam(llama_models.models, calibration, objective="logits", steps=2), tmp_path / "first"
+        )
+        configuration = dam(
+            llama_models.models, objective="logits", steps=2, coefficients=str(first.path)
+        )
+        assert merge(configuration, tmp_path / "again").model_bytes == first.model_bytes
+
+    @pytest.mark.slow
+    def test_the_defaults_alone_make_a_merge_that_replays(
+        self, llama_models: Models, calibration: Calibration, tmp_path: Path
+    ) -> None:
+        configuration = dam(llama_models.models, calibration)
+        configuration["parameters"] = {"samples": 4, "sequence_length": 16}
+        first = merge(configuration, tmp_path / "first")
+        first.load()
+        configuration["parameters"]["coefficients"] = str(first.path)
+        assert merge(configuration, tmp_path / "again").model_bytes == first.model_bytes
+
+
 class TestModels:
     def test_one_model_is_copied_bit_for_bit(
         self, llama_models: Models, calibration: Calibration, tmp_path: Path

@@ -52,13 +52,14 @@ def gather(
 ) -> dict[str, Evidence[M]]:
     """Sum the moments of a stage's units over all streams.
 
-    Every stream is weighted by its loss weight over the energy of its teacher's output, so
-    that no model's data counts for more because its activations are large.
+    Every stream is weighted by its loss weight, over the energy of its teacher's output, so that
+    no model's data counts for more because its activations are large; or over the number of its
+    tokens, where a metric of its own says how much its errors count.
 
     Args:
         empty: makes empty moments of a stream for every unit, by name.
         add: adds a chunk to such moments.
-        pool: add the streams up, where they are measured alike.
+        pool: add the streams up: they are measured alike.
     """
     found: dict[Split, dict[str, list[M]]] = {"fit": {}, "held_out": {}}
     judged_on = judging_split(walk.streams)
@@ -78,11 +79,11 @@ def gather(
                 add(own, Seen(teacher, merged, drift, teacher_x.shape[0]))
             for unit in units:
                 loss_weight = walk.weight(unit).settings.loss_weights[stream.source]
-                energy = max(own[unit.name].energy, 1e-30)
+                size = own[unit.name].energy if pool else own[unit.name].count
                 terms = sums.setdefault(unit.name, [])
                 if not pool or not terms:
                     terms.append(empty(stream)[unit.name])
-                terms[-1].add_scaled(own[unit.name], loss_weight / energy)
+                terms[-1].add_scaled(own[unit.name], loss_weight / max(size, 1e-30))
     return {
         name: Evidence(moments, found[judged_on][name], totals[name])
         for name, moments in found["fit"].items()

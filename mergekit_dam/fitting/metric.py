@@ -10,8 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DAMPING = 0.1
+DAMPING = 1.0
 """What is added to S, in units of its mean diagonal: gradients of few tokens are not all."""
+
+FULL = 0.95
+"""Fraction of the tokens whose gradients count in full."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,17 @@ class Metric:
     shift: float = 1.0
 
     @classmethod
-    def of_gradients(cls, gradients: Tensor, weight: Tensor) -> "Metric":
-        """The metric of gradients fp32 `[tokens, out]`, each token weighted `[tokens]`, damped.
+    def of_gradients(cls, gradients: Tensor) -> "Metric":
+        """The metric of gradients fp32 `[tokens, out]`, damped.
 
         It is kept as a matrix where there are more tokens than outputs, else as the gradients.
+        A token counts in full up to the energy that most have, beyond that in inverse
+        proportion: one whose gradient explodes would be all there is to S.
         """
-        share = weight.double() / weight.sum(dtype=torch.float64)
+        energy = gradients.square().sum(1, dtype=torch.float64)
+        usual = torch.quantile(energy, FULL)
+        weight = torch.where(energy > usual, usual / energy, 1.0)
+        share = weight / weight.sum()
         rows = gradients * share.sqrt().to(gradients)[:, None]
         mean = float(rows.square().sum(dtype=torch.float64)) / rows.shape[1]
         if mean == 0:

@@ -180,7 +180,7 @@ class Evidence(Generic[M]):
     Attributes:
         fit, held_out: all models' in one, or one a model where each has a metric of its own.
             Every model's tokens are weighted by its loss weight over the energy of its
-            teacher's output.
+            teacher's output, or over their number.
         total: sum of the loss weights; losses are given as fractions of it.
     """
 

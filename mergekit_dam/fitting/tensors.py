@@ -43,7 +43,7 @@ class TensorSources:
     @property
     def identical(self) -> bool:
         """All sources agree, and no coefficients of this form can change what they agree on."""
-        if self.settings.parametrisation.expand.sum(0).abs().max() > 1e-9:
+        if not self.settings.parametrisation.sums_to_one:
             return False
         return all(torch.equal(self.tensors[0], other) for other in self.tensors[1:])
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.backprop import forward
+from mergekit_dam.coefficients import Parametrisation
 from mergekit_dam.fitting.judge import Verdict, judge
 from mergekit_dam.fitting.streams import Stream
 from mergekit_dam.fitting.tensors import TensorReport
@@ -73,6 +74,7 @@ def descend(
     start: Record,
     verdict: Verdict,
     *,
+    steps: int,
     column_weights: Mapping[str, Tensor],
     seed: int,
     show: Callable[[str], None],
@@ -81,6 +83,7 @@ def descend(
 
     Args:
         verdict: of the start.
+        steps: of the optimiser.
         column_weights: of the weighted overlap, by tensor; empty where that is off.
         seed: of the order of the sequences.
         show: shows a line of progress.
@@ -88,13 +91,17 @@ def descend(
     network, settings = objective.network, objective.settings
     coordinates = list(objective.coordinates.values())
     unknowns = starting_unknowns(coordinates, start, settings.nonlinearity, network.device)
-    optimizer = make_optimizer(unknowns.values(), settings)
-    schedule = make_schedule(optimizer, settings)
+    groups = [
+        {"params": [unknowns[c.name]], "lr": settings.learning_rate or learning_rate(c.form)}
+        for c in coordinates
+    ]
+    optimizer = make_optimizer(groups, settings)
+    schedule = make_schedule(optimizer, settings, steps)
     batches = batches_of(data, settings.batch_size, seed)
     best, lowest, best_step = start, verdict, 0
     losses = []
-    every = max(1, round(settings.steps / LOOKS))
-    for step in range(1, settings.steps + 1):
+    every = max(1, round(steps / LOOKS))
+    for step in range(1, steps + 1):
         coefficients = coefficients_of(coordinates, unknowns, settings.nonlinearity)
         point = at(start, coefficients, objective)
         loss = 0.0
@@ -118,8 +125,8 @@ def descend(
         optimizer.step()
         schedule.step()
         losses.append(loss)
-        show(f"step {step}/{settings.steps} loss {loss:.4g} held-out KL {lowest.mean:.4g}")
-        if step % every == 0 or step == settings.steps:
+        show(f"step {step}/{steps} loss {loss:.4g} held-out KL {lowest.mean:.4g}")
+        if step % every == 0 or step == steps:
             with torch.no_grad():
                 now = at(
                     start, coefficients_of(coordinates, unknowns, settings.nonlinearity), objective
@@ -128,6 +135,15 @@ def descend(
             if seen.mean < lowest.mean:
                 best, lowest, best_step = now, seen, step
     return Descent(best, lowest, best_step, tuple(losses))
+
+
+def learning_rate(form: Parametrisation) -> float:
+    """The learning rate for a form of the coefficients, where none is asked for.
+
+    Coefficients that sum to one move the merged weight along the differences of the models; free
+    ones scale all of it, and diverge at a tenth of that rate.
+    """
+    return 0.1 if form.sums_to_one else 0.01
 
 
 def at(start: Record, coefficients: Mapping[str, Tensor], objective: Objective) -> Record:

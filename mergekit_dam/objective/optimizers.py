@@ -20,16 +20,16 @@ class MoFO(AdamW):
     themselves. Entries that stay keep their moments up to date. No weight decay.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], *, lr: float, fraction: float) -> None:
+    def __init__(self, groups: Iterable[dict[str, Any]], *, fraction: float) -> None:
         """The optimiser.
 
         Args:
-            parameters: `[models, n]`, or `[n]` each.
-            lr: learning rate.
+            groups: torch's parameter groups, of parameters `[models, n]`, or `[n]`, each with
+                its learning rate.
             fraction: of n that moves in a step, rounded down, but one at least. Entries whose
                 momentum equals that of the last one chosen move too.
         """
-        super().__init__(parameters, lr=lr, weight_decay=0.0)
+        super().__init__(groups, weight_decay=0.0)
         self._fraction = fraction
 
     @torch.no_grad()
@@ -51,21 +51,25 @@ def _largest(magnitude: Tensor, fraction: float) -> Tensor:
     return magnitude >= magnitude.topk(count, dim=-1).values[..., -1:]
 
 
-def make_optimizer(parameters: Iterable[Tensor], settings: LogitsSettings) -> Optimizer:
-    """The optimiser, without weight decay, of parameters `[models, n]` (or `[n]`)."""
+def make_optimizer(groups: Iterable[dict[str, Any]], settings: LogitsSettings) -> Optimizer:
+    """The optimiser, without weight decay, of parameters `[models, n]` (or `[n]`).
+
+    Args:
+        groups: torch's parameter groups, each with its learning rate.
+    """
     if settings.optimizer == "mofo":
-        return MoFO(parameters, lr=settings.learning_rate, fraction=settings.mofo_fraction)
-    return AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
+        return MoFO(groups, fraction=settings.mofo_fraction)
+    return AdamW(groups, weight_decay=0.0)
 
 
-def make_schedule(optimizer: Optimizer, settings: LogitsSettings) -> LRScheduler:
-    """Transformers' schedule of that name, to be stepped once after every step."""
+def make_schedule(optimizer: Optimizer, settings: LogitsSettings, steps: int) -> LRScheduler:
+    """Transformers' schedule of that name, to be stepped once after every one of the steps."""
     # Its "constant" would drop the warm-up without a word.
     constant = settings.lr_schedule == "constant"
     schedule: LRScheduler = get_scheduler(
         "constant_with_warmup" if constant else settings.lr_schedule,
         optimizer,
-        num_warmup_steps=math.ceil(settings.warmup * settings.steps),
-        num_training_steps=settings.steps,
+        num_warmup_steps=math.ceil(settings.warmup * steps),
+        num_training_steps=steps,
     )
     return schedule

@@ -20,9 +20,9 @@ class LogitsSettings:
         mse, entropy: weights of the losses next to the KL; 0 = off.
         nonlinearity: from the values that are learned to the coefficients.
         mofo_fraction: of a model's coefficients in a tensor that move in a step of "mofo".
-        learning_rate: its peak.
+        learning_rate: its peak; None: by the form of the coefficients.
         warmup: fraction of the steps in which the learning rate rises from zero.
-        steps: of the optimiser.
+        steps: of the optimiser; None: as many as pay.
         batch_size: sequences of every model whose gradient is taken at once.
         gradient_accumulation: batches a step.
         max_grad_norm: norm that the gradient of all coefficients together is cut to; 0 = off.
@@ -39,10 +39,10 @@ class LogitsSettings:
     nonlinearity: Nonlinearity
     optimizer: OptimizerName
     mofo_fraction: float
-    learning_rate: float
+    learning_rate: float | None
     lr_schedule: Schedule
     warmup: float
-    steps: int
+    steps: int | None
     batch_size: int
     gradient_accumulation: int
     max_grad_norm: float

@@ -30,6 +30,16 @@ SEED = 3
 WORST = Verdict((math.inf,), (1.0,))
 
 
+def steps_of(settings: LogitsSettings) -> int:
+    assert settings.steps is not None
+    return settings.steps
+
+
+def rate_of(settings: LogitsSettings) -> float:
+    assert settings.learning_rate is not None
+    return settings.learning_rate
+
+
 def run(
     made: Made,
     folder: Path,
@@ -47,6 +57,7 @@ def run(
         data or made.data(),
         start or made.average(),
         verdict,
+        steps=steps_of(settings),
         column_weights=weights or {},
         seed=SEED,
         show=lambda _: None,
@@ -97,14 +108,15 @@ class Adam:
 
 def plain_rate(settings: LogitsSettings, step: int) -> float:
     """Learning rate of a step, counted from 0."""
-    warm = math.ceil(settings.warmup * settings.steps)
+    rate, steps = rate_of(settings), steps_of(settings)
+    warm = math.ceil(settings.warmup * steps)
     if step < warm:
-        return settings.learning_rate * step / warm
+        return rate * step / warm
     if settings.lr_schedule == "constant":
-        return settings.learning_rate
-    done = (step - warm) / (settings.steps - warm)
+        return rate
+    done = (step - warm) / (steps - warm)
     falling = 1 - done if settings.lr_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return settings.learning_rate * falling
+    return rate * falling
 
 
 def plain_penalty(
@@ -153,7 +165,7 @@ def plain_descent(
         }
 
     losses = []
-    for step in range(settings.steps):
+    for step in range(steps_of(settings)):
         for unknown in unknowns.values():
             unknown.requires_grad_()
         rows = coefficients()
@@ -213,7 +225,7 @@ def check(
         assert found.shape == rows.shape
         # A step of Adam has the size of the rate, whatever that of the gradient: where the
         # latter is next to nothing, its rounding decides.
-        apart = (found - rows).abs() / (settings.learning_rate * settings.steps)
+        apart = (found - rows).abs() / (rate_of(settings) * steps_of(settings))
         assert float(apart.mean()) < 1e-3, name
         assert float(apart.max()) < 0.05, name
 

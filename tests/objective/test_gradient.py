@@ -18,7 +18,7 @@ from tests.models import tiny_llama_config
 from tests.networks import LENGTH, Made, files_under, make
 from tests.objective.made import logits_settings
 
-TERMS: dict[str, dict[str, float]] = {
+TERMS: dict[str, dict[str, Any]] = {
     "kl": {},
     "kl at 2": {"temperature": 2.0},
     "mse": {"mse": 0.7},
@@ -49,7 +49,9 @@ def plain(
         merged = made.logits(weights, batch.tokens)
         loss = loss + batch.weight * plain_loss(merged, teacher, settings)
     gradients = torch.autograd.grad(loss, list(rows.values()), allow_unused=True)
-    return float(loss.detach()), {n: g for n, g in zip(rows, gradients, strict=True) if g is not None}
+    return float(loss.detach()), {
+        n: g for n, g in zip(rows, gradients, strict=True) if g is not None
+    }
 
 
 def assert_equal_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -132,7 +134,8 @@ def test_every_tensor_of_these_models_has_coefficients(name: str) -> None:
 
 @pytest.mark.parametrize("off", ["norms", "embeddings", "head"])
 def test_what_is_switched_off_has_no_coefficients(off: str, tmp_path: Path) -> None:
-    made = make(**{off: False})
+    switched: dict[str, Any] = {off: False}
+    made = make(**switched)
     coordinates = made.coordinates
     assert {"norms": "norm", "embeddings": "embedding", "head": "head"}[off] not in {
         own.kind for own in coordinates.values()

@@ -6,16 +6,24 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from mergekit_dam.objective.optimizers import MoFO, make_optimizer, make_schedule
 from mergekit_dam.objective.settings import Schedule
 from tests.objective.made import logits_settings
 
+STEPS = 10
+
+
+def made_optimizer(parameter: Tensor, **changes: Any) -> Optimizer:
+    group = {"params": [parameter], "lr": logits_settings(**changes).learning_rate}
+    return make_optimizer([group], logits_settings(**changes))
+
 
 def descend(start: Tensor, gradients: Tensor, **changes: Any) -> list[Tensor]:
     """Where the parameter is after each of the given gradients."""
     parameter = start.clone().requires_grad_()
-    optimizer = make_optimizer([parameter], logits_settings(**changes))
+    optimizer = made_optimizer(parameter, **changes)
     path = []
     for gradient in gradients:
         parameter.grad = gradient.clone()
@@ -103,7 +111,7 @@ def test_equals_move_together() -> None:
 
 def test_mofo_leaves_a_parameter_without_gradient_and_returns_the_loss() -> None:
     used, unused = torch.ones(3).requires_grad_(), torch.ones(3).requires_grad_()
-    optimizer = MoFO([used, unused], lr=0.1, fraction=1.0)
+    optimizer = MoFO([{"params": [used, unused], "lr": 0.1}], fraction=1.0)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -122,10 +130,10 @@ def test_mofo_leaves_a_parameter_without_gradient_and_returns_the_loss() -> None
 def rates(**changes: Any) -> list[float]:
     """The learning rate of each step, as a fraction of its peak."""
     settings = logits_settings(learning_rate=0.5, **changes)
-    optimizer = make_optimizer([torch.zeros(2).requires_grad_()], settings)
-    schedule = make_schedule(optimizer, settings)
+    optimizer = made_optimizer(torch.zeros(2).requires_grad_(), learning_rate=0.5)
+    schedule = make_schedule(optimizer, settings, STEPS)
     found = []
-    for _ in range(settings.steps):
+    for _ in range(STEPS):
         found.append(optimizer.param_groups[0]["lr"] / 0.5)
         optimizer.step()
         schedule.step()
