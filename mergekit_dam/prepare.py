@@ -8,6 +8,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mergekit.common import ModelReference
@@ -24,7 +25,7 @@ from mergekit_dam.calibration import (
 )
 from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.config import Checked, check_configuration
-from mergekit_dam.errors import CalibrationError
+from mergekit_dam.errors import CalibrationError, ConfigError
 from mergekit_dam.method import RunParameters
 from mergekit_dam.objective.settings import LogitsSettings
 from mergekit_dam.settings import RunSettings
@@ -96,6 +97,13 @@ def prepare(
         return Prepared(checked, settings, {}, replay)
     start = None
     if run.start not in ("average", "random"):
+        if not Path(run.start).exists():
+            raise ConfigError(
+                [
+                    f"start: required `average`, `random`, or the path of the coefficients of an "
+                    f"earlier dam merge, got {run.start!r}, where there is no file"
+                ]
+            )
         start = CoefficientFile.load(run.start, parameter="start")
     models = checked.models
     if checked.base is not None and checked.base not in models:

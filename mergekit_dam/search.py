@@ -10,6 +10,7 @@ So the result is never worse there than the start, nor than a shorter ladder's.
 """
 
 import dataclasses
+import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -20,9 +21,10 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.backprop import Shelf, run
+from mergekit_dam.errors import DamError
 from mergekit_dam.fitting.judge import Verdict
 from mergekit_dam.fitting.streams import Stream
-from mergekit_dam.network import Network
+from mergekit_dam.network import Network, OpenStage
 from mergekit_dam.objective.coordinates import Coordinate, coordinates_of
 from mergekit_dam.objective.descend import Data, descend, judged_at_output
 from mergekit_dam.objective.gradient import Objective
@@ -132,14 +134,25 @@ def survey(
             teachers[index] = run(
                 part, opened.teacher_weights(source), teachers[index], network.device
             )
+        if not all(x.isfinite().all() for x in (*teachers, *merged)):
+            raise _not_finite(opened)
     data = [
         Data(s.source, weights[s.source], s.merged, teacher, s.held_out)
         for s, teacher in zip(streams, teachers, strict=True)
     ]
     verdict = judged_at_output(network, start, data, merged)
+    if not math.isfinite(verdict.mean):
+        raise _not_finite(network.output())
     seconds = time.perf_counter() - started
     rung = Rung("start", True, verdict.losses, verdict.mean, seconds)
     return Best(start, verdict, [rung]), data, merged
+
+
+def _not_finite(opened: OpenStage) -> DamError:
+    return DamError(
+        f"{opened.part.label}: what leaves it is not finite; a model's weights, or what it makes "
+        f"of its calibration text, are not"
+    )
 
 
 def layer_rung(
@@ -177,6 +190,8 @@ def logits_rung(
 ) -> None:
     """Descend the end-to-end objective from the best so far, as long as that pays."""
     coordinates, weights = _coordinates(network, settings, data)
+    if not coordinates:
+        return
     objective = Objective(network, coordinates, settings.logits, shelf)
     asked = settings.logits.steps
     for number, steps in enumerate(DESCENTS if asked is None else (asked,)):
@@ -211,12 +226,13 @@ def _coordinates(
         anatomy = opened.anatomy(like.to(network.device))
         for coordinate in coordinates_of(opened, anatomy, head if last else None):
             found[coordinate.name] = coordinate
-            base = coordinate.form.base
             if settings.logits.weighted_overlap and coordinate.kind == "linear":
-                assert base is not None  # the configuration was refused otherwise
-                tensors = opened.by_name(coordinate.name).tensors
-                models = [tensors[source] for source in coordinate.form.merged]
-                weights[coordinate.name] = column_weights(
-                    models, tensors[base], axis=coordinate.axis
-                )
+                weights[coordinate.name] = _column_weights(opened, coordinate)
     return found, weights
+
+
+def _column_weights(opened: OpenStage, coordinate: Coordinate) -> Tensor:
+    tensors, base = opened.by_name(coordinate.name).tensors, coordinate.form.base
+    assert base is not None  # the configuration was refused otherwise
+    models = [tensors[source] for source in coordinate.form.merged]
+    return column_weights(models, tensors[base], axis=coordinate.axis)

@@ -267,7 +267,7 @@ class TestConfiguration:
     @pytest.mark.parametrize(
         ("parameters", "message"),
         [
-            ({"start": "gone"}, "start: no file at gone"),
+            ({"start": "avarage"}, "start: required `average`, `random`, or the path of"),
             ({"metric": "identity"}, "`objective: logits` takes no `metric`"),
             ({"weighted_overlap": 1}, "the configuration names no `base_model` to take task"),
             ({"nonlinearity": "sigmoid"}, "`nonlinearity: sigmoid` has no start"),
@@ -487,6 +487,20 @@ class TestWeights:
         with pytest.raises(DamError, match="not finite") as error:
             merge(case.configuration(head=True), case.folder / "out")
         assert place in error.value.message
+        assert not (case.folder / "out").exists()
+
+    @pytest.mark.parametrize("objective", ["layer", "logits"])
+    @pytest.mark.parametrize(
+        ("name", "place"),
+        [("model.layers.1.mlp.down_proj.weight", "block 2/2"), ("lm_head.weight", "output")],
+    )
+    def test_that_are_not_finite_in_a_search(
+        self, case: Case, broken: Callable[[str], None], name: str, place: str, objective: str
+    ) -> None:
+        broken(name)
+        more = {"metric": "sensitivity"} if objective == "layer" else {}
+        with pytest.raises(DamError, match=f"^{place}: what leaves it is not finite"):
+            merge(case.configuration(objective=objective, **more), case.folder / "out")
         assert not (case.folder / "out").exists()
 
     def test_a_ridge_too_small_to_solve_with(self, case: Case) -> None:

@@ -277,7 +277,8 @@ def test_a_linear_and_its_bias_are_fitted_to_what_each_domain_feels(
         of the energy."""
         root = torch.linalg.cholesky(dense(metrics[k])).T
         energy = (domains[k][1].double() @ root.T).square().sum()
-        return torch.einsum("ro,no...->nr...", root, rows.double()) / energy.sqrt()
+        seen: Tensor = torch.einsum("ro,no...->nr...", root, rows.double()) / energy.sqrt()
+        return seen
 
     def solve(design: list[Tensor], target: list[Tensor]) -> Tensor:
         rows = torch.cat([felt(d, k).flatten(0, 1) for k, d in enumerate(design)])

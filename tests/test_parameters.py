@@ -231,6 +231,15 @@ class TestRunParameters:
 
 
 class TestObjective:
+    @pytest.mark.parametrize("objective", ["logits", "layer+logits"])
+    def test_a_single_model_has_nothing_to_fit(
+        self, llama_models: Models, calibration: Calibration, tmp_path: Path, objective: str
+    ) -> None:
+        model = llama_models.models[0]
+        merged = merge(dam([model], calibration[:1], objective=objective), tmp_path / "out")
+        for name, tensor in tensors_of(model).items():
+            assert merged.tensors[name].equal(tensor), name
+
     @pytest.mark.parametrize("metric", ["identity", "sensitivity"])
     @pytest.mark.parametrize("objective", ["layer", "layer+logits"])
     def test_layer_fits_in_every_metric(
@@ -241,7 +250,7 @@ class TestObjective:
         objective: str,
         metric: str,
     ) -> None:
-        steps = {} if objective == "layer" else {"steps": 2}
+        steps: dict[str, Any] = {} if objective == "layer" else {"steps": 2}
         configuration = dam(
             llama_models.models, calibration, objective=objective, metric=metric, **steps
         )
@@ -284,7 +293,9 @@ class TestObjective:
     def test_weighted_overlap_with_a_base(
         self, llama_models: Models, calibration: Calibration, tmp_path: Path, include_base: bool
     ) -> None:
-        own = {"include_base": True, "calibration": str(calibration[0])} if include_base else {}
+        own: dict[str, Any] = {}
+        if include_base:
+            own = {"include_base": True, "calibration": str(calibration[0])}
         configuration = dam(
             llama_models.models,
             calibration,

@@ -150,7 +150,7 @@ def test_each_rung_is_judged_and_the_best_is_the_result(merged: Merged) -> None:
     assert names[-1] == "logits"
     assert names[1:-1] == ["layer"]
     assert_sound(merged)
-    assert best_of(merged)["name"] == "logits"
+    assert best_of(merged)["name"].startswith("logits")
     assert best_of(merged)["mean_held_out_kl"] < rungs_of(merged)["start"]["mean_held_out_kl"]
     assert all(rung["seconds"] > 0 for rung in merged.report["search"])
     (best_step,) = rungs_of(merged)["logits"]["details"].values()
@@ -257,7 +257,7 @@ def test_a_random_start_is_that_of_the_seed(
 ) -> None:
     changes = {"objective": "logits", "start": "random"}
     runs = [
-        polished(llama_models, calibration, tmp_path / str(i), seed=seed, **changes)
+        polished(llama_models, calibration, tmp_path / str(i), changes, seed=seed)
         for i, seed in enumerate([1, 1, 2])
     ]
     assert runs[0].model_bytes == runs[1].model_bytes
@@ -275,9 +275,7 @@ def test_a_search_goes_on_from_the_coefficients_of_an_earlier_merge(
     start = rungs_of(again)["start"]
     assert start["held_out_kl"] == pytest.approx(best_of(merged)["held_out_kl"], rel=1e-6)
     assert_sound(again)
-    nowhere = polished(
-        llama_models, calibration, tmp_path / "no", **changes | {"learning_rate": 1e3}
-    )
+    nowhere = polished(llama_models, calibration, tmp_path / "no", changes, learning_rate=1e3)
     assert nowhere.model_bytes == merged.model_bytes
 
 

@@ -5,6 +5,7 @@ output, `e^T S e` says how much the loss feels an error e: a Gauss-Newton view o
 Kronecker factors (Martens & Grosse, arXiv 1503.05671). With `S = I` the error is the plain one.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -41,13 +42,14 @@ class Metric:
         proportion: one whose gradient explodes would be all there is to S.
         """
         energy = gradients.square().sum(1, dtype=torch.float64)
-        usual = torch.quantile(energy, FULL)
-        weight = torch.where(energy > usual, usual / energy, 1.0)
+        felt = energy[energy > 0]
+        if not len(felt):
+            return cls()
+        usual = felt.kthvalue(math.ceil(FULL * len(felt))).values
+        weight = usual / energy.clamp_min(usual)
         share = weight / weight.sum()
         rows = gradients * share.sqrt().to(gradients)[:, None]
         mean = float(rows.square().sum(dtype=torch.float64)) / rows.shape[1]
-        if mean == 0:
-            return cls()
         if rows.shape[0] <= rows.shape[1]:
             return cls(rows.double(), False, DAMPING * mean)
         matrix = (rows.T @ rows).double()

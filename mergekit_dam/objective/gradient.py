@@ -81,8 +81,10 @@ class Objective:
             flowing = self._stage(
                 opened, weights_of(number, opened), self.shelf.get(number), flowing, gradients
             )
-        first = self.network.open(0)
-        self._stage(first, weights_of(0, first), tokens, flowing, gradients)
+        first = {plan.name for plan in self.network.stages[0].tensors}
+        if first & self.coordinates.keys():
+            opened = self.network.open(0)
+            self._stage(opened, weights_of(0, opened), tokens, flowing, gradients)
         self._merged.clear()
         return loss, gradients
 
