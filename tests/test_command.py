@@ -212,8 +212,9 @@ class TestProcesses:
     @pytest.mark.parametrize("existing", [False, True])
     def test_an_interrupt_leaves_nothing_half_written(self, tmp_path: Path, existing: bool) -> None:
         models = save_models(tmp_path, tiny_llama_config(num_hidden_layers=12), count=2)
-        text = save_calibration(tmp_path / "text.jsonl")
-        path = write(tmp_path, dam(models.models, [text, text]))
+        # Enough text that most of the merge is still ahead when the first shards are seen.
+        text = save_calibration(tmp_path / "text.jsonl", documents=1024)
+        path = write(tmp_path, dam(models.models, [text, text], samples=512, sequence_length=32))
         out = tmp_path / "out"
         if existing:
             out.mkdir()
