@@ -99,7 +99,7 @@ class LogitsParameters(Parameters):
         default=None,
         gt=0,
         description="Steps of the optimiser; default: as many as pay, in descents of 20, 40, 80 "
-        "and 160, until one lowers the held-out KL by less than a twentieth. Set it to know the "
+        "and 160, until one lowers the held-out KL by less than a tenth. Set it to know the "
         "cost beforehand.",
     )
     batch_size: int = Field(

@@ -38,7 +38,7 @@ Show = Callable[[str], None]
 DESCENTS = (20, 40, 80, 160)
 """Steps of one descent after the other, where no number is asked for."""
 
-WORTHWHILE = 0.05
+WORTHWHILE = 0.1
 """A descent is followed by a longer one if it lowered the held-out KL by this fraction."""
 
 
