@@ -6,14 +6,14 @@
    gradient of what leaves it into that of what enters it, and of its weights.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mergekit_dam.fitting.streams import CHUNK_TOKENS
+from mergekit_dam.fitting.streams import chunks
 from mergekit_dam.network import Network, OpenStage
 from mergekit_dam.part import Part
 
@@ -44,13 +44,6 @@ class Shelf:
         return [named[str(index)] for index in range(len(named))]
 
 
-def chunks(tensor: Tensor) -> Iterator[slice]:
-    """Slices of sequences of `[sequences, length, ...]` that run through a part at a time."""
-    count, length = tensor.shape[:2]
-    size = max(1, CHUNK_TOKENS // length)
-    return (slice(first, min(first + size, count)) for first in range(0, count, size))
-
-
 @torch.no_grad()
 def forward(
     network: Network, weights_of: WeightsOf, tokens: Sequence[Tensor], shelf: Shelf | None = None
@@ -76,7 +69,19 @@ def forward(
 
 def run(part: Part, weights: Mapping[str, Tensor], x: Tensor, device: torch.device) -> Tensor:
     """Run a part on a whole stream, chunk by chunk; the result is on the host."""
-    return torch.cat([part.run(weights, x[chunk].to(device)).cpu() for chunk in chunks(x)])
+    return torch.cat([part.run(weights, x[chunk].to(device)).cpu() for chunk in chunks_of(x)])
+
+
+def chunks_of(x: Tensor) -> Iterator[slice]:
+    """Slices of `[sequences, length, ...]` that run through a part at a time."""
+    return chunks(0, x.shape[0], x.shape[1])
+
+
+def add_gradients(sums: Gradients, gradients: Iterable[Tensor | None]) -> None:
+    """Add gradients in the order of the sums; None for what the loss does not depend on."""
+    for total, gradient in zip(sums.values(), gradients, strict=True):
+        if gradient is not None:
+            total += gradient
 
 
 def backward(
@@ -101,7 +106,7 @@ def backward(
     entered = []
     if not sums and not x.is_floating_point():
         return x.new_empty(0)
-    for chunk in chunks(x):
+    for chunk in chunks_of(x):
         inner = x[chunk].to(device)
         live = {n: w.detach().requires_grad_(n in sums) for n, w in weights.items()}
         if inner.is_floating_point():
@@ -113,7 +118,5 @@ def backward(
         if inner.is_floating_point():
             entered.append(got[0].cpu())
             got = got[1:]
-        for name, own in zip(sums, got, strict=True):
-            if own is not None:
-                sums[name] += own
+        add_gradients(sums, got)
     return torch.cat(entered) if entered else x.new_empty(0)

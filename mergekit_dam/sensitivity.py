@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.anatomy import Anatomy
-from mergekit_dam.backprop import Shelf, backward, chunks
+from mergekit_dam.backprop import Shelf, backward, chunks_of
 from mergekit_dam.fitting.metric import Metric
 from mergekit_dam.fitting.state import Metrics
 from mergekit_dam.network import Network, OpenStage
@@ -48,7 +48,7 @@ class Sensitivity:
         self._network, self._point = network, point
         self._entered, self._left = entered, left
         self._sources = [own.source for own in data]
-        self._counts = [len(own.tokens) - own.held_out for own in data]
+        self._counts = [len(own.of("fit").tokens) for own in data]
         self._sweep(hidden, seed)
 
     def _of_the_fit(self, streams: Sequence[Tensor]) -> list[Tensor]:
@@ -113,7 +113,7 @@ class Sensitivity:
         """Gradients at the outputs of linears, fp32 `[tokens, out]` each."""
         device = self._network.device
         found: dict[str, list[Tensor]] = {unit: [] for unit in units}
-        for chunk in chunks(x):
+        for chunk in chunks_of(x):
             with torch.enable_grad():
                 inner = x[chunk].to(device).requires_grad_(True)
                 leaving, seen = opened.part.watched(weights, inner, outputs=units)

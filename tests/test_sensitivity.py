@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from mergekit_dam import backprop as backprop_module
 from mergekit_dam.anatomy import capture, watch
 from mergekit_dam.backprop import Shelf, forward
+from mergekit_dam.fitting import streams as streams_module
 from mergekit_dam.fitting.metric import Metric
 from mergekit_dam.network import Network
 from mergekit_dam.sensitivity import Sensitivity
@@ -177,7 +177,7 @@ def test_chunks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     made = make()
     point = made.point(scale=0.05)
     whole = dict(metrics_of(*measure(made, point, tmp_path / "a")[:2]))
-    monkeypatch.setattr(backprop_module, "CHUNK_TOKENS", LENGTH)
+    monkeypatch.setattr(streams_module, "CHUNK_TOKENS", LENGTH)
     chunked = dict(metrics_of(*measure(made, point, tmp_path / "b")[:2]))
     for key, metric in whole.items():
         identity = torch.eye(_outputs(made, key), dtype=torch.float64)

@@ -6,6 +6,7 @@ fit is after, measured on sequences that took no part in it.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -43,9 +44,16 @@ def divergence(merged: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> 
     return kl_div(got, wanted, log_target=True, reduction="none").sum(-1)
 
 
-def judging_split(streams: Sequence[Stream]) -> Split:
-    """Held-out data where every stream has some, else that of the fit."""
-    return "held_out" if all(stream.held_out for stream in streams) else "fit"
+class Divided(Protocol):
+    """Sequences of which the last so many are held out."""
+
+    @property
+    def held_out(self) -> int: ...
+
+
+def judging_split(data: Sequence[Divided]) -> Split:
+    """Held-out data where every model has some, else that of the fit."""
+    return "held_out" if all(own.held_out for own in data) else "fit"
 
 
 @torch.no_grad()

@@ -74,8 +74,7 @@ class ColumnProblem:
     def matrix(self) -> Tensor:
         """The normal matrix `[U * in, U * in]`."""
         count, _, columns = self.directions.shape
-        matrix = self.directions.new_empty(count, columns, count, columns)
-        matrix.zero_()
+        matrix = self.directions.new_zeros(count, columns, count, columns)
         for term in self.terms:
             # A sum of fp32 products is symmetric to fp32 alone; a tiny ridge asks for more.
             gram = (term.gram + term.gram.T) / 2

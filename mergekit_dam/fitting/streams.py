@@ -12,6 +12,22 @@ CHUNK_TOKENS = 2048
 Split = Literal["fit", "held_out"]
 
 
+def chunks(first: int, last: int, length: int) -> Iterator[slice]:
+    """Slices of the sequences from first to before last that run through a part at a time.
+
+    Args:
+        length: of a sequence, in tokens.
+    """
+    size = max(1, CHUNK_TOKENS // length)
+    return (slice(begin, min(begin + size, last)) for begin in range(first, last, size))
+
+
+def border(count: int, held_out: int, split: Split) -> tuple[int, int]:
+    """First sequence of a split, and the one after its last; the last sequences are held out."""
+    edge = count - held_out
+    return (0, edge) if split == "fit" else (edge, count)
+
+
 @dataclass
 class Stream:
     """One model's calibration data on its way through that model and through the merged one.
@@ -36,14 +52,10 @@ class Stream:
 
     def chunks(self, split: Split | None = None) -> Iterator[slice]:
         """Slices of sequences, in order; of all of them or of one split."""
-        size = max(1, CHUNK_TOKENS // self.teacher.shape[1])
         splits: tuple[Split, ...] = ("fit", "held_out") if split is None else (split,)
-        for begin, end in map(self.border, splits):
-            for first in range(begin, end, size):
-                yield slice(first, min(first + size, end))
+        for first, last in map(self.border, splits):
+            yield from chunks(first, last, self.teacher.shape[1])
 
     def border(self, split: Split) -> tuple[int, int]:
         """First sequence of a split, and the one after its last."""
-        count = self.teacher.shape[0]
-        edge = count - self.held_out
-        return (0, edge) if split == "fit" else (edge, count)
+        return border(self.teacher.shape[0], self.held_out, split)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mergekit_dam.backprop import forward
 from mergekit_dam.coefficients import Parametrisation
-from mergekit_dam.fitting.judge import Verdict, judge
-from mergekit_dam.fitting.streams import Stream
+from mergekit_dam.fitting.judge import Verdict, judge, judging_split
+from mergekit_dam.fitting.streams import Split, Stream, border
 from mergekit_dam.fitting.tensors import TensorReport
 from mergekit_dam.network import Network
 from mergekit_dam.objective.coordinates import coefficients_of, starting_unknowns
@@ -44,6 +44,16 @@ class Data:
     tokens: Tensor
     teacher: Tensor
     held_out: int
+
+    def of(self, split: Split) -> "Data":
+        """The sequences of one split."""
+        first, last = border(len(self.tokens), self.held_out, split)
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens[first:last],
+            teacher=self.teacher[first:last],
+            held_out=0 if split == "fit" else last - first,
+        )
 
     def stream(self, merged: Tensor) -> Stream:
         """The data at the end of the last block."""
@@ -179,11 +189,12 @@ def batches_of(data: Sequence[Data], size: int, seed: int) -> Iterator[list[Batc
         size: sequences of every model in a batch, if it has so many.
     """
     generator = torch.Generator().manual_seed(seed)
-    queues: list[list[int]] = [[] for _ in data]
+    fit = [own.of("fit") for own in data]
+    queues: list[list[int]] = [[] for _ in fit]
     while True:
         batch = []
-        for own, queue in zip(data, queues, strict=True):
-            count = len(own.tokens) - own.held_out
+        for own, queue in zip(fit, queues, strict=True):
+            count = len(own.tokens)
             wanted = min(size, count)
             if len(queue) < wanted:
                 queue.extend(torch.randperm(count, generator=generator).tolist())
@@ -194,15 +205,8 @@ def batches_of(data: Sequence[Data], size: int, seed: int) -> Iterator[list[Batc
 
 def verdict_of(network: Network, point: Record, data: Sequence[Data]) -> Verdict:
     """Judge a merged model, running only what judges it."""
-    judging = all(own.held_out for own in data)
-    kept = [
-        dataclasses.replace(
-            own, tokens=own.tokens[-own.held_out :], teacher=own.teacher[-own.held_out :]
-        )
-        if judging
-        else own
-        for own in data
-    ]
+    split = judging_split(data)
+    kept = [own.of(split) for own in data]
     hidden = forward(
         network, lambda _, opened: opened.merged_weights(point), [own.tokens for own in kept]
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mergekit_dam.backprop import Gradients, Shelf, Weights, backward, forward
+from mergekit_dam.backprop import Gradients, Shelf, Weights, add_gradients, backward, forward
 from mergekit_dam.coefficients import coefficient_gradient
 from mergekit_dam.network import Network, OpenStage
 from mergekit_dam.objective.coordinates import Coordinate
@@ -121,9 +121,7 @@ class Objective:
                 )
                 loss += float(part_loss.detach())
                 entered.append(got[0].cpu())
-                for name, own_gradient in zip(sums, got[1:], strict=True):
-                    if own_gradient is not None:
-                        sums[name] += own_gradient
+                add_gradients(sums, got[1:])
             flowing.append(torch.cat(entered))
         self._turn(opened, sums, gradients)
         return loss, flowing

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from mergekit_dam import backprop as backprop_module
 from mergekit_dam.backprop import Shelf
+from mergekit_dam.fitting import streams as streams_module
 from mergekit_dam.objective.gradient import Batch, Objective
 from mergekit_dam.objective.settings import LogitsSettings
 from mergekit_dam.stage import Record
@@ -114,7 +114,7 @@ def test_a_model_without_a_loss_weight_counts_for_nothing(tmp_path: Path) -> Non
 def test_sequences_that_run_in_several_chunks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backprop_module, "CHUNK_TOKENS", 2 * LENGTH)
+    monkeypatch.setattr(streams_module, "CHUNK_TOKENS", 2 * LENGTH)
     made = make()
     check(made, tmp_path, batches=made.batches(sequences=5))
 
