@@ -150,6 +150,10 @@ class Parametrisation:
         offset = self.offset.to(unknowns.device)
         return (offset[:, None] + expand @ unknowns.double()).float()
 
+    def stepped(self, step: Tensor) -> Tensor:
+        """Coefficients fp32 `[S, n]` of unknowns a step `[U, n]` away from the start."""
+        return self.coefficients(self.start.to(step)[:, None] + step)
+
     def unknowns(self, coefficients: Tensor) -> Tensor:
         """Unknowns fp64 `[U, n]` whose coefficients come nearest to `[S, n]`."""
         expand = self.expand.to(coefficients.device)
@@ -170,18 +174,26 @@ class Parametrisation:
 
     def origin(self, tensors: Sequence[Tensor]) -> Tensor:
         """`W_origin`, fp64, of the sources' tensors."""
-        return _combine(tensors, self.offset)
+        return _combine(tensors, self.offset, torch.float64)
 
-    def directions(self, tensors: Sequence[Tensor]) -> Tensor:
-        """`T_u`, fp64 `[U, *shape]`, of the sources' tensors."""
-        return torch.stack([_combine(tensors, column) for column in self.expand.T])
+    def average(self, tensors: Sequence[Tensor], dtype: torch.dtype = torch.float64) -> Tensor:
+        """`W_origin + sum_u start_u * T_u`: where a fit starts."""
+        return _combine(tensors, self.offset + self.expand @ self.start, dtype)
+
+    def directions(self, tensors: Sequence[Tensor], dtype: torch.dtype = torch.float64) -> Tensor:
+        """`T_u`, `[U, *shape]`, of the sources' tensors."""
+        count, like = self.expand.shape[1], tensors[0]
+        found = torch.empty(count, *like.shape, dtype=dtype, device=like.device)
+        for direction, column in zip(found, self.expand.T, strict=True):
+            direction.copy_(_combine(tensors, column, dtype))
+        return found
 
 
-def _combine(tensors: Sequence[Tensor], factors: Tensor) -> Tensor:
-    total = torch.zeros_like(tensors[0], dtype=torch.float64)
+def _combine(tensors: Sequence[Tensor], factors: Tensor, dtype: torch.dtype) -> Tensor:
+    total = torch.zeros_like(tensors[0], dtype=dtype)
     for tensor, factor in zip(tensors, factors.tolist(), strict=True):
         if factor:
-            total.add_(tensor.double(), alpha=factor)
+            total.add_(tensor.to(dtype), alpha=factor)
     return total
 
 

@@ -22,6 +22,9 @@ from mergekit_dam.network import Network, OpenStage
 from mergekit_dam.objective.descend import Data
 from mergekit_dam.stage import Record
 
+TOKENS = 4096
+"""Tokens of a model's data whose gradients make up its metrics, about."""
+
 
 class Sensitivity:
     """Metrics of all linears of a model at some coefficients.
@@ -48,22 +51,22 @@ class Sensitivity:
         self._network, self._point = network, point
         self._entered, self._left = entered, left
         self._sources = [own.source for own in data]
-        self._counts = [len(own.of("fit").tokens) for own in data]
+        self._counts = [_enough(own.of("fit").tokens) for own in data]
         self._sweep(hidden, seed)
 
-    def _of_the_fit(self, streams: Sequence[Tensor]) -> list[Tensor]:
-        """The sequences that take part in the fit."""
+    def _chosen(self, streams: Sequence[Tensor]) -> list[Tensor]:
+        """The sequences whose gradients are taken."""
         return [x[:count] for x, count in zip(streams, self._counts, strict=True)]
 
     def _sweep(self, hidden: Sequence[Tensor], seed: int) -> None:
         """Backward over the sequences of the fit."""
         network = self._network
-        flowing = self._label_gradients(self._of_the_fit(hidden), seed)
+        flowing = self._label_gradients(self._chosen(hidden), seed)
         for number, opened in network.backward():
             self._left.put(number, flowing)
             if number > 1:
                 weights = opened.merged_weights(self._point)
-                entered = self._of_the_fit(self._entered.get(number))
+                entered = self._chosen(self._entered.get(number))
                 flowing = [
                     backward(opened.part, weights, x, gradient, network.device, sums={})
                     for x, gradient in zip(entered, flowing, strict=True)
@@ -94,7 +97,7 @@ class Sensitivity:
         """The metrics of a block's linears, by source and unit."""
         units = tuple(unit.name for unit in anatomy.units if unit.kind == "linear")
         weights = opened.merged_weights(self._point)
-        entered = self._of_the_fit(self._entered.get(number))
+        entered = self._chosen(self._entered.get(number))
         streams = zip(self._sources, entered, self._left.get(number), strict=True)
         return {
             (source, name): Metric.of_gradients(rows)
@@ -125,3 +128,8 @@ class Sensitivity:
                 rows = torch.zeros_like(output) if own is None else own
                 found[unit].append(rows.reshape(-1, rows.shape[-1]))
         return {unit: torch.cat(rows) for unit, rows in found.items()}
+
+
+def _enough(tokens: Tensor) -> int:
+    """How many of the sequences `[sequences, length]` hold about `TOKENS` tokens."""
+    return min(len(tokens), max(1, TOKENS // tokens.shape[1]))

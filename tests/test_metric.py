@@ -10,7 +10,7 @@ from torch import Tensor
 from mergekit_dam.coefficients import Parametrisation, merge_weights
 from mergekit_dam.fitting.linear import fit_linear
 from mergekit_dam.fitting.metric import PLAIN, Metric
-from mergekit_dam.fitting.moments import Evidence, LinearMoments
+from mergekit_dam.fitting.moments import Evidence, InputMoments, LinearMoments, LinearTokens
 from mergekit_dam.fitting.solver import ColumnProblem, Term, solve_columns, solve_tensor
 from mergekit_dam.fitting.tensors import TensorSources
 from mergekit_dam.settings import TensorSettings
@@ -104,10 +104,13 @@ def test_an_error_in_the_metric_is_the_sum_over_tokens(
     metric = metric_of(kind)
     x, y, output = randn(30, IN), randn(30, OUT, seed=1), randn(30, OUT, seed=2)
     token_weight = torch.rand(30)
-    sums = LinearMoments.zeros(OUT, IN, CPU, metric)
+    sums = LinearMoments.zeros(OUT, InputMoments.zeros(IN, CPU), metric)
+    tokens = LinearTokens(metric)
     parts = (t.split(chunks) for t in (x, y, output, token_weight))
     for xs, ys, outputs, w in zip(*parts, strict=True):
-        sums.add(xs, ((xs * w[:, None]).T @ xs).double(), ys, outputs, w)
+        sums.inputs.add(xs, w)
+        sums.add(xs, ys, outputs, w)
+        tokens.add(xs, ys, outputs, w)
     weight = randn(OUT, IN, seed=3).double()
     bias = randn(OUT, seed=4).double() if with_bias else None
     error = x.double() @ weight.T + (0 if bias is None else bias) - y.double()
@@ -117,8 +120,9 @@ def test_an_error_in_the_metric_is_the_sum_over_tokens(
         rows = rows.double()
         return float(torch.einsum("t,ti,ij,tj->", token_weight.double(), rows, full, rows))
 
-    assert sums.error(weight, bias) == pytest.approx(size(error), rel=1e-5)
-    assert sums.energy == pytest.approx(size(output), rel=1e-5)
+    for found in (sums, tokens):
+        assert found.error(weight, bias) == pytest.approx(size(error), rel=1e-5)
+        assert found.energy == pytest.approx(size(output), rel=1e-5)
 
 
 # The solver
@@ -141,20 +145,18 @@ def problem_of(metrics: Sequence[Metric], tokens: int = 20) -> tuple[ColumnProbl
     return ColumnProblem(directions, terms), (design, torch.cat([t.flatten() for t in targets]))
 
 
-def dense_solve(least_squares: Any, start: Tensor, ridge: float, *, tied: bool = False) -> Tensor:
+def dense_solve(least_squares: Any, ridge: float, *, tied: bool = False) -> Tensor:
     """By torch's own least squares, the ridge as extra rows."""
     design, target = least_squares
-    anchor = start[:, None].expand(-1, IN).flatten()
     if tied:
-        design, anchor = design.unflatten(1, (MODELS, IN)).sum(2), start
+        design = design.unflatten(1, (MODELS, IN)).sum(2)
     shift = ridge * design.square().sum(0).mean()
-    design = torch.cat([design, shift.sqrt() * torch.eye(len(anchor), dtype=torch.float64)])
-    target = torch.cat([target, shift.sqrt() * anchor])
+    rows = shift.sqrt() * torch.eye(design.shape[1], dtype=torch.float64)
+    design, target = torch.cat([design, rows]), torch.cat([target, target.new_zeros(len(rows))])
     found: Tensor = torch.linalg.lstsq(design, target[:, None], driver="gelsd").solution
     return found.reshape(MODELS, -1)
 
 
-START = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 DOMAINS: dict[str, list[str | None]] = {
     "matrices": ["as a matrix", "as a matrix"],
     "gradients": ["as gradients", "as gradients"],
@@ -174,18 +176,18 @@ def metrics_of(domains: str) -> list[Metric]:
 @pytest.mark.parametrize("limit", [0, 1000])
 def test_columns_in_metrics_are_the_dense_solve(domains: str, limit: int, ridge: float) -> None:
     problem, least_squares = problem_of(metrics_of(domains))
-    solution = solve_columns(problem, START, ridge, dense_limit=limit)
+    solution = solve_columns(problem, ridge, dense_limit=limit)
     assert solution.method == ("cholesky" if limit else "conjugate gradients")
-    expected = dense_solve(least_squares, START, ridge)
-    torch.testing.assert_close(solution.unknowns, expected, rtol=1e-5, atol=1e-5)
+    expected = dense_solve(least_squares, ridge)
+    torch.testing.assert_close(solution.step, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("domains", DOMAINS)
 def test_one_unknown_a_tensor_in_metrics_is_the_dense_solve(domains: str) -> None:
     problem, least_squares = problem_of(metrics_of(domains))
-    solution = solve_tensor(problem, START, 1e-2)
-    expected = dense_solve(least_squares, START, 1e-2, tied=True)
-    torch.testing.assert_close(solution.unknowns, expected, rtol=1e-5, atol=1e-5)
+    solution = solve_tensor(problem, 1e-2)
+    expected = dense_solve(least_squares, 1e-2, tied=True)
+    torch.testing.assert_close(solution.step, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("domains", DOMAINS)
@@ -205,24 +207,24 @@ def test_product_and_blocks_are_those_of_the_matrix(domains: str) -> None:
 @pytest.mark.parametrize("limit", [0, 1000])
 def test_one_metric_for_all_is_not_the_plain_fit_and_the_identity_is(limit: int) -> None:
     tokens = 20
-    plain = solve_columns(problem_of([PLAIN] * 2)[0], START, 1e-2, dense_limit=limit).unknowns
+    plain = solve_columns(problem_of([PLAIN] * 2)[0], 1e-2, dense_limit=limit).step
     # Orthogonal gradients of one size: S is a multiple of I, damping and all.
     alike = Metric.of_gradients(torch.eye(OUT))
-    same = solve_columns(problem_of([alike] * 2)[0], START, 1e-2, dense_limit=limit).unknowns
+    same = solve_columns(problem_of([alike] * 2)[0], 1e-2, dense_limit=limit).step
     torch.testing.assert_close(same, plain, rtol=0, atol=1e-6)
     other = problem_of([metric_of("as a matrix")] * 2, tokens)[0]
-    assert (solve_columns(other, START, 1e-2).unknowns - plain).abs().max() > 1e-2
+    assert (solve_columns(other, 1e-2).step - plain).abs().max() > 1e-2
 
 
 def test_one_term_a_domain_is_the_fit_of_their_sum() -> None:
     """Where all are measured plainly, they may as well be added up beforehand."""
     problem, _ = problem_of([PLAIN] * 3)
     gram = sum((term.gram for term in problem.terms), torch.zeros(IN, IN))
-    cross = sum((term.cross for term in problem.terms), torch.zeros(OUT, IN))
+    cross = sum((term.residual for term in problem.terms), torch.zeros(OUT, IN))
     pooled = ColumnProblem(problem.directions, [Term(gram, cross)])
     for solve in (solve_columns, solve_tensor):
-        apart = solve(problem, START, 1e-2).unknowns
-        torch.testing.assert_close(apart, solve(pooled, START, 1e-2).unknowns)
+        apart = solve(problem, 1e-2).step
+        torch.testing.assert_close(apart, solve(pooled, 1e-2).step)
 
 
 # The fit of a linear
@@ -241,11 +243,11 @@ def evidence_of(
 ) -> Evidence[LinearMoments]:
     terms = []
     for x, y, metric in domains:
-        own = LinearMoments.zeros(y.shape[1], x.shape[1], CPU, metric)
-        own.add(x, (x.T @ x).double(), y, y, torch.ones(len(x)))
-        scaled = LinearMoments.zeros(y.shape[1], x.shape[1], CPU, metric)
-        scaled.add_scaled(own, 1 / own.energy)
-        terms.append(scaled)
+        own = LinearMoments.zeros(y.shape[1], InputMoments.zeros(x.shape[1], CPU), metric)
+        own.inputs.add(x, torch.ones(len(x)))
+        own.add(x, y, y, torch.ones(len(x)))
+        own.scale = 1 / own.energy
+        terms.append(own)
     return Evidence(terms, terms, float(len(domains)))
 
 

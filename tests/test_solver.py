@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.fitting.solver import (
+    DENSE_LIMIT,
     ColumnProblem,
     Term,
+    precision,
     solve_columns,
     solve_small,
     solve_tensor,
@@ -21,13 +23,12 @@ class Layer:
     """A made-up linear: directions fp64 `[U, out, in]`, and data of each domain.
 
     Attributes:
-        domains: (weight, inputs `[tokens, in]`, targets less the origin's output
+        domains: (weight, inputs `[tokens, in]`, targets less the start's output
             `[tokens, out]`) of every domain.
     """
 
     directions: Tensor
     domains: list[tuple[float, Tensor, Tensor]]
-    start: Tensor
 
     @property
     def problem(self) -> ColumnProblem:
@@ -55,20 +56,18 @@ class Layer:
         """
         design, target = self.design()
         count, _, columns = self.directions.shape
-        anchor = self.start[:, None].expand(-1, columns).flatten()
         if tied:
             design = design.unflatten(1, (count, columns)).sum(2)
-            anchor = self.start
         shift = ridge * design.square().sum(0).mean()
-        design = torch.cat([design, shift.sqrt() * torch.eye(len(anchor), dtype=torch.float64)])
-        target = torch.cat([target, shift.sqrt() * anchor])
+        rows = shift.sqrt() * torch.eye(design.shape[1], dtype=torch.float64)
+        design, target = torch.cat([design, rows]), torch.cat([target, target.new_zeros(len(rows))])
         solution: Tensor = torch.linalg.lstsq(design, target[:, None], driver="gelsd").solution
         return solution.reshape(count, -1)
 
     def loss(self, unknowns: Tensor, shift: Tensor) -> Tensor:
         """The regularised objective, straight from data."""
         weight = (self.directions * unknowns[:, None, :]).sum(0)
-        loss: Tensor = shift * (unknowns - self.start[:, None]).square().sum()
+        loss: Tensor = shift * unknowns.square().sum()
         for domain_weight, x, y in self.domains:
             loss = loss + domain_weight * (x @ weight.T - y).square().sum()
         return loss
@@ -95,7 +94,6 @@ def make_layer(
     return Layer(
         directions=randn(models, out, columns),
         domains=[(0.5 + k, randn(tokens, columns), randn(tokens, out)) for k in range(domains)],
-        start=torch.full((models,), 1 / models, dtype=torch.float64),
     )
 
 
@@ -114,27 +112,27 @@ def two_threads() -> Iterator[None]:
 def test_columns_agree_with_dense_least_squares(domains: int, tokens: int, ridge: float) -> None:
     """With few tokens, fewer than columns, the ridge alone decides among solutions."""
     layer = make_layer(domains=domains, tokens=tokens)
-    solution = solve_columns(layer.problem, layer.start, ridge)
+    solution = solve_columns(layer.problem, ridge)
     assert solution.method == "cholesky"
-    torch.testing.assert_close(solution.unknowns, layer.dense(ridge), rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(solution.step, layer.dense(ridge), rtol=1e-8, atol=1e-9)
 
 
 def test_columns_agree_with_a_long_gradient_descent() -> None:
     layer, ridge = make_layer(tokens=40), 0.3
-    unknowns = layer.start[:, None].repeat(1, 7).requires_grad_()
+    unknowns = torch.zeros(3, 7, dtype=torch.float64).requires_grad_()
     # The curvature is at most twice the largest eigenvalue of the normal matrix and its ridge.
     shift = layer.shift(ridge)
     rate = 1 / (2 * torch.linalg.eigvalsh(layer.problem.matrix())[-1] + 2 * shift)
     for _ in range(300):
         (gradient,) = torch.autograd.grad(layer.loss(unknowns, shift), unknowns)
         unknowns = (unknowns - rate * gradient).detach().requires_grad_()
-    solution = solve_columns(layer.problem, layer.start, ridge)
-    torch.testing.assert_close(solution.unknowns, unknowns.detach(), rtol=1e-6, atol=1e-6)
+    solution = solve_columns(layer.problem, ridge)
+    torch.testing.assert_close(solution.step, unknowns.detach(), rtol=1e-6, atol=1e-6)
 
 
 def test_the_gradient_is_zero_at_the_solution() -> None:
     layer, ridge = make_layer(models=2, tokens=30), 1e-3
-    unknowns = solve_columns(layer.problem, layer.start, ridge).unknowns.requires_grad_()
+    unknowns = solve_columns(layer.problem, ridge).step.requires_grad_()
     loss = layer.loss(unknowns, layer.shift(ridge))
     (gradient,) = torch.autograd.grad(loss, unknowns)
     assert gradient.abs().max() < 1e-10 * loss
@@ -144,19 +142,19 @@ def test_the_gradient_is_zero_at_the_solution() -> None:
 @pytest.mark.parametrize("ridge", [1e-6, 1e-2])
 def test_conjugate_gradients_agree_with_cholesky(domains: int, ridge: float) -> None:
     layer = make_layer(models=4, out=24, columns=40, tokens=60, domains=domains)
-    exact = solve_columns(layer.problem, layer.start, ridge)
-    found = solve_columns(layer.problem, layer.start, ridge, dense_limit=0)
+    exact = solve_columns(layer.problem, ridge)
+    found = solve_columns(layer.problem, ridge, dense_limit=0)
     assert found.method == "conjugate gradients"
     assert 0 < found.iterations < 1000
     assert found.residual < 1e-8
-    torch.testing.assert_close(found.unknowns, exact.unknowns, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(found.step, exact.step, rtol=1e-7, atol=1e-7)
 
 
 def test_a_single_model_and_a_single_column_are_solved() -> None:
     layer = make_layer(models=1, columns=1)
     for limit in (0, 100):
-        solution = solve_columns(layer.problem, layer.start, 1e-3, dense_limit=limit)
-        torch.testing.assert_close(solution.unknowns, layer.dense(1e-3))
+        solution = solve_columns(layer.problem, 1e-3, dense_limit=limit)
+        torch.testing.assert_close(solution.step, layer.dense(1e-3))
 
 
 def test_the_product_without_a_matrix_is_the_matrix_product() -> None:
@@ -181,42 +179,37 @@ def test_the_matrix_and_right_hand_side_are_those_of_the_design() -> None:
 @pytest.mark.parametrize("domains", [1, 3])
 def test_one_unknown_a_tensor_is_the_dense_solve_with_tied_columns(domains: int) -> None:
     layer = make_layer(domains=domains)
-    solution = solve_tensor(layer.problem, layer.start, 1e-2)
-    assert solution.unknowns.shape == (3, 1)
-    torch.testing.assert_close(solution.unknowns, layer.dense(1e-2, tied=True))
+    solution = solve_tensor(layer.problem, 1e-2)
+    assert solution.step.shape == (3, 1)
+    torch.testing.assert_close(solution.step, layer.dense(1e-2, tied=True))
 
 
 def test_small_systems_are_solved_with_one_common_ridge() -> None:
     roots = torch.randn(6, 4, 3, dtype=torch.float64)
     matrix, rhs = roots.mT @ roots, torch.randn(6, 3, dtype=torch.float64)
-    start = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
-    solution = solve_small(matrix, rhs, start, 0.1)
+    solution = solve_small(matrix, rhs, 0.1)
     shift = 0.1 * torch.stack([m.trace() / 3 for m in matrix]).mean()
     for n in range(6):
-        expected = torch.linalg.solve(
-            matrix[n] + shift * torch.eye(3, dtype=torch.float64), rhs[n] + shift * start
-        )
-        torch.testing.assert_close(solution.unknowns[:, n], expected)
+        expected = torch.linalg.solve(matrix[n] + shift * torch.eye(3, dtype=torch.float64), rhs[n])
+        torch.testing.assert_close(solution.step[:, n], expected)
 
 
 def test_a_small_system_without_data_of_its_own_stays_at_the_start() -> None:
     """A feature that the calibration text never excites has a zero matrix."""
     matrix, rhs = torch.zeros(2, 2, 2, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64)
     matrix[0], rhs[0] = torch.eye(2), torch.ones(2)
-    start = torch.tensor([0.3, 0.7], dtype=torch.float64)
-    assert solve_small(matrix, rhs, start, 1e-2).unknowns[:, 1].tolist() == [0.3, 0.7]
+    assert solve_small(matrix, rhs, 1e-2).step[:, 1].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("solve", ["cholesky", "conjugate gradients", "tensor"])
 def test_an_infinite_ridge_gives_the_start(solve: str) -> None:
     layer = make_layer()
     if solve == "tensor":
-        unknowns = solve_tensor(layer.problem, layer.start, 1e12).unknowns
+        step = solve_tensor(layer.problem, 1e12).step
     else:
         limit = 0 if solve == "conjugate gradients" else 100
-        unknowns = solve_columns(layer.problem, layer.start, 1e12, dense_limit=limit).unknowns
-    expected = layer.start[:, None].expand_as(unknowns)
-    torch.testing.assert_close(unknowns, expected, rtol=0, atol=1e-10)
+        step = solve_columns(layer.problem, 1e12, dense_limit=limit).step
+    assert step.abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("ridge", [1e-6, 1e-9, 1e-12])
@@ -224,14 +217,14 @@ def test_an_infinite_ridge_gives_the_start(solve: str) -> None:
 def test_a_singular_problem_is_solved_at_tiny_ridge(ridge: float, limit: int) -> None:
     """The affine form's directions sum to zero, so its matrix is singular before the ridge."""
     layer = make_layer(tokens=40)
-    centred = Layer(layer.directions - layer.directions.mean(0), layer.domains, layer.start * 0)
-    solution = solve_columns(centred.problem, centred.start, ridge, dense_limit=limit)
-    assert solution.unknowns.isfinite().all()
-    assert solution.unknowns.sum(0).abs().max() < 1e-3
+    centred = Layer(layer.directions - layer.directions.mean(0), layer.domains)
+    solution = solve_columns(centred.problem, ridge, dense_limit=limit)
+    assert solution.step.isfinite().all()
+    assert solution.step.sum(0).abs().max() < 1e-3
     design, target = centred.design()
     best = torch.linalg.lstsq(design, target[:, None], driver="gelsd").solution
     least = (design @ best - target[:, None]).square().sum()
-    found = (design @ solution.unknowns.flatten() - target).square().sum()
+    found = (design @ solution.step.flatten() - target).square().sum()
     assert found <= least * (1 + 1e-4)
 
 
@@ -240,22 +233,20 @@ def test_identical_models_leave_nothing_to_fit(limit: int) -> None:
     layer = make_layer()
     problem = ColumnProblem(layer.directions * 0, layer.problem.terms)
     for solution in (
-        solve_columns(problem, layer.start, 1e-2, dense_limit=limit),
-        solve_tensor(problem, layer.start, 1e-2),
+        solve_columns(problem, 1e-2, dense_limit=limit),
+        solve_tensor(problem, 1e-2),
     ):
         assert solution.method == "none"
-        assert solution.unknowns.equal(layer.start[:, None].expand_as(solution.unknowns))
+        assert not solution.step.any()
 
 
 @pytest.mark.parametrize("limit", [0, 100])
 def test_a_start_that_is_already_the_minimum_stays_and_says_so(limit: int) -> None:
-    """No reaction at all: the relative residual of the solution is 0, not 0 / 0."""
+    """Nothing is left to explain: the relative residual of the solution is 0, not 0 / 0."""
     layer = make_layer()
-    terms = [Term(t.gram, t.cross * 0) for t in layer.problem.terms]
-    solution = solve_columns(
-        ColumnProblem(layer.directions, terms), layer.start * 0, 1e-2, dense_limit=limit
-    )
-    assert not solution.unknowns.any()
+    terms = [Term(t.gram, t.residual * 0) for t in layer.problem.terms]
+    solution = solve_columns(ColumnProblem(layer.directions, terms), 1e-2, dense_limit=limit)
+    assert not solution.step.any()
     assert solution.residual == 0
 
 
@@ -266,7 +257,46 @@ def test_the_same_problem_gives_the_same_bytes_every_time(limit: int) -> None:
     layer = make_layer(models=3, out=23, columns=40, tokens=70)
     problem = layer.problem
     answers = {
-        solve_columns(problem, layer.start, 1e-3, dense_limit=limit).unknowns.numpy().tobytes()
-        for _ in range(20)
+        solve_columns(problem, 1e-3, dense_limit=limit).step.numpy().tobytes() for _ in range(20)
     }
     assert len(answers) == 1
+
+
+@pytest.mark.parametrize("solve", ["cholesky", "conjugate gradients", "tensor"])
+def test_the_gain_is_the_loss_at_the_start_less_that_at_the_solution(solve: str) -> None:
+    layer = make_layer(domains=2, tokens=40)
+    if solve == "tensor":
+        solution = solve_tensor(layer.problem, 0.1)
+    else:
+        limit = 100 if solve == "cholesky" else 0
+        solution = solve_columns(layer.problem, 0.1, dense_limit=limit)
+    none = torch.zeros((), dtype=torch.float64)
+    start = layer.loss(torch.zeros(3, 7, dtype=torch.float64), none)
+    assert solution.gain == pytest.approx(float(start - layer.loss(solution.step, none)), rel=1e-9)
+
+
+def test_a_scale_weights_a_term() -> None:
+    layer = make_layer(domains=2)
+    terms = [Term(w * x.T @ x, w * y.T @ x) for w, x, y in layer.domains]
+    apart = [Term(x.T @ x, y.T @ x, scale=w) for w, x, y in layer.domains]
+    for limit in (0, 100):
+        found, expected = (
+            solve_columns(ColumnProblem(layer.directions, own), 1e-3, dense_limit=limit).step
+            for own in (apart, terms)
+        )
+        torch.testing.assert_close(found, expected)
+
+
+def test_products_in_fp32_are_enough_for_conjugate_gradients() -> None:
+    layer = make_layer(models=4, out=24, columns=40, tokens=60)
+    exact = solve_columns(layer.problem, 1e-2).step
+    terms = [Term(t.gram.float(), t.residual.float()) for t in layer.problem.terms]
+    problem = ColumnProblem(layer.directions.float(), terms)
+    found = solve_columns(problem, 1e-2, dense_limit=0)
+    assert (found.method, found.step.dtype) == ("conjugate gradients", torch.float64)
+    torch.testing.assert_close(found.step, exact, rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_too_large_to_be_factorised_is_solved_in_fp32() -> None:
+    assert precision(DENSE_LIMIT) == torch.float64
+    assert precision(DENSE_LIMIT + 1) == torch.float32

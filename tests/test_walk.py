@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from mergekit_dam.fitting import streams as streams_module
 from mergekit_dam.fitting import tape as tape_module
 from mergekit_dam.fitting.gather import Seen, gather, target
 from mergekit_dam.fitting.head import fit_head
-from mergekit_dam.fitting.moments import LinearMoments
+from mergekit_dam.fitting.moments import InputMoments, LinearMoments
 from mergekit_dam.fitting.state import Walk
 from mergekit_dam.fitting.streams import Split, Stream
 from mergekit_dam.fitting.tensors import FittedTensor, TensorSources
@@ -447,12 +448,14 @@ def targets(walk: Walk, unit: Unit) -> Tensor:
     found: list[Tensor] = []
     stage = next(i for i, units in enumerate(walk.anatomy.stages) if unit in units)
 
-    def add(_: dict[str, LinearMoments], seen: Seen) -> None:
+    def add(_: Mapping[str, Any], seen: Seen) -> None:
         found.append(target(walk, unit, seen))
 
-    empty = LinearMoments.zeros(1, 1, CPU)
+    def empty(_: Stream) -> dict[str, LinearMoments]:
+        return {unit.name: LinearMoments.zeros(1, InputMoments.zeros(1, CPU))}
+
     with torch.no_grad():
-        gather(walk, stage, [unit], empty=lambda _: {unit.name: empty}, add=add, pool=True)
+        gather(walk, stage, [unit], empty=empty, judges=empty, add=add, pool=True)
     return torch.cat(found)
 
 

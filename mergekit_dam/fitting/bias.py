@@ -19,6 +19,7 @@ class Residual:
     total: Tensor
     count: float
     metric: Metric = PLAIN
+    scale: float = 1.0
 
 
 def fit_bias(
@@ -32,14 +33,14 @@ def fit_bias(
     """
     started = time.perf_counter()
     form = bias.settings.parametrisation
-    directions, origin = form.directions(bias.tensors), form.origin(bias.tensors)
+    directions, average = form.directions(bias.tensors), form.average(bias.tensors)
     matrix = directions.new_zeros(len(directions), len(directions))
     rhs = directions.new_zeros(len(directions))
     for left in residuals:
-        felt = left.metric(directions.T)
+        felt = left.scale * left.metric(directions.T)
         matrix += left.count * directions @ felt
-        rhs += felt.T @ (left.total - left.count * origin)
-    solution = solve_small(matrix[None], rhs[None], form.start, bias.settings.ridge)
+        rhs += felt.T @ (left.total - left.count * average)
+    solution = solve_small(matrix[None], rhs[None], bias.settings.ridge)
     return judged_solution(
         bias,
         "bias",

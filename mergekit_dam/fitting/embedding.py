@@ -48,12 +48,12 @@ def fit_embedding(embedding: TensorSources, usage: Sequence[Usage]) -> FittedTen
             tensors = [tensor[rows] for tensor in embedding.tensors]
             directions = form.directions(tensors)
             weighted = directions * (factor * use.fit[rows, None])
-            gap = tensors[use.source].double() - form.origin(tensors)
+            gap = tensors[use.source].double() - form.average(tensors)
             matrix += torch.einsum("uvd,wvd->duw", weighted, directions)
             rhs += torch.einsum("uvd,vd->du", weighted, gap)
     if settings.granularity == "tensor":
         matrix, rhs = matrix.sum(0, keepdim=True), rhs.sum(0, keepdim=True)
-    solution = solve_small(matrix, rhs, form.start, settings.ridge)
+    solution = solve_small(matrix, rhs, settings.ridge)
     return judged_solution(
         embedding,
         "embedding",

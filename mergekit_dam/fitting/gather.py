@@ -11,15 +11,17 @@ times as large as the others'. No weight is to be spent on them alone: a token c
 up to the median energy of its sequence's targets, beyond that in inverse proportion.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mergekit_dam.anatomy import Captured, Unit
 from mergekit_dam.fitting.judge import judging_split
-from mergekit_dam.fitting.moments import Evidence, M
+from mergekit_dam.fitting.moments import Evidence, M, Sums
 from mergekit_dam.fitting.state import Walk
 from mergekit_dam.fitting.streams import Split, Stream
 
@@ -46,11 +48,12 @@ def gather(
     stage: int,
     units: Sequence[Unit],
     *,
-    empty: Callable[[Stream], dict[str, M]],
-    add: Callable[[dict[str, M], Seen], None],
+    empty: Callable[[Stream], Mapping[str, M]],
+    judges: Callable[[Stream], Mapping[str, Sums]],
+    add: Callable[[Mapping[str, Any], Seen], None],
     pool: bool,
 ) -> dict[str, Evidence[M]]:
-    """Sum the moments of a stage's units over all streams.
+    """Sum the moments of a stage's units over all streams, and keep what judges them.
 
     Every stream is weighted by its loss weight, over the energy of its teacher's output, so that
     no model's data counts for more because its activations are large; or over the number of its
@@ -58,36 +61,64 @@ def gather(
 
     Args:
         empty: makes empty moments of a stream for every unit, by name.
-        add: adds a chunk to such moments.
+        judges: the same for data that is held out.
+        add: adds a chunk to either.
         pool: add the streams up: they are measured alike.
     """
-    found: dict[Split, dict[str, list[M]]] = {"fit": {}, "held_out": {}}
+    fit: dict[str, list[M]] = {unit.name: [] for unit in units}
+    held_out: dict[str, list[Sums]] = {unit.name: [] for unit in units}
     judged_on = judging_split(walk.streams)
-    totals = {
-        unit.name: sum(walk.weight(unit).settings.loss_weights[s.source] for s in walk.streams)
-        for unit in units
-    }
+    loss_weights = {unit.name: walk.weight(unit).settings.loss_weights for unit in units}
+
+    def factor(name: str, sums: Sums, stream: Stream) -> float:
+        size = sums.energy if pool else sums.count
+        return loss_weights[name][stream.source] / max(size, 1e-30)
+
     for stream in walk.streams:
-        # Where outputs are kept the teacher does not run again, and its weights stay unconverted.
-        weights = {} if walk.teacher_tape.keep else walk.teacher_weights(stream)
-        for split, sums in found.items():
-            own = empty(stream)
-            for chunk, teacher_x, merged_x in walk.pairs(stream, split):
-                teacher = _see_teacher(walk, stage, units, stream, chunk, weights, teacher_x)
-                merged = _see_merged(walk, stage, units, stream, chunk, merged_x)
-                drift = _drift(walk, stage, teacher, merged, teacher_x - merged_x)
-                add(own, Seen(teacher, merged, drift, teacher_x.shape[0]))
-            for unit in units:
-                loss_weight = walk.weight(unit).settings.loss_weights[stream.source]
-                size = own[unit.name].energy if pool else own[unit.name].count
-                terms = sums.setdefault(unit.name, [])
-                if not pool or not terms:
-                    terms.append(empty(stream)[unit.name])
-                terms[-1].add_scaled(own[unit.name], loss_weight / max(size, 1e-30))
+        own = empty(stream)
+        _see(walk, stage, units, stream, "fit", partial(add, own))
+        for name, sums in own.items():
+            scale = factor(name, sums, stream)
+            if not pool:
+                sums.scale = scale
+                fit[name].append(sums)
+            elif fit[name]:
+                fit[name][0].add_scaled(sums, scale)
+            else:
+                fit[name].append(sums.scaled(scale))
+        del own, sums
+        if judged_on == "held_out":
+            judging = judges(stream)
+            _see(walk, stage, units, stream, "held_out", partial(add, judging))
+            for name, tokens in judging.items():
+                tokens.scale = factor(name, tokens, stream)
+                held_out[name].append(tokens)
     return {
-        name: Evidence(moments, found[judged_on][name], totals[name])
-        for name, moments in found["fit"].items()
+        name: Evidence(
+            moments,
+            held_out[name] if judged_on == "held_out" else moments,
+            sum(loss_weights[name][stream.source] for stream in walk.streams),
+        )
+        for name, moments in fit.items()
     }
+
+
+def _see(
+    walk: Walk,
+    stage: int,
+    units: Sequence[Unit],
+    stream: Stream,
+    split: Split,
+    add: Callable[[Seen], None],
+) -> None:
+    """Show what a teacher and the merged part do with a stream, chunk by chunk."""
+    # Where outputs are kept the teacher does not run again, and its weights stay unconverted.
+    weights = {} if walk.teacher_tape.keep else walk.teacher_weights(stream)
+    for chunk, teacher_x, merged_x in walk.pairs(stream, split):
+        teacher = _see_teacher(walk, stage, units, stream, chunk, weights, teacher_x)
+        merged = _see_merged(walk, stage, units, stream, chunk, merged_x)
+        drift = _drift(walk, stage, teacher, merged, teacher_x - merged_x)
+        add(Seen(teacher, merged, drift, teacher_x.shape[0]))
 
 
 def _see_teacher(

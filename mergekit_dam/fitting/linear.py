@@ -1,19 +1,20 @@
 """The fit of one linear from its moments: columns of the weight first, then the bias."""
 
 import time
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from mergekit_dam.fitting.bias import Residual, fit_bias
-from mergekit_dam.fitting.moments import Evidence, LinearMoments
+from mergekit_dam.fitting.moments import Evidence, LinearMoments, Losses
 from mergekit_dam.fitting.solver import (
     ColumnProblem,
+    Solution,
     Term,
     solve_columns,
     solve_tensor,
 )
-from mergekit_dam.fitting.tensors import FittedTensor, TensorSources, judged_solution
+from mergekit_dam.fitting.tensors import FittedTensor, TensorSources, judged
 
 
 def fit_linear(
@@ -36,37 +37,52 @@ def fit_linear(
     facing = [_facing(tensor, axis) for tensor in weight.tensors]
     bias_start = None if bias is None else bias.merged(bias.start())
 
-    origin = form.origin(facing)
-    terms = [Term(m.gram, _cross(m, origin, bias_start), m.metric) for m in evidence.fit]
-    problem = ColumnProblem(form.directions(facing), terms)
-    if weight.settings.granularity == "tensor":
-        solution = solve_tensor(problem, form.start, weight.settings.ridge)
-    else:
-        solution = solve_columns(problem, form.start, weight.settings.ridge)
-    del problem, terms
+    average = form.average(facing, evidence.fit[0].cross.dtype)
+    fit_loss = evidence.fit_loss(average, bias_start)
+    solution = _solve(weight, facing, average, bias_start, evidence)
+    del average
 
-    fitted = judged_solution(
+    def held_out(coefficients: Tensor) -> float:
+        merged = weight.merged(coefficients, axis=axis)
+        return evidence.held_out_loss(_facing(merged, axis), bias_start)
+
+    candidate = form.stepped(solution.step)
+    fitted = judged(
         weight,
         "linear",
-        solution,
-        lambda merged: evidence.losses(_facing(merged, axis), bias_start),
+        candidate,
         axis=axis,
+        before=Losses(fit_loss, held_out(weight.start())),
+        after=Losses(fit_loss - solution.gain / evidence.total, held_out(candidate)),
+        solver=solution.statistics(),
         started=started,
     )
     if bias is None or bias_start is None:
         return [fitted]
     facing_merged = _facing(fitted.merged, axis)
     residuals = [
-        Residual(m.y_sum - facing_merged.double() @ m.x_sum, m.count, m.metric)
+        Residual(m.y_sum - facing_merged.double() @ m.inputs.x_sum, m.count, m.metric, m.scale)
         for m in evidence.fit
     ]
     return [fitted, fit_bias(bias, residuals, facing_merged, evidence)]
 
 
-def _cross(moments: LinearMoments, origin: Tensor, bias: Tensor | None) -> Tensor:
-    """Cross moment of the targets less the output of the origin."""
-    cross = moments.cross - origin @ moments.gram
-    return cross if bias is None else cross - torch.outer(bias.double(), moments.x_sum)
+def _solve(
+    weight: TensorSources,
+    facing: Sequence[Tensor],
+    average: Tensor,
+    bias: Tensor | None,
+    evidence: Evidence[LinearMoments],
+) -> Solution:
+    """The step away from the average, in its dtype."""
+    terms = [
+        Term(m.inputs.gram, m.residual(average, bias), m.metric, m.scale) for m in evidence.fit
+    ]
+    directions = weight.settings.parametrisation.directions(facing, average.dtype)
+    problem = ColumnProblem(directions, terms)
+    if weight.settings.granularity == "tensor":
+        return solve_tensor(problem, weight.settings.ridge)
+    return solve_columns(problem, weight.settings.ridge)
 
 
 def _facing(weight: Tensor, axis: int) -> Tensor:

@@ -23,7 +23,7 @@ class Metric:
     """A metric S on the outputs of one linear.
 
     Attributes:
-        factors: fp64, either `[out, out]`, a part of S itself, or fewer rows `[rows, out]` with
+        factors: fp32, either `[out, out]`, a part of S itself, or fewer rows `[rows, out]` with
             `rows^T rows` that part; None for `S = I`.
         is_matrix: which of the two.
         shift: the multiple of the identity that is added.
@@ -37,7 +37,7 @@ class Metric:
     def of_gradients(cls, gradients: Tensor) -> "Metric":
         """The metric of gradients fp32 `[tokens, out]`, damped.
 
-        It is kept as a matrix where there are more tokens than outputs, else as the gradients.
+        It is kept as a matrix, or as the gradients where there are few of them.
         A token counts in full up to the energy that most have, beyond that in inverse
         proportion: one whose gradient explodes would be all there is to S.
         """
@@ -50,19 +50,19 @@ class Metric:
         share = weight / weight.sum()
         rows = gradients * share.sqrt().to(gradients)[:, None]
         mean = float(rows.square().sum(dtype=torch.float64)) / rows.shape[1]
-        if rows.shape[0] <= rows.shape[1]:
-            return cls(rows.double(), False, DAMPING * mean)
-        matrix = (rows.T @ rows).double()
-        # A product in fp32 is symmetric to fp32 alone.
+        if 2 * rows.shape[0] <= rows.shape[1]:  # then products with them are cheaper
+            return cls(rows, False, DAMPING * mean)
+        matrix = rows.T @ rows
+        # The product is symmetric but for rounding.
         return cls((matrix + matrix.T) / 2, True, DAMPING * mean)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """`S x` of fp64 `[out, n]` or `[out]`."""
+        """`S x` of `[out, n]` or `[out]`, in the dtype of x."""
         if self.factors is None:
             return x
-        if self.is_matrix:
-            return torch.add(self.factors @ x, x, alpha=self.shift)
-        return torch.add(self.factors.T @ (self.factors @ x), x, alpha=self.shift)
+        factors = self.factors.to(x)
+        felt = factors @ x if self.is_matrix else factors.T @ (factors @ x)
+        return felt.add_(x, alpha=self.shift)
 
     def square(self, rows: Tensor, weight: Tensor) -> float:
         """`sum over tokens of weight * y^T S y` of y fp32 `[tokens, out]`; products are fp32."""
@@ -70,7 +70,7 @@ class Metric:
         total = self.shift * float(weight.double() @ plain)
         if self.factors is None:
             return total
-        factors = self.factors.to(rows.dtype)
+        factors = self.factors
         felt = (rows @ factors * rows) if self.is_matrix else (rows @ factors.T).square()
         return total + float(weight.double() @ felt.sum(1, dtype=torch.float64))
 

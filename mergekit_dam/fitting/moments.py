@@ -1,12 +1,13 @@
 """Sufficient statistics of a least-squares fit, accumulated chunk by chunk.
 
 The number of calibration tokens enters a fit through these sums alone. Products of a chunk
-are fp32, sums over chunks fp64.
+are fp32, sums over chunks fp64 (fp32 for matrices too large to be factorised). What is
+held out to judge the fit is so little that it is kept token by token.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,88 +24,167 @@ class Losses:
 
 
 @dataclass
+class InputMoments:
+    """Sums over tokens of what enters a linear, `x [in]`; linears that see one input share them.
+
+    Attributes:
+        gram: `sum x x^T`, `[in, in]`.
+        x_sum: `sum x`, `[in]`.
+        count: sum of the tokens' weights.
+    """
+
+    gram: Tensor
+    x_sum: Tensor
+    count: float = 0.0
+
+    @classmethod
+    def zeros(
+        cls, in_features: int, device: torch.device, dtype: torch.dtype = torch.float64
+    ) -> "InputMoments":
+        """Empty sums."""
+        gram = torch.zeros(in_features, in_features, dtype=dtype, device=device)
+        return cls(gram, torch.zeros(in_features, dtype=torch.float64, device=device))
+
+    def add(self, x: Tensor, weight: Tensor) -> None:
+        """Add a chunk: fp32 `[tokens, in]`, and the tokens' weights `[tokens]`."""
+        self.gram += (x * weight[:, None]).T @ x
+        self.x_sum += weight @ x
+        self.count += float(weight.sum(dtype=torch.float64))
+
+    def scaled(self, factor: float) -> "InputMoments":
+        """A copy with the tokens weighted by `factor`."""
+        return InputMoments(self.gram * factor, self.x_sum * factor, self.count * factor)
+
+    def add_scaled(self, other: "InputMoments", factor: float) -> None:
+        """Add another set of sums with its tokens weighted by `factor`."""
+        self.gram.add_(other.gram, alpha=factor)
+        self.x_sum.add_(other.x_sum, alpha=factor)
+        self.count += factor * other.count
+
+
+@dataclass
 class LinearMoments:
     """Sums over tokens of one linear's inputs `x [in]` and targets `y [out]`, each weighted.
 
     Attributes:
-        gram: `sum x x^T`, `[in, in]`.
+        inputs: sums of the inputs alone; to be added to by whoever shares them.
         cross: `sum y x^T`, `[out, in]`.
-        x_sum, y_sum: `sum x [in]` and `sum y [out]`.
+        y_sum: `sum y`, `[out]`.
         y_square: `sum |y|^2`.
         energy: `sum |teacher's own output|^2`; the target may differ from that output.
-        count: sum of the tokens' weights.
         metric: in which errors, `y_square` and `energy` are measured.
+        scale: of all of these sums.
     """
 
-    gram: Tensor
+    inputs: InputMoments
     cross: Tensor
-    x_sum: Tensor
     y_sum: Tensor
     y_square: float = 0.0
     energy: float = 0.0
-    count: float = 0.0
     metric: Metric = PLAIN
+    scale: float = 1.0
 
     @classmethod
     def zeros(
-        cls,
-        out_features: int,
-        in_features: int,
-        device: torch.device,
-        metric: Metric = PLAIN,
+        cls, out_features: int, inputs: InputMoments, metric: Metric = PLAIN
     ) -> "LinearMoments":
-        """Empty sums."""
+        """Empty sums beside those of the inputs."""
+        cross = inputs.gram.new_zeros(out_features, inputs.gram.shape[1])
+        return cls(inputs, cross, inputs.x_sum.new_zeros(out_features), metric=metric)
 
-        def empty(*shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=torch.float64, device=device)
+    @property
+    def count(self) -> float:
+        """Sum of the tokens' weights."""
+        return self.inputs.count
 
-        return cls(
-            gram=empty(in_features, in_features),
-            cross=empty(out_features, in_features),
-            x_sum=empty(in_features),
-            y_sum=empty(out_features),
-            metric=metric,
-        )
-
-    def add(self, x: Tensor, gram: Tensor, target: Tensor, output: Tensor, weight: Tensor) -> None:
-        """Add a chunk.
+    def add(self, x: Tensor, target: Tensor, output: Tensor, weight: Tensor) -> None:
+        """Add a chunk to all but the inputs' own sums.
 
         Args:
             x: inputs fp32 `[tokens, in]`.
-            gram: `sum weight x x^T` fp64 `[in, in]`, which linears with one input compute once.
             target: `[tokens, out]`.
             output: the teacher's own output `[tokens, out]`.
             weight: of each token, `[tokens]`.
         """
         weighted = target * weight[:, None]
-        self.gram += gram
-        self.cross += (weighted.T @ x).double()
-        self.x_sum += (weight @ x).double()
+        self.cross += weighted.T @ x
         self.y_sum += weighted.sum(0, dtype=torch.float64)
         energy = self.metric.square(output, weight)
         self.energy += energy
         self.y_square += energy if target is output else self.metric.square(target, weight)
-        self.count += float(weight.sum(dtype=torch.float64))
+
+    def scaled(self, factor: float) -> "LinearMoments":
+        """A copy with its tokens weighted by `factor`, and inputs of its own."""
+        return LinearMoments(
+            self.inputs.scaled(factor),
+            self.cross * factor,
+            self.y_sum * factor,
+            self.y_square * factor,
+            self.energy * factor,
+            self.metric,
+        )
 
     def add_scaled(self, other: "LinearMoments", factor: float) -> None:
         """Add another set of sums with its tokens weighted by `factor`."""
-        self.gram.add_(other.gram, alpha=factor)
+        self.inputs.add_scaled(other.inputs, factor)
         self.cross.add_(other.cross, alpha=factor)
-        self.x_sum.add_(other.x_sum, alpha=factor)
         self.y_sum.add_(other.y_sum, alpha=factor)
         self.y_square += factor * other.y_square
         self.energy += factor * other.energy
-        self.count += factor * other.count
+
+    def residual(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`sum (y - W x - b) x^T`, `[out, in]`, unscaled."""
+        left = self.cross - weight.to(self.cross) @ self.inputs.gram
+        if bias is not None:
+            left -= torch.outer(bias.to(left), self.inputs.x_sum.to(left))
+        return left
 
     def error(self, weight: Tensor, bias: Tensor | None) -> float:
-        """`sum |W x + b - y|^2` in the metric, of a weight fp64 `[out, in]` and bias `[out]`."""
+        """`scale * sum |W x + b - y|^2` in the metric, of a weight `[out, in]` and bias `[out]`."""
+        weight = weight.to(self.cross)
         felt = self.metric(weight)
-        squared = ((weight @ self.gram) * felt).sum() - 2 * (felt * self.cross).sum()
+        squared = ((weight @ self.inputs.gram) * felt).sum(dtype=torch.float64)
+        squared -= 2 * (felt * self.cross).sum(dtype=torch.float64)
         if bias is not None:
+            bias, weight_sum = bias.double(), weight.double() @ self.inputs.x_sum
             felt_bias = self.metric(bias)
-            squared += 2 * (felt_bias * (weight @ self.x_sum - self.y_sum)).sum()
+            squared += 2 * (felt_bias * (weight_sum - self.y_sum)).sum()
             squared += self.count * (felt_bias * bias).sum()
-        return max(float(squared) + self.y_square, 0.0)
+        return self.scale * max(float(squared) + self.y_square, 0.0)
+
+
+@dataclass
+class LinearTokens:
+    """Inputs and targets of one linear, token by token: what judges it.
+
+    They are kept on the host. Few tokens judge: their Gram matrix would take more room.
+
+    Attributes:
+        energy, count, metric, scale: as in `LinearMoments`.
+    """
+
+    metric: Metric = PLAIN
+    energy: float = 0.0
+    count: float = 0.0
+    scale: float = 1.0
+    _chunks: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+    def add(self, x: Tensor, target: Tensor, output: Tensor, weight: Tensor) -> None:
+        """Add a chunk, as to `LinearMoments`."""
+        self.energy += self.metric.square(output, weight)
+        self.count += float(weight.sum(dtype=torch.float64))
+        self._chunks.append((x.cpu(), target.cpu(), weight))
+
+    def error(self, weight: Tensor, bias: Tensor | None) -> float:
+        """`scale * sum |W x + b - y|^2` in the metric; products are fp32."""
+        weight = weight.float()
+        total = 0.0
+        for x, target, counted in self._chunks:
+            left = x.to(weight.device) @ weight.T - target.to(weight.device)
+            if bias is not None:
+                left += bias.float()
+            total += self.metric.square(left, counted)
+        return self.scale * total
 
 
 @dataclass
@@ -119,6 +199,7 @@ class FeatureMoments:
         y_square: `sum (y - o)^2`, per feature.
         energy: `sum |teacher's own output|^2`.
         count: sum of the tokens' weights.
+        scale: of all of these sums.
     """
 
     n_square: Tensor
@@ -128,6 +209,7 @@ class FeatureMoments:
     y_square: Tensor
     energy: float = 0.0
     count: float = 0.0
+    scale: float = 1.0
 
     @classmethod
     def zeros(cls, features: int, device: torch.device) -> "FeatureMoments":
@@ -151,6 +233,12 @@ class FeatureMoments:
         self.energy += float((weight @ output.square()).sum())
         self.count += float(weight.sum())
 
+    def scaled(self, factor: float) -> "FeatureMoments":
+        """A copy with its tokens weighted by `factor`."""
+        copy = FeatureMoments.zeros(len(self.n_square), self.n_square.device)
+        copy.add_scaled(self, factor)
+        return copy
+
     def add_scaled(self, other: "FeatureMoments", factor: float) -> None:
         """Add another set of sums with its tokens weighted by `factor`."""
         self.n_square.add_(other.n_square, alpha=factor)
@@ -162,12 +250,27 @@ class FeatureMoments:
         self.count += factor * other.count
 
     def error(self, weight: Tensor, bias: Tensor | None) -> float:
-        """`sum |w n + b - y|^2` of a weight and a bias fp64 `[features]`."""
+        """`scale * sum |w n + b - y|^2` of a weight and a bias `[features]`."""
+        weight, bias = weight.double(), None if bias is None else bias.double()
         squared = self.n_square * weight.square() - 2 * weight * self.n_y + self.y_square
         if bias is not None:
             squared = squared + 2 * bias * (weight * self.n_sum - self.y_sum)
             squared = squared + self.count * bias.square()
-        return max(float(squared.sum()), 0.0)
+        return self.scale * max(float(squared.sum()), 0.0)
+
+
+class Sums(Protocol):
+    """What judges a fit: sums over tokens, or the tokens."""
+
+    energy: float
+    scale: float
+
+    @property
+    def count(self) -> float:
+        """Sum of the tokens' weights."""
+
+    def error(self, weight: Tensor, bias: Tensor | None) -> float:
+        """Of a merged weight and bias, in any dtype."""
 
 
 M = TypeVar("M", LinearMoments, FeatureMoments)
@@ -175,24 +278,27 @@ M = TypeVar("M", LinearMoments, FeatureMoments)
 
 @dataclass(frozen=True)
 class Evidence(Generic[M]):
-    """Moments of the data of the fit and of held-out data, and the weight they add up to.
+    """Data of the fit and held-out data of one tensor, and the weight they add up to.
 
     Attributes:
-        fit, held_out: all models' in one, or one a model where each has a metric of its own.
-            Every model's tokens are weighted by its loss weight over the energy of its
-            teacher's output, or over their number.
+        fit: all models' sums in one, or one a model where each has a metric of its own.
+        held_out: one a model. Every model's tokens are weighted by its loss weight over the
+            energy of its teacher's output, or over their number.
         total: sum of the loss weights; losses are given as fractions of it.
     """
 
     fit: Sequence[M]
-    held_out: Sequence[M]
+    held_out: Sequence[Sums]
     total: float
 
+    def fit_loss(self, weight: Tensor, bias: Tensor | None) -> float:
+        """Loss on the data of the fit, as a fraction of the teachers' energy."""
+        return sum(sums.error(weight, bias) for sums in self.fit) / self.total
+
+    def held_out_loss(self, weight: Tensor, bias: Tensor | None) -> float:
+        """Loss on held-out data, as a fraction of the teachers' energy."""
+        return sum(sums.error(weight, bias) for sums in self.held_out) / self.total
+
     def losses(self, weight: Tensor, bias: Tensor | None) -> Losses:
-        """Losses of a weight and a bias, in any dtype, as fractions of the teachers' energy."""
-        weight = weight.double()
-        bias = None if bias is None else bias.double()
-        return Losses(
-            sum(moments.error(weight, bias) for moments in self.fit) / self.total,
-            sum(moments.error(weight, bias) for moments in self.held_out) / self.total,
-        )
+        """Both losses of a weight and a bias, in any dtype."""
+        return Losses(self.fit_loss(weight, bias), self.held_out_loss(weight, bias))

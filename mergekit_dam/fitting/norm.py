@@ -26,7 +26,7 @@ def fit_norm(
     form = weight.settings.parametrisation
     bias_start = None if bias is None else bias.merged(bias.start())
 
-    reaction = moments.n_y - moments.n_square * form.origin(weight.tensors)
+    reaction = moments.n_y - moments.n_square * form.average(weight.tensors)
     if bias_start is not None:
         reaction -= bias_start.double() * moments.n_sum
     directions = form.directions(weight.tensors).T
@@ -34,7 +34,7 @@ def fit_norm(
     rhs = reaction[:, None] * directions
     if weight.settings.granularity == "tensor":
         matrix, rhs = matrix.sum(0, keepdim=True), rhs.sum(0, keepdim=True)
-    solution = solve_small(matrix, rhs, form.start, weight.settings.ridge)
+    solution = solve_small(matrix, rhs, weight.settings.ridge)
 
     fitted = judged_solution(
         weight,

@@ -1,6 +1,6 @@
 """The fit of one stage of a part, by the kind of its units."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -9,8 +9,9 @@ from mergekit_dam.anatomy import Unit, norm_parts
 from mergekit_dam.fitting.embedding import Usage, fit_embedding
 from mergekit_dam.fitting.gather import Seen, gather, target, token_weights
 from mergekit_dam.fitting.linear import fit_linear
-from mergekit_dam.fitting.moments import FeatureMoments, LinearMoments
+from mergekit_dam.fitting.moments import FeatureMoments, InputMoments, LinearMoments, LinearTokens
 from mergekit_dam.fitting.norm import fit_norm
+from mergekit_dam.fitting.solver import precision
 from mergekit_dam.fitting.state import Walk
 from mergekit_dam.fitting.streams import Split, Stream
 from mergekit_dam.fitting.tensors import FittedTensor
@@ -27,24 +28,33 @@ def fit_linears(walk: Walk, stage: int, units: list[Unit]) -> Settled:
     shapes = {unit.name: _out_in(walk, unit) for unit in units}
     columns = shapes[units[0].name][1]
 
+    dtype = precision(columns * walk.weight(units[0]).settings.parametrisation.expand.shape[1])
+
     def empty(stream: Stream) -> dict[str, LinearMoments]:
-        # One Gram matrix a unit: the units weight the models' data differently.
+        inputs = InputMoments.zeros(columns, walk.device, dtype)
         return {
-            name: LinearMoments.zeros(out, columns, walk.device, walk.metric(name, stream))
+            name: LinearMoments.zeros(out, inputs, walk.metric(name, stream))
             for name, (out, _) in shapes.items()
         }
 
-    def add(sums: dict[str, LinearMoments], seen: Seen) -> None:
+    def judges(stream: Stream) -> dict[str, LinearTokens]:
+        return {name: LinearTokens(walk.metric(name, stream)) for name in shapes}
+
+    def add(sums: Mapping[str, LinearMoments] | Mapping[str, LinearTokens], seen: Seen) -> None:
         x = _flat(seen.merged.inputs[units[0].name])
         targets = {unit.name: target(walk, unit, seen) for unit in units}
         weight = token_weights(list(targets.values()), seen.sequences)
-        gram = ((x * weight[:, None]).T @ x).double()
+        first = sums[units[0].name]
+        if isinstance(first, LinearMoments):
+            first.inputs.add(x, weight)  # shared by the units
         for name, wanted in targets.items():
             output = _flat(seen.teacher.outputs[name])
             own = output if wanted is seen.teacher.outputs[name] else _flat(wanted)
-            sums[name].add(x, gram, own, output, weight)
+            sums[name].add(x, own, output, weight)
 
-    evidence = gather(walk, stage, units, empty=empty, add=add, pool=not walk.metrics)
+    evidence = gather(
+        walk, stage, units, empty=empty, judges=judges, add=add, pool=not walk.metrics
+    )
     for unit in units:
         fitted = fit_linear(
             walk.weight(unit), walk.bias(unit), evidence.pop(unit.name), axis=unit.axis
@@ -62,7 +72,7 @@ def fit_norms(walk: Walk, stage: int, units: list[Unit]) -> Settled:
     def empty(_: Stream) -> dict[str, FeatureMoments]:
         return {unit.name: FeatureMoments.zeros(features, walk.device)}
 
-    def add(sums: dict[str, FeatureMoments], seen: Seen) -> None:
+    def add(sums: Mapping[str, FeatureMoments], seen: Seen) -> None:
         _, normalised = norm_parts(module, seen.merged.inputs[unit.name], own)
         wanted = target(walk, unit, seen)
         weight = token_weights([wanted], seen.sequences)
@@ -70,7 +80,7 @@ def fit_norms(walk: Walk, stage: int, units: list[Unit]) -> Settled:
         output = seen.teacher.outputs[unit.name]
         sums[unit.name].add(_flat(normalised), _flat(scaled), _flat(output), weight)
 
-    evidence = gather(walk, stage, units, empty=empty, add=add, pool=True)[unit.name]
+    evidence = gather(walk, stage, units, empty=empty, judges=empty, add=add, pool=True)[unit.name]
     yield from _named(unit, fit_norm(walk.weight(unit), walk.bias(unit), evidence))
 
 

@@ -151,10 +151,10 @@ def judged_solution(
     """Judge an exact fit by the losses of the tensor as it would be written.
 
     Args:
-        solution: unknowns of the sources' parametrisation.
+        solution: step of the unknowns of the sources' parametrisation.
         losses: of a merged tensor.
     """
-    candidate = sources.settings.parametrisation.coefficients(solution.unknowns)
+    candidate = sources.settings.parametrisation.stepped(solution.step)
     return judged(
         sources,
         kind,
