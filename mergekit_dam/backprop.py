@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mergekit_dam.fitting.storage import Sequences
 from mergekit_dam.fitting.streams import chunks
 from mergekit_dam.network import Network, OpenStage
 from mergekit_dam.part import Part
@@ -63,16 +64,21 @@ def forward(
         if shelf is not None and number > 0:
             shelf.put(number, streams)
         weights = weights_of(number, opened)
-        streams = [run(opened.part, weights, stream, network.device) for stream in streams]
+        streams = [
+            torch.cat([left.cpu() for left in run(opened.part, weights, stream, network.device)])
+            for stream in streams
+        ]
     return streams
 
 
-def run(part: Part, weights: Mapping[str, Tensor], x: Tensor, device: torch.device) -> Tensor:
-    """Run a part on a whole stream, chunk by chunk; the result is on the host."""
-    return torch.cat([part.run(weights, x[chunk].to(device)).cpu() for chunk in chunks_of(x)])
+def run(
+    part: Part, weights: Mapping[str, Tensor], x: Sequences, device: torch.device
+) -> Iterator[Tensor]:
+    """Run a part on a whole stream: what leaves it, chunk by chunk."""
+    return (part.run(weights, x[chunk].to(device)) for chunk in chunks_of(x))
 
 
-def chunks_of(x: Tensor) -> Iterator[slice]:
+def chunks_of(x: Sequences) -> Iterator[slice]:
     """Slices of `[sequences, length, ...]` that run through a part at a time."""
     return chunks(0, x.shape[0], x.shape[1])
 

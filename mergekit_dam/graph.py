@@ -28,6 +28,7 @@ from mergekit_dam.artifacts import write_artifacts
 from mergekit_dam.coefficients import Parametrisation
 from mergekit_dam.decoder import Decoder
 from mergekit_dam.errors import ConfigError
+from mergekit_dam.fitting.storage import choose_storage
 from mergekit_dam.fitting.streams import Stream
 from mergekit_dam.fitting.tensors import TensorReport
 from mergekit_dam.headers import check_headers
@@ -101,7 +102,9 @@ def build_graph(
     for decoder in (output, *models.sources):
         check_complete(decoder, places)
     stages = _stages(places, models)
-    streams = partial(_streams, prepared, order)
+    device = torch.device(options.device or "cpu")
+    hidden = output.config.get_text_config().hidden_size
+    streams = partial(_streams, prepared, order, hidden, device, out_path)
     averages = _averages(places, order)
     last: FitStage | Search
     if prepared.settings.one_sweep:
@@ -260,11 +263,10 @@ def _search(
     out_path: Path,
 ) -> tuple[dict[str, Task[Any]], Search]:
     """All sweeps in one task; when the best coefficients are known, tensors are merged."""
-    device = torch.device(options.device or "cpu")
     network = Network(
         [planned.stage for planned in stages],
         [planned.gathers for planned in stages],
-        device,
+        torch.device(options.device or "cpu"),
         settings.resident,
     )
     fit = Search(node=SearchNode(network, streams, settings, start, out_path))
@@ -330,13 +332,29 @@ def _known(
     return MergeKnown(known=Known(plan, gather, order, record))
 
 
-def _streams(prepared: Prepared, order: Sequence[ModelReference]) -> list[Stream]:
-    """The calibration tokens of every model that has some, at the entrance of the model."""
+def _streams(
+    prepared: Prepared,
+    order: Sequence[ModelReference],
+    hidden: int,
+    device: torch.device,
+    out_path: Path,
+) -> list[Stream]:
+    """The calibration tokens of every model that has some, at the entrance of the model.
+
+    Args:
+        hidden: size of a hidden state.
+        out_path: where streams are kept that are kept on disk.
+    """
+    # Two streams a model, in fp32, and room for what leaves a part while it is still entered.
+    tokens = sum(calibration.tokens.numel() for calibration in prepared.calibration.values())
+    size = 4 * hidden * 3 * tokens
+    storage = choose_storage(prepared.settings.stream_offload, size, device, out_path)
     return [
         Stream.of_tokens(
             order.index(model),
             calibration.tokens,
             prepared.settings.held_out(calibration.tokens.shape[0]),
+            storage,
         )
         for model, calibration in prepared.calibration.items()
     ]

@@ -247,6 +247,12 @@ class RunParameters(LogitsParameters):
         description="Whether weights stay in memory between sweeps: `auto` as long as half of it "
         "is free, `never` where others need the memory. The result is the same.",
     )
+    stream_offload: Literal["auto", "device", "host", "disk"] = Field(
+        default="auto",
+        description="Where the hidden states of the calibration text are kept between blocks: "
+        "`auto` fills up to a quarter of the device's memory, then of the host's, then takes files "
+        "beside the output. The result is the same.",
+    )
     seed: int | None = Field(
         default=None,
         ge=0,

@@ -145,6 +145,7 @@ def run_settings(run: RunParameters, seed: int) -> RunSettings:
         logits=LogitsSettings(**{name: getattr(run, name) for name in names}),
         start=run.start,
         resident=run.resident,
+        stream_offload=run.stream_offload,
         seed=seed,
     )
 

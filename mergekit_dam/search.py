@@ -13,7 +13,7 @@ import dataclasses
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from mergekit_dam.objective.coordinates import Coordinate, coordinates_of
 from mergekit_dam.objective.descend import Data, descend, judged_at_output
 from mergekit_dam.objective.gradient import Objective
 from mergekit_dam.objective.regularisers import column_weights
-from mergekit_dam.sensitivity import Sensitivity
+from mergekit_dam.sensitivity import Sensitivity, felt_tokens
 from mergekit_dam.settings import RunSettings
 from mergekit_dam.stage import Record, Rung
 
@@ -95,11 +95,12 @@ def search(
     scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".dam-", dir=scratch) as folder:
         shelf = Shelf(Path(folder) / "entered")
-        best, data, hidden = survey(network, streams, start, shelf, show=show)
-        if settings.objective != "logits" and settings.metric == "sensitivity":
+        felt = settings.objective != "logits" and settings.metric == "sensitivity"
+        best, data, moved = survey(network, streams, start, shelf if felt else None, show=show)
+        if felt:
             left = Shelf(Path(folder) / "left")
             sensitivity = Sensitivity(
-                network, start, data, hidden, entered=shelf, left=left, seed=settings.seed
+                network, start, moved, entered=shelf, left=left, seed=settings.seed, show=show
             )
             layer_rung(network, streams, best, data, sensitivity, show=show)
         if settings.objective != "logits" and not best.climbed:
@@ -111,41 +112,49 @@ def search(
 
 
 def survey(
-    network: Network, streams: Sequence[Stream], start: Record, shelf: Shelf, *, show: Show
-) -> tuple[Best, list[Data], list[Tensor]]:
+    network: Network, streams: Sequence[Stream], start: Record, shelf: Shelf | None, *, show: Show
+) -> tuple[Best, list[Data], list[Stream]]:
     """Run every teacher on its data, and the model at the start on all data.
 
+    Args:
+        shelf: for what enters each block of the model at the start, as far as metrics need it.
+
     Returns:
-        The start, the data with what leaves the teachers' last blocks, and what leaves that of
-        the model at the start; what enters each of its blocks is on the shelf.
+        The start, the data with what leaves the teachers' last blocks, and the streams there.
     """
     started = time.perf_counter()
     weights = network.stages[0].tensors[0].settings.loss_weights
-    teachers, merged = [s.teacher for s in streams], [s.merged for s in streams]
+    moving = [dataclasses.replace(stream) for stream in streams]
     for number, opened in network.forward():
         show(f"start {opened.part.label}")
-        if number > 0:
-            shelf.put(number, merged)
+        if number > 0 and shelf is not None:
+            shelf.put(number, [felt_tokens(stream) for stream in moving])
         own = opened.merged_weights(start)
-        merged = [run(opened.part, own, x, network.device) for x in merged]
-        for index, stream in enumerate(streams):
-            part, source = opened.teacher_part(stream.source), stream.source
+        for stream in moving:
+            left = run(opened.part, own, stream.merged, network.device)
+            stream.merged = stream.keep(_finite(left, opened))
+            part = opened.teacher_part(stream.source)
             # In line: a name for these weights would outlive the stage.
-            teachers[index] = run(
-                part, opened.teacher_weights(source), teachers[index], network.device
-            )
-        if not all(x.isfinite().all() for x in (*teachers, *merged)):
-            raise _not_finite(opened)
-    data = [
-        Data(s.source, weights[s.source], s.merged, teacher, s.held_out)
-        for s, teacher in zip(streams, teachers, strict=True)
-    ]
-    verdict = judged_at_output(network, start, data, merged)
+            left = run(part, opened.teacher_weights(stream.source), stream.teacher, network.device)
+            stream.teacher = stream.keep(_finite(left, opened))
+    data = []
+    for stream, moved in zip(streams, moving, strict=True):
+        source, tokens = stream.source, stream.merged
+        assert isinstance(tokens, Tensor)
+        data.append(Data(source, weights[source], tokens, moved.teacher, stream.held_out))
+    verdict = judged_at_output(network, start, data, [stream.merged for stream in moving])
     if not math.isfinite(verdict.mean):
         raise _not_finite(network.output())
     seconds = time.perf_counter() - started
     rung = Rung("start", True, verdict.losses, verdict.mean, seconds)
-    return Best(start, verdict, [rung]), data, merged
+    return Best(start, verdict, [rung]), data, moving
+
+
+def _finite(leaving: Iterable[Tensor], opened: OpenStage) -> Iterator[Tensor]:
+    for chunk in leaving:
+        if not chunk.isfinite().all():
+            raise _not_finite(opened)
+        yield chunk
 
 
 def _not_finite(opened: OpenStage) -> DamError:

@@ -9,7 +9,7 @@ The loss is `-log p(y)` of labels y drawn from the model's own distribution: the
 gradients is the Fisher information, which is the curvature of the KL.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,12 +18,18 @@ from mergekit_dam.anatomy import Anatomy
 from mergekit_dam.backprop import Shelf, backward, chunks_of
 from mergekit_dam.fitting.metric import Metric
 from mergekit_dam.fitting.state import Metrics
+from mergekit_dam.fitting.streams import Stream
 from mergekit_dam.network import Network, OpenStage
-from mergekit_dam.objective.descend import Data
 from mergekit_dam.stage import Record
 
 TOKENS = 4096
 """Tokens of a model's data whose gradients make up its metrics, about."""
+
+
+def felt_tokens(stream: Stream) -> Tensor:
+    """The merged stream's sequences that metrics are made of: some of those of the fit."""
+    _, last = stream.border("fit")
+    return stream.merged[: min(last, max(1, TOKENS // stream.merged.shape[1]))]
 
 
 class Sensitivity:
@@ -31,45 +37,36 @@ class Sensitivity:
 
     Args:
         point: the coefficients.
-        hidden: what leaves the model's last block, `[sequences, length, hidden]` a stream.
-        entered: what enters each block.
+        streams: at the end of the last block.
+        entered: `felt_tokens` of what enters each block.
         left: keeps the gradient of what leaves each block.
         seed: of the labels that are drawn.
+        show: shows a line of progress.
     """
 
     def __init__(
         self,
         network: Network,
         point: Record,
-        data: Sequence[Data],
-        hidden: Sequence[Tensor],
+        streams: Sequence[Stream],
         *,
         entered: Shelf,
         left: Shelf,
         seed: int,
+        show: Callable[[str], None],
     ) -> None:
         self._network, self._point = network, point
         self._entered, self._left = entered, left
-        self._sources = [own.source for own in data]
-        self._counts = [_enough(own.of("fit").tokens) for own in data]
-        self._sweep(hidden, seed)
-
-    def _chosen(self, streams: Sequence[Tensor]) -> list[Tensor]:
-        """The sequences whose gradients are taken."""
-        return [x[:count] for x, count in zip(streams, self._counts, strict=True)]
-
-    def _sweep(self, hidden: Sequence[Tensor], seed: int) -> None:
-        """Backward over the sequences of the fit."""
-        network = self._network
-        flowing = self._label_gradients(self._chosen(hidden), seed)
+        self._sources = [stream.source for stream in streams]
+        flowing = self._label_gradients([felt_tokens(stream) for stream in streams], seed)
         for number, opened in network.backward():
+            show(f"backward {opened.part.label}")
             self._left.put(number, flowing)
             if number > 1:
-                weights = opened.merged_weights(self._point)
-                entered = self._chosen(self._entered.get(number))
+                weights = opened.merged_weights(point)
                 flowing = [
                     backward(opened.part, weights, x, gradient, network.device, sums={})
-                    for x, gradient in zip(entered, flowing, strict=True)
+                    for x, gradient in zip(entered.get(number), flowing, strict=True)
                 ]
 
     def _label_gradients(self, hidden: Sequence[Tensor], seed: int) -> list[Tensor]:
@@ -97,8 +94,8 @@ class Sensitivity:
         """The metrics of a block's linears, by source and unit."""
         units = tuple(unit.name for unit in anatomy.units if unit.kind == "linear")
         weights = opened.merged_weights(self._point)
-        entered = self._chosen(self._entered.get(number))
-        streams = zip(self._sources, entered, self._left.get(number), strict=True)
+        entered, left = self._entered.get(number), self._left.get(number)
+        streams = zip(self._sources, entered, left, strict=True)
         return {
             (source, name): Metric.of_gradients(rows)
             for source, x, gradient in streams
@@ -128,8 +125,3 @@ class Sensitivity:
                 rows = torch.zeros_like(output) if own is None else own
                 found[unit].append(rows.reshape(-1, rows.shape[-1]))
         return {unit: torch.cat(rows) for unit, rows in found.items()}
-
-
-def _enough(tokens: Tensor) -> int:
-    """How many of the sequences `[sequences, length]` hold about `TOKENS` tokens."""
-    return min(len(tokens), max(1, TOKENS // tokens.shape[1]))

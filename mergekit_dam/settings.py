@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mergekit_dam.coefficients import Parametrisation
+from mergekit_dam.fitting.storage import Offload
 from mergekit_dam.objective.settings import LogitsSettings
 
 Objective = Literal["layer", "logits", "layer+logits"]
@@ -48,6 +49,7 @@ class RunSettings:
         logits: the objective `logits`, and the temperature of the fit of the head.
         start: "average", "random" or a path.
         resident: whether weights stay in memory between sweeps.
+        stream_offload: where streams are kept.
         seed: of the order of sequences, and of a random start.
     """
 
@@ -57,6 +59,7 @@ class RunSettings:
     logits: LogitsSettings
     start: str
     resident: Resident
+    stream_offload: Offload
     seed: int
 
     @property

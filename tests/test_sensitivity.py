@@ -43,10 +43,19 @@ def measure(
     """Sensitivity with the labels that were drawn for it."""
     drawn, network, data = Drawn(), made.network(resident), made.data(held_out=HELD_OUT)
     entered, left = Shelf(folder / "entered"), Shelf(folder / "left")
-    tokens = [own.tokens for own in data]
-    hidden = forward(network, lambda _, opened: opened.merged_weights(point), tokens, entered)
+    fit = [own.of("fit").tokens for own in data]
+    hidden = forward(network, lambda _, opened: opened.merged_weights(point), fit, entered)
+    streams = [own.of("fit").stream(x) for own, x in zip(data, hidden, strict=True)]
     with mock.patch.object(torch, "multinomial", drawn), torch.no_grad():
-        found = Sensitivity(network, point, data, hidden, entered=entered, left=left, seed=seed)
+        found = Sensitivity(
+            network,
+            point,
+            streams,
+            entered=entered,
+            left=left,
+            seed=seed,
+            show=lambda _: None,
+        )
     return found, network, drawn.labels
 
 

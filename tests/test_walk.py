@@ -235,8 +235,8 @@ def test_the_fitted_stream_is_nearer_to_the_teachers_than_the_averages(name: str
     fitted = averaged = 0.0
     for stream in streams:
         hidden = hidden_of(models[0], average, tokens_of(stream.source))
-        fitted += float((stream.merged - stream.teacher).norm() / stream.teacher.norm())
-        averaged += float((hidden - stream.teacher).norm() / stream.teacher.norm())
+        fitted += float((stream.merged[:] - stream.teacher[:]).norm() / stream.teacher[:].norm())
+        averaged += float((hidden - stream.teacher[:]).norm() / stream.teacher[:].norm())
     assert fitted < averaged
 
 
@@ -260,7 +260,7 @@ def test_the_data_of_one_model_alone_gives_back_that_model(name: str) -> None:
         if full != "lm_head.weight":
             apart = (teacher[full] - other[full]).norm()
             assert (tensor - teacher[full]).norm() <= 0.05 * apart, full
-    drift = (streams[0].merged - streams[0].teacher).norm() / streams[0].teacher.norm()
+    drift = (streams[0].merged[:] - streams[0].teacher[:]).norm() / streams[0].teacher[:].norm()
     assert drift < 0.01
 
 
@@ -471,7 +471,7 @@ def test_a_last_writer_that_meets_its_target_ends_on_the_teachers_stream(name: s
     last = [unit for unit in walk.anatomy.units if unit.write][-1]
     wanted = targets(walk, last)
     with torch.no_grad(), substitute(walk.part.root, {last.name: wanted}):
-        leaving = walk.part.run(walk.weights, walk.streams[0].merged)
+        leaving = walk.part.run(walk.weights, walk.streams[0].merged[:])
     teacher = walk.part.run(walk.teacher_weights(walk.streams[0]), x)
     torch.testing.assert_close(leaving, teacher, rtol=0, atol=2e-5)
 
@@ -485,7 +485,7 @@ def test_a_first_writer_that_meets_its_target_sets_what_follows_right(name: str)
     wanted = targets(walk, first)
     own = walk.teacher_weights(walk.streams[0])
     with torch.no_grad(), substitute(walk.part.root, {first.name: wanted}):
-        leaving = walk.part.run(own, walk.streams[0].merged)
+        leaving = walk.part.run(own, walk.streams[0].merged[:])
     torch.testing.assert_close(leaving, walk.part.run(own, x), rtol=0, atol=2e-5)
 
 
@@ -505,13 +505,13 @@ def test_a_writer_behind_a_norm_steers_it_to_where_the_teachers_stream_is(name: 
     with torch.no_grad():
         teacher = walk.part.run(own, x)
         with substitute(walk.part.root, {norm.name: targets(walk, norm)}):
-            leaving = walk.part.run(walk.weights, walk.streams[0].merged)
+            leaving = walk.part.run(walk.weights, walk.streams[0].merged[:])
         torch.testing.assert_close(leaving, teacher, rtol=0, atol=2e-5)
 
         wanted = targets(walk, norm)
         with substitute(walk.part.root, {linear.name: targets(walk, linear)}):
             reached = walk.part.captured(
-                walk.weights, walk.streams[0].merged, outputs=(norm.name,)
+                walk.weights, walk.streams[0].merged[:], outputs=(norm.name,)
             ).outputs[norm.name]
     gain = walk.weights[norm.parameter("weight")] + norm.unit_gain
     alike = torch.cosine_similarity(reached / gain, wanted / gain, dim=-1)
@@ -528,8 +528,12 @@ def test_the_fit_brings_a_displaced_stream_back_towards_the_teachers(name: str) 
     stream = walk.streams[0]
     with torch.no_grad():
         teacher = walk.part.run(walk.teacher_weights(stream), x)
-        at_start = (walk.part.run(walk.weights, stream.merged) - teacher).square().mean()
-        own = (walk.part.run(walk.teacher_weights(stream), stream.merged) - teacher).square().mean()
+        at_start = (walk.part.run(walk.weights, stream.merged[:]) - teacher).square().mean()
+        own = (
+            (walk.part.run(walk.teacher_weights(stream), stream.merged[:]) - teacher)
+            .square()
+            .mean()
+        )
     walk_part(
         walk.part,
         walk.teachers,
@@ -539,7 +543,7 @@ def test_the_fit_brings_a_displaced_stream_back_towards_the_teachers(name: str) 
         progress=lambda _: None,
     )
     torch.testing.assert_close(stream.teacher, teacher)
-    fitted = (stream.merged - teacher).square().mean()
+    fitted = (stream.merged[:] - teacher).square().mean()
     assert fitted < 0.5 * at_start
     assert fitted < own  # better than the teacher's own weights are on the displaced stream
 
@@ -551,8 +555,8 @@ def kl(walk: Walk, head: Tensor, temperature: float) -> float:
     """KL of the merged model to the teacher in nats a token, from logits by hand."""
     stream = walk.streams[0]
     with torch.no_grad():
-        teacher = walk.part.run(walk.teacher_weights(stream), stream.teacher) / temperature
-        merged = walk.part.run({**walk.weights, "lm_head.weight": head}, stream.merged)
+        teacher = walk.part.run(walk.teacher_weights(stream), stream.teacher[:]) / temperature
+        merged = walk.part.run({**walk.weights, "lm_head.weight": head}, stream.merged[:])
         merged = merged / temperature
         p, q = log_softmax(teacher, -1).double(), log_softmax(merged, -1).double()
         return float(kl_div(q, p, log_target=True, reduction="none").sum(-1).mean())

@@ -1,10 +1,12 @@
 """The two streams of hidden states that flow from block to block, per calibration set."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
+
+from mergekit_dam.fitting.storage import Sequences, Storage
 
 CHUNK_TOKENS = 2048
 """Tokens that run through a part at a time."""
@@ -38,17 +40,25 @@ class Stream:
             `[sequences, length]`, later hidden states fp32 `[sequences, length, hidden]`.
         merged: the same for the merged model.
         held_out: the last so many sequences judge the fit and take no part in it.
+        storage: keeps what leaves the next part.
     """
 
     source: int
-    teacher: Tensor
-    merged: Tensor
+    teacher: Sequences
+    merged: Sequences
     held_out: int
+    storage: Storage = field(default_factory=Storage)
 
     @classmethod
-    def of_tokens(cls, source: int, tokens: Tensor, held_out: int) -> "Stream":
+    def of_tokens(
+        cls, source: int, tokens: Tensor, held_out: int, storage: Storage | None = None
+    ) -> "Stream":
         """A stream at the entrance of the model."""
-        return cls(source, tokens, tokens, held_out)
+        return cls(source, tokens, tokens, held_out, storage or Storage())
+
+    def keep(self, leaving: Iterable[Tensor]) -> Sequences:
+        """Put what leaves a part, chunk by chunk, where the stream is kept."""
+        return self.storage.keep(leaving, self.teacher.shape[0])
 
     def chunks(self, split: Split | None = None) -> Iterator[slice]:
         """Slices of sequences, in order; of all of them or of one split."""

@@ -20,10 +20,10 @@ class Tape:
     """Outputs by unit name, of every chunk of every stream.
 
     Attributes:
-        keep: whether outputs are kept at all; decided once a part.
+        keep: whether outputs are kept at all; decided once a part, None before.
     """
 
-    keep: bool = False
+    keep: bool | None = None
     _outputs: dict[tuple[int, int], Outputs] = field(default_factory=dict)
 
     def of(self, source: int, chunk: slice) -> Outputs:

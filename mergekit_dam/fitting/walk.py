@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mergekit_dam.anatomy import Anatomy, Unit
+from mergekit_dam.anatomy import Anatomy, Captured, Unit
 from mergekit_dam.fitting.stages import FITS
 from mergekit_dam.fitting.state import Metrics, Progress, Walk
+from mergekit_dam.fitting.storage import Sequences
 from mergekit_dam.fitting.streams import Stream
 from mergekit_dam.fitting.tape import fits
 from mergekit_dam.fitting.tensors import FittedTensor, TensorSources, unfitted
@@ -102,51 +103,55 @@ def _settle_rest(walk: Walk) -> None:
         walk.settle(name, unfitted(tensor, kind, reason))
 
 
-def _play_teachers(walk: Walk, head: str | None, *, to_the_end: bool) -> list[Tensor] | None:
-    """Run every teacher once and keep what the fits will ask for.
+def _play_teachers(walk: Walk, head: str | None, *, to_the_end: bool) -> list[Sequences]:
+    """Run every teacher once and keep what the fits will ask for, if it fits in memory.
 
     Returns:
-        What leaves each teacher; None if nothing is fitted, or it does not fit in memory.
+        What leaves each teacher; nothing if they do not run to the end.
     """
     recorded = walk.recorded_units(head)
-    if not recorded:
-        return None
-    left: list[Tensor] = []
-    for stream in walk.streams:
-        teacher, weights = walk.teachers[stream.source], walk.teacher_weights(stream)
-        leaving: list[Tensor] = []
+    if to_the_end:
+        return [stream.keep(_play(walk, stream, recorded)) for stream in walk.streams]
+    for stream in walk.streams if recorded else ():
+        weights = walk.teacher_weights(stream)
         for chunk, x, _ in walk.pairs(stream, None):
-            if to_the_end:
-                out, captured = teacher.through(weights, x, outputs=recorded)
-                leaving.append(out.cpu())
-            else:
-                captured = teacher.captured(weights, x, outputs=recorded)
-            if not walk.teacher_tape.keep:
-                tokens = x.shape[0] * x.shape[1]
-                if not fits(captured.outputs, tokens=tokens, of_tokens=_tokens(walk)):
-                    return None
-                walk.teacher_tape.keep = walk.merged_tape.keep = True
-            walk.teacher_tape.add(stream.source, chunk, captured.outputs)
-        left.append(torch.cat(leaving) if to_the_end else torch.empty(0))
-    return left
+            captured = walk.teachers[stream.source].captured(weights, x, outputs=recorded)
+            if not _record(walk, stream, chunk, captured):
+                return []
+    return []
+
+
+def _play(walk: Walk, stream: Stream, recorded: tuple[str, ...]) -> Iterator[Tensor]:
+    """What leaves a teacher, chunk by chunk."""
+    weights = walk.teacher_weights(stream)
+    for chunk, x, _ in walk.pairs(stream, None):
+        leaving, captured = walk.teachers[stream.source].through(weights, x, outputs=recorded)
+        _record(walk, stream, chunk, captured)
+        yield leaving
+
+
+def _record(walk: Walk, stream: Stream, chunk: slice, captured: Captured) -> bool:
+    """Keep what a teacher's units put out; the first chunk tells whether there is room."""
+    tape = walk.teacher_tape
+    if tape.keep is None:
+        tokens = (chunk.stop - chunk.start) * stream.teacher.shape[1]
+        room = fits(captured.outputs, tokens=tokens, of_tokens=_tokens(walk))
+        tape.keep = walk.merged_tape.keep = room
+    tape.add(stream.source, chunk, captured.outputs)
+    return tape.keep
 
 
 def _tokens(walk: Walk) -> int:
     return sum(stream.teacher.shape[0] * stream.teacher.shape[1] for stream in walk.streams)
 
 
-def _advance(walk: Walk, leaving: list[Tensor] | None) -> None:
-    """Run both streams through the part, the teachers' only where they did not run before."""
-    for index, stream in enumerate(walk.streams):
-        teacher = walk.teachers[stream.source]
-        weights = {} if leaving else walk.teacher_weights(stream)
-        teacher_out: list[Tensor] = []
-        merged_out: list[Tensor] = []
-        for chunk, teacher_x, merged_x in walk.pairs(stream, None):
-            if leaving is None:
-                teacher_out.append(teacher.run(weights, teacher_x).cpu())
-            known = walk.known(stream, chunk)
-            merged, _ = walk.part.through(walk.weights, merged_x, known=known)
-            merged_out.append(merged.cpu())
-        stream.teacher = torch.cat(teacher_out) if leaving is None else leaving[index]
-        stream.merged = torch.cat(merged_out)
+def _advance(walk: Walk, leaving: Sequence[Sequences]) -> None:
+    """Run the merged streams through the part; the teachers' have been."""
+    for stream, teacher in zip(walk.streams, leaving, strict=True):
+        stream.merged = stream.keep(_merged_leaving(walk, stream))
+        stream.teacher = teacher
+
+
+def _merged_leaving(walk: Walk, stream: Stream) -> Iterator[Tensor]:
+    for chunk, _, x in walk.pairs(stream, None):
+        yield walk.part.through(walk.weights, x, known=walk.known(stream, chunk))[0]

@@ -14,6 +14,7 @@ from torch import Tensor
 from mergekit_dam.backprop import forward
 from mergekit_dam.coefficients import Parametrisation
 from mergekit_dam.fitting.judge import Verdict, judge, judging_split
+from mergekit_dam.fitting.storage import Sequences
 from mergekit_dam.fitting.streams import Split, Stream, border
 from mergekit_dam.fitting.tensors import TensorReport
 from mergekit_dam.network import Network
@@ -42,7 +43,7 @@ class Data:
     source: int
     weight: float
     tokens: Tensor
-    teacher: Tensor
+    teacher: Sequences
     held_out: int
 
     def of(self, split: Split) -> "Data":
@@ -51,11 +52,11 @@ class Data:
         return dataclasses.replace(
             self,
             tokens=self.tokens[first:last],
-            teacher=self.teacher[first:last],
+            teacher=self.teacher.narrow(0, first, last - first),
             held_out=0 if split == "fit" else last - first,
         )
 
-    def stream(self, merged: Tensor) -> Stream:
+    def stream(self, merged: Sequences) -> Stream:
         """The data at the end of the last block."""
         return Stream(self.source, self.teacher, merged, self.held_out)
 
@@ -214,7 +215,7 @@ def verdict_of(network: Network, point: Record, data: Sequence[Data]) -> Verdict
 
 
 def judged_at_output(
-    network: Network, point: Record, data: Sequence[Data], hidden: Sequence[Tensor]
+    network: Network, point: Record, data: Sequence[Data], hidden: Sequence[Sequences]
 ) -> Verdict:
     """Judge a merged model by what left its last block."""
     opened = network.output()

@@ -35,5 +35,6 @@ def run_settings(
         logits=logits_settings(**logits),
         start="average",
         resident="auto",
+        stream_offload="auto",
         seed=0,
     )
