@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,6 +34,10 @@ class Measured:
     status: int
     seconds: float
     peak_bytes: int
+
+
+Runner = Callable[[Sequence[str], Path], Measured]
+"""(command, log file) -> how it went."""
 
 
 def run_measured(command: Sequence[str], log: Path) -> Measured:
