@@ -6,15 +6,22 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
 import torch
+import yaml
 
+from examples.benchmarks.measuring.machine import machine
+from examples.benchmarks.measuring.merges import Point, configuration, merge_command
 from examples.benchmarks.measuring.models import resolve
-from examples.benchmarks.measuring.options import parse_variant
+from examples.benchmarks.measuring.options import named_paths, output_folder, parse_variant
 from examples.benchmarks.measuring.processes import failure, run_measured
+from examples.benchmarks.measuring.rows import chosen, refuse_repeated
 from mergekit_dam.errors import DamError
 from tests.merging import tensors_of
 from tests.test_parameters import save_adapter
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="counted where there is /proc")
 
 
 class TestOptions:
@@ -29,6 +36,73 @@ class TestOptions:
     def test_a_variant_written_otherwise_is_refused(self, text):
         with pytest.raises(DamError, match="write 'name: key=value, key=value'"):
             parse_variant(text)
+
+    def test_paths_are_named_once(self):
+        assert named_paths(["a=x", "b=y=z"], "--model") == {"a": "x", "b": "y=z"}
+        for pairs in (["a"], ["=x"], ["a="], ["a=x", "a=y"]):
+            with pytest.raises(click.UsageError, match=r"--model .*: write NAME=PATH"):
+                named_paths(pairs, "--model")
+
+    @pytest.mark.parametrize("name", ["a+b", "a@b"])
+    def test_a_folder_that_mergekit_would_misread_is_refused(self, name, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert output_folder(Path("out")) == tmp_path / "out"
+        with pytest.raises(DamError, match=r"has a \+ or @"):
+            output_folder(Path(name))
+
+
+class TestRows:
+    def test_rows_are_chosen_by_name_but_for_those_that_always_run(self):
+        def rows(only=(), skip=()):
+            return sorted(chosen(["one", "two", "three"], only=only, skip=skip, always=("one",)))
+
+        assert rows() == ["one", "three", "two"]
+        assert rows(only=("three",)) == ["one", "three"]
+        assert rows(only=("t*",), skip=("*o", "one")) == ["one", "three"]
+        with pytest.raises(DamError, match="no row is named 'tow'; there are one, two, three"):
+            rows(skip=("tow",))
+
+    def test_a_name_is_taken_once(self):
+        refuse_repeated(["one", "two"])
+        with pytest.raises(DamError, match="a row named base, two is there already"):
+            refuse_repeated(["two", "base", "two"], taken=("base",))
+
+
+class TestMerges:
+    def test_a_replay_is_given_no_text(self):
+        text = configuration(
+            Point(method="dam", parameters={"coefficients": "/saved"}),
+            {"a": "/a", "b": "/b"},
+            base="/base",
+            calibrations={"a": "a.jsonl", "b": "b.jsonl"},
+            samples=4,
+            sequence_length=16,
+            dtype="float32",
+        )
+        assert yaml.safe_load(text) == {
+            "merge_method": "dam",
+            "base_model": "/base",
+            "models": [{"model": "/a"}, {"model": "/b"}],
+            "parameters": {"coefficients": "/saved"},
+            "dtype": "float32",
+        }
+
+    def test_the_command_is_mergekits(self):
+        config, out = Path("dam.yaml"), Path("out")
+        plain = merge_command(config, out, device="cpu", seed=3)
+        assert plain[1:5] == ["-m", "mergekit.scripts.run_yaml", "dam.yaml", "out"]
+        assert plain[5:] == ["--random-seed", "3"]
+        more = merge_command(config, out, device="cuda:1", seed=3, options=["--quiet"])
+        assert more[len(plain) :] == ["--device", "cuda:1", "--quiet"]
+
+
+class TestMachine:
+    def test_a_report_says_where_it_was_made(self):
+        found = machine()
+        assert found["threads"] == torch.get_num_threads()
+        assert f"{os.cpu_count()} cores" in found["processor"]
+        assert f"torch {torch.__version__}" in found["versions"]
+        assert float(found["memory"].removesuffix(" GB")) > 0.1
 
 
 class TestModels:
@@ -71,6 +145,37 @@ class TestProcesses:
         code = "held = b'x' * 200_000_000"
         measured = run_measured([sys.executable, "-S", "-c", code], tmp_path / "log")
         assert 200e6 < measured.peak_bytes < 300e6
+
+    @LINUX
+    def test_mapped_files_are_told_from_memory_of_its_own(self, tmp_path):
+        (tmp_path / "file").write_bytes(b"x" * 100_000_000)
+        code = (
+            "import mmap, time\n"
+            f"file = open({str(tmp_path / 'file')!r}, 'rb')\n"
+            "mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)\n"
+            "assert mapped.find(b'y') == -1\n"
+            "held = b'x' * 50_000_000\n"
+            "time.sleep(0.3)"
+        )
+        measured = run_measured([sys.executable, "-S", "-c", code], tmp_path / "log")
+        assert measured.status == 0 and measured.own_peak_bytes is not None
+        assert measured.peak_bytes > 150e6
+        assert 50e6 < measured.own_peak_bytes < 100e6
+        assert measured.read_bytes is not None and measured.read_bytes < 50e6
+
+    @LINUX
+    def test_bytes_read_and_written_are_counted(self, tmp_path):
+        (tmp_path / "file").write_bytes(b"x" * 3_000_000)
+        copy = (
+            "import pathlib, sys; a, b = map(pathlib.Path, sys.argv[1:]);"
+            "b.write_bytes(a.read_bytes())"
+        )
+        files = [str(tmp_path / "file"), str(tmp_path / "copy")]
+        measured = run_measured([sys.executable, "-S", "-c", copy, *files], tmp_path / "log")
+        assert measured.status == 0
+        assert measured.read_bytes is not None and measured.written_bytes is not None
+        assert 3e6 <= measured.read_bytes < 8e6
+        assert 3e6 <= measured.written_bytes < 3.1e6
 
     @pytest.mark.parametrize(
         ("code", "status", "reason"),

@@ -19,18 +19,21 @@ def listed(items: Mapping[str, Any]) -> str:
     return "\n".join(f"- {name}: {value}" for name, value in items.items())
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """First and last column to the left, the others to the right."""
+def markdown_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, prose: bool = True
+) -> str:
+    """First column to the left, the others to the right, but for a last one of `prose`."""
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     widths = [max(3, *map(len, column)) for column in zip(header, *cells, strict=True)]
     last = len(header) - 1
-    left = {0, last}
+    left = {0, last} if prose else {0}
+    if prose:
+        widths[last] = 3  # reasons are long; their line need not be
     rule = ["-" * widths[i] if i in left else "-" * (widths[i] - 1) + ":" for i in range(last + 1)]
-    rule[last] = "---"  # reasons are long; their line need not be
 
     def line(row: Sequence[str]) -> str:
         padded = (
-            cell.ljust(widths[i] if i != last else 0) if i in left else cell.rjust(widths[i])
+            cell.ljust(widths[i]) if i in left else cell.rjust(widths[i])
             for i, cell in enumerate(row)
         )
         return "| " + " | ".join(padded) + " |"
