@@ -1,10 +1,8 @@
 """The benchmark of merges: its split, its numbers, its table, and whole runs on tiny models."""
 
 import json
-import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,23 +15,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from examples.benchmarks import quality
+from examples.benchmarks.measuring.merges import Point, configuration
+from examples.benchmarks.measuring.models import Models
+from examples.benchmarks.measuring.processes import Measured
 from examples.benchmarks.merge_quality import documents, regmean, results
 from examples.benchmarks.merge_quality.documents import PARTS, Shares, Sources
-from examples.benchmarks.merge_quality.methods import (
-    REGMEAN,
-    Choices,
-    Point,
-    configuration,
-    parse_variant,
-    select,
-)
-from examples.benchmarks.merge_quality.models import Models, resolve
-from examples.benchmarks.merge_quality.processes import Measured, failure, run_measured
+from examples.benchmarks.merge_quality.methods import REGMEAN, Choices, select
 from examples.benchmarks.merge_quality.results import LINEAR, OWN, Report, Row, Trial, best
 from examples.benchmarks.merge_quality.run import Settings, compare
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluate import EvaluationSettings, evaluate, read_tokens
-from tests.merging import merge, tensors_of
+from tests.merging import merge
 from tests.models import (
     ARCHITECTURES,
     VOCAB_SIZE,
@@ -43,7 +35,6 @@ from tests.models import (
     save_models,
     tiny_llama_config,
 )
-from tests.test_parameters import save_adapter
 
 LONG = "a text of more than forty characters, so that it counts wherever it stands"
 
@@ -322,18 +313,6 @@ class TestMethods:
         assert steps(Choices()) == 7
         assert steps(Choices(reference_steps=90)) == 90
 
-    def test_a_variant_is_read(self):
-        assert parse_variant("sens: metric=sensitivity, ridge=1e-3, norms=false, samples=8") == (
-            "sens",
-            {"metric": "sensitivity", "ridge": 0.001, "norms": False, "samples": 8},
-        )
-        assert parse_variant("plain:") == ("plain", {})
-
-    @pytest.mark.parametrize("text", ["sens", "sens ridge=1", ": ridge=1", "sens: ridge", "s: =1"])
-    def test_a_variant_written_otherwise_is_refused(self, text):
-        with pytest.raises(DamError, match="write 'name: key=value, key=value'"):
-            parse_variant(text)
-
     def test_dam_gets_its_texts_and_others_their_weights(self):
         models = {"a": "/a", "b": "/b"}
         dam = yaml.safe_load(yaml_of(Point(method="dam", parameters={"ridge": 0.1}), models))
@@ -444,75 +423,6 @@ def recorded_inputs(model, tokens):
     for hook in hooks:
         hook.remove()
     return found
-
-
-class TestProcesses:
-    def test_memory_of_this_process_is_not_counted(self, tmp_path):
-        held = b"x" * 400_000_000
-        measured = run_measured([sys.executable, "-S", "-c", "pass"], tmp_path / "log")
-        assert measured.status == 0 and measured.seconds > 0
-        assert 1e6 < measured.peak_bytes < 100e6
-        del held
-
-    def test_memory_of_the_command_is(self, tmp_path):
-        code = "held = b'x' * 200_000_000"
-        measured = run_measured([sys.executable, "-S", "-c", code], tmp_path / "log")
-        assert 200e6 < measured.peak_bytes < 300e6
-
-    @pytest.mark.parametrize(
-        ("code", "status", "reason"),
-        [
-            ("pass", 0, ""),
-            ("import sys; print('Error: two', 'lines:', sep='\\n'); sys.exit(1)", 1, "lines:"),
-            ("raise ValueError('no such thing')", 1, "ValueError: no such thing"),
-            ("import sys; sys.exit(3)", 3, "exit status 3"),
-            ("import os; os.kill(os.getpid(), 9)", -9, "ended by signal 9"),
-        ],
-    )
-    def test_a_failure_has_its_reason(self, code, status, reason, tmp_path):
-        measured = run_measured([sys.executable, "-c", code], tmp_path / "log")
-        assert measured.status == status
-        found = failure(measured, tmp_path / "log")
-        assert (reason in found) if reason else not found
-
-    def test_an_interrupt_ends_the_command(self, tmp_path, monkeypatch):
-        code = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))"
-        monkeypatch.setattr(subprocess, "Popen", interrupted_popen(tmp_path / "pid"))
-        with pytest.raises(KeyboardInterrupt):
-            run_measured([sys.executable, "-c", f"{code}; time.sleep(60)"], tmp_path / "log")
-        pid = int((tmp_path / "pid").read_text())
-        assert eventually(lambda: not Path(f"/proc/{pid}/cmdline").exists() or is_dead(pid))
-
-
-def interrupted_popen(started):
-    """A Popen whose first wait is interrupted as soon as the file `started` is written."""
-
-    class Interrupted(subprocess.Popen):
-        first = True
-
-        def wait(self, timeout=None):
-            if self.first:
-                self.first = False
-                assert eventually(lambda: started.is_file() and started.read_text())
-                raise KeyboardInterrupt
-            return super().wait(timeout)
-
-    return Interrupted
-
-
-def eventually(condition, seconds=30.0):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return found
-
-
-def is_dead(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
 
 
 NAMES = ("first", "second")
@@ -681,34 +591,6 @@ class TestRun:
 
 def never(command, log):
     raise AssertionError("a merge was started")
-
-
-class TestModels:
-    @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's
-    def test_an_adapter_is_merged_once_and_has_a_tokenizer(self, llama_models, tmp_path):
-        adapter = save_adapter(llama_models.base, tmp_path / "adapter")
-        name = f"{llama_models.base}+{adapter}"
-        merged = Path(resolve(name, tmp_path / "cache"))
-        base, own = tensors_of(llama_models.base), tensors_of(merged)
-        assert own.keys() == base.keys()
-        assert any(not torch.equal(own[key], base[key]) for key in base)
-        written = (merged / "model.safetensors").stat().st_mtime_ns
-        assert Path(resolve(name, tmp_path / "cache")) == merged
-        assert (merged / "model.safetensors").stat().st_mtime_ns == written
-        assert (merged / "tokenizer_config.json").is_file()
-
-    def test_an_adapter_that_fails_leaves_nothing_behind(self, llama_models, tmp_path):
-        (tmp_path / "adapter").mkdir()
-        name = f"{llama_models.base}+{tmp_path / 'adapter'}"
-        with pytest.raises(DamError, match=r"the adapter of .* cannot be merged"):
-            resolve(name, tmp_path / "cache")
-        assert list((tmp_path / "cache").iterdir()) == []
-
-    def test_a_folder_becomes_absolute_and_an_id_stays(self, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        (tmp_path / "model").mkdir()
-        assert resolve("model", tmp_path) == str(tmp_path / "model")
-        assert resolve("org/model", tmp_path) == "org/model"
 
 
 class TestCommand:

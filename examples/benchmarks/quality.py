@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from examples.benchmarks.measuring.models import Models
     from examples.benchmarks.merge_quality.documents import Sources
-    from examples.benchmarks.merge_quality.models import Models
 
 _TEXTS = ("text", "calibration", "validation", "test")
 _NAMED = "NAME=PATH"
@@ -147,16 +147,14 @@ def main(
     """Read the command line and run the comparison."""
     # Of a script, only its own folder is on the path. Last: an installed mergekit_dam goes first.
     sys.path.append(str(Path(__file__).resolve().parents[2]))
+    from examples.benchmarks.measuring.options import output_folder, parse_variant
     from examples.benchmarks.merge_quality.documents import Shares
-    from examples.benchmarks.merge_quality.methods import Choices, parse_variant
+    from examples.benchmarks.merge_quality.methods import Choices
     from examples.benchmarks.merge_quality.run import Settings, compare
-    from mergekit_dam.errors import DamError
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the merge that runs, too
-    if set("+@") & set(str(out.absolute())):
-        raise DamError(f"{out.absolute()} has a + or @, which mergekit reads as more than a path")
     settings = Settings(
-        out=out.absolute(),
+        out=output_folder(out),
         shares=Shares(calibration=shares[0], validation=shares[1], test=shares[2]),
         samples=samples,
         sequence_length=sequence_length,
@@ -193,13 +191,14 @@ def _given(
     base: str | None, models: Iterable[str], texts: dict[str, tuple[str, ...]]
 ) -> "tuple[Models, dict[str, Sources]]":
     """Models and texts as the command line names them."""
+    from examples.benchmarks.measuring.models import Models
+    from examples.benchmarks.measuring.options import named_paths
     from examples.benchmarks.merge_quality.documents import Sources
-    from examples.benchmarks.merge_quality.models import Models
 
-    specialists = _named(models, "--model")
+    specialists = named_paths(models, "--model")
     if not specialists:
         raise click.UsageError("name the specialists with --model NAME=PATH, or pass --demo")
-    files = {part: _named(given, f"--{part}") for part, given in texts.items()}
+    files = {part: named_paths(given, f"--{part}") for part, given in texts.items()}
     for part, own in files.items():
         for name in own.keys() - specialists.keys():
             raise click.UsageError(f"--{part} {name}=...: no --model has that name")
@@ -212,8 +211,8 @@ def _given(
 
 def _demo(folder: Path) -> "tuple[Models, dict[str, Sources]]":
     """The demo's models and texts, made if they are not there."""
+    from examples.benchmarks.measuring.models import Models
     from examples.benchmarks.merge_quality.documents import Sources
-    from examples.benchmarks.merge_quality.models import Models
     from mergekit_dam.demo import run_demo
     from mergekit_dam.demo.recipes import text_path
     from mergekit_dam.demo.texts import DOMAINS
@@ -229,17 +228,6 @@ def _demo(folder: Path) -> "tuple[Models, dict[str, Sources]]":
     }
     specialists = {domain: str(folder / domain) for domain in DOMAINS}
     return Models(specialists, str(folder / "base")), sources
-
-
-def _named(pairs: Iterable[str], option: str) -> dict[str, str]:
-    """`NAME=PATH`, each name once."""
-    found: dict[str, str] = {}
-    for pair in pairs:
-        name, equals, path = pair.partition("=")
-        if not (name and equals and path) or name in found:
-            raise click.UsageError(f"{option} {pair}: write {_NAMED}, each name once")
-        found[name] = path
-    return found
 
 
 if __name__ == "__main__":

@@ -7,17 +7,14 @@ number of models: with 1/N their sum is the plain average.
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any
 
-import yaml
-
-from mergekit_dam.errors import DamError
+from examples.benchmarks.measuring.merges import Point
+from examples.benchmarks.measuring.rows import chosen, refuse_repeated
 
 from .results import BASE, LINEAR, OWN
 
 REGMEAN = "regmean"
-_FIXED = (BASE, OWN, LINEAR)  # recovery is measured by them: they cannot be left out
 
 # arcee-ai/DAM: what its code trains with unless told otherwise. Its tanh is always on, and its
 # embeddings and norms are left as averages, whatever its flags say.
@@ -36,30 +33,6 @@ _REFERENCE = {
     "norms": False,
 }
 _END_TO_END = {"objective": "logits"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """One merge.
-
-    Attributes:
-        method: of mergekit, or `REGMEAN`.
-        parameters: of the whole merge.
-        weights: mergekit's `weight`, of each model.
-        base: which model is mergekit's `base_model`: the base, the first specialist, or none.
-    """
-
-    method: str
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    weights: tuple[float, ...] = ()
-    base: Literal["base", "first", "none"] = "base"
-
-    @property
-    def shown(self) -> dict[str, Any]:
-        """What the table says of it."""
-        if len(set(self.weights)) > 1:
-            return {"weight": ":".join(f"{weight:g}" for weight in self.weights), **self.parameters}
-        return {**({"weight": self.weights[0]} if self.weights else {}), **self.parameters}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,67 +76,9 @@ def select(choices: Choices, *, count: int, has_base: bool, samples: int) -> tup
         ),
     )
     names = [method.name for method in methods]
-    twice = sorted({name for name in names if names.count(name) > 1 or name in (BASE, OWN)})
-    if twice:
-        raise DamError(f"a row named {', '.join(twice)} is there already: name it otherwise")
-    for pattern in (*choices.only, *choices.skip):
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise DamError(f"no row is named {pattern!r}; there are {', '.join(names)}")
-    return tuple(method for method in methods if _wanted(method.name, choices))
-
-
-def configuration(
-    point: Point,
-    models: Mapping[str, str],
-    *,
-    base: str | None,
-    calibrations: Mapping[str, str],
-    samples: int,
-    sequence_length: int,
-    dtype: str,
-) -> str:
-    """The mergekit configuration of a point, as YAML.
-
-    Args:
-        models, calibrations: by domain.
-    """
-    fits = point.method == "dam"
-    entries: list[dict[str, Any]] = []
-    for index, (domain, model) in enumerate(models.items()):
-        own: dict[str, Any] = {"weight": point.weights[index]} if point.weights else {}
-        own |= {"calibration": calibrations[domain]} if fits else {}
-        entries.append({"model": model, **({"parameters": own} if own else {})})
-    bases = {"base": base, "first": next(iter(models.values())), "none": None}
-    given = {"samples": samples, "sequence_length": sequence_length} if fits else {}
-    config: dict[str, Any] = {
-        "merge_method": point.method,
-        "base_model": bases[point.base],
-        "models": entries,
-        "parameters": {**given, **point.parameters},
-        "dtype": dtype,
-    }
-    text: str = yaml.safe_dump({k: v for k, v in config.items() if v}, sort_keys=False)
-    return text
-
-
-def parse_variant(text: str) -> tuple[str, dict[str, Any]]:
-    """`name: key=value, key=value` as a name and parameters; numbers, true and false are read.
-
-    Raises:
-        DamError: if it is written otherwise.
-    """
-    name, colon, rest = (piece.strip() for piece in text.partition(":"))
-    assignments = [piece.partition("=") for piece in rest.split(",")] if rest else []
-    if not name or not colon or not all(key.strip() and equals for key, equals, _ in assignments):
-        raise DamError(f"{text!r} is not understood: write 'name: key=value, key=value'")
-    return name, {key.strip(): _scalar(value.strip()) for key, _, value in assignments}
-
-
-def _wanted(name: str, choices: Choices) -> bool:
-    if name in _FIXED:
-        return True
-    chosen = not choices.only or any(fnmatchcase(name, pattern) for pattern in choices.only)
-    return chosen and not any(fnmatchcase(name, pattern) for pattern in choices.skip)
+    refuse_repeated(names, taken=(BASE, OWN))
+    wanted = chosen(names, only=choices.only, skip=choices.skip, always=(LINEAR,))
+    return tuple(method for method in methods if method.name in wanted)
 
 
 def _stock(count: int, *, has_base: bool) -> Iterator[Method]:
@@ -228,12 +143,3 @@ def _grid(
         Point(method=method, weights=own, parameters=chosen)
         for own, chosen in itertools.product(weights, parameters)
     ]
-
-
-def _scalar(value: str) -> Any:
-    """As YAML reads it, and 1e-3 is a number too."""
-    read = yaml.safe_load(value)
-    try:
-        return float(read) if isinstance(read, str) else read
-    except ValueError:
-        return read

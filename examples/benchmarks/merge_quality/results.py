@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from examples.benchmarks.measuring.tables import listed, markdown_table, named, number
+
 LINEAR = "linear"
 BASE = "base"
 OWN = "own specialist"
@@ -134,14 +136,13 @@ class Report:
 
     def table(self) -> str:
         """The rows as a Markdown table, padded to be read as it is."""
-        return _markdown_table(self._header(), [self._cells(row) for row in self.rows])
+        return markdown_table(self._header(), [self._cells(row) for row in self.rows])
 
     def markdown(self) -> str:
         """A page: the table and how it came about."""
-        about = [f"- {name}: {value}" for name, value in self.settings.items()]
         texts = [f"- {line}" for line in self.texts]
         parts = ["# Merges compared", self.table(), DEFINITION, COST, "## Texts", "\n".join(texts)]
-        return "\n\n".join([*parts, "## Run", "\n".join(about)]) + "\n"
+        return "\n\n".join([*parts, "## Run", listed(self.settings)]) + "\n"
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON takes it; unrounded."""
@@ -174,47 +175,12 @@ class Report:
         chosen = row.chosen
         return [
             row.name,
-            *(_number(row.test.get(domain), 3) for domain in self.domains),
-            _number(mean(own), 3),
-            " ".join(_number(value, 2) for value in own.values()) if mean(own) is not None else "",
-            _number(mean(self.recovery(row, "validation")), 3),
-            _number(chosen.seconds if chosen else None, 1),
-            _number(chosen.peak_bytes / 1e9 if chosen and chosen.peak_bytes else None, 2),
+            *(number(row.test.get(domain), 3) for domain in self.domains),
+            number(mean(own), 3),
+            " ".join(number(value, 2) for value in own.values()) if mean(own) is not None else "",
+            number(mean(self.recovery(row, "validation")), 3),
+            number(chosen.seconds if chosen else None, 1),
+            number(chosen.peak_bytes / 1e9 if chosen and chosen.peak_bytes else None, 2),
             str(len(row.trials) or ""),
             row.reason or (named(chosen.parameters) if chosen else ""),
         ]
-
-
-def named(parameters: Mapping[str, Any]) -> str:
-    """Parameters in a line."""
-    return ", ".join(f"{k}={_value(value)}" for k, value in parameters.items()) or "defaults"
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _number(value: float | None, digits: int) -> str:
-    """A number for the table; nothing if there is none, and no -0.000."""
-    return "" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
-
-
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """First and last column to the left, the others to the right."""
-    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    widths = [max(3, *map(len, column)) for column in zip(header, *cells, strict=True)]
-    last = len(header) - 1
-    left = {0, last}
-    rule = ["-" * widths[i] if i in left else "-" * (widths[i] - 1) + ":" for i in range(last + 1)]
-    rule[last] = "---"  # reasons are long; their line need not be
-
-    def line(row: Sequence[str]) -> str:
-        padded = (
-            cell.ljust(widths[i] if i != last else 0) if i in left else cell.rjust(widths[i])
-            for i, cell in enumerate(row)
-        )
-        return "| " + " | ".join(padded) + " |"
-
-    return "\n".join(map(line, [header, rule, *cells]))

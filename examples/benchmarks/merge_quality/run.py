@@ -9,13 +9,10 @@
 
 import json
 import math
-import os
-import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +20,18 @@ import click
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from examples.benchmarks.measuring.machine import machine
+from examples.benchmarks.measuring.merges import Point, configuration, merge_command
+from examples.benchmarks.measuring.models import Models, resolve_all
+from examples.benchmarks.measuring.processes import Runner, failure, run_measured
+from examples.benchmarks.measuring.tables import named
 from mergekit_dam.calibration import load_calibration
 from mergekit_dam.evaluate import EvaluationSettings, cross_entropy, load_model, read_tokens
 
 from . import documents, regmean
 from .documents import Shares, Sources, part_path
-from .methods import REGMEAN, Choices, Method, Point, configuration, select
-from .models import Models, resolve
-from .processes import Measured, failure, run_measured
-from .results import BASE, LINEAR, OWN, Losses, Report, Row, Trial, best, mean, named, recovery
-
-Runner = Callable[[Sequence[str], Path], Measured]
-"""(command, log file) -> how it went."""
+from .methods import REGMEAN, Choices, Method, select
+from .results import BASE, LINEAR, OWN, Losses, Report, Row, Trial, best, mean, recovery
 
 JUDGED = ("validation", "test")
 
@@ -102,7 +99,7 @@ def compare(
     )
     for folder in ("configs", "logs", "merged"):
         (settings.out / folder).mkdir(parents=True, exist_ok=True)
-    models = _resolved(models, settings)
+    models = resolve_all(models, settings.adapter_cache or settings.out / "adapters")
     texts = prepare_texts(models, sources, settings)
     bench = Bench(models, _read_all(models, settings), settings, run)
     texts.append(_judged_on(bench))
@@ -289,17 +286,7 @@ def _command(point: Point, name: str, folder: Path, bench: Bench) -> list[str]:
         dtype=settings.dtype,
     )
     config.write_text(text, encoding="utf-8")
-    program = [sys.executable, "-m", "mergekit.scripts.run_yaml", str(config), str(folder)]
-    device = [] if settings.device == "cpu" else ["--device", settings.device]
-    return [*program, "--random-seed", str(settings.seed), *device]
-
-
-def _resolved(models: Models, settings: Settings) -> Models:
-    cache = settings.adapter_cache or settings.out / "adapters"
-    return Models(
-        {domain: resolve(name, cache) for domain, name in models.specialists.items()},
-        None if models.base is None else resolve(models.base, cache),
-    )
+    return merge_command(config, folder, device=settings.device, seed=settings.seed)
 
 
 def _read_all(models: Models, settings: Settings) -> dict[str, dict[str, torch.Tensor]]:
@@ -338,7 +325,6 @@ def _judged_on(bench: Bench) -> str:
 
 def _about(models: Models, settings: Settings, choices: Choices) -> dict[str, Any]:
     """Settings and surroundings, as JSON takes them."""
-    packages = ("mergekit-dam", "mergekit", "torch", "transformers")
     return {
         "command": " ".join(sys.argv),
         "base": models.base,
@@ -349,9 +335,7 @@ def _about(models: Models, settings: Settings, choices: Choices) -> dict[str, An
         "seed": settings.seed,
         "shares of a split file": asdict(settings.shares),
         "dam variants": {name: dict(own) for name, own in choices.variants.items()},
-        "threads": torch.get_num_threads(),
-        "processor": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": ", ".join(f"{name} {version(name)}" for name in packages),
+        **machine(),
     }
 
 

@@ -52,6 +52,14 @@ def resolve(name: str, cache: Path) -> str:
         raise DamError(f"the adapter of {name} cannot be merged: {reason}") from error
 
 
+def resolve_all(models: Models, cache: Path) -> Models:
+    """The same models by names that `resolve` gives."""
+    return Models(
+        {domain: resolve(name, cache) for domain, name in models.specialists.items()},
+        None if models.base is None else resolve(models.base, cache),
+    )
+
+
 def _merged(reference: ModelReference, cache: Path) -> str:
     before = set(cache.iterdir()) if cache.is_dir() else set()
     try:
