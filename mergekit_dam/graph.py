@@ -36,6 +36,7 @@ from mergekit_dam.network import Network
 from mergekit_dam.objective.nonlinearity import invert
 from mergekit_dam.places import Place, Planned, check_complete, place_tensors, source_decoders
 from mergekit_dam.prepare import Prepared
+from mergekit_dam.readahead import spans_of
 from mergekit_dam.replay import saved_record
 from mergekit_dam.settings import RunSettings, TensorSettings
 from mergekit_dam.stage import Models, Record, Stage, StageKind, TensorPlan
@@ -247,6 +248,8 @@ def _chain(
             streams,
             averages,
         )
+        if previous is not None:
+            previous.node.ahead = spans_of(node.inputs)
         previous = FitStage(node=node)
         for plan in stage.tensors:
             tasks[plan.name] = MergedTensor(fit=previous, name=plan.name)

@@ -41,7 +41,7 @@ def check_headers(
         for model in order:
             loader = LoaderCache().get(model)
             info = gather.weight_info[model]
-            name = _present(info, loader)
+            name = present_name(info, loader)
             if name is not None:
                 found[model] = _shapes(loader).get(name)
             elif not _convertible(model, loader, info.name):
@@ -67,7 +67,8 @@ def check_headers(
     return shapes
 
 
-def _present(info: WeightInfo, loader: LazyTensorLoader) -> str | None:
+def present_name(info: WeightInfo, loader: LazyTensorLoader) -> str | None:
+    """The name that a model has a tensor by, if it has it."""
     names = (info.name, *(info.aliases or ()), *(info.tied_names or ()))
     return next((name for name in names if name in loader.index.tensor_paths), None)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from mergekit_dam.anatomy import Anatomy
 from mergekit_dam.fitting.tensors import TensorSources
 from mergekit_dam.part import Part
+from mergekit_dam.readahead import read_ahead, spans_of
 from mergekit_dam.settings import Resident
 from mergekit_dam.stage import Record, Stage
 
@@ -103,6 +104,7 @@ class Network:
     resident: Resident = "auto"
     _kept: dict[int, Loaded] = field(default_factory=dict)
     _last: OpenStage | None = None
+    _at: int = -1
 
     @property
     def tensor_names(self) -> frozenset[str]:
@@ -118,7 +120,7 @@ class Network:
     def open(self, number: int) -> OpenStage:
         """A stage with its weights, read from the models' shards unless they are at hand.
 
-        It stays open until the next one is.
+        It stays open until the next one is. What the sweep will come to next is read ahead.
         """
         if self._last is not None:
             self._last.close()
@@ -129,7 +131,10 @@ class Network:
             loaded = self._read(number)
             if self.resident == "always" or (self.resident == "auto" and _has_room(self.device)):
                 self._kept[number] = loaded
-        self._last = OpenStage(stage, loaded)
+        following = number + (1 if number > self._at else -1)
+        if 0 <= following < len(self.stages) and following not in self._kept:
+            read_ahead(spans_of(self.gathers[following]))
+        self._at, self._last = number, OpenStage(stage, loaded)
         return self._last
 
     def forward(self) -> Iterator[tuple[int, OpenStage]]:

@@ -31,6 +31,7 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.fitting.streams import Stream
 from mergekit_dam.network import Network
 from mergekit_dam.progress import show
+from mergekit_dam.readahead import Span, read_ahead
 from mergekit_dam.search import search
 from mergekit_dam.settings import RunSettings
 from mergekit_dam.stage import Progress, Record, Stage, TensorPlan
@@ -68,6 +69,7 @@ class StageNode:
         previous: the stage before, or None.
         streams: makes the streams at the entrance, for the first stage.
         record: what is known from planning, for the first stage.
+        ahead: what the next stage will read.
     """
 
     stage: Stage
@@ -76,6 +78,7 @@ class StageNode:
     previous: "FitStage | None"
     streams: Callable[[], list[Stream]]
     record: Record = field(default_factory=Record)
+    ahead: tuple[Span, ...] = ()
 
 
 class FitStage(Task[Any], frozen=True, arbitrary_types_allowed=True):
@@ -96,6 +99,7 @@ class FitStage(Task[Any], frozen=True, arbitrary_types_allowed=True):
         return True
 
     def execute(self, previous: Progress | None = None, **tensors: Any) -> Progress:
+        read_ahead(self.node.ahead)
         stage = self.node.stage
         loaded = {plan.name: tensors[f"tensor_{index}"] for index, plan in enumerate(stage.tensors)}
         streams = previous.streams if previous else self.node.streams()

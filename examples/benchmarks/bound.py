@@ -1,0 +1,173 @@
+"""Where the time of a merge goes, against the least that this machine would need for it.
+
+    python examples/benchmarks/bound.py dam.yaml --threads 2
+
+The merge runs in this process. Every operation of torch is timed by what it does, and its
+floating-point operations are counted. The bound is those over the rates that the same machine
+reaches at large matrices, plus the bytes of the models and of the result over the disk's rates.
+"""
+
+import math
+import os
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import yaml
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+_SOLVES = {torch.ops.aten.linalg_cholesky_ex, torch.ops.aten.linalg_cholesky}
+
+
+@dataclass
+class Work:
+    """Operations of one kind: wall seconds and floating-point operations."""
+
+    seconds: float = 0.0
+    flops: float = 0.0
+
+
+class Timer(TorchDispatchMode):
+    """Times every operation; products and factorisations by the dtype they are computed in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds: dict[str, Work] = defaultdict(Work)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        started = time.perf_counter()
+        out = func(*args, **kwargs)
+        seconds = time.perf_counter() - started
+        packet = func._overloadpacket
+        if packet in _SOLVES:
+            kind, flops = "Cholesky", float(args[0].shape[-1]) ** 3 / 3 * args[0].shape[:-2].numel()
+        elif packet in flop_registry:
+            kind = f"products in {str(args[0].dtype).removeprefix('torch.')}"
+            flops = float(flop_registry[packet](*args, **kwargs, out_val=out))
+        else:
+            kind, flops = "all else in torch", 0.0
+        work = self.kinds[kind]
+        work.seconds += seconds
+        work.flops += flops
+        return out
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the machine reaches: flops a second by kind, bytes a second of the disk."""
+
+    flops: dict[str, float]
+    read: float
+    write: float
+
+
+def measure_rates(files: list[Path], folder: Path) -> Rates:
+    """Rates at a 2048 x 2048 product and a 4096 x 4096 factorisation, and of the disk.
+
+    Args:
+        files: to read, dropped from the page cache before.
+        folder: to write to.
+    """
+    flops = {}
+    for dtype in (torch.float32, torch.float64):
+        a = torch.randn(2048, 2048, dtype=dtype)
+        name = f"products in {str(dtype).removeprefix('torch.')}"
+        flops[name] = 2 * 2048**3 / _fastest(lambda a=a: a @ a)  # type: ignore[misc]
+    gram = torch.randn(4096, 4096, dtype=torch.float64)
+    gram = gram @ gram.T + 4096 * torch.eye(4096, dtype=torch.float64)
+    flops["Cholesky"] = 4096**3 / 3 / _fastest(lambda: torch.linalg.cholesky(gram))
+    return Rates(flops, _read_rate(files), _write_rate(folder))
+
+
+def _fastest(run: Callable[[], Any], times: int = 5) -> float:
+    def once() -> float:
+        started = time.perf_counter()
+        run()
+        return time.perf_counter() - started
+
+    return min(once() for _ in range(times))
+
+
+def _read_rate(files: list[Path]) -> float:
+    size, seconds = 0, 0.0
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            started = time.perf_counter()
+            while data := file.read(1 << 24):
+                size += len(data)
+            seconds += time.perf_counter() - started
+    return size / seconds
+
+
+def _write_rate(folder: Path, size: int = 1 << 28) -> float:
+    with tempfile.TemporaryFile(dir=folder) as file:
+        started = time.perf_counter()
+        file.write(bytes(size))
+        file.flush()
+        os.fsync(file.fileno())
+        return size / (time.perf_counter() - started)
+
+
+def weight_files(config: Path) -> list[Path]:
+    """Safetensors of all models that a configuration names by path."""
+    from mergekit.config import MergeConfiguration
+
+    parsed = MergeConfiguration.model_validate(yaml.safe_load(config.read_text()))
+    models = parsed.referenced_models()
+    return [file for m in models for file in sorted(Path(m.model.path).glob("*.safetensors"))]
+
+
+@click.command(help=__doc__.partition("\n")[0])
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--threads", type=click.IntRange(min=1), default=torch.get_num_threads())
+@click.argument("options", nargs=-1)
+def main(config: Path, threads: int, options: tuple[str, ...]) -> None:
+    """Run the merge and print the table. OPTIONS are passed on to mergekit-yaml."""
+    from mergekit.scripts.run_yaml import main as mergekit_yaml
+
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory(prefix="bound-", dir=Path.cwd()) as folder:
+        files = weight_files(config)
+        rates = measure_rates(files, Path(folder))
+        out = Path(folder) / "out"
+        timer, started = Timer(), time.perf_counter()
+        with timer:
+            mergekit_yaml([str(config), str(out), *options], standalone_mode=False)
+        wall = time.perf_counter() - started
+        read = sum(file.stat().st_size for file in files)
+        written = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    disk = read / rates.read + written / rates.write
+    least = disk
+    rows: list[tuple[str, ...]] = [
+        ("", "seconds", "share", "Gflop", "Gflop/s", "at best", "bound, s")
+    ]
+    for kind, work in sorted(timer.kinds.items(), key=lambda item: -item[1].seconds):
+        rate = rates.flops.get(kind, math.inf)
+        least += work.flops / rate
+        shown = [f"{work.flops / 1e9:.0f}", f"{work.flops / 1e9 / work.seconds:.1f}"]
+        shown += [f"{rate / 1e9:.1f}", f"{work.flops / rate:.1f}"]
+        counted = shown if work.flops else [""] * 4
+        rows.append((kind, f"{work.seconds:.1f}", f"{work.seconds / wall:.0%}", *counted))
+    rest = wall - sum(work.seconds for work in timer.kinds.values())
+    rows.append(("outside of torch", f"{rest:.1f}", f"{rest / wall:.0%}", "", "", "", ""))
+    rows.append(("disk", "", "", "", "", "", f"{disk:.1f}"))
+    rows.append(("in all", f"{wall:.1f}", "", "", "", "", f"{least:.1f}"))
+    for row in rows:
+        click.echo(f"{row[0]:<22}" + "".join(f"{cell:>10}" for cell in row[1:]))
+    click.echo(f"{wall / least:.2f} times the bound")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Asks the system for the weights of the next stage while this one is fitted.
+
+mergekit maps weights into memory, so that a page is read from the disk when it is first touched.
+A thread tells the system beforehand which pages those will be; it holds none of them itself.
+Where the system takes no such advice (macOS, Windows), nothing is read ahead.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from mergekit.graph import Task
+from mergekit.io.tasks import GatherTensors, LoaderCache
+from mergekit.tokenizer import PermutedVocabulary
+from mergekit.tokenizer.truncate import TruncatedVocabulary
+
+from mergekit_dam.headers import present_name
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes of a file."""
+
+    path: Path
+    offset: int
+    length: int
+
+
+_THREAD = ThreadPoolExecutor(1, "dam-read-ahead")
+
+
+def read_ahead(spans: Iterable[Span]) -> None:
+    """Have the system read bytes of files into its cache, in the background."""
+    if hasattr(os, "posix_fadvise"):
+        _THREAD.submit(_advise, tuple(spans))
+
+
+def _advise(spans: tuple[Span, ...]) -> None:
+    for span in spans:
+        with span.path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), span.offset, span.length, os.POSIX_FADV_WILLNEED)
+
+
+def spans_of(tasks: Iterable[Task[Any]]) -> tuple[Span, ...]:
+    """Where the tensors that mergekit's tasks gather lie in safetensors files.
+
+    Tensors that are pickled, or that mergekit makes of others, are left out.
+    """
+    return tuple(span for task in tasks for span in _spans(task))
+
+
+def _spans(task: Task[Any]) -> Iterator[Span]:
+    while isinstance(task, (PermutedVocabulary, TruncatedVocabulary)):
+        task = task.gather_tensors
+    if not isinstance(task, GatherTensors):
+        return
+    for model, weight in task.weight_info.items():
+        loader = LoaderCache().get(model)
+        name = present_name(weight, loader)
+        if name is not None and loader.index.is_safetensors:
+            path = Path(loader.index.base_path) / loader.index.tensor_paths[name]
+            yield _offsets(path)[name]
+
+
+@lru_cache(maxsize=256)
+def _offsets(path: Path) -> Mapping[str, Span]:
+    """Where each tensor of a safetensors file lies; its header begins with its own length."""
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    bounds = {name: entry["data_offsets"] for name, entry in header.items()}
+    return {
+        name: Span(path, 8 + size + first, last - first) for name, (first, last) in bounds.items()
+    }
