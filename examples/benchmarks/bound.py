@@ -35,11 +35,11 @@ class Work:
     flops: float = 0.0
 
 
-class Timer(TorchDispatchMode):
+class Timer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Times every operation; products and factorisations by the dtype they are computed in."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.kinds: dict[str, Work] = defaultdict(Work)
 
     def __torch_dispatch__(
