@@ -95,6 +95,14 @@ def prepare(
     if run.coefficients is not None:
         replay = CoefficientFile.load(run.coefficients)
         return Prepared(checked, settings, {}, replay)
+    if options.multi_gpu:
+        raise ConfigError(
+            [
+                "--multi-gpu: a fit follows the data from one block to the next, on one device; "
+                "leave the option out (in place of --gpu-rich: --cuda --low-cpu-memory "
+                "--read-to-gpu). Coefficients that are known, as in a replay, can be merged so"
+            ]
+        )
     start = None
     if run.start not in ("average", "random"):
         if not Path(run.start).exists():

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from mergekit_dam.errors import ConfigError
 from tests.merging import Merged, dam, linear, merge, tensors_of
 from tests.models import (
     Models,
@@ -549,6 +550,14 @@ class TestOptions:
         configuration = dam(llama_models.models, calibration, head=False)
         plain = merge(configuration, tmp_path / "plain")
         assert merge(configuration, tmp_path / "out", **options).model_bytes == plain.model_bytes
+
+    def test_many_gpus_are_refused_for_a_fit(
+        self, llama_models: Models, calibration: Calibration, tmp_path: Path
+    ) -> None:
+        configuration = dam(llama_models.models, calibration, head=False)
+        with pytest.raises(ConfigError, match=r"--multi-gpu: a fit follows the data"):
+            merge(configuration, tmp_path / "out", multi_gpu=True)
+        assert not (tmp_path / "out").exists()
 
     def test_shards_card_and_tokenizer_are_mergekits(
         self, llama_models: Models, calibration: Calibration, tmp_path: Path
