@@ -322,6 +322,31 @@ class TestObjective:
         )
         assert always.model_bytes == never.model_bytes
 
+    @pytest.mark.parametrize(
+        "own",
+        [
+            {"objective": "layer", "metric": "identity"},
+            {"objective": "layer+logits", "metric": "sensitivity", "steps": 2},
+        ],
+        ids=str,
+    )
+    def test_streams_in_files_change_nothing_and_leave_nothing(
+        self,
+        llama_models: Models,
+        calibration: Calibration,
+        tmp_path: Path,
+        own: dict[str, Any],
+    ) -> None:
+        host, disk = (
+            merge(
+                dam(llama_models.models, calibration, stream_offload=place, **own),
+                tmp_path / place,
+            )
+            for place in ("host", "disk")
+        )
+        assert disk.model_bytes == host.model_bytes
+        assert {p.name for p in disk.path.iterdir()} == {p.name for p in host.path.iterdir()}
+
     def test_a_fit_goes_on_from_an_earlier_merge(
         self, llama_models: Models, calibration: Calibration, tmp_path: Path
     ) -> None:
