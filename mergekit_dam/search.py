@@ -3,7 +3,7 @@
 1. Survey: every teacher and the model at the start run on the calibration data once.
 2. The rungs of the configured objective: a sweep of layer fits in the sensitivity metric; one in
    the plain metric, where the first is not asked for or was no good; descents of the end-to-end
-   objective from the best so far, each twice as long as the last, as long as they pay.
+   objective from the best so far, a long one if a short one paid.
 3. A rung is kept if the merged model as a whole comes nearer to its teachers on held-out data.
 
 So the result is never worse there than the start, nor than a shorter ladder's.
@@ -35,8 +35,8 @@ from mergekit_dam.stage import Record, Rung
 
 Show = Callable[[str], None]
 
-DESCENTS = (20, 40, 80, 160)
-"""Steps of one descent after the other, where no number is asked for."""
+DESCENTS = (20, 400)
+"""Steps of one descent after the other, where no number is asked for: the first is a trial."""
 
 WORTHWHILE = 0.1
 """A descent is followed by a longer one if it lowered the held-out KL by this fraction."""

@@ -471,13 +471,13 @@ def test_the_surveys_teachers_are_the_models(tmp_path: Path) -> None:
         )
 
 
-def test_descents_follow_each_other_as_long_as_that_pays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("factor", "descents"), [(0.5, 2), (0.95, 1), (1.5, 1)])
+def test_a_long_descent_follows_a_short_one_that_paid(
+    factor: float, descents: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    factors, seeds, asked = iter([0.5, 0.6, 0.999, 0.1]), [], []
+    seeds, asked = [], []
 
     def fake(_: Any, data: Any, start: Record, verdict: Verdict, **rest: Any) -> Descent:
-        factor = next(factors)
         seeds.append(rest["seed"])
         asked.append(rest["steps"])
         losses = tuple(factor * loss for loss in verdict.losses)
@@ -486,9 +486,10 @@ def test_descents_follow_each_other_as_long_as_that_pays(
     monkeypatch.setattr(search_module, "descend", fake)
     logits = logits_settings(steps=None)
     record = searched(make(), tmp_path, objective="logits", logits=logits)
-    assert [rung.kept for rung in record.rungs] == [True] * 4
-    assert len(set(seeds)) == 3
+    assert [rung.kept for rung in record.rungs] == [True] + [factor < 1] * descents
+    assert len(set(seeds)) == descents
     assert asked == sorted(set(asked))
+    assert len(asked) == descents
 
 
 # Files

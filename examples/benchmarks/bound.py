@@ -56,7 +56,7 @@ class Timer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             kind = f"products in {str(args[0].dtype).removeprefix('torch.')}"
             flops = float(flop_registry[packet](*args, **kwargs, out_val=out))
         else:
-            kind, flops = "all else in torch", 0.0
+            kind, flops = f"  {packet}".replace("aten.", ""), 0.0
         work = self.kinds[kind]
         work.seconds += seconds
         work.flops += flops
@@ -129,6 +129,14 @@ def weight_files(config: Path) -> list[Path]:
     return [file for m in models for file in sorted(Path(m.model.path).glob("*.safetensors"))]
 
 
+def shortened(kinds: dict[str, Work], shown: int = 10) -> dict[str, Work]:
+    """The kinds by their seconds, longest first, with those beyond the first few as one."""
+    ordered = sorted(kinds.items(), key=lambda item: (not item[1].flops, -item[1].seconds))
+    rest = [work for _, work in ordered[shown:]]
+    other = Work(sum(work.seconds for work in rest), sum(work.flops for work in rest))
+    return {**dict(ordered[:shown]), f"  {len(rest)} other operations": other}
+
+
 @click.command(help=__doc__.partition("\n")[0])
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--threads", type=click.IntRange(min=1), default=torch.get_num_threads())
@@ -153,7 +161,7 @@ def main(config: Path, threads: int, options: tuple[str, ...]) -> None:
     rows: list[tuple[str, ...]] = [
         ("", "seconds", "share", "Gflop", "Gflop/s", "at best", "bound, s")
     ]
-    for kind, work in sorted(timer.kinds.items(), key=lambda item: -item[1].seconds):
+    for kind, work in shortened(timer.kinds).items():
         rate = rates.flops.get(kind, math.inf)
         least += work.flops / rate
         shown = [f"{work.flops / 1e9:.0f}", f"{work.flops / 1e9 / work.seconds:.1f}"]
