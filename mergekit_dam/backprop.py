@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergekit_dam.fitting.storage import Sequences
-from mergekit_dam.fitting.streams import chunks
+from mergekit_dam.fitting.streams import chunks, joined
 from mergekit_dam.network import Network, OpenStage
 from mergekit_dam.part import Part
 
@@ -64,9 +64,10 @@ def forward(
         if shelf is not None and number > 0:
             shelf.put(number, streams)
         weights = weights_of(number, opened)
+        left = [run(opened.part, weights, stream, network.device) for stream in streams]
         streams = [
-            torch.cat([left.cpu() for left in run(opened.part, weights, stream, network.device)])
-            for stream in streams
+            joined([chunk.cpu() for chunk in leaving], none=stream)
+            for leaving, stream in zip(left, streams, strict=True)
         ]
     return streams
 
@@ -125,4 +126,4 @@ def backward(
             entered.append(got[0].cpu())
             got = got[1:]
         add_gradients(sums, got)
-    return torch.cat(entered) if entered else x.new_empty(0)
+    return joined(entered, none=x.new_empty(0))

@@ -342,7 +342,7 @@ def _streams(
     device: torch.device,
     out_path: Path,
 ) -> list[Stream]:
-    """The calibration tokens of every model that has some, at the entrance of the model.
+    """This process's share of the calibration tokens of every model that has some.
 
     Args:
         hidden: size of a hidden state.
@@ -358,8 +358,9 @@ def _streams(
             calibration.tokens,
             prepared.settings.held_out(calibration.tokens.shape[0]),
             storage,
+            turn=turn,
         )
-        for model, calibration in prepared.calibration.items()
+        for turn, (model, calibration) in enumerate(prepared.calibration.items())
     ]
 
 

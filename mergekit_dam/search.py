@@ -141,7 +141,9 @@ def survey(
     for stream, moved in zip(streams, moving, strict=True):
         source, tokens = stream.source, stream.merged
         assert isinstance(tokens, Tensor)
-        data.append(Data(source, weights[source], tokens, moved.teacher, stream.held_out))
+        data.append(
+            Data(source, weights[source], tokens, moved.teacher, stream.held_out, stream.numbers)
+        )
     verdict = judged_at_output(network, start, data, [stream.merged for stream in moving])
     if not math.isfinite(verdict.mean):
         raise _not_finite(network.output())

@@ -9,16 +9,17 @@ The loss is `-log p(y)` of labels y drawn from the model's own distribution: the
 gradients is the Fisher information, which is the curvature of the KL.
 """
 
+import random
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from mergekit_dam.anatomy import Anatomy
+from mergekit_dam.anatomy import Anatomy, Unit
 from mergekit_dam.backprop import Shelf, backward, chunks_of
 from mergekit_dam.fitting.metric import Metric
 from mergekit_dam.fitting.state import Metrics
-from mergekit_dam.fitting.streams import Stream
+from mergekit_dam.fitting.streams import Stream, joined
 from mergekit_dam.network import Network, OpenStage
 from mergekit_dam.stage import Record
 
@@ -28,8 +29,13 @@ TOKENS = 4096
 
 def felt_tokens(stream: Stream) -> Tensor:
     """The merged stream's sequences that metrics are made of: some of those of the fit."""
-    _, last = stream.border("fit")
-    return stream.merged[: min(last, max(1, TOKENS // stream.merged.shape[1]))]
+    return stream.merged[: len(_felt(stream))]
+
+
+def _felt(stream: Stream) -> range:
+    """Numbers of this process's sequences among the first of all that metrics are made of."""
+    count = min(stream.count("fit"), max(1, TOKENS // stream.merged.shape[1]))
+    return range(stream.own.start, count, stream.own.step)
 
 
 class Sensitivity:
@@ -58,7 +64,7 @@ class Sensitivity:
         self._network, self._point = network, point
         self._entered, self._left = entered, left
         self._sources = [stream.source for stream in streams]
-        flowing = self._label_gradients([felt_tokens(stream) for stream in streams], seed)
+        flowing = self._label_gradients(streams, seed)
         for number, opened in network.backward():
             show(f"backward {opened.part.label}")
             self._left.put(number, flowing)
@@ -69,17 +75,18 @@ class Sensitivity:
                     for x, gradient in zip(entered.get(number), flowing, strict=True)
                 ]
 
-    def _label_gradients(self, hidden: Sequence[Tensor], seed: int) -> list[Tensor]:
+    def _label_gradients(self, streams: Sequence[Stream], seed: int) -> list[Tensor]:
         """Gradients of what left the last block, of `-log p(y)` summed over the tokens."""
         opened = self._network.output()
         weights = opened.merged_weights(self._point)
         device = self._network.device
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = torch.Generator(device)
         found = []
-        for stream in hidden:
-            gradients = []
-            for index in range(stream.shape[0]):  # logits of one sequence at a time
-                x = stream[index : index + 1].to(device).requires_grad_(True)
+        for stream in streams:
+            hidden, gradients = felt_tokens(stream), []
+            for index, number in enumerate(_felt(stream)):  # logits of one sequence at a time
+                generator.manual_seed(_seed_of(seed, stream.source, number))
+                x = hidden[index : index + 1].to(device).requires_grad_(True)
                 with torch.enable_grad():
                     logits = opened.part.run(weights, x)[0].float()
                     labels = torch.multinomial(
@@ -87,12 +94,12 @@ class Sensitivity:
                     ).squeeze(1)
                     loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
                 gradients.append(torch.autograd.grad(loss, x)[0].cpu())
-            found.append(torch.cat(gradients))
+            found.append(joined(gradients, none=hidden))
         return found
 
     def metrics(self, number: int, opened: OpenStage, anatomy: Anatomy) -> Metrics:
         """The metrics of a block's linears, by source and unit."""
-        units = tuple(unit.name for unit in anatomy.units if unit.kind == "linear")
+        units = tuple(unit for unit in anatomy.units if unit.kind == "linear")
         weights = opened.merged_weights(self._point)
         entered, left = self._entered.get(number), self._left.get(number)
         streams = zip(self._sources, entered, left, strict=True)
@@ -106,22 +113,34 @@ class Sensitivity:
         self,
         opened: OpenStage,
         weights: dict[str, Tensor],
-        units: tuple[str, ...],
+        units: tuple[Unit, ...],
         x: Tensor,
         gradient: Tensor,
     ) -> dict[str, Tensor]:
         """Gradients at the outputs of linears, fp32 `[tokens, out]` each."""
         device = self._network.device
-        found: dict[str, list[Tensor]] = {unit: [] for unit in units}
+        names = tuple(unit.name for unit in units)
+        found: dict[str, list[Tensor]] = {name: [] for name in names}
         for chunk in chunks_of(x):
             with torch.enable_grad():
                 inner = x[chunk].to(device).requires_grad_(True)
-                leaving, seen = opened.part.watched(weights, inner, outputs=units)
-            outputs = [seen[unit] for unit in units]
+                leaving, seen = opened.part.watched(weights, inner, outputs=names)
+            outputs = [seen[name] for name in names]
             got = torch.autograd.grad(
                 leaving, outputs, gradient[chunk].to(device), allow_unused=True
             )
-            for unit, output, own in zip(units, outputs, got, strict=True):
+            for name, output, own in zip(names, outputs, got, strict=True):
                 rows = torch.zeros_like(output) if own is None else own
-                found[unit].append(rows.reshape(-1, rows.shape[-1]))
-        return {unit: torch.cat(rows) for unit, rows in found.items()}
+                found[name].append(rows.reshape(-1, rows.shape[-1]))
+        return {unit.name: joined(found[unit.name], none=_no_rows(unit, weights)) for unit in units}
+
+
+def _seed_of(seed: int, source: int, number: int) -> int:
+    """Of the labels of one sequence: the same, whichever process draws them."""
+    return random.Random(f"{seed} {source} {number}").getrandbits(63)
+
+
+def _no_rows(unit: Unit, weights: dict[str, Tensor]) -> Tensor:
+    """Gradients `[0, out]` at the output of a linear."""
+    weight = weights[unit.parameter("weight")]
+    return weight.new_empty(0, weight.shape[1 if unit.axis == 0 else 0])

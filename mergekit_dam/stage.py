@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mergekit_dam.anatomy import Anatomy
 from mergekit_dam.decoder import Decoder
+from mergekit_dam.distributed import from_first
 from mergekit_dam.errors import DamError
 from mergekit_dam.fitting.head import fit_head
 from mergekit_dam.fitting.state import Metrics
@@ -144,7 +145,7 @@ class Models:
         """The anatomy of a part, examined once for all blocks built alike."""
         key = f"{part.residual} {sorted(weights)} {part.root}"
         if key not in self.anatomies:
-            self.anatomies[key] = part.anatomy(weights, like)
+            self.anatomies[key] = from_first(lambda: part.anatomy(weights, like))
         return self.anatomies[key]
 
     def move(self, device: torch.device) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mergekit_dam.anatomy import Captured, Unit
 from mergekit_dam.fitting.judge import judging_split
-from mergekit_dam.fitting.moments import Evidence, M, Sums
+from mergekit_dam.fitting.moments import Evidence, LinearMoments, M, Sums
 from mergekit_dam.fitting.state import Walk
 from mergekit_dam.fitting.streams import Split, Stream
 
@@ -77,6 +77,7 @@ def gather(
     for stream in walk.streams:
         own = empty(stream)
         _see(walk, stage, units, stream, "fit", partial(add, own))
+        _add_up(own)
         for name, sums in own.items():
             scale = factor(name, sums, stream)
             if not pool:
@@ -90,6 +91,7 @@ def gather(
         if judged_on == "held_out":
             judging = judges(stream)
             _see(walk, stage, units, stream, "held_out", partial(add, judging))
+            _add_up(judging)
             for name, tokens in judging.items():
                 tokens.scale = factor(name, tokens, stream)
                 held_out[name].append(tokens)
@@ -101,6 +103,15 @@ def gather(
         )
         for name, moments in fit.items()
     }
+
+
+def _add_up(own: Mapping[str, Sums]) -> None:
+    """Take the sums of other processes into those of a stage's units, shared ones once."""
+    shared = {id(s.inputs): s.inputs for s in own.values() if isinstance(s, LinearMoments)}
+    for inputs in shared.values():
+        inputs.add_up()
+    for sums in own.values():
+        sums.add_up()
 
 
 def _see(

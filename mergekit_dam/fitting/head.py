@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mergekit_dam.anatomy import Unit
 from mergekit_dam.coefficients import coefficient_gradient
+from mergekit_dam.distributed import total, totals
 from mergekit_dam.fitting.judge import divergence, judging_split
 from mergekit_dam.fitting.moments import Losses
 from mergekit_dam.fitting.state import Walk
@@ -39,7 +40,7 @@ def fit_head(walk: Walk, unit: Unit, *, temperature: float) -> Iterator[tuple[st
     name = unit.parameter("weight")
     head = walk.sources[name]
     form = head.settings.parametrisation
-    total = sum(head.settings.loss_weights[s.source] for s in walk.streams)
+    whole = sum(head.settings.loss_weights[s.source] for s in walk.streams)
     columns = head.tensors[0].shape[unit.axis]
     size = columns if head.settings.granularity == "column" else 1
     unknowns = form.start[:, None].repeat(1, size).to(walk.device)
@@ -58,11 +59,11 @@ def fit_head(walk: Walk, unit: Unit, *, temperature: float) -> Iterator[tuple[st
         weight = head.merged(form.coefficients(unknowns), axis=unit.axis).float()
         weight.requires_grad_(True)
         for stream in walk.streams:
-            share = head.settings.loss_weights[stream.source] / total
+            share = head.settings.loss_weights[stream.source] / whole
             _backward(walk, stream, step - 1, name, weight, temperature, share)
-        assert weight.grad is not None
-        unknowns.grad = expand.T @ coefficient_gradient(
-            head.tensors, weight.grad, axis=unit.axis, per_column=size > 1
+        own = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        unknowns.grad = expand.T @ total(
+            coefficient_gradient(head.tensors, own, axis=unit.axis, per_column=size > 1)
         )
         optimizer.step()
         if step % JUDGE_EVERY == 0:
@@ -112,8 +113,11 @@ def _backward(
     temperature: float,
     share: float,
 ) -> None:
-    """Add one sequence's gradient to `weight.grad`."""
-    index = step % (stream.merged.shape[0] - stream.held_out)
+    """Add one sequence's gradient to `weight.grad`, if the sequence is this process's."""
+    number = step % stream.count("fit")
+    if number not in stream.own:
+        return
+    index = stream.own.index(number)
     with torch.enable_grad():
         weights = {**walk.weights, name: weight}
         loss = _kl(
@@ -131,14 +135,14 @@ def _loss(walk: Walk, name: str, weight: Tensor, split: Split, *, temperature: f
     """KL of the merged model on a split, averaged over the models with their loss weights."""
     loss_weights = walk.sources[name].settings.loss_weights
     weights = {**walk.weights, name: weight}
-    total = sum(loss_weights[stream.source] for stream in walk.streams)
+    whole = sum(loss_weights[stream.source] for stream in walk.streams)
     loss = 0.0
     for stream in walk.streams:
         teacher_weights = walk.teacher_weights(stream)
         first, last = stream.border(split)
-        mean = sum(
+        own = sum(
             float(_kl(walk, stream, teacher_weights, weights, slice(i, i + 1), temperature))
             for i in range(first, last)
-        ) / (last - first)
-        loss += loss_weights[stream.source] / total * mean
-    return loss
+        )
+        loss += loss_weights[stream.source] / whole * own / stream.count(split)
+    return totals([loss])[0]

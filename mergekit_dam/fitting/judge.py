@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
+from mergekit_dam.distributed import totals
 from mergekit_dam.fitting.streams import Split, Stream
 
 Logits = Callable[[Tensor], Tensor]
@@ -45,7 +46,7 @@ def divergence(merged: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> 
 
 
 class Divided(Protocol):
-    """Sequences of which the last so many are held out."""
+    """Sequences of which the last so many are held out, in one process or another."""
 
     @property
     def held_out(self) -> int: ...
@@ -72,7 +73,7 @@ def judge(
         weights: loss weight of each stream.
     """
     split = judging_split(streams)
-    losses = []
+    sums = []
     for stream in streams:
         teacher = teachers[stream.source]
         first, last = stream.border(split)
@@ -84,5 +85,6 @@ def judge(
             ).mean(dtype=torch.float64)
             for i in range(first, last)
         )
-        losses.append(float(total) / (last - first))
-    return Verdict(tuple(losses), tuple(weights))
+        sums.append(float(total))
+    pairs = zip(totals(sums), streams, strict=True)
+    return Verdict(tuple(total / own.count(split) for total, own in pairs), tuple(weights))

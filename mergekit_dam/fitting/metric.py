@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_dam.distributed import gathered, total, totals
+
 DAMPING = 1.0
 """What is added to S, in units of its mean diagonal: gradients of few tokens are not all."""
 
@@ -35,24 +37,25 @@ class Metric:
 
     @classmethod
     def of_gradients(cls, gradients: Tensor) -> "Metric":
-        """The metric of gradients fp32 `[tokens, out]`, damped.
+        """The metric of gradients fp32 `[tokens, out]`, this process's and the others', damped.
 
         It is kept as a matrix, or as the gradients where there are few of them.
         A token counts in full up to the energy that most have, beyond that in inverse
         proportion: one whose gradient explodes would be all there is to S.
         """
         energy = gradients.square().sum(1, dtype=torch.float64)
-        felt = energy[energy > 0]
+        felt = gathered(energy[energy > 0])
         if not len(felt):
             return cls()
         usual = felt.kthvalue(math.ceil(FULL * len(felt))).values
         weight = usual / energy.clamp_min(usual)
-        share = weight / weight.sum()
+        share = weight / total(weight.sum())
         rows = gradients * share.sqrt().to(gradients)[:, None]
-        mean = float(rows.square().sum(dtype=torch.float64)) / rows.shape[1]
-        if 2 * rows.shape[0] <= rows.shape[1]:  # then products with them are cheaper
-            return cls(rows, False, DAMPING * mean)
-        matrix = rows.T @ rows
+        felt_in_all, tokens = totals([float(rows.square().sum(dtype=torch.float64)), len(rows)])
+        mean = felt_in_all / rows.shape[1]
+        if 2 * tokens <= rows.shape[1]:  # then products with them are cheaper
+            return cls(gathered(rows), False, DAMPING * mean)
+        matrix = total(rows.T @ rows)
         # The product is symmetric but for rounding.
         return cls((matrix + matrix.T) / 2, True, DAMPING * mean)
 

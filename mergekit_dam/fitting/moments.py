@@ -12,6 +12,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from mergekit_dam.distributed import total, totals
 from mergekit_dam.fitting.metric import PLAIN, Metric
 
 
@@ -50,6 +51,11 @@ class InputMoments:
         self.gram += (x * weight[:, None]).T @ x
         self.x_sum += weight @ x
         self.count += float(weight.sum(dtype=torch.float64))
+
+    def add_up(self) -> None:
+        """Take in the sums of the other processes."""
+        self.gram, self.x_sum = total(self.gram), total(self.x_sum)
+        (self.count,) = totals([self.count])
 
     def scaled(self, factor: float) -> "InputMoments":
         """A copy with the tokens weighted by `factor`."""
@@ -113,6 +119,11 @@ class LinearMoments:
         self.energy += energy
         self.y_square += energy if target is output else self.metric.square(target, weight)
 
+    def add_up(self) -> None:
+        """Take in the sums of the other processes, but for the inputs' own."""
+        self.cross, self.y_sum = total(self.cross), total(self.y_sum)
+        self.y_square, self.energy = totals([self.y_square, self.energy])
+
     def scaled(self, factor: float) -> "LinearMoments":
         """A copy with its tokens weighted by `factor`, and inputs of its own."""
         return LinearMoments(
@@ -157,7 +168,8 @@ class LinearMoments:
 class LinearTokens:
     """Inputs and targets of one linear, token by token: what judges it.
 
-    They are kept on the host. Few tokens judge: their Gram matrix would take more room.
+    They are kept on the host, by the process that ran them. Few tokens judge: their Gram matrix
+    would take more room.
 
     Attributes:
         energy, count, metric, scale: as in `LinearMoments`.
@@ -175,16 +187,20 @@ class LinearTokens:
         self.count += float(weight.sum(dtype=torch.float64))
         self._chunks.append((x.cpu(), target.cpu(), weight))
 
+    def add_up(self) -> None:
+        """Take in the sums of the other processes."""
+        self.energy, self.count = totals([self.energy, self.count])
+
     def error(self, weight: Tensor, bias: Tensor | None) -> float:
-        """`scale * sum |W x + b - y|^2` in the metric; products are fp32."""
+        """`scale * sum |W x + b - y|^2` in the metric, over all processes; products are fp32."""
         weight = weight.float()
-        total = 0.0
+        own = 0.0
         for x, target, counted in self._chunks:
             left = x.to(weight.device) @ weight.T - target.to(weight.device)
             if bias is not None:
                 left += bias.float()
-            total += self.metric.square(left, counted)
-        return self.scale * total
+            own += self.metric.square(left, counted)
+        return self.scale * totals([own])[0]
 
 
 @dataclass
@@ -233,6 +249,12 @@ class FeatureMoments:
         self.energy += float((weight @ output.square()).sum())
         self.count += float(weight.sum())
 
+    def add_up(self) -> None:
+        """Take in the sums of the other processes."""
+        sums = (self.n_square, self.n_y, self.n_sum, self.y_sum, self.y_square)
+        self.n_square, self.n_y, self.n_sum, self.y_sum, self.y_square = map(total, sums)
+        self.energy, self.count = totals([self.energy, self.count])
+
     def scaled(self, factor: float) -> "FeatureMoments":
         """A copy with its tokens weighted by `factor`."""
         copy = FeatureMoments.zeros(len(self.n_square), self.n_square.device)
@@ -268,6 +290,9 @@ class Sums(Protocol):
     @property
     def count(self) -> float:
         """Sum of the tokens' weights."""
+
+    def add_up(self) -> None:
+        """Take in what other processes have."""
 
     def error(self, weight: Tensor, bias: Tensor | None) -> float:
         """Of a merged weight and bias, in any dtype."""

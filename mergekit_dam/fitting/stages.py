@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.anatomy import Unit, norm_parts
+from mergekit_dam.distributed import total
 from mergekit_dam.fitting.embedding import Usage, fit_embedding
 from mergekit_dam.fitting.gather import Seen, gather, target, token_weights
 from mergekit_dam.fitting.linear import fit_linear
@@ -97,7 +98,7 @@ def fit_embeddings(walk: Walk, stage: int, units: list[Unit]) -> Settled:
             # Positions are looked up once for all sequences of a chunk.
             ids = seen.inputs[unit.name].expand(tokens.shape[0], -1)
             counts += torch.bincount(ids.reshape(-1), minlength=rows)
-        return counts
+        return total(counts)
 
     usage = []
     for stream in walk.streams:

@@ -39,7 +39,7 @@ class OnDisk:
     def __getitem__(self, index: slice | Tensor) -> Tensor:
         """Some of the sequences: consecutive ones, or those of an int64 tensor of numbers."""
         if isinstance(index, Tensor):
-            return torch.cat([self[i : i + 1] for i in index.tolist()])
+            return torch.cat([self[:0], *(self[i : i + 1] for i in index.tolist())])
         first, last, step = index.indices(self.shape[0])
         if step != 1:
             raise IndexError(f"required consecutive sequences, got {index}")

@@ -1,11 +1,13 @@
 """The two streams of hidden states that flow from block to block, per calibration set."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from mergekit_dam.distributed import dealt
 from mergekit_dam.fitting.storage import Sequences, Storage
 
 CHUNK_TOKENS = 2048
@@ -24,10 +26,26 @@ def chunks(first: int, last: int, length: int) -> Iterator[slice]:
     return (slice(begin, min(begin + size, last)) for begin in range(first, last, size))
 
 
+def joined(chunks: Sequence[Tensor], *, none: Tensor) -> Tensor:
+    """Chunks in one; `none`, which has no sequences, where this process has none to run."""
+    return torch.cat(list(chunks)) if chunks else none
+
+
 def border(count: int, held_out: int, split: Split) -> tuple[int, int]:
     """First sequence of a split, and the one after its last; the last sequences are held out."""
     edge = count - held_out
     return (0, edge) if split == "fit" else (edge, count)
+
+
+def own_border(numbers: range, held_out: int, split: Split) -> tuple[int, int]:
+    """The same among the sequences of this process, which have these numbers among all."""
+    edge = len(range(numbers.start, numbers.stop - held_out, numbers.step))
+    return (0, edge) if split == "fit" else (edge, len(numbers))
+
+
+def numbers_within(numbers: range, first: int, last: int) -> range:
+    """Sequences of this process that stand between two of all, counted from the first of them."""
+    return range((numbers.start - first) % numbers.step, last - first, numbers.step)
 
 
 @dataclass
@@ -39,8 +57,9 @@ class Stream:
         teacher: what enters the next part of the teacher: token ids int64
             `[sequences, length]`, later hidden states fp32 `[sequences, length, hidden]`.
         merged: the same for the merged model.
-        held_out: the last so many sequences judge the fit and take no part in it.
+        held_out: the last so many sequences of all judge the fit and take no part in it.
         storage: keeps what leaves the next part.
+        numbers: which of all sequences these are; up to their number. None: they are all.
     """
 
     source: int
@@ -48,16 +67,41 @@ class Stream:
     merged: Sequences
     held_out: int
     storage: Storage = field(default_factory=Storage)
+    numbers: range | None = None
 
     @classmethod
     def of_tokens(
-        cls, source: int, tokens: Tensor, held_out: int, storage: Storage | None = None
+        cls,
+        source: int,
+        tokens: Tensor,
+        held_out: int,
+        storage: Storage | None = None,
+        *,
+        turn: int = 0,
     ) -> "Stream":
-        """A stream at the entrance of the model."""
-        return cls(source, tokens, tokens, held_out, storage or Storage())
+        """This process's share of the sequences, at the entrance of the model.
+
+        Args:
+            turn: the process that gets the first sequence.
+        """
+        numbers = dealt(len(tokens), turn)
+        own = tokens[numbers.start :: numbers.step]
+        return cls(source, own, own, held_out, storage or Storage(), numbers)
+
+    @property
+    def own(self) -> range:
+        """Numbers of the sequences, among all."""
+        return range(self.teacher.shape[0]) if self.numbers is None else self.numbers
+
+    def count(self, split: Split) -> int:
+        """Sequences of a split, those of all processes."""
+        first, last = border(self.own.stop, self.held_out, split)
+        return last - first
 
     def keep(self, leaving: Iterable[Tensor]) -> Sequences:
         """Put what leaves a part, chunk by chunk, where the stream is kept."""
+        if not self.own:
+            return self.teacher
         return self.storage.keep(leaving, self.teacher.shape[0])
 
     def chunks(self, split: Split | None = None) -> Iterator[slice]:
@@ -68,4 +112,4 @@ class Stream:
 
     def border(self, split: Split) -> tuple[int, int]:
         """First sequence of a split, and the one after its last."""
-        return border(self.teacher.shape[0], self.held_out, split)
+        return own_border(self.own, self.held_out, split)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.coefficients import merge_weights
+from mergekit_dam.distributed import from_first
 from mergekit_dam.errors import DamError
 from mergekit_dam.fitting.moments import Losses
 from mergekit_dam.fitting.solver import Solution
@@ -122,7 +123,8 @@ def judged(
         )
     finite = math.isfinite(after.fit + after.held_out)
     kept = finite and after.held_out < before.held_out
-    coefficients = candidate if kept else sources.start()
+    # Machines may differ in the last bits of a solution; the merged model must not.
+    coefficients = from_first(lambda: (candidate if kept else sources.start()).cpu())
     report = TensorReport(
         name=sources.name,
         kind=kind,
@@ -135,7 +137,7 @@ def judged(
         seconds=time.perf_counter() - started,
     )
     return FittedTensor(
-        sources, sources.merged(coefficients, axis=axis), coefficients.cpu(), axis, report
+        sources, sources.merged(coefficients, axis=axis), coefficients, axis, report
     )
 
 

@@ -15,7 +15,7 @@ from mergekit_dam.backprop import forward
 from mergekit_dam.coefficients import Parametrisation
 from mergekit_dam.fitting.judge import Verdict, judge, judging_split
 from mergekit_dam.fitting.storage import Sequences
-from mergekit_dam.fitting.streams import Split, Stream, border
+from mergekit_dam.fitting.streams import Split, Stream, border, numbers_within, own_border
 from mergekit_dam.fitting.tensors import TensorReport
 from mergekit_dam.network import Network
 from mergekit_dam.objective.coordinates import coefficients_of, starting_unknowns
@@ -37,7 +37,8 @@ class Data:
         weight: how much its data counts.
         tokens: int64 `[sequences, length]`.
         teacher: what leaves the model's last block, fp32 `[sequences, length, hidden]`.
-        held_out: the last so many sequences only judge.
+        held_out: the last so many sequences of all only judge.
+        numbers: which of all sequences these are; up to their number. None: they are all.
     """
 
     source: int
@@ -45,20 +46,28 @@ class Data:
     tokens: Tensor
     teacher: Sequences
     held_out: int
+    numbers: range | None = None
+
+    @property
+    def own(self) -> range:
+        """Numbers of the sequences, among all."""
+        return range(len(self.tokens)) if self.numbers is None else self.numbers
 
     def of(self, split: Split) -> "Data":
         """The sequences of one split."""
-        first, last = border(len(self.tokens), self.held_out, split)
+        first, last = own_border(self.own, self.held_out, split)
+        all_of_it = border(self.own.stop, self.held_out, split)
         return dataclasses.replace(
             self,
             tokens=self.tokens[first:last],
             teacher=self.teacher.narrow(0, first, last - first),
-            held_out=0 if split == "fit" else last - first,
+            held_out=0 if split == "fit" else self.held_out,
+            numbers=numbers_within(self.own, *all_of_it),
         )
 
     def stream(self, merged: Sequences) -> Stream:
         """The data at the end of the last block."""
-        return Stream(self.source, self.teacher, merged, self.held_out)
+        return Stream(self.source, self.teacher, merged, self.held_out, numbers=self.numbers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +195,8 @@ def merged_rows(coefficients: Mapping[str, Tensor], objective: Objective) -> dic
 def batches_of(data: Sequence[Data], size: int, seed: int) -> Iterator[list[Batch]]:
     """Batches without end: the sequences of the fit in random order, again and again.
 
+    The order is the same in all processes; each has the sequences of a batch that are its own.
+
     Args:
         size: sequences of every model in a batch, if it has so many.
     """
@@ -195,12 +206,16 @@ def batches_of(data: Sequence[Data], size: int, seed: int) -> Iterator[list[Batc
     while True:
         batch = []
         for own, queue in zip(fit, queues, strict=True):
-            count = len(own.tokens)
+            count = own.own.stop
             wanted = min(size, count)
             if len(queue) < wanted:
                 queue.extend(torch.randperm(count, generator=generator).tolist())
-            chosen = torch.tensor([queue.pop(0) for _ in range(wanted)])
-            batch.append(Batch(own.source, own.weight, own.tokens[chosen], own.teacher[chosen]))
+            chosen = [queue.pop(0) for _ in range(wanted)]
+            numbers = [own.own.index(number) for number in chosen if number in own.own]
+            at_hand = torch.tensor(numbers, dtype=torch.int64)
+            batch.append(
+                Batch(own.source, own.weight, own.tokens[at_hand], own.teacher[at_hand], wanted)
+            )
         yield batch
 
 

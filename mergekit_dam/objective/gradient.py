@@ -13,6 +13,8 @@ from torch import Tensor
 
 from mergekit_dam.backprop import Gradients, Shelf, Weights, add_gradients, backward, forward
 from mergekit_dam.coefficients import coefficient_gradient
+from mergekit_dam.distributed import total, totals
+from mergekit_dam.fitting.streams import joined
 from mergekit_dam.network import Network, OpenStage
 from mergekit_dam.objective.coordinates import Coordinate
 from mergekit_dam.objective.losses import logit_loss
@@ -29,12 +31,20 @@ class Batch:
         weight: how much they count.
         tokens: int64 `[sequences, length]`.
         teacher: what leaves the last block of the model itself, `[sequences, length, hidden]`.
+        sequences: of the batch in all processes, if others have some of it.
     """
 
     source: int
     weight: float
     tokens: Tensor
     teacher: Tensor
+    sequences: int | None = None
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the batch in all processes."""
+        count, length = self.tokens.shape
+        return length * (count if self.sequences is None else self.sequences)
 
 
 @dataclass
@@ -86,7 +96,7 @@ class Objective:
             opened = self.network.open(0)
             self._stage(opened, weights_of(0, opened), tokens, flowing, gradients)
         self._merged.clear()
-        return loss, gradients
+        return totals([loss])[0], {name: total(own) for name, own in gradients.items()}
 
     def _output(
         self,
@@ -105,7 +115,6 @@ class Objective:
         for batch, stream in zip(batches, hidden, strict=True):
             teacher_part = opened.teacher_part(batch.source)
             teacher_weights = opened.teacher_weights(batch.source)
-            total = batch.tokens.numel()
             entered = []
             for index in range(stream.shape[0]):  # logits of one sequence at a time
                 x = stream[index : index + 1].to(device).requires_grad_(True)
@@ -114,7 +123,10 @@ class Objective:
                     wanted = teacher_part.run(teacher_weights, own)
                 with torch.enable_grad():
                     part_loss = batch.weight * logit_loss(
-                        opened.part.run(live, x)[0], wanted[0], self.settings, total_tokens=total
+                        opened.part.run(live, x)[0],
+                        wanted[0],
+                        self.settings,
+                        total_tokens=batch.total_tokens,
                     )
                 got = torch.autograd.grad(
                     part_loss, [x, *(live[n] for n in sums)], allow_unused=True
@@ -122,7 +134,7 @@ class Objective:
                 loss += float(part_loss.detach())
                 entered.append(got[0].cpu())
                 add_gradients(sums, got[1:])
-            flowing.append(torch.cat(entered))
+            flowing.append(joined(entered, none=stream))
         self._turn(opened, sums, gradients)
         return loss, flowing
 
