@@ -6,6 +6,10 @@ that is imported (see `autoload`), or explicitly by `install`.
 
 import functools
 import importlib
+import shutil
+import signal
+import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +17,9 @@ from types import ModuleType
 from typing import Any
 
 import yaml
+
+SCRATCH = ".dam-"
+"""Beginning of the names of folders that do not outlive a merge."""
 
 _MARK = "_mergekit_dam"
 """Attribute of what is hooked already: hooking twice does nothing."""
@@ -54,6 +61,7 @@ def _hook_planner(plan: Any) -> None:
 
         if self.config.merge_method != NAME:
             return stock(self, out_path)
+        from mergekit_dam import distributed
         from mergekit_dam.graph import build_graph
         from mergekit_dam.prepare import PreparedConfiguration, prepare
 
@@ -81,9 +89,12 @@ def _hook_planner(plan: Any) -> None:
 
         self._plan = _plan  # the stock method calls it, and saves what it planned
         try:
-            return [*stock(self, out_path), *artifacts]
+            planned = [*stock(self, out_path), *artifacts]
         finally:
             del self._plan
+        if distributed.is_first():
+            return planned
+        return [written.last for written in artifacts if written.last is not None]
 
     setattr(plan_to_disk, _MARK, True)
     planner.plan_to_disk = plan_to_disk
@@ -103,16 +114,44 @@ def _hook_run_merge(merge: Any) -> None:
 
         if merge_config.merge_method != NAME:
             return stock(merge_config, out_path, options, config_source)
+        from mergekit_dam import distributed
         from mergekit_dam.prepare import PreparedConfiguration, prepare
 
         source = yaml.safe_load(config_source) if config_source else None
-        prepared = prepare(merge_config, options, source)
-        config = PreparedConfiguration.create(merge_config, prepared)
-        with _no_half_written_model(Path(out_path)):
-            return stock(config, out_path, options, config_source or merge_config.to_yaml())
+        with distributed.joined(options) as own:
+            # One process reads the text: it need not lie on every machine, nor be one there.
+            prepared = distributed.from_first(lambda: prepare(merge_config, own, source))
+            config = PreparedConfiguration.create(merge_config, prepared)
+            if distributed.size() > 1:
+                distributed.in_turn(lambda: _merge_adapters(config, own))
+            with _output(Path(out_path), written=distributed.is_first()) as folder:
+                stock(config, str(folder), own, config_source or merge_config.to_yaml())
 
     setattr(run_merge, _MARK, True)
     merge.run_merge = run_merge
+
+
+def _merge_adapters(config: Any, options: Any) -> None:
+    """Do what mergekit does with adapters at its start: it takes a folder half full for full."""
+    for model in config.referenced_models():
+        model.merged(options.lora_merge_cache, options.trust_remote_code, options.lora_merge_dtype)
+
+
+@contextmanager
+def _output(out_path: Path, *, written: bool) -> Iterator[Path]:
+    """Where a merge goes: to its folder, or to one that is thrown away."""
+    if written:
+        with _no_half_written_model(out_path):
+            yield out_path
+        return
+    beside = out_path.absolute().parent  # the fit needs a disk with room, as that one has
+    with (
+        _terminable(),
+        tempfile.TemporaryDirectory(
+            prefix=SCRATCH, dir=beside if beside.is_dir() else None
+        ) as folder,
+    ):
+        yield Path(folder)
 
 
 @contextmanager
@@ -120,12 +159,44 @@ def _no_half_written_model(out_path: Path) -> Iterator[None]:
     """Remove what an interrupted merge wrote, and the folder if it made it."""
     existed = out_path.is_dir()
     before = set(out_path.iterdir()) if existed else set()
+    with _terminable() as uninterrupted:
+        try:
+            yield
+        except BaseException:
+            uninterrupted()
+            for entry in set(out_path.iterdir()) - before if out_path.is_dir() else ():
+                if entry.is_file():
+                    entry.unlink()
+                elif entry.name.startswith(SCRATCH):
+                    shutil.rmtree(entry)
+            if not existed and out_path.is_dir() and not any(out_path.iterdir()):
+                out_path.rmdir()
+            raise
+
+
+@contextmanager
+def _terminable() -> Iterator[Callable[[], None]]:
+    """Have SIGTERM end the process the way ctrl-c does, through everything that cleans up.
+
+    torchrun sends it to the processes of a merge when one of them has stopped.
+
+    Yields:
+        What has SIGTERM ignored from then on.
+    """
+    stock = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or stock != signal.SIG_DFL:
+        yield lambda: None
+        return
+
+    def stop(number: int, _: Any) -> None:
+        ignore()
+        raise SystemExit(128 + number)
+
+    def ignore() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    signal.signal(signal.SIGTERM, stop)
     try:
-        yield
-    except BaseException:
-        for file in set(out_path.iterdir()) - before if out_path.is_dir() else ():
-            if file.is_file():
-                file.unlink()
-        if not existed and out_path.is_dir() and not any(out_path.iterdir()):
-            out_path.rmdir()
-        raise
+        yield ignore
+    finally:
+        signal.signal(signal.SIGTERM, stock)
