@@ -1,9 +1,11 @@
 """Checks of the sources' tensors that need no weight: names and shapes, from headers alone."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import torch
 from mergekit.architecture import WeightInfo
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelReference
@@ -15,6 +17,34 @@ from safetensors import safe_open
 from mergekit_dam.errors import ArchitectureError
 
 _SHOWN = 5
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""What safetensors calls the dtypes that a merge reads."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file's header says of one tensor.
+
+    Attributes:
+        dtype: that it is stored in; None for one that torch has no name for here.
+        file: that holds it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    file: Path
 
 
 def check_headers(
@@ -43,7 +73,8 @@ def check_headers(
             info = gather.weight_info[model]
             name = present_name(info, loader)
             if name is not None:
-                found[model] = _shapes(loader).get(name)
+                header = _headers(loader).get(name)
+                found[model] = None if header is None else header.shape
             elif not _convertible(model, loader, info.name):
                 have = "some models have it, " if weight.optional else ""
                 problems.append(f"{weight.name}: {have}{model} has not")
@@ -79,17 +110,27 @@ def _convertible(model: ModelReference, loader: LazyTensorLoader, name: str) -> 
     return bool(can_convert_checkpoint_keys(model_type, set(loader.index.tensor_paths), name))
 
 
-def _shapes(loader: LazyTensorLoader) -> Mapping[str, tuple[int, ...]]:
+def header_of(info: WeightInfo, model: ModelReference) -> Header | None:
+    """What the header of a model's file says of a tensor; None where none tells."""
+    loader = LoaderCache().get(model)
+    name = present_name(info, loader)
+    return None if name is None else _headers(loader).get(name)
+
+
+def _headers(loader: LazyTensorLoader) -> Mapping[str, Header]:
     if not loader.index.is_safetensors:
         return {}
-    return _header_shapes(loader.index.base_path, tuple(s.filename for s in loader.index.shards))
+    return _read_headers(loader.index.base_path, tuple(s.filename for s in loader.index.shards))
 
 
 @lru_cache(maxsize=16)
-def _header_shapes(folder: str, shards: tuple[str, ...]) -> Mapping[str, tuple[int, ...]]:
-    shapes = {}
+def _read_headers(folder: str, shards: tuple[str, ...]) -> Mapping[str, Header]:
+    headers = {}
     for shard in shards:
-        with safe_open(Path(folder) / shard, framework="pt") as handle:
+        file = Path(folder) / shard
+        with safe_open(file, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
-                shapes[name] = tuple(handle.get_slice(name).get_shape())
-    return shapes
+                entry = handle.get_slice(name)
+                dtype = _DTYPES.get(entry.get_dtype())
+                headers[name] = Header(tuple(entry.get_shape()), dtype, file)
+    return headers

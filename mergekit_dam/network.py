@@ -24,7 +24,7 @@ from mergekit_dam.stage import Record, Stage
 
 Loaded = Mapping[str, Mapping[ModelReference, Tensor]]
 
-_SPARE = 0.5
+SPARE = 0.5
 """Part of the memory that stays free of weights kept between sweeps."""
 
 
@@ -177,4 +177,4 @@ def _has_room(device: torch.device) -> bool:
     else:
         memory = psutil.virtual_memory()
         free, total = memory.available, memory.total
-    return free > _SPARE * total
+    return free > SPARE * total

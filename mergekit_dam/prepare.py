@@ -88,13 +88,56 @@ def prepare(
         ConfigError: the configuration is wrong; every problem is named.
         CalibrationError: a text cannot be used, or the models' tokenizers disagree.
     """
+    asked = check(config, options, source)
+    if asked.replay is not None:
+        return asked
+    checked, run = asked.checked, asked.checked.run
+    models = checked.models
+    if checked.base is not None and checked.base not in models:
+        models = (*models, checked.base)
+    giver = _vocabulary_giver(config, checked)
+    if giver is not None and giver not in models:
+        models = (*models, giver)
+    tokenizers = {model: load_tokenizer(model, options.trust_remote_code) for model in models}
+    check_agreement({str(model): tokenizer for model, tokenizer in tokenizers.items()})
+    calibration = {}
+    for model, text in checked.calibrations.items():
+        calibration[model] = load_calibration(
+            text,
+            model=str(model),
+            tokenizer=tokenizers[model],
+            samples=run.samples,
+            sequence_length=run.sequence_length,
+            vocab_size=_vocab_size(model, options),
+            seed=asked.settings.seed,
+        )
+    check_length(checked, options)
+    if giver is not None:
+        kept = set(tokenizers[giver].get_vocab().values())
+        _check_vocabulary(calibration, tokenizers, kept, f"it gets the tokenizer of {giver}")
+    elif options.unsafe_truncate_embeddings:
+        rows = min(_vocab_size(model, options) for model in models)
+        because = f"--unsafe-truncate-embeddings leaves {rows} ids"
+        _check_vocabulary(calibration, tokenizers, set(range(rows)), because)
+    return dataclasses.replace(asked, calibration=calibration)
+
+
+def check(
+    config: MergeConfiguration, options: MergeOptions, source: Mapping[str, Any] | None = None
+) -> Prepared:
+    """Everything that is known without reading text: a preparation with no calibration yet.
+
+    Args:
+        source: the YAML as parsed, where it is at hand.
+
+    Raises:
+        ConfigError: the configuration is wrong; every problem is named.
+    """
     checked = check_configuration(config, source)
     run = checked.run
-    seed = run.seed if run.seed is not None else options.random_seed or 0
-    settings = run_settings(run, seed)
+    settings = run_settings(run, run.seed if run.seed is not None else options.random_seed or 0)
     if run.coefficients is not None:
-        replay = CoefficientFile.load(run.coefficients)
-        return Prepared(checked, settings, {}, replay)
+        return Prepared(checked, settings, {}, CoefficientFile.load(run.coefficients))
     if options.multi_gpu:
         raise ConfigError(
             [
@@ -113,34 +156,7 @@ def prepare(
                 ]
             )
         start = CoefficientFile.load(run.start, parameter="start")
-    models = checked.models
-    if checked.base is not None and checked.base not in models:
-        models = (*models, checked.base)
-    giver = _vocabulary_giver(config, checked)
-    if giver is not None and giver not in models:
-        models = (*models, giver)
-    tokenizers = {model: load_tokenizer(model, options.trust_remote_code) for model in models}
-    check_agreement({str(model): tokenizer for model, tokenizer in tokenizers.items()})
-    calibration = {}
-    for model, text in checked.calibrations.items():
-        calibration[model] = load_calibration(
-            text,
-            model=str(model),
-            tokenizer=tokenizers[model],
-            samples=run.samples,
-            sequence_length=run.sequence_length,
-            vocab_size=_vocab_size(model, options),
-            seed=seed,
-        )
-    _check_length(checked, options)
-    if giver is not None:
-        kept = set(tokenizers[giver].get_vocab().values())
-        _check_vocabulary(calibration, tokenizers, kept, f"it gets the tokenizer of {giver}")
-    elif options.unsafe_truncate_embeddings:
-        rows = min(_vocab_size(model, options) for model in models)
-        because = f"--unsafe-truncate-embeddings leaves {rows} ids"
-        _check_vocabulary(calibration, tokenizers, set(range(rows)), because)
-    return Prepared(checked, settings, calibration, None, start)
+    return Prepared(checked, settings, {}, None, start)
 
 
 def run_settings(run: RunParameters, seed: int) -> RunSettings:
@@ -191,8 +207,12 @@ def _check_vocabulary(
             )
 
 
-def _check_length(checked: Checked, options: MergeOptions) -> None:
-    """Refuse sequences longer than a model has positions for."""
+def check_length(checked: Checked, options: MergeOptions) -> None:
+    """Refuse sequences longer than a model has positions for.
+
+    Raises:
+        CalibrationError: naming the model.
+    """
     for model in checked.calibrations:
         config = model.config(trust_remote_code=options.trust_remote_code).get_text_config()
         longest = getattr(config, "max_position_embeddings", None)
