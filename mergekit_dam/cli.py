@@ -1,4 +1,4 @@
-"""The command `mergekit-dam`: merge where the plugin is not found, try it out, compare models.
+"""The command `mergekit-dam`: merge where the plugin is not found, plan, try out, compare.
 
 Heavy imports stand inside the commands, so that help and errors come at once.
 """
@@ -44,6 +44,62 @@ def merge(ctx: click.Context) -> None:
     from mergekit.scripts.run_yaml import main as mergekit_yaml
 
     mergekit_yaml.main(args=ctx.args, prog_name=ctx.command_path, standalone_mode=False)
+
+
+@main.command("plan")
+@click.argument(
+    "config", metavar="CONFIG_FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
+@click.argument("out_path", default=".", type=click.Path(path_type=Path))
+@click.option("--cuda", is_flag=True, help="The merge runs with --cuda.")
+@click.option(
+    "--out-shard-size",
+    default="5B",
+    show_default=True,
+    metavar="SIZE",
+    help="Of the merge: what is merged is kept in memory until a shard is full.",
+)
+@click.option("--transformers-cache", metavar="PATH", help="Of the merge.")
+@click.option("--trust-remote-code", is_flag=True, help="Of the merge.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON in place of the tables.")
+def plan(
+    config: Path,
+    out_path: Path,
+    cuda: bool,
+    out_shard_size: str,
+    transformers_cache: str | None,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """Tell what a merge would cost, before it starts.
+
+    Reads configurations and headers, no weight and no text, and tries out for two seconds how
+    fast this machine is: bytes, flops, memory, time, and what would not fit.
+    """
+    from mergekit.common import parse_kmb
+    from mergekit.options import MergeOptions
+
+    from mergekit_dam.plan import report, run
+
+    try:
+        shard = parse_kmb(out_shard_size)
+    except ValueError as error:
+        raise click.BadParameter(
+            f"required a number such as 5B or 500M, got {out_shard_size!r}",
+            param_hint="--out-shard-size",
+        ) from error
+    options = MergeOptions(
+        cuda=cuda,
+        out_shard_size=shard,
+        transformers_cache=transformers_cache,
+        trust_remote_code=trust_remote_code,
+        quiet=True,
+    )
+    estimate = run.run_plan(config, out_path, options)
+    if as_json:
+        click.echo(json.dumps(report.to_json(estimate), indent=2))
+    else:
+        click.echo(report.table(estimate))
 
 
 @main.command("demo")

@@ -18,7 +18,7 @@ def run(*arguments):
 def test_help_names_every_command():
     result = run("--help")
     assert result.exit_code == 0
-    for name in ("merge", "demo", "evaluate"):
+    for name in ("merge", "plan", "demo", "evaluate"):
         assert f"\n  {name} " in result.output
     assert "..." not in result.output.partition("Commands:")[2]  # short helps are not cut
 
@@ -27,7 +27,7 @@ def test_version():
     assert run("--version").output == f"mergekit-dam, version {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["demo", "evaluate"])
+@pytest.mark.parametrize("command", ["plan", "demo", "evaluate"])
 def test_each_command_has_help(command):
     result = run(command, "--help")
     assert result.exit_code == 0
@@ -39,7 +39,7 @@ def test_help_loads_neither_torch_nor_mergekit():
         "import sys\n"
         "from click.testing import CliRunner\n"
         "from mergekit_dam.cli import main\n"
-        "for arguments in (['--help'], ['demo', '--help'], ['evaluate', '--help']):\n"
+        "for arguments in (['--help'], ['plan', '--help'], ['evaluate', '--help']):\n"
         "    assert CliRunner().invoke(main, arguments).exit_code == 0\n"
         "print(sorted({'torch', 'transformers', 'mergekit'} & set(sys.modules)))\n"
     )

@@ -1,0 +1,1 @@
+"""What a merge will cost, told before it starts: only headers and configurations are read."""
