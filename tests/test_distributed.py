@@ -274,12 +274,20 @@ def test_what_judges_is_numbered_from_its_own_first() -> None:
         assert held_out.stream(held_out.tokens).count("held_out") == 3
 
 
+@pytest.fixture
+def terminable() -> Iterator[None]:
+    """SIGTERM as it is for a program that never asked for it."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("terminable")
 def test_a_terminated_merge_leaves_a_clean_folder(tmp_path: Path) -> None:
-    stock = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit), _no_half_written_model(tmp_path / "out"):
         (tmp_path / "out" / ".dam-1").mkdir(parents=True)
         (tmp_path / "out" / "model-1.safetensors").touch()
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
     assert not (tmp_path / "out").exists()
-    assert signal.getsignal(signal.SIGTERM) == stock
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
