@@ -172,10 +172,6 @@ class Parametrisation:
         rows[list(self.merged)] = share
         return rows[:, None].float()
 
-    def origin(self, tensors: Sequence[Tensor]) -> Tensor:
-        """`W_origin`, fp64, of the sources' tensors."""
-        return _combine(tensors, self.offset, torch.float64)
-
     def average(self, tensors: Sequence[Tensor], dtype: torch.dtype = torch.float64) -> Tensor:
         """`W_origin + sum_u start_u * T_u`: where a fit starts."""
         return _combine(tensors, self.offset + self.expand @ self.start, dtype)

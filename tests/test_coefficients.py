@@ -133,12 +133,13 @@ def test_every_form_starts_at_the_weighted_average(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_origin_and_directions_reproduce_merge_weights(name: str) -> None:
-    """`W_origin + sum_u d_u T_u` is what the solver sees, merge_weights what is written."""
+def test_average_and_directions_reproduce_merge_weights(name: str) -> None:
+    """`W_average + sum_u d_u T_u` is what the solver sees, merge_weights what is written."""
     form, tensors = FORMS[name], random_tensors(4, 6)
     unknowns = torch.randn(len(form.start), 6, dtype=torch.float64)
     written = merge_weights(tensors, form.coefficients(unknowns))
-    seen = form.origin(tensors) + (form.directions(tensors) * unknowns[:, None, :]).sum(0)
+    step = unknowns - form.start[:, None]
+    seen = form.average(tensors) + (form.directions(tensors) * step[:, None, :]).sum(0)
     torch.testing.assert_close(written.double(), seen, rtol=0, atol=5e-6)
 
 

@@ -253,7 +253,7 @@ def test_norm_weights_are_recovered_and_coefficients_stay_near_the_start(form: s
     (fitted,) = fit_norm(weight, None, feature_evidence(n, n * wanted))
     torch.testing.assert_close(fitted.merged, wanted, rtol=0, atol=1e-3)
     directions = form_.directions(tensors)
-    gap = wanted.double() - form_.origin(tensors) - form_.start @ directions
+    gap = wanted.double() - form_.average(tensors)
     nearest = form_.start[:, None] + directions * gap / directions.square().sum(0)
     torch.testing.assert_close(fitted.coefficients, form_.coefficients(nearest), rtol=0, atol=2e-2)
 
