@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mergekit_dam.anatomy import Anatomy
 from mergekit_dam.fitting.tensors import TensorSources
+from mergekit_dam.heap import give_back
 from mergekit_dam.part import Part
 from mergekit_dam.readahead import read_ahead, spans_of
 from mergekit_dam.settings import Resident
@@ -124,6 +125,7 @@ class Network:
         """
         if self._last is not None:
             self._last.close()
+            give_back()
         stage = self.stages[number]
         stage.models.move(self.device)
         loaded = self._kept.get(number)

@@ -19,6 +19,7 @@ from mergekit_dam.fitting.state import Metrics
 from mergekit_dam.fitting.streams import Stream
 from mergekit_dam.fitting.tensors import FittedTensor, TensorReport, TensorSources
 from mergekit_dam.fitting.walk import FitHead, walk_part
+from mergekit_dam.heap import give_back
 from mergekit_dam.part import Part, block_part, input_part, output_part
 from mergekit_dam.settings import RunSettings, TensorSettings
 
@@ -243,6 +244,7 @@ class Stage:
                 tied = _tied(sources[plan.name], plan.tied_to, record)
                 record.add(tied)
                 merged[plan.name] = tied.merged
+        give_back()
         record.seconds[self.label] = time.perf_counter() - started
         return Progress(streams, record, merged)
 
