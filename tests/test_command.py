@@ -221,7 +221,7 @@ class TestProcesses:
         # Shards of nothing: every merged tensor is written at once.
         command: list[str | Path] = [BIN / "mergekit-yaml", path, out, "--out-shard-size", "1"]
         written = interrupted(command, lambda: len(list(out.glob("model-*"))) > 3)
-        # No word on what it says: safetensors turns an interrupt in its own code into its own error.
+        # Whatever it says: safetensors turns an interrupt in its own code into an error of its own.
         assert written.returncode not in (0, None)
         assert [file.name for file in tmp_path.glob("out/*")] == ["notes.txt"] * existing
         assert out.exists() == existing
