@@ -19,7 +19,7 @@ from mergekit_dam.anatomy import Anatomy
 from mergekit_dam.fitting.tensors import TensorSources
 from mergekit_dam.heap import give_back
 from mergekit_dam.part import Part
-from mergekit_dam.readahead import read_ahead, spans_of
+from mergekit_dam.readahead import Span, read_ahead, spans_of
 from mergekit_dam.settings import Resident
 from mergekit_dam.stage import Record, Stage
 
@@ -118,6 +118,11 @@ class Network:
         plans = (plan for stage in self.stages for plan in stage.tensors)
         return {plan.name: plan.tied_to for plan in plans if plan.tied_to is not None}
 
+    @cached_property
+    def _spans(self) -> list[tuple[Span, ...]]:
+        """Where the weights of each stage lie."""
+        return [spans_of(gathers) for gathers in self.gathers]
+
     def open(self, number: int) -> OpenStage:
         """A stage with its weights, read from the models' shards unless they are at hand.
 
@@ -135,7 +140,7 @@ class Network:
                 self._kept[number] = loaded
         following = number + (1 if number > self._at else -1)
         if 0 <= following < len(self.stages) and following not in self._kept:
-            read_ahead(spans_of(self.gathers[following]))
+            read_ahead(self._spans[following])
         self._at, self._last = number, OpenStage(stage, loaded)
         return self._last
 

@@ -5,22 +5,19 @@ A thread tells the system beforehand which pages those will be; it holds none of
 Where the system takes no such advice (macOS, Windows), nothing is read ahead.
 """
 
-import json
 import os
-import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from mergekit.graph import Task
-from mergekit.io.tasks import GatherTensors, LoaderCache
+from mergekit.io.tasks import GatherTensors
 from mergekit.tokenizer import PermutedVocabulary
 from mergekit.tokenizer.truncate import TruncatedVocabulary
 
-from mergekit_dam.headers import present_name
+from mergekit_dam.headers import header_of
 
 
 @dataclass(frozen=True)
@@ -61,21 +58,6 @@ def _spans(task: Task[Any]) -> Iterator[Span]:
     if not isinstance(task, GatherTensors):
         return
     for model, weight in task.weight_info.items():
-        loader = LoaderCache().get(model)
-        name = present_name(weight, loader)
-        if name is not None and loader.index.is_safetensors:
-            path = Path(loader.index.base_path) / loader.index.tensor_paths[name]
-            yield _offsets(path)[name]
-
-
-@lru_cache(maxsize=256)
-def _offsets(path: Path) -> Mapping[str, Span]:
-    """Where each tensor of a safetensors file lies; its header begins with its own length."""
-    with path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    bounds = {name: entry["data_offsets"] for name, entry in header.items()}
-    return {
-        name: Span(path, 8 + size + first, last - first) for name, (first, last) in bounds.items()
-    }
+        header = header_of(weight, model)
+        if header is not None:
+            yield Span(header.file, header.offset, header.length)

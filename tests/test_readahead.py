@@ -9,16 +9,27 @@ import torch
 from safetensors.torch import save_file
 
 from mergekit_dam import network, tasks
-from mergekit_dam.readahead import Span, _offsets, read_ahead
+from mergekit_dam.headers import Header, _read_headers
+from mergekit_dam.readahead import Span, read_ahead
 from tests.merging import dam, merge, tensors_of, watched_reads
 from tests.models import save_calibration, save_models, tiny_llama_config
+
+
+def spans(path: Path) -> dict[str, Span]:
+    """Where the tensors of a file lie."""
+    headers = _read_headers(str(path.parent), (path.name,))
+    return {name: span(header) for name, header in headers.items()}
+
+
+def span(header: Header) -> Span:
+    return Span(header.file, header.offset, header.length)
 
 
 def test_spans_are_the_bytes_of_the_tensors(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "c": torch.zeros(0)}
     path = tmp_path / "model.safetensors"
     save_file(tensors, path, metadata={"format": "pt"})
-    found = _offsets(path)
+    found = spans(path)
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         span = found[name]
@@ -55,7 +66,7 @@ def test_what_a_sweep_comes_to_next_is_asked_for(metric: str, tmp_path: Path) ->
     names = {
         (span.path.parent.as_posix(), name)
         for folder in {Path(folder) for folder, _ in reads.order}
-        for name, span in _offsets(folder / "model.safetensors").items()
+        for name, span in spans(folder / "model.safetensors").items()
         if span in asked
     }
     first = {"model.embed_tokens.weight"}

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from mergekit_dam.part import Part
 
-_TOKENS = 2
-
 Kind = Literal["linear", "norm", "embedding", "head", "other"]
 
 
