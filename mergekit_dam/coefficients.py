@@ -33,16 +33,15 @@ def merge_weights(tensors: Sequence[Tensor], coefficients: Tensor, *, axis: int 
     Args:
         tensors: one tensor a source, all of one shape and device; borrowed.
         coefficients: fp32 `[sources, n]` with n the tensors' size along `axis`, or
-            `[sources, 1]` for one coefficient a source.
+            `[sources, 1]` for one coefficient a source. Of experts `[experts, ., .]` it may be
+            `[sources, experts * n]`: those of each expert, one after the other.
         axis: the input dimension of the weight.
 
     Returns:
         fp32 tensor of the sources' shape. A source whose coefficients are all zero is left
         out, so that one-hot coefficients give back the source bit for bit.
     """
-    shape = [1] * tensors[0].ndim
-    if shape:
-        shape[axis] = -1
+    shape = _facing(coefficients.shape[1], tensors[0].shape, axis)
     merged: Tensor | None = None
     for tensor, coefficient in zip(tensors, coefficients, strict=True):
         if not coefficient.any():
@@ -53,6 +52,29 @@ def merge_weights(tensors: Sequence[Tensor], coefficients: Tensor, *, axis: int 
         else:
             merged.addcmul_(tensor.float(), scale)
     return torch.zeros_like(tensors[0], dtype=torch.float32) if merged is None else merged
+
+
+def column_counts(shape: Sequence[int], axis: int = -1) -> tuple[int, ...]:
+    """How many coefficients a source may have before a tensor: 1, one a column, one an expert's.
+
+    Args:
+        shape: of the tensor; of three dimensions, the first are experts.
+        axis: the input dimension.
+    """
+    if not shape:
+        return (1,)
+    columns = shape[axis]
+    return (1, columns, shape[0] * columns) if len(shape) == 3 else (1, columns)
+
+
+def _facing(count: int, shape: Sequence[int], axis: int) -> list[int]:
+    """The shape in which so many coefficients multiply a tensor."""
+    facing = [1] * len(shape)
+    if shape:
+        facing[axis] = -1
+    if len(shape) == 3 and count not in (1, shape[axis]):
+        facing[0] = shape[0]
+    return facing
 
 
 def coefficient_gradient(
@@ -66,11 +88,20 @@ def coefficient_gradient(
         tensors: one tensor a source, as `merge_weights` takes them.
         gradient: of the merged tensor, of their shape.
         axis: the input dimension of the weight.
-        per_column: one coefficient a column, else one a tensor.
+        per_column: one coefficient a column (of every expert), else one a tensor.
 
     Returns:
         fp64 `[sources, n]`, or `[sources, 1]`.
     """
+    if per_column and gradient.ndim == 3:
+        experts = zip(*tensors, gradient, strict=True)
+        return torch.cat(
+            [
+                coefficient_gradient(own, of_expert, axis=expert_axis(axis), per_column=True)
+                for *own, of_expert in experts
+            ],
+            dim=1,
+        )
     size = gradient.shape[axis] if per_column and gradient.ndim else 1
     # With the columns last, rows are added up some at a time: products take no memory.
     turned = gradient.movedim(axis, -1).reshape(-1, size) if size > 1 else gradient.reshape(-1, 1)
@@ -81,6 +112,11 @@ def coefficient_gradient(
         for w, g in zip(torch.split(facing, rows), torch.split(turned, rows), strict=True):
             row += (w.float() * g).sum(0)
     return result
+
+
+def expert_axis(axis: int) -> int:
+    """The dimension of one expert's slice that is `axis` of the fused tensor."""
+    return axis - 1 if axis > 0 else axis
 
 
 @dataclass(frozen=True)

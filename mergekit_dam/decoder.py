@@ -55,8 +55,9 @@ class Decoder:
         try:
             # include_buffers=False: on a plain meta device rotary frequencies would be lost.
             with init_empty_weights(include_buffers=False), no_init_weights():
+                # Experts one after the other: grouped products would take copies of all of them.
                 model = AutoModelForCausalLM.from_config(
-                    config, trust_remote_code=trust_remote_code
+                    config, trust_remote_code=trust_remote_code, experts_implementation="eager"
                 )
         except (ValueError, KeyError, ImportError) as error:
             raise ArchitectureError(

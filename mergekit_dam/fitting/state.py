@@ -64,15 +64,14 @@ class Walk:
 
     def fittable(self, unit: Unit, kind: str | None = None) -> bool:
         """Whether coefficients of a unit are asked for and can change it."""
-        weight = self.sources[unit.parameter("weight")]
-        return weight.settings.fits(kind or unit.kind) and not all(
+        return self.weight(unit).settings.fits(kind or unit.kind) and not all(
             self.sources[unit.parameter(p)].identical for p in unit.parameters
         )
 
     def recorded_units(self, head: str | None) -> tuple[str, ...]:
         """Units whose teachers' outputs the fits will ask for; none if nothing is to be fitted."""
-        kinds = ("linear", "norm")
-        units = [unit for unit in self.anatomy.units if unit.name != head]
+        kinds = ("linear", "norm", "experts")
+        units = [unit for unit in self.anatomy.units if unit.name != head and unit.kind != "router"]
         if not any(unit.kind in kinds and self.fittable(unit) for unit in units):
             return ()
         return tuple(
@@ -82,13 +81,14 @@ class Walk:
         )
 
     def settled_linears(self, stage: int) -> tuple[Unit, ...]:
-        """Linears of earlier stages: what they put out will not change any more."""
+        """Linears and experts of earlier stages: what they put out will not change any more."""
         before = (unit for units in self.anatomy.stages[:stage] for unit in units)
-        return tuple(unit for unit in before if unit.kind == "linear")
+        return tuple(unit for unit in before if unit.kind in ("linear", "experts"))
 
     def weight(self, unit: Unit) -> TensorSources:
-        """Sources of a unit's weight."""
-        return self.sources[unit.parameter("weight")]
+        """Sources of a unit's weight; of experts, of the first."""
+        name = "weight" if "weight" in unit.parameters else unit.parameters[0]
+        return self.sources[unit.parameter(name)]
 
     def bias(self, unit: Unit) -> TensorSources | None:
         """Sources of a unit's bias, if it has one."""
