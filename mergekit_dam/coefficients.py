@@ -119,6 +119,19 @@ def expert_axis(axis: int) -> int:
     return axis - 1 if axis > 0 else axis
 
 
+def rows_of_expert(coefficients: Tensor, shape: Sequence[int], axis: int, expert: int) -> Tensor:
+    """The coefficients of one expert's slice of a fused tensor: `[sources, n]` or `[sources, 1]`.
+
+    Args:
+        coefficients: of the fused tensor, as `merge_weights` takes them.
+        shape, axis: of the fused tensor.
+    """
+    columns = shape[axis]
+    if coefficients.shape[1] in (1, columns):
+        return coefficients
+    return coefficients[:, expert * columns : (expert + 1) * columns]
+
+
 @dataclass(frozen=True)
 class Parametrisation:
     """Affine map from the U unknowns of a column to the coefficients of its S sources.

@@ -6,7 +6,7 @@ sent to, and with what weight each of them counts. No more is relied on: the lin
 seen by running one expert and looking out for products with its slices.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,9 +36,10 @@ class Routing(NamedTuple):
         """With which weight an expert counts for each token, `[tokens]`; 0 if it is not sent."""
         return (self.weights * (self.experts == expert)).sum(1)
 
-    def counts(self, experts: int) -> Tensor:
-        """Tokens that are sent to each of the experts, int64 `[experts]`."""
-        return torch.bincount(self.experts.reshape(-1), minlength=experts)
+    @classmethod
+    def joined(cls, chunks: Sequence["Routing"]) -> "Routing":
+        """Chunks in one, in order."""
+        return cls(*(torch.cat(tensors) for tensors in zip(*chunks, strict=True)))
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,12 @@ class TensorParameters(Parameters):
         description="Fit the output head (where untied); `false` averages it, which saves time "
         "where the vocabulary is large.",
     )
+    experts: Literal["routed", "all"] = Field(
+        default="routed",
+        description="Which calibration tokens an expert (of a mixture) is fitted to: those that "
+        "the merged router sends to it, or all; `all` where text is so short that experts are "
+        "left out (the report lists them).",
+    )
 
 
 class LogitsParameters(Parameters):

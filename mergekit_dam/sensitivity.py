@@ -11,12 +11,16 @@ gradients is the Fisher information, which is the curvature of the KL.
 
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from mergekit_dam.anatomy import Anatomy, Unit
+from mergekit_dam.anatomy import Anatomy, Unit, capture
 from mergekit_dam.backprop import Shelf, backward, chunks_of
+from mergekit_dam.coefficients import expert_axis, rows_of_expert
+from mergekit_dam.experts import Routing
+from mergekit_dam.fitting.felt import Felt
 from mergekit_dam.fitting.metric import Metric
 from mergekit_dam.fitting.state import Metrics
 from mergekit_dam.fitting.streams import Stream, joined
@@ -98,16 +102,35 @@ class Sensitivity:
         return found
 
     def metrics(self, number: int, opened: OpenStage, anatomy: Anatomy) -> Metrics:
-        """The metrics of a block's linears, by source and unit."""
-        units = tuple(unit for unit in anatomy.units if unit.kind == "linear")
+        """The metrics of a block's linears, by source and unit, and what tells those of experts."""
+        units = tuple(unit for unit in anatomy.units if unit.kind in ("linear", "experts"))
         weights = opened.merged_weights(self._point)
         entered, left = self._entered.get(number), self._left.get(number)
-        streams = zip(self._sources, entered, left, strict=True)
-        return {
-            (source, name): Metric.of_gradients(rows)
-            for source, x, gradient in streams
-            for name, rows in self._output_gradients(opened, weights, units, x, gradient).items()
-        }
+        found: dict[tuple[int, str], Metric | Felt] = {}
+        for source, x, gradient in zip(self._sources, entered, left, strict=True):
+            rows, routing = self._output_gradients(opened, weights, units, x, gradient)
+            for unit in units:
+                found[source, unit.name] = (
+                    Metric.of_gradients(rows[unit.name])
+                    if unit.kind == "linear"
+                    else Felt(
+                        routing[unit.name], rows[unit.name], partial(self._expert, opened, unit)
+                    )
+                )
+        return found
+
+    def _expert(self, opened: OpenStage, unit: Unit, expert: int) -> dict[str, Tensor]:
+        """Weights of one expert at the point, by parameter, fp32."""
+        found = {}
+        for parameter in unit.parameters:
+            sources = opened.sources[unit.parameter(parameter)]
+            axis = self._point.axes.get(sources.name, -1)
+            own = sources.of_expert(expert)
+            rows = rows_of_expert(
+                self._point.coefficients[sources.name], sources.tensors[0].shape, axis, expert
+            )
+            found[parameter] = own.merged(rows, axis=expert_axis(axis)).float()
+        return found
 
     def _output_gradients(
         self,
@@ -116,13 +139,18 @@ class Sensitivity:
         units: tuple[Unit, ...],
         x: Tensor,
         gradient: Tensor,
-    ) -> dict[str, Tensor]:
-        """Gradients at the outputs of linears, fp32 `[tokens, out]` each."""
+    ) -> tuple[dict[str, Tensor], dict[str, Routing]]:
+        """Gradients at the outputs of units, fp32 `[tokens, out]` each, and how experts are fed."""
         device = self._network.device
         names = tuple(unit.name for unit in units)
+        experts = tuple(unit.name for unit in units if unit.kind == "experts")
         found: dict[str, list[Tensor]] = {name: [] for name in names}
+        fed: dict[str, list[Routing]] = {name: [] for name in experts}
         for chunk in chunks_of(x):
-            with torch.enable_grad():
+            with (
+                torch.enable_grad(),
+                capture(opened.part.root, inputs=experts, stop=False) as captured,
+            ):
                 inner = x[chunk].to(device).requires_grad_(True)
                 leaving, seen = opened.part.watched(weights, inner, outputs=names)
             outputs = [seen[name] for name in names]
@@ -132,7 +160,15 @@ class Sensitivity:
             for name, output, own in zip(names, outputs, got, strict=True):
                 rows = torch.zeros_like(output) if own is None else own
                 found[name].append(rows.reshape(-1, rows.shape[-1]))
-        return {unit.name: joined(found[unit.name], none=_no_rows(unit, weights)) for unit in units}
+            for name in experts:
+                fed[name].append(Routing(*(tensor.detach() for tensor in captured.routing[name])))
+        return (
+            {
+                unit.name: joined(found[unit.name], none=_no_rows(unit, weights, x))
+                for unit in units
+            },
+            {name: Routing.joined(routings or [_nobody(x)]) for name, routings in fed.items()},
+        )
 
 
 def _seed_of(seed: int, source: int, number: int) -> int:
@@ -140,7 +176,15 @@ def _seed_of(seed: int, source: int, number: int) -> int:
     return random.Random(f"{seed} {source} {number}").getrandbits(63)
 
 
-def _no_rows(unit: Unit, weights: dict[str, Tensor]) -> Tensor:
-    """Gradients `[0, out]` at the output of a linear."""
+def _no_rows(unit: Unit, weights: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Gradients `[0, out]` at the output of a linear, or of experts."""
+    if unit.kind == "experts":
+        return x.new_empty(0, x.shape[-1])
     weight = weights[unit.parameter("weight")]
     return weight.new_empty(0, weight.shape[1 if unit.axis == 0 else 0])
+
+
+def _nobody(x: Tensor) -> Routing:
+    """No tokens on their way to experts."""
+    none = x.new_empty(0, 1)
+    return Routing(x.new_empty(0, x.shape[-1]), none.long(), none)

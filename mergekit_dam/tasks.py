@@ -218,8 +218,8 @@ class MergeKnown(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):
         allowed = column_counts(loaded[0].shape, axis)
         if coefficients.shape[1] not in allowed:
             raise DamError(
-                f"{name}: required {allowed[-1]} coefficients a model, got {coefficients.shape[1]}; the "
-                f"coefficients were fitted on models of another shape"
+                f"{name}: required {allowed[-1]} coefficients a model, got "
+                f"{coefficients.shape[1]}; they were fitted on models of another shape"
             )
         return merge_weights(sources.tensors, coefficients, axis=axis).to(sources.dtype)
 

@@ -1,213 +1,233 @@
 """The fit of experts, one after the other: each to what the teacher's own makes of its tokens.
 
-Who is sent where is the merged model's own routing, on the merged stream. With a token x sent to
-an expert with weight g, which counts for `g f(x)` in what the experts put out together:
+1. Both parts run up to the experts; who is sent where is the merged model's own routing.
+2. For each expert in turn, every linear is fitted, in the order in which data passes them, to
+   what that linear puts out in the teacher's own expert, given the same token in the teacher's
+   stream. What enters the next one is seen through the fitted one.
+3. An expert that too few tokens are sent to keeps the average, and the report says so.
 
-1. Every linear of an expert is fitted to what the teacher's own expert, given the same token in
-   the teacher's stream, puts out there; errors count with the square of g.
-2. What the teacher's experts still lack then, through another routing and the drift of the stream
-   before them, is shared by all experts of a token alike, as targets of their last linears.
-
-At any time the linears of one expert are worked on, and the moments of one linear exist.
+At any time one linear of one expert is worked on: there are as many Gram matrices as domains.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from mergekit_dam.anatomy import Unit
 from mergekit_dam.coefficients import expert_axis
-from mergekit_dam.distributed import total, totals
-from mergekit_dam.experts import FusedLinear, Routing, run_expert
-from mergekit_dam.fitting.gather import Seen, see, token_weights
+from mergekit_dam.experts import FusedLinear, run_expert
 from mergekit_dam.fitting.judge import judging_split
 from mergekit_dam.fitting.linear import fit_linear
+from mergekit_dam.fitting.metric import PLAIN, Metric
 from mergekit_dam.fitting.moments import Evidence, InputMoments, LinearMoments, LinearTokens
+from mergekit_dam.fitting.routed import Routed, observe
 from mergekit_dam.fitting.solver import precision
 from mergekit_dam.fitting.state import Walk
-from mergekit_dam.fitting.storage import Sequences
-from mergekit_dam.fitting.streams import CHUNK_TOKENS, Split, Stream
+from mergekit_dam.fitting.streams import Split
 from mergekit_dam.fitting.tensors import FittedTensor, TensorReport, TensorSources
+from mergekit_dam.settings import Fed
 
-import os
-SHARE = os.environ.get("SHARE", "even")
-FEWEST = int(os.environ.get("FEWEST", "1"))
-GPOW = float(os.environ.get("GPOW", "2"))
-
-
-@dataclass(frozen=True)
-class Sent:
-    """Tokens of one expert, some at a time.
-
-    Attributes:
-        teacher, merged: what enters it, `[tokens, hidden]`.
-        missing: what its output lacks beside what the teacher's own makes of the token.
-        weight: how much its errors count.
-    """
-
-    teacher: Tensor
-    merged: Tensor
-    missing: Tensor
-    weight: Tensor
+FEWEST = 1
 
 
 @dataclass
-class Routed:
-    """One stream where it enters the experts of a block.
+class _Fused:
+    """What became of one linear, expert by expert.
 
     Attributes:
-        hidden: what enters the teacher's experts, what enters the merged ones, and what the
-            former lack on the latter's routing, side by side: `[sequences, length, 3 * hidden]`.
-        routing: of the merged model: experts and weights `[tokens, k]`, on the host.
-        counted: how much each token counts, `[tokens]`.
-        energy: of what the teacher's experts put out, and the tokens' weights, by split.
+        rows: coefficients `[sources, columns]` of each expert, on the host.
+        kept: experts that keep the average, by reason.
+        losses: at the start and fitted, on the data of the fit and on what is held out, summed
+            over the experts; then the energy that they are fractions of, on both.
     """
 
-    stream: Stream
-    hidden: Sequences
-    experts: Tensor
-    weights: Tensor
-    counted: Tensor
-    energy: dict[Split, float]
-    count: dict[Split, float]
+    sources: TensorSources
+    linear: FusedLinear
+    rows: list[Tensor] = field(default_factory=list)
+    kept: dict[str, list[int]] = field(default_factory=dict)
+    losses: Tensor = field(default_factory=lambda: torch.zeros(6, dtype=torch.float64))
 
-    def border(self, split: Split) -> tuple[int, int]:
-        first, last = self.stream.border(split)
-        length = self.stream.teacher.shape[1]
-        return first * length, last * length
+    @property
+    def columns(self) -> int:
+        return self.sources.tensors[0].shape[self.linear.axis]
 
-    def counts(self, split: Split, experts: int) -> Tensor:
-        """Tokens of a split that are sent to each expert."""
-        first, last = self.border(split)
-        sent = self.experts[first:last].reshape(-1)
-        return total(torch.bincount(sent, minlength=experts))
+    def keep(self, expert: int, reason: str) -> None:
+        """An expert keeps the average."""
+        self.rows.append(self.sources.start().expand(-1, self.columns))
+        self.kept.setdefault(reason, []).append(expert)
 
-    def sent(self, expert: int, split: Split, device: torch.device, *, every: bool) -> Iterator[Sent]:
-        """The tokens of an expert in a split: those that are sent to it, or every one."""
-        length = self.stream.teacher.shape[1]
-        for chunk in self.stream.chunks(split):
-            tokens = slice(chunk.start * length, chunk.stop * length)
-            own = (self.weights[tokens] * (self.experts[tokens] == expert)).sum(1)
-            here = (self.experts[tokens] == expert).any(1)
-            rows = torch.arange(len(own)) if every else here.nonzero()[:, 0]
-            if not len(rows):
-                continue
-            hidden = self.hidden[chunk].reshape(len(own), -1)[rows].to(device)
-            teacher, merged, missing = hidden.chunk(3, dim=1)
-            counted = self.counted[tokens][rows]
-            weight = counted if every else counted * own[rows].abs().pow(GPOW)
-            missing = missing * here[rows].to(device)[:, None]
-            yield Sent(teacher, merged, missing, weight.to(device))
+    def add(self, expert: int, fitted: FittedTensor, evidence: Evidence[LinearMoments]) -> None:
+        """An expert's fit, or why it keeps the average."""
+        report = fitted.report
+        self.rows.append(fitted.coefficients.cpu().expand(-1, self.columns))
+        if report.outcome != "fitted":
+            self.kept.setdefault(report.outcome, []).append(expert)
+        start = (report.loss_start, report.held_out_start)
+        ended = (report.loss_fitted, report.held_out_fitted)
+        energies = [
+            sum(sums.scale * sums.energy for sums in every) / evidence.total
+            for every in (evidence.fit, evidence.held_out)
+        ]
+        values = [*start, *(ended if report.outcome == "fitted" else start), *energies]
+        self.losses += torch.tensor(values, dtype=torch.float64)
 
-
-def observe(walk: Walk, stage: int, unit: Unit, stream: Stream) -> Routed:
-    """Run both parts up to and through the experts."""
-    module = walk.teachers[stream.source].root.get_submodule(unit.name)
-    names = [(p, unit.parameter(p)) for p in unit.parameters]
-    own = {p: walk.sources[name].tensors[stream.source].float() for p, name in names}
-    experts, weights, counted = [], [], []
-    energies = []
-
-    def leaving() -> Iterator[Tensor]:
-        for seen in see(walk, stage, [unit], stream, None):
-            routing = seen.merged.routing[unit.name]
-            fed = seen.teacher.inputs[unit.name]
-            wanted = seen.teacher.outputs[unit.name]
-            energies.append(wanted.square().sum(-1))
-            if unit.write is not None and unit.write.through is None:
-                wanted = wanted + (seen.drift / unit.write.scale).reshape(wanted.shape)
-            counted.append(token_weights([wanted], seen.sequences).cpu())
-            alone = functional_call(module, own, (fed, routing.experts, routing.weights))
-            share = routing.weights.sum(1, keepdim=True)
-            missing = (wanted - alone) / share
-            if SHARE == "none": missing = missing * 0
-            if SHARE == "drift":
-                missing = (wanted - seen.teacher.outputs[unit.name])/share
-            experts.append(routing.experts.cpu())
-            weights.append(routing.weights.cpu())
-            rows = torch.cat([fed, routing.hidden, missing], dim=1)
-            yield rows.reshape(seen.sequences, -1, rows.shape[1])
-
-    hidden = stream.keep(leaving())
-    energy = torch.cat([e.cpu() for e in energies])
-    tw = torch.cat(counted)
-    r = Routed(stream, hidden, torch.cat(experts), torch.cat(weights), tw, {}, {})
-    for split in ("fit", "held_out"):
-        a, b = r.border(split)
-        r.energy[split], r.count[split] = totals([float((tw[a:b].double() * energy[a:b]).sum()), float(tw[a:b].double().sum())])
-    return r
+    def settled(self, seconds: float) -> FittedTensor:
+        """The whole tensor."""
+        linear, sources = self.linear, self.sources
+        coefficients = torch.cat(self.rows, dim=1)
+        fitted = len(self.rows) - sum(map(len, self.kept.values()))
+        energies = self.losses[[4, 5, 4, 5]].clamp_min(1e-30)
+        before, held_before, after, held_after = (self.losses[:4] / energies).tolist()
+        report = TensorReport(
+            sources.name,
+            "experts",
+            "fitted" if fitted else "start kept by all experts",
+            before,
+            after,
+            held_before,
+            held_after,
+            solver={"experts fitted": fitted},
+            seconds=seconds,
+            experts=self.kept,
+        )
+        merged = sources.merged(coefficients, axis=linear.axis)
+        return FittedTensor(sources, merged, coefficients, linear.axis, report)
 
 
 def fit_experts(walk: Walk, stage: int, units: list[Unit]) -> Iterator[tuple[str, FittedTensor]]:
-    """Fit the experts of a stage."""
-    started = time.perf_counter()
+    """Fit the experts of a stage; biases keep the average.
+
+    Yields:
+        (name relative to the part, fitted tensor) of every fused weight.
+    """
     (unit,) = units
-    routed = [observe(walk, stage, unit, stream) for stream in walk.streams]
-    count = walk.weight(unit).tensors[0].shape[0]
-    every = os.environ.get("EXPERTS", "routed") == "all"
-    judged_on = judging_split(walk.streams)
-    sent = {split: sum(r.counts(split, count) for r in routed) for split in ("fit", "held_out")}
-    out = {l.parameter: [] for l in unit.linears}
-    for expert in range(count):
-        few = int(sent["fit"][expert]) < FEWEST or int(sent[judged_on][expert]) < 1
-        for linear in unit.linears:
-            whole = walk.sources[unit.parameter(linear.parameter)]
-            own = TensorSources(f"{whole.name}[{expert}]", [t[expert] for t in whole.tensors], whole.settings, whole.dtype)
-            if own.identical or (few and not every):
-                out[linear.parameter].append((own.start(), None, None))
-                continue
-            ev = evidence(walk, unit, linear, expert, routed, every)
-            (fitted,) = fit_linear(own, None, ev, axis=expert_axis(linear.axis))
-            en = sum(m.scale * m.energy for m in ev.fit) / ev.total, sum(m.scale * m.energy for m in ev.held_out) / ev.total
-            out[linear.parameter].append((fitted.coefficients, fitted.report, en))
-            walk.weights[unit.parameter(linear.parameter)][expert] = fitted.merged.float()
-    for linear in unit.linears:
-        whole = walk.sources[unit.parameter(linear.parameter)]
-        n = whole.tensors[0].shape[linear.axis]
-        rows = out[linear.parameter]
-        coefs = torch.cat([c.cpu().expand(-1, n) for c, _, _ in rows], 1)
-        reps = [(r, e) for _, r, e in rows if r is not None]
-        agg = lambda f, i: sum(getattr(r, f) or 0 for r, _ in reps) / max(sum(e[i] for _, e in reps), 1e-30)
-        nfit = sum(r.outcome == "fitted" for r, _ in reps)
-        report = TensorReport(whole.name, "experts", "fitted" if nfit else "start kept", agg("loss_start", 0), agg("loss_fitted", 0), agg("held_out_start", 1), agg("held_out_fitted", 1), {"fitted": nfit}, time.perf_counter() - started)
-        yield unit.parameter(linear.parameter), FittedTensor(whole, whole.merged(coefs, axis=linear.axis), coefs, linear.axis, report)
+    started = time.perf_counter()
+    streams = [observe(walk, stage, unit, stream) for stream in walk.streams]
+    fused = [
+        _Fused(walk.sources[unit.parameter(linear.parameter)], linear) for linear in unit.linears
+    ]
+    for expert in range(fused[0].sources.tensors[0].shape[0]):
+        _fit_expert(walk, unit, expert, streams, fused)
+    seconds = (time.perf_counter() - started) / len(fused)
+    for own in fused:
+        yield unit.parameter(own.linear.parameter), own.settled(seconds)
 
 
-def evidence(walk, unit, linear, expert, routed, every):
-    whole = walk.sources[unit.parameter(linear.parameter)]
-    out, columns = whole.tensors[0][expert].shape
-    if linear.axis == 1: out, columns = columns, out
-    dtype = precision(columns * whole.settings.parametrisation.expand.shape[1])
+def _fit_expert(
+    walk: Walk, unit: Unit, expert: int, streams: list[Routed], fused: list[_Fused]
+) -> None:
+    """Fit the linears of one expert, and have the merged part go on with them."""
+    few = _too_few(walk, streams, expert, walk.weight(unit).settings.experts)
+    metrics = [] if few else _metrics(walk, unit, expert, streams)
+    for own in fused:
+        name = unit.parameter(own.linear.parameter)
+        sources = own.sources.of_expert(expert)
+        if sources.identical:
+            own.keep(expert, "identical in all models")
+        elif few:
+            own.keep(expert, few)
+        else:
+            evidence = _evidence(walk, unit, own.linear, expert, streams, metrics)
+            (fitted,) = fit_linear(sources, None, evidence, axis=expert_axis(own.linear.axis))
+            own.add(expert, fitted, evidence)
+            walk.weights[name][expert] = fitted.merged.float()
+
+
+def _too_few(walk: Walk, streams: list[Routed], expert: int, fed: Fed) -> str | None:
+    """Why an expert has too few tokens to be fitted, if it has."""
+    if fed == "all":
+        return None
+    splits: tuple[Split, ...] = ("fit", judging_split(walk.streams))
+    fit, judging = (sum(int(s.sums[split].sent[expert]) for s in streams) for split in splits)
+    if fit < FEWEST or not judging:
+        return f"start kept: fewer than {FEWEST} calibration tokens, or none to judge by"
+    return None
+
+
+def _metrics(
+    walk: Walk, unit: Unit, expert: int, streams: list[Routed]
+) -> list[Mapping[str, Metric]]:
+    """The metrics of an expert's linears, of every stream."""
+    module = walk.part.root.get_submodule(unit.name)
+    found: list[Mapping[str, Metric]] = []
+    for routed in streams:
+        felt = walk.felt(unit.name, routed.stream)
+        plain = dict.fromkeys((linear.parameter for linear in unit.linears), PLAIN)
+        found.append(plain if felt is None else felt.metrics(module, expert))
+    return found
+
+
+def _evidence(
+    walk: Walk,
+    unit: Unit,
+    linear: FusedLinear,
+    expert: int,
+    streams: list[Routed],
+    metrics: list[Mapping[str, Metric]],
+) -> Evidence[LinearMoments]:
+    """The moments of one linear of one expert.
+
+    Streams are weighted as those of a linear outside of experts are, by what all experts of a
+    domain put out: that one of them is hardly used there is no reason to weigh that use up.
+    """
+    sources = walk.sources[unit.parameter(linear.parameter)]
+    shape = list(sources.tensors[0].shape[1:])
+    columns = shape.pop(expert_axis(linear.axis))
+    dtype = precision(columns * sources.settings.parametrisation.expand.shape[1])
     judged_on = judging_split(walk.streams)
-    pooled, held = None, []
-    lw = whole.settings.loss_weights
-    for r in routed:
-        k = r.stream.source
-        def run(split, sums):
-            tm, mm = (w.root.get_submodule(unit.name) for w in (walk.teachers[k], walk.part))
-            tw = {p: walk.sources[unit.parameter(p)].tensors[k][expert].float() for p in unit.parameters}
-            mw = {p: walk.weights[unit.parameter(p)][expert] for p in unit.parameters}
-            for s in r.sent(expert, split, walk.device, every=every):
-                _, theirs = run_expert(tm, tw, s.teacher)
-                _, ours = run_expert(mm, mw, s.merged)
-                y = theirs[linear.parameter].output
-                x = ours[linear.parameter].input
-                wanted = y + s.missing if linear.leaves else y
-                if isinstance(sums, LinearMoments): sums.inputs.add(x, s.weight)
-                sums.add(x, wanted, y, s.weight)
-        m = LinearMoments.zeros(out, InputMoments.zeros(columns, walk.device, dtype))
-        run("fit", m)
-        m.inputs.add_up(); m.add_up()
-        f = lw[k] / max(r.energy["fit"], 1e-30)
-        if pooled is None: pooled = m.scaled(f)
-        else: pooled.add_scaled(m, f)
+    fit: list[LinearMoments] = []
+    held_out: list[LinearTokens] = []
+    for routed, metric in zip(streams, metrics, strict=True):
+        weight = sources.settings.loss_weights[routed.stream.source]
+
+        def scale(split: Split, routed: Routed = routed, weight: float = weight) -> float:
+            sums = routed.sums[split]
+            return weight / max(sums.count if walk.metrics else sums.energy, 1e-30)
+
+        inputs = InputMoments.zeros(columns, walk.device, dtype)
+        sums = LinearMoments.zeros(shape[0], inputs, metric[linear.parameter])
+        _show(walk, unit, linear, expert, routed, "fit", sums)
+        inputs.add_up()
+        sums.add_up()
+        if walk.metrics:
+            sums.scale = scale("fit")
+            fit.append(sums)
+        elif fit:
+            fit[0].add_scaled(sums, scale("fit"))
+        else:
+            fit.append(sums.scaled(scale("fit")))
         if judged_on == "held_out":
-            t = LinearTokens()
-            run("held_out", t); t.add_up()
-            t.scale = lw[k] / max(r.energy["held_out"], 1e-30)
-            held.append(t)
-    return Evidence([pooled], held or [pooled], sum(lw[r.stream.source] for r in routed))
+            tokens = LinearTokens(metric[linear.parameter])
+            _show(walk, unit, linear, expert, routed, "held_out", tokens)
+            tokens.add_up()
+            tokens.scale = scale("held_out")
+            held_out.append(tokens)
+    whole = sum(sources.settings.loss_weights[routed.stream.source] for routed in streams)
+    return Evidence(fit, held_out or fit, whole)
+
+
+def _show(
+    walk: Walk,
+    unit: Unit,
+    linear: FusedLinear,
+    expert: int,
+    routed: Routed,
+    split: Split,
+    sums: LinearMoments | LinearTokens,
+) -> None:
+    """Add what teacher and merged model do with an expert's tokens."""
+    source, name = routed.stream.source, linear.parameter
+    names = {parameter: unit.parameter(parameter) for parameter in unit.parameters}
+    theirs = {p: walk.sources[n].tensors[source][expert].float() for p, n in names.items()}
+    ours = {p: walk.weights[n][expert] for p, n in names.items()}
+    teacher = walk.teachers[source].root.get_submodule(unit.name)
+    merged = walk.part.root.get_submodule(unit.name)
+    for sent in routed.sent(expert, split, walk.sources[names[name]].settings.experts, walk.device):
+        output = run_expert(teacher, theirs, sent.teacher)[1][name].output
+        x = run_expert(merged, ours, sent.merged)[1][name].input
+        if isinstance(sums, LinearMoments):
+            sums.inputs.add(x, sent.weight)
+        sums.add(x, output, output, sent.weight)

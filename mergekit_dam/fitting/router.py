@@ -14,9 +14,7 @@ from mergekit_dam.fitting.streams import Stream
 from mergekit_dam.fitting.tensors import FittedTensor
 
 
-def fit_routers(
-    walk: Walk, stage: int, units: list[Unit]
-) -> Iterator[tuple[str, FittedTensor]]:
+def fit_routers(walk: Walk, stage: int, units: list[Unit]) -> Iterator[tuple[str, FittedTensor]]:
     """Fit the weight of the one router of a stage; a bias keeps the average.
 
     Yields:
@@ -34,9 +32,7 @@ def fit_routers(
     def judges(_: Stream) -> dict[str, LinearTokens]:
         return {unit.name: LinearTokens()}
 
-    def add(
-        sums: Mapping[str, LinearMoments] | Mapping[str, LinearTokens], seen: Seen
-    ) -> None:
+    def add(sums: Mapping[str, LinearMoments] | Mapping[str, LinearTokens], seen: Seen) -> None:
         x, own = (_flat(c.inputs[unit.name]) for c in (seen.merged, seen.teacher))
         logits = own @ weight.tensors[seen.source].float().T
         counted = token_weights([logits], seen.sequences)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.anatomy import Anatomy, Unit
+from mergekit_dam.fitting.felt import Felt
 from mergekit_dam.fitting.metric import PLAIN, Metric
 from mergekit_dam.fitting.streams import Split, Stream
 from mergekit_dam.fitting.tape import Tape
@@ -14,7 +15,7 @@ from mergekit_dam.fitting.tensors import FittedTensor, TensorSources
 from mergekit_dam.part import Part
 
 Progress = Callable[[FittedTensor], None]
-Metrics = Mapping[tuple[int, str], Metric]
+Metrics = Mapping[tuple[int, str], Metric | Felt]
 
 
 @dataclass
@@ -29,7 +30,8 @@ class Walk:
         anatomy: what the part is made of.
         weights: the merged part as it stands, fp32; what the merged stream runs through.
         progress: called with every settled tensor.
-        metrics: in which errors of linears are measured, by source and unit; none for `S = I`.
+        metrics: in which errors of linears are measured, by source and unit, and what tells those
+            of single experts; none for `S = I`.
         fitted: what is settled, by relative name.
         teacher_tape: outputs of the teachers' units.
         merged_tape: outputs of the merged part's linears that are settled.
@@ -96,7 +98,15 @@ class Walk:
 
     def metric(self, unit: str, stream: Stream) -> Metric:
         """The metric of a linear's errors on a stream's data."""
-        return self.metrics[stream.source, unit] if self.metrics else PLAIN
+        metric = self.metrics[stream.source, unit] if self.metrics else PLAIN
+        assert isinstance(metric, Metric)
+        return metric
+
+    def felt(self, unit: str, stream: Stream) -> Felt | None:
+        """What tells the metrics of single experts on a stream's data; None for `S = I`."""
+        felt = self.metrics.get((stream.source, unit))
+        assert felt is None or isinstance(felt, Felt)
+        return felt
 
     def pairs(self, stream: Stream, split: Split | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """What enters the part, chunk by chunk: (chunk, teacher's, merged), on the device."""
