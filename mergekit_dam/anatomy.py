@@ -200,7 +200,7 @@ class _Record:
     calls: int
     input: Tensor | None
     output: Any
-    routing: Routing | None = None
+    call: tuple[tuple[Any, ...], Mapping[str, Any]] = ((), {})
 
 
 def scattered(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -229,9 +229,10 @@ def examine(
     """
     owners = {}
     for name, module in root.named_modules():
-        own = tuple(n for n, _ in module.named_parameters(recurse=False))
+        own = [n for n, _ in module.named_parameters(recurse=False)]
+        own += [n for n in module._buffers if (f"{name}.{n}" if name else n) in weights]
         if any((f"{name}.{n}" if name else n) in weights for n in own):
-            owners[name] = own
+            owners[name] = tuple(own)
     records = _record(root, run, owners)
     units = {
         name: _classify(name, root.get_submodule(name), owners[name], record, weights)
@@ -254,7 +255,7 @@ def _record(root: nn.Module, run: Run, owners: Mapping[str, Any]) -> dict[str, _
                 records[name].calls += 1
             else:
                 entered = _copy(_first_tensor((args, kwargs)))
-                records[name] = _Record(1, entered, _copy(output), routing_of(args, kwargs))
+                records[name] = _Record(1, entered, _copy(output), (args, kwargs))
 
         return hook
 
@@ -283,14 +284,17 @@ def _classify(
     weight = own.get("weight")
     if record.calls != 1 or x is None or len(own) != len(parameters):
         return other
-    if record.routing is not None:
-        linears = fused_linears(module, own, record.routing, y)
+    routing = routing_of(*record.call)
+    if routing is not None:
+        linears = fused_linears(module, own, routing, y)
         return replace(other, kind="experts", linears=linears) if linears else other
+    if isinstance(y, tuple) and weight is not None and x.is_floating_point():
+        routes = makes_logits(module, own, *record.call)
+        return replace(other, kind="router") if routes else other
     if not set(parameters) <= {"weight", "bias"} or weight is None:
         return other
     if not isinstance(y, Tensor):
-        found = x.is_floating_point() and makes_logits(module, own, x)
-        return replace(other, kind="router") if found else other
+        return other
     if not x.is_floating_point():
         found = weight.ndim == 2 and y.shape[-1] == weight.shape[1]
         return replace(other, kind="embedding", axis=-1) if found else other

@@ -72,11 +72,15 @@ class Decoder:
         self._check_blocks()
 
     def _canonical_names(self) -> dict[str, str]:
-        """Name of every parameter -> first name of that parameter (tied ones share it)."""
+        """Name of every parameter -> first name of that parameter (tied ones share it).
+
+        Buffers that are saved act as parameters do (a router's correction of its scores).
+        """
         first: dict[int, str] = {}
         return {
-            name: first.setdefault(id(parameter), name)
-            for name, parameter in self.model.named_parameters(remove_duplicate=False)
+            name: first.setdefault(id(tensor), name)
+            for name, tensor in self.model.state_dict(keep_vars=True).items()
+            if tensor.is_floating_point()
         }
 
     def move(self, device: torch.device) -> None:

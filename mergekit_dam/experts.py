@@ -99,7 +99,7 @@ def run_expert(
         for name, weight in weights.items()
     }
     first = torch.zeros((len(x), 1), dtype=torch.int64, device=x.device)
-    with _Products(weights) as products:
+    with Products(weights) as products:
         output: Tensor = functional_call(module, given, (x, first, x.new_ones(len(x), 1)))
     return output, products.seen
 
@@ -139,21 +139,33 @@ def fused_linears(
 
 
 @torch.no_grad()
-def makes_logits(module: nn.Module, weights: Mapping[str, Tensor], x: Tensor) -> bool:
-    """Whether a module multiplies what enters it with its weight, whatever it makes of that."""
-    with _Products({"weight": weights["weight"]}) as products:
-        try:
-            functional_call(module, dict(weights), (x,))
-        except (RuntimeError, TypeError):
-            return False
+def makes_logits(
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> bool:
+    """Whether a module multiplies what enters it with its weight, whatever it makes of that.
+
+    Args:
+        weights: the module's own parameters.
+        args, kwargs: what it is called with.
+    """
+    with Products({"weight": weights["weight"]}) as products:
+        functional_call(module, dict(weights), args, dict(kwargs))
     product = products.seen.get("weight")
-    if product is None:
+    if product is None or product.transposed:
         return False
-    return not product.transposed and torch.equal(product.input.flatten(), x.flatten())
+    entered = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+    return torch.equal(product.input.flatten(), entered.flatten())
 
 
-class _Products(TorchFunctionMode):
-    """Sees products of matrices with some weights while the body runs."""
+class Products(TorchFunctionMode):
+    """Sees products of matrices with some weights while the body runs.
+
+    Args:
+        weights: by any names; those that are multiplied as they are, in this memory.
+    """
 
     _OF: tuple[Callable[..., Any], ...] = (
         nn.functional.linear,

@@ -19,13 +19,16 @@ from torch import Tensor
 from mergekit_dam.anatomy import Anatomy, Unit, capture
 from mergekit_dam.backprop import Shelf, backward, chunks_of
 from mergekit_dam.coefficients import expert_axis, rows_of_expert
-from mergekit_dam.experts import Routing
+from mergekit_dam.experts import Products, Routing
 from mergekit_dam.fitting.felt import Felt
 from mergekit_dam.fitting.metric import Metric
 from mergekit_dam.fitting.state import Metrics
 from mergekit_dam.fitting.streams import Stream, joined
 from mergekit_dam.network import Network, OpenStage
 from mergekit_dam.stage import Record
+
+KINDS = ("linear", "router", "experts")
+"""Units whose errors are measured in metrics."""
 
 TOKENS = 4096
 """Tokens of a model's data whose gradients make up its metrics, about."""
@@ -103,7 +106,7 @@ class Sensitivity:
 
     def metrics(self, number: int, opened: OpenStage, anatomy: Anatomy) -> Metrics:
         """The metrics of a block's linears, by source and unit, and what tells those of experts."""
-        units = tuple(unit for unit in anatomy.units if unit.kind in ("linear", "experts"))
+        units = tuple(unit for unit in anatomy.units if unit.kind in KINDS)
         weights = opened.merged_weights(self._point)
         entered, left = self._entered.get(number), self._left.get(number)
         found: dict[tuple[int, str], Metric | Felt] = {}
@@ -112,7 +115,7 @@ class Sensitivity:
             for unit in units:
                 found[source, unit.name] = (
                     Metric.of_gradients(rows[unit.name])
-                    if unit.kind == "linear"
+                    if unit.kind != "experts"
                     else Felt(
                         routing[unit.name], rows[unit.name], partial(self._expert, opened, unit)
                     )
@@ -142,22 +145,25 @@ class Sensitivity:
     ) -> tuple[dict[str, Tensor], dict[str, Routing]]:
         """Gradients at the outputs of units, fp32 `[tokens, out]` each, and how experts are fed."""
         device = self._network.device
-        names = tuple(unit.name for unit in units)
+        names = tuple(unit.name for unit in units if unit.kind != "router")
+        routers = {u.name: weights[u.parameter("weight")] for u in units if u.kind == "router"}
         experts = tuple(unit.name for unit in units if unit.kind == "experts")
-        found: dict[str, list[Tensor]] = {name: [] for name in names}
+        found: dict[str, list[Tensor]] = {name: [] for name in (*names, *routers)}
         fed: dict[str, list[Routing]] = {name: [] for name in experts}
         for chunk in chunks_of(x):
             with (
                 torch.enable_grad(),
                 capture(opened.part.root, inputs=experts, stop=False) as captured,
+                Products(routers) as logits,
             ):
                 inner = x[chunk].to(device).requires_grad_(True)
                 leaving, seen = opened.part.watched(weights, inner, outputs=names)
-            outputs = [seen[name] for name in names]
+            seen |= {name: product.output for name, product in logits.seen.items()}
+            outputs = [seen[name] for name in found]
             got = torch.autograd.grad(
                 leaving, outputs, gradient[chunk].to(device), allow_unused=True
             )
-            for name, output, own in zip(names, outputs, got, strict=True):
+            for name, output, own in zip(found, outputs, got, strict=True):
                 rows = torch.zeros_like(output) if own is None else own
                 found[name].append(rows.reshape(-1, rows.shape[-1]))
             for name in experts:

@@ -117,7 +117,7 @@ def observe(walk: Walk, stage: int, unit: Unit, stream: Stream) -> Routed:
     for split in splits:
         first, last = (length * border for border in stream.border(split))
         own = counted[first:last].double()
-        both = totals([float(own @ energy[first:last].double()), float(own.sum())])
+        felt, weight = totals([float(own @ energy[first:last].double()), float(own.sum())])
         sent = torch.bincount(experts[first:last].reshape(-1), minlength=count)
-        sums[split] = Sums(*both, total(sent))
+        sums[split] = Sums(felt, weight, total(sent))
     return Routed(stream, kept, experts, weights, counted, sums)

@@ -1,6 +1,7 @@
 """The fit of a router: to the logits that each teacher's own router makes of its own stream."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -25,12 +26,12 @@ def fit_routers(walk: Walk, stage: int, units: list[Unit]) -> Iterator[tuple[str
     experts, columns = weight.tensors[0].shape
     dtype = precision(columns * weight.settings.parametrisation.expand.shape[1])
 
-    def empty(_: Stream) -> dict[str, LinearMoments]:
+    def empty(stream: Stream) -> dict[str, LinearMoments]:
         inputs = InputMoments.zeros(columns, walk.device, dtype)
-        return {unit.name: LinearMoments.zeros(experts, inputs)}
+        return {unit.name: LinearMoments.zeros(experts, inputs, walk.metric(unit.name, stream))}
 
-    def judges(_: Stream) -> dict[str, LinearTokens]:
-        return {unit.name: LinearTokens()}
+    def judges(stream: Stream) -> dict[str, LinearTokens]:
+        return {unit.name: LinearTokens(walk.metric(unit.name, stream))}
 
     def add(sums: Mapping[str, LinearMoments] | Mapping[str, LinearTokens], seen: Seen) -> None:
         x, own = (_flat(c.inputs[unit.name]) for c in (seen.merged, seen.teacher))
@@ -41,9 +42,12 @@ def fit_routers(walk: Walk, stage: int, units: list[Unit]) -> Iterator[tuple[str
             moments.inputs.add(x, counted)
         moments.add(x, logits, logits, counted)
 
-    evidence = gather(walk, stage, units, empty=empty, judges=judges, add=add, pool=True)
+    evidence = gather(
+        walk, stage, units, empty=empty, judges=judges, add=add, pool=not walk.metrics
+    )
     (fitted,) = fit_linear(weight, None, evidence[unit.name], axis=unit.axis)
-    yield unit.parameter("weight"), fitted
+    report = replace(fitted.report, kind="router")
+    yield unit.parameter("weight"), replace(fitted, report=report)
 
 
 def _flat(x: Tensor) -> Tensor:
