@@ -30,7 +30,7 @@ from mergekit_dam.fitting.streams import Split
 from mergekit_dam.fitting.tensors import FittedTensor, TensorReport, TensorSources
 from mergekit_dam.settings import Fed
 
-FEWEST = 1
+FEWEST = 64
 
 
 @dataclass
