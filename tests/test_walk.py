@@ -17,8 +17,8 @@ from mergekit_dam.anatomy import Unit, substitute
 from mergekit_dam.coefficients import Parametrisation, coefficient_gradient, merge_weights
 from mergekit_dam.decoder import Decoder
 from mergekit_dam.fitting import head as head_module
+from mergekit_dam.fitting import storage as storage_module
 from mergekit_dam.fitting import streams as streams_module
-from mergekit_dam.fitting import tape as tape_module
 from mergekit_dam.fitting.gather import Seen, gather, target
 from mergekit_dam.fitting.head import fit_head
 from mergekit_dam.fitting.moments import InputMoments, LinearMoments
@@ -346,7 +346,7 @@ def test_outputs_kept_in_memory_change_nothing(name: str, monkeypatch: pytest.Mo
     config = ARCHITECTURES[name]()
     models = fine_tunes(config, 2)
     kept, _, kept_streams = merge(config, models, head=False)
-    monkeypatch.setattr(tape_module, "BUDGET", 0)
+    monkeypatch.setattr(storage_module, "SHARE", 0)
     again, _, streams = merge(config, models, head=False)
     close(kept, again, 1e-6)
     for a, b in zip(kept_streams, streams, strict=True):

@@ -106,5 +106,4 @@ class Walk:
 
     def known(self, stream: Stream, chunk: slice) -> dict[str, Tensor]:
         """What settled linears of the merged part put out for a chunk, on the device."""
-        outputs = self.merged_tape.of(stream.source, chunk)
-        return {name: output.to(self.device) for name, output in outputs.items()}
+        return self.merged_tape.of(stream.source, chunk, self.device)

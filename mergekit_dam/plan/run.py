@@ -43,6 +43,7 @@ def run_plan(file: Path, out_path: Path, options: MergeOptions) -> Estimate:
     room = Room(
         host=machine.memory,
         gpu=machine.gpu,
+        disk=machine.disk,
         baseline=own,
         libraries=mapped,
         shard=options.out_shard_size,
