@@ -50,6 +50,7 @@ class RunSettings:
         start: "average", "random" or a path.
         resident: whether weights stay in memory between sweeps.
         stream_offload: where streams are kept.
+        gpu_memory: bytes of the GPU's that may be used, or None for all.
         seed: of the order of sequences, and of a random start.
     """
 
@@ -60,6 +61,7 @@ class RunSettings:
     start: str
     resident: Resident
     stream_offload: Offload
+    gpu_memory: int | None
     seed: int
 
     @property

@@ -63,10 +63,11 @@ def test_what_units_put_out_leaves_the_memory_of_a_cpu_unless_told_otherwise(
 
 
 def test_what_units_put_out_is_kept_as_far_as_there_is_room(tmp_path: Path) -> None:
-    for place, whole in (
-        ("host", psutil.virtual_memory().total),
-        ("disk", psutil.disk_usage(str(tmp_path)).free),
-    ):
+    sizes: dict[Place, int] = {
+        "host": psutil.virtual_memory().total,
+        "disk": psutil.disk_usage(str(tmp_path)).free,
+    }
+    for place, whole in sizes.items():
         storage = Storage("host", place, tmp_path)
         assert storage.has_room_for_outputs(whole // 8)
         assert not storage.has_room_for_outputs(whole // 2)

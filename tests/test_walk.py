@@ -616,7 +616,7 @@ def test_a_head_that_can_only_get_worse_keeps_its_start(
 def test_the_gradient_of_the_coefficients_is_autograds(
     axis: int, size: int, rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coefficients_module, "_GRADIENT_CHUNK", rows_at_a_time * size)
+    monkeypatch.setattr(coefficients_module, "_PIECE", rows_at_a_time * size)
     tensors = [randn(9, 5, seed=s) for s in range(3)]
     tensors = [t.T if axis == 0 else t for t in tensors]
     coefficients = randn(3, size, seed=5).requires_grad_()

@@ -55,6 +55,10 @@ class Walk:
     def settle(self, name: str, fitted: FittedTensor) -> None:
         """Take a fitted tensor into the merged part."""
         self.weights[name] = fitted.merged.float()
+        self.leave(name, fitted)
+
+    def leave(self, name: str, fitted: FittedTensor) -> None:
+        """Take note of a tensor that stays as it is in the merged part."""
         self.fitted[name] = fitted
         self.progress(fitted)
 

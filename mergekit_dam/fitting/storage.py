@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
+
+from mergekit_dam.memory import memory_of
 
 Place = Literal["device", "host", "disk"]
 Offload = Literal["auto", "device", "host", "disk"]
@@ -123,9 +124,7 @@ def room(place: Place, device: torch.device, folder: Path | None) -> float:
     """Bytes of one kind of hidden states that are to be kept in a place."""
     if place == "disk":
         return SHARE * shutil.disk_usage(folder or tempfile.gettempdir()).free
-    if place == "device" and device.type == "cuda":
-        return SHARE * torch.cuda.get_device_properties(device).total_memory
-    return SHARE * psutil.virtual_memory().total
+    return SHARE * memory_of(device if place == "device" else torch.device("cpu"))
 
 
 def choose_storage(offload: Offload, size: int, device: torch.device, folder: Path) -> Storage:

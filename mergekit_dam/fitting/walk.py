@@ -101,7 +101,8 @@ def _settle_rest(walk: Walk) -> None:
             kind, reason = unit.kind, "averaged: of the head, the weight alone is fitted"
         else:
             kind, reason = unit.kind, "averaged, as configured"
-        walk.settle(name, unfitted(tensor, kind, reason))
+        # What the part has run on is the average as it is written.
+        walk.leave(name, unfitted(tensor, walk.weights[name].to(tensor.dtype), kind, reason))
 
 
 def _play_teachers(walk: Walk, head: str | None, *, to_the_end: bool) -> list[Sequences]:
