@@ -209,7 +209,8 @@ def scattered(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for index, (name, weight) in enumerate(weights.items()):
         generator = torch.Generator(weight.device).manual_seed(index)
         noise = torch.randn(weight.shape, generator=generator, device=weight.device)
-        scattered[name] = weight + 0.1 * noise * weight.square().mean().sqrt().clamp_min(0.01)
+        size = weight.norm() / max(weight.numel(), 1) ** 0.5  # root mean square
+        scattered[name] = noise.mul_(0.1 * size.clamp_min(0.01)).add_(weight)
     return scattered
 
 

@@ -170,6 +170,7 @@ def run_settings(run: RunParameters, seed: int) -> RunSettings:
         start=run.start,
         resident=run.resident,
         stream_offload=run.stream_offload,
+        gpu_memory=run.gpu_memory,
         seed=seed,
     )
 

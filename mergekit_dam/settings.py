@@ -53,6 +53,7 @@ class RunSettings:
         start: "average", "random" or a path.
         resident: whether weights stay in memory between sweeps.
         stream_offload: where streams are kept.
+        gpu_memory: bytes of the GPU's that may be used, or None for all.
         seed: of the order of sequences, and of a random start.
     """
 
@@ -63,6 +64,7 @@ class RunSettings:
     start: str
     resident: Resident
     stream_offload: Offload
+    gpu_memory: int | None
     seed: int
 
     @property

@@ -161,12 +161,14 @@ def _see_teacher(
     others = [u for u in (*walk.anatomy.writers_before(stage), *units) if u.kind != "router"]
     wanted = dict.fromkeys([*(unit.name for unit in others), *norms])
     entered = tuple(u.name for u in units if u.kind in ("router", "experts"))
-    teacher = walk.teachers[stream.source]
-    if not walk.teacher_tape.keep:
+    teacher, tape = walk.teachers[stream.source], walk.teacher_tape
+    if not tape.keep:
         return teacher.captured(weights, x, inputs=entered, outputs=tuple(wanted))
-    kept = walk.teacher_tape.of(stream.source, chunk)
-    known = {name: output.to(walk.device) for name, output in kept.items()}
-    seen = teacher.captured(weights, x, inputs=entered, known=known) if entered else Captured()
+    if not entered:
+        only = frozenset(wanted)
+        return Captured(outputs=tape.of(stream.source, chunk, walk.device, only=only))
+    known = tape.of(stream.source, chunk, walk.device)
+    seen = teacher.captured(weights, x, inputs=entered, known=known)
     seen.outputs.update({name: known[name] for name in wanted})
     return seen
 

@@ -8,8 +8,10 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Literal
 
+import torch
+
 from mergekit_dam.fitting import head
-from mergekit_dam.fitting.solver import DENSE_LIMIT
+from mergekit_dam.fitting.solver import DENSE_LIMIT, precision
 from mergekit_dam.fitting.streams import CHUNK_TOKENS
 from mergekit_dam.objective.descend import LOOKS
 from mergekit_dam.objective.settings import LogitsSettings
@@ -18,7 +20,7 @@ from mergekit_dam.plan.structure import UnitShape
 from mergekit_dam.sensitivity import TOKENS
 
 Speed = Literal["fp32", "fp64", "cholesky", "elements"]
-"""Flops in a precision, flops of a factorisation in fp64, or elements that are worked through."""
+"""Flops in a precision, flops of a factorisation in fp32, or elements that are worked through."""
 
 Work = Counter[tuple[str, Speed]]
 """(kind of work, what its speed depends on) -> how much of it."""
@@ -136,19 +138,22 @@ def linear_fit(unit: UnitShape, unknowns: int, inventory: Inventory, *, sensitiv
     work["judging", "fp32"] = 2 * text.held_out_tokens * (2 * out * columns + metric)
     work["merging", "elements"] = 3 * inventory.sources * out * columns
     dense = unknowns * columns <= DENSE_LIMIT
-    speed: Speed = "fp64" if dense else "fp32"
+    precise = precision(unknowns * columns) == torch.float64
+    speed: Speed = "fp64" if precise else "fp32"
     product = 2 * out * columns * columns
     # The loss and the residual at the start.
     work["solves", speed] += terms * (2 * product + metric * columns)
     pairs = unknowns * (unknowns + 1) // 2
     work["solves", "elements"] = 4 * (unknowns + 2) * out * columns * inventory.sources
     if dense:
-        work["solves", speed] += terms * (pairs * product + unknowns * metric * columns)
+        work["solves", "fp32"] += terms * (pairs * product + unknowns * metric * columns)
         work["solves", "elements"] += terms * pairs * 2 * columns * columns
         work["solves", "cholesky"] = (unknowns * columns) ** 3 // 3
+        iterations = 2 if precise else 1
     else:
-        work["solves", speed] += terms * (1 + ITERATIONS) * (product + metric * columns)
-        work["solves", "elements"] += ITERATIONS * (2 * unknowns + 2) * out * columns
+        iterations = 1 + ITERATIONS
+    work["solves", speed] += terms * iterations * (product + metric * columns)
+    work["solves", "elements"] += iterations * (2 * unknowns + 2) * out * columns
     return work
 
 

@@ -30,7 +30,7 @@ class Machine:
 
     Attributes:
         fp32, fp64: flops a second of products of matrices.
-        cholesky: flops a second of a factorisation in fp64.
+        cholesky: flops a second of a factorisation in fp32.
         elements: weights a second that are scaled and added to others.
         read, write: bytes a second of the disk where the merged model goes.
         memory: bytes of the host, and `available` of them at the moment.
@@ -86,7 +86,7 @@ def calibrate(
         return rate(2 * x.numel() * inner, lambda: x @ w)
 
     size = min(_FACTORISED, 3 * inner)
-    matrix = torch.eye(size, dtype=torch.float64, device=device) + 1e-3
+    matrix = torch.eye(size, device=device) + 1e-3
     half = torch.ones(_ELEMENTS, dtype=torch.bfloat16, device=device)
     total, scale = half.float(), torch.ones(_ELEMENTS, device=device)
     read, write = _disk_speed(existing_folder(out_path), clock)

@@ -40,9 +40,11 @@ def run_plan(file: Path, out_path: Path, options: MergeOptions) -> Estimate:
     startup = time.time() - psutil.Process().create_time()
     own, mapped = _memory()
     machine = calibrate(inventory.hidden, _widest(inventory), out_path, device)
+    limit = inventory.settings.gpu_memory if inventory.settings is not None else None
     room = Room(
         host=machine.memory,
-        gpu=machine.gpu,
+        gpu=min(machine.gpu, limit) if limit else machine.gpu,
+        disk=machine.disk,
         baseline=own,
         libraries=mapped,
         shard=options.out_shard_size,

@@ -36,5 +36,6 @@ def run_settings(
         start="average",
         resident="auto",
         stream_offload="auto",
+        gpu_memory=None,
         seed=0,
     )
