@@ -49,12 +49,10 @@ class FusedLinear:
     Attributes:
         parameter: name of the fused weight.
         axis: its input dimension: -1 for `[experts, out, in]`, 1 where it is transposed.
-        leaves: what it puts out is what its expert does.
     """
 
     parameter: str
     axis: int
-    leaves: bool
 
 
 class Product(NamedTuple):
@@ -131,7 +129,7 @@ def fused_linears(
             return ()
         total += routing.weight_of(expert)[:, None] * made
         found = {
-            name: FusedLinear(name, 1 if product.transposed else -1, _close(product.output, made))
+            name: FusedLinear(name, 1 if product.transposed else -1)
             for name, product in products.items()
         }
     whole = bool(found) and _close(total, output)

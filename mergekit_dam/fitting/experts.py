@@ -31,6 +31,12 @@ from mergekit_dam.fitting.tensors import FittedTensor, TensorReport, TensorSourc
 from mergekit_dam.settings import Fed
 
 FEWEST = 64
+"""Calibration tokens that an expert has to be sent to be fitted.
+
+With fewer, fits were worse than the average on text that nobody had seen, whether an expert is 64
+or 768 wide: the ridge holds what few tokens say nothing of, and held-out text of which an expert
+sees a handful of tokens does not tell a good fit from a bad one.
+"""
 
 
 @dataclass
@@ -77,19 +83,23 @@ class _Fused:
     def settled(self, seconds: float) -> FittedTensor:
         """The whole tensor."""
         linear, sources = self.linear, self.sources
-        coefficients = torch.cat(self.rows, dim=1)
         fitted = len(self.rows) - sum(map(len, self.kept.values()))
-        energies = self.losses[[4, 5, 4, 5]].clamp_min(1e-30)
-        before, held_before, after, held_after = (self.losses[:4] / energies).tolist()
+        coefficients = torch.cat(self.rows, dim=1) if fitted else sources.start()
+        reasons = list(self.kept)
+        kept = reasons[0] if len(reasons) == 1 else "start kept by all experts"
+        losses = [
+            float(loss / energy) if energy else None
+            for loss, energy in zip(self.losses[:4], self.losses[[4, 5, 4, 5]], strict=True)
+        ]
         report = TensorReport(
             sources.name,
             "experts",
-            "fitted" if fitted else "start kept by all experts",
-            before,
-            after,
-            held_before,
-            held_after,
-            solver={"experts fitted": fitted},
+            "fitted" if fitted else kept,
+            loss_start=losses[0],
+            held_out_start=losses[1],
+            loss_fitted=losses[2],
+            held_out_fitted=losses[3],
+            solver={"experts": fitted},
             seconds=seconds,
             experts=self.kept,
         )
@@ -142,9 +152,9 @@ def _too_few(walk: Walk, streams: list[Routed], expert: int, fed: Fed) -> str | 
         return None
     splits: tuple[Split, ...] = ("fit", judging_split(walk.streams))
     fit, judging = (sum(int(s.sums[split].sent[expert]) for s in streams) for split in splits)
-    if fit < FEWEST or not judging:
-        return f"start kept: fewer than {FEWEST} calibration tokens, or none to judge by"
-    return None
+    if fit < FEWEST:
+        return f"start kept: fewer than {FEWEST} calibration tokens were sent to it"
+    return None if judging else "start kept: no held-out token was sent to it"
 
 
 def _metrics(
