@@ -27,7 +27,7 @@ from mergekit_dam.fitting.streams import Split, Stream
 from mergekit_dam.fitting.tensors import FittedTensor, TensorSources
 from mergekit_dam.fitting.walk import walk_part
 from mergekit_dam.part import Part, block_part, output_part
-from mergekit_dam.settings import TensorSettings
+from mergekit_dam.settings import Fed, TensorSettings
 from mergekit_dam.stage import Models, Progress, Record, Stage, StageKind, TensorPlan
 from tests.models import ARCHITECTURES, VOCAB_SIZE, fine_tune, make_model, tiny_llama_config
 from tests.objective.made import run_settings
@@ -56,6 +56,7 @@ def settings_of(
     embeddings: bool = True,
     norms: bool = True,
     head: bool = True,
+    experts: Fed = "routed",
 ) -> TensorSettings:
     return TensorSettings(
         parametrisation=Parametrisation.create(
@@ -67,6 +68,7 @@ def settings_of(
         embeddings=embeddings,
         norms=norms,
         head=head,
+        experts=experts,
     )
 
 
