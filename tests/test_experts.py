@@ -65,7 +65,7 @@ _SIZES: dict[str, Any] = {
     "max_position_embeddings": 64,
     "num_experts_per_tok": 2,
 }
-_HEADS = {"head_dim": 8}
+_HEADS: dict[str, Any] = {"head_dim": 8}
 _OWN: dict[str, Any] = {"num_experts": EXPERTS, "moe_intermediate_size": 12}
 
 CONFIGS: dict[str, Callable[..., PretrainedConfig]] = {
@@ -332,7 +332,7 @@ def specialists(config: PretrainedConfig) -> list[PreTrainedModel]:
     embedding = base.get_parameter("model.embed_tokens.weight")
     embedding[:32, 1::2] = 0
     embedding[32:, 0::2] = 0
-    embedding *= 30  # what attention adds, in all features, is little beside it
+    embedding.mul_(30)  # what attention adds, in all features, is little beside it
     for model in models:
         for name, weight in weights_of(model).items():
             if weight.ndim != 3 and weight.shape[0] != EXPERTS:
