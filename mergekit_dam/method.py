@@ -92,9 +92,9 @@ class TensorParameters(Parameters):
     )
     experts: Literal["routed", "all"] = Field(
         default="routed",
-        description="Which calibration tokens an expert (of a mixture) is fitted to: those that "
-        "the merged router sends to it, or all; `all` where text is so short that experts are "
-        "left out (the report lists them).",
+        description="Calibration tokens that an expert of a mixture is fitted to: those that the "
+        "merged router sends to it, or all. `all` leaves no expert out, however short the text; "
+        "where there is enough for both, `routed` came nearer to the models.",
     )
 
 

@@ -3,15 +3,19 @@
 import json
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import kl_div, log_softmax, silu
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     Glm4MoeConfig,
     GptOssConfig,
@@ -42,10 +46,14 @@ from mergekit_dam.fitting.metric import Metric
 from mergekit_dam.fitting.moments import Evidence, InputMoments, LinearMoments
 from mergekit_dam.fitting.tensors import TensorSources
 from mergekit_dam.part import Part, block_part
+from mergekit_dam.plan import flops, memory
+from mergekit_dam.plan.inventory import Inventory, take_inventory
+from mergekit_dam.plan.stages import PlannedMerge, plan_merge
 from tests.merging import dam, linear, merge, tensors_of
 from tests.models import VOCABULARY, Models, make_model, save_calibration, save_models
 from tests.networks import LENGTH, make
 from tests.objective.test_gradient import check
+from tests.test_plan import ROOM
 from tests.test_walk import alike, fine_tunes, tokens_of, weights_of
 from tests.test_walk import merge as merge_here
 
@@ -593,3 +601,61 @@ def test_a_search_fits_experts_in_the_metric_and_end_to_end(tmp_path: Path) -> N
     assert again.report["search"][0]["mean_held_out_kl"] == pytest.approx(
         min(rung["mean_held_out_kl"] for rung in rungs.values()), rel=1e-4
     )
+
+
+# The plan
+
+
+def planned(name: str, folder: Path) -> tuple[PlannedMerge, Inventory]:
+    models, texts = save(name, folder)
+    file = folder / "dam.yaml"
+    file.write_text(json.dumps(dam(models.models, texts, metric="sensitivity")), encoding="utf-8")
+    LoaderCache.loaders.clear()
+    plan = plan_merge(file, MergeOptions(quiet=True), folder / "out")
+    return plan, take_inventory(plan)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_plan_takes_mixtures_apart_as_the_fit_does(name: str, tmp_path: Path) -> None:
+    _, found = planned(name, tmp_path)
+    part, weights = block_of(name)
+    anatomy = part.anatomy(weights, torch.zeros(1, 2, 16))
+    block = found.blocks[1]
+    kinds = {unit.name: unit.kind for unit in anatomy.units}
+    got = {unit.name: unit.kind for unit in block.units}
+    assert got == kinds
+    (unit,) = block.of("experts")
+    assert (unit.experts, unit.sent) == (EXPERTS, 2)
+    (own,) = (unit for unit in anatomy.units if unit.linears)
+    for own_linear, expected in zip(unit.linears, own.linears, strict=True):
+        shape = list(weights[own.parameter(expected.parameter)].shape[1:])
+        assert own_linear.enters == shape.pop({-1: -1, 1: 0}[expected.axis])
+        assert (own_linear.leaves,) == tuple(shape)
+
+
+def test_a_plan_counts_the_flops_of_experts_that_tokens_are_sent_to(tmp_path: Path) -> None:
+    plan, found = planned("qwen2-moe", tmp_path)
+    decoder = plan.stages[0].models.output
+    decoder.model.set_attn_implementation("eager")  # type: ignore[operator]
+    decoder.calls.cache_clear()
+    part, weights = block_part(decoder, 1), block_of("qwen2-moe")[1]
+    with FlopCounterMode(display=False) as counted:
+        part.run(weights, randn(2, found.text.length, found.hidden))
+    expected, _ = flops.forward(found.blocks[1], found, 2 * found.text.length)
+    assert counted.get_total_flops() == pytest.approx(expected, rel=0.02)
+
+
+def test_a_plan_has_the_solves_of_all_experts_and_the_moments_of_one(tmp_path: Path) -> None:
+    _, found = planned("mixtral", tmp_path)
+    block = found.blocks[0]
+    (unit,) = block.of("experts")
+    many = replace(unit, experts=16 * EXPERTS)
+    groups = tuple((many,) if own == (unit,) else own for own in block.groups)
+    larger = replace(block, groups=groups)
+    few, more = (
+        flops.experts_fit(own, block.unknowns, found, sensitivity=True) for own in (unit, many)
+    )
+    assert more["solves", "cholesky"] == 16 * few["solves", "cholesky"]
+    assert more["Gram matrices", "fp32"] == few["Gram matrices", "fp32"] > 0
+    needs = [memory.fit_need(own, found, ROOM, metrics=True) for own in (block, larger)]
+    assert needs[0] == needs[1]
