@@ -259,6 +259,12 @@ class RunParameters(LogitsParameters):
         description="Memory of the GPU that the merge may use, such as `12GB`; less where others "
         "use it too. Default: all of it.",
     )
+    forward_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="Precision of the products in models' blocks: `auto` is bfloat16 on a GPU, "
+        "which is faster there, and float32 on a CPU. Hidden states, sums and solves are float32 "
+        "or better.",
+    )
     seed: int | None = Field(
         default=None,
         ge=0,
