@@ -64,12 +64,17 @@ def _hook_planner(plan: Any) -> None:
         from mergekit_dam import distributed
         from mergekit_dam.graph import build_graph
         from mergekit_dam.prepare import PreparedConfiguration, prepare
+        from mergekit_dam.tasks import KnownTokenizer
 
         config = self.config
         if isinstance(config, PreparedConfiguration):
             prepared = config.prepared
         else:
             prepared = prepare(config, self.options)
+        if prepared.vocabulary is not None:
+            self._tokenizer_task = KnownTokenizer(
+                **dict(self._tokenizer_task), vocabulary=prepared.vocabulary
+            )
         parameters = config.parameters or {}
         artifacts = []
 
