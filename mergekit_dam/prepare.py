@@ -1,10 +1,9 @@
 """Everything that can be known before the first weight is read.
 
-1. Check the configuration.
+1. Check the configuration, and have mergekit build the merged model's vocabulary if it asks so.
 2. Replay: read the coefficients. Otherwise: load every model's tokenizer, and make every model's
    calibration tokens with it.
-3. Bring them into the merged model's vocabulary, where mergekit builds one; else see that the
-   tokenizers agree on the tokens that are used.
+3. Bring them into that vocabulary; where there is none, see that the tokenizers agree.
 """
 
 import dataclasses
@@ -102,7 +101,6 @@ def prepare(
     checked, run = asked.checked, asked.checked.run
     models = all_models(checked)
     tokenizers = {model: load_tokenizer(model, options.trust_remote_code) for model in models}
-    vocabulary = build_vocabulary(config, models, options.trust_remote_code)
     calibration = {}
     for model, text in checked.calibrations.items():
         calibration[model] = load_calibration(
@@ -115,7 +113,7 @@ def prepare(
             seed=asked.settings.seed,
         )
     check_length(checked, options)
-    if vocabulary is None:
+    if asked.vocabulary is None:
         used = {str(model): own.tokens for model, own in calibration.items()}
         check_agreement({str(model): own for model, own in tokenizers.items()}, used)
         if options.unsafe_truncate_embeddings:
@@ -126,10 +124,10 @@ def prepare(
     else:
         for model, own in calibration.items():
             ids = in_vocabulary(
-                own.tokens, model=model, tokenizer=tokenizers[model], vocabulary=vocabulary
+                own.tokens, model=model, tokenizer=tokenizers[model], vocabulary=asked.vocabulary
             )
             calibration[model] = dataclasses.replace(own, tokens=ids)
-    return dataclasses.replace(asked, calibration=calibration, vocabulary=vocabulary)
+    return dataclasses.replace(asked, calibration=calibration)
 
 
 def check(
@@ -145,9 +143,14 @@ def check(
     """
     checked = check_configuration(config, source)
     run = checked.run
+
+    def vocabulary() -> Vocabulary | None:
+        return build_vocabulary(config, all_models(checked), options.trust_remote_code)
+
     settings = run_settings(run, run.seed if run.seed is not None else options.random_seed or 0)
     if run.coefficients is not None:
-        return Prepared(checked, settings, {}, CoefficientFile.load(run.coefficients))
+        replay = CoefficientFile.load(run.coefficients)
+        return Prepared(checked, settings, {}, replay, vocabulary=vocabulary())
     if options.multi_gpu:
         raise ConfigError(
             [
@@ -166,7 +169,7 @@ def check(
                 ]
             )
         start = CoefficientFile.load(run.start, parameter="start")
-    return Prepared(checked, settings, {}, None, start)
+    return Prepared(checked, settings, {}, None, start, vocabulary())
 
 
 def run_settings(run: RunParameters, seed: int) -> RunSettings:

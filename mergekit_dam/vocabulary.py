@@ -6,8 +6,10 @@ number. What is left to know is which id a token of a text becomes, and which to
 not have: mergekit gives it rows for them that are other models', and its logits there mean nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from mergekit.common import ModelReference
@@ -16,7 +18,7 @@ from mergekit.tokenizer import TokenizerInfo
 from mergekit.tokenizer.build import build_tokenizer
 from mergekit.tokenizer.config import ModelTokenEmbedding, TokenEmbeddingConfig, ZeroEmbedding
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mergekit_dam.calibration import load_tokenizer
 from mergekit_dam.errors import CalibrationError, ConfigError
@@ -101,13 +103,14 @@ def build_vocabulary(
     if isinstance(source, ModelReference):
         load_tokenizer(source, trust_remote_code)  # mergekit's own errors name no remedy
     try:
-        info = build_tokenizer(
-            base_model=config.base_model,
-            referenced_models=list(models),
-            tokenizer_source=source,
-            trust_remote_code=trust_remote_code,
-            add_tokens=list(overrides),
-        )
+        with _listed_by_id():
+            info = build_tokenizer(
+                base_model=config.base_model,
+                referenced_models=list(models),
+                tokenizer_source=source,
+                trust_remote_code=trust_remote_code,
+                add_tokens=list(overrides),
+            )
     except Exception as error:  # RuntimeError, OSError, and whatever tokenizers raise
         raise ConfigError([f"tokenizer: mergekit cannot build it: {error}"]) from error
     ids = info.tokenizer.get_vocab()
@@ -118,6 +121,25 @@ def build_vocabulary(
     size = -(-len(ids) // multiple) * multiple
     giver = str(models[0] if source == "base" else source)
     return Vocabulary(info, size, giver)
+
+
+@contextmanager
+def _listed_by_id() -> Iterator[None]:
+    """Have fast tokenizers list their tokens by id.
+
+    They list them in another order each time, and mergekit numbers those of a union as listed: the
+    same merge would have other ids in every run, and a replay others than the fit.
+    """
+    stock = PreTrainedTokenizerFast.get_vocab
+
+    def get_vocab(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+        return dict(sorted(stock(tokenizer).items(), key=itemgetter(1)))
+
+    PreTrainedTokenizerFast.get_vocab = get_vocab
+    try:
+        yield
+    finally:
+        PreTrainedTokenizerFast.get_vocab = stock
 
 
 def _gaps(ids: Mapping[str, int]) -> list[str]:

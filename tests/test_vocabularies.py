@@ -5,6 +5,7 @@ ids; their special tokens have other ids as well, and their embeddings other num
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from mergekit_dam.coefficients import CoefficientFile
+from mergekit_dam.errors import CalibrationError
 from tests.merging import Merged, dam, merge, tensors_of
 from tests.models import fine_tune, make_model, tiny_llama_config
 
@@ -232,3 +234,130 @@ def calibration_ids(merged: Merged, text: Path) -> Tensor:
         vocab_size=28,
         seed=0,
     ).tokens
+
+
+class TestSources:
+    @pytest.mark.parametrize("source", ["base", "left", "right"])
+    def test_the_vocabulary_is_one_models(self, pair: Pair, tmp_path: Path, source: str) -> None:
+        """With text in words that both know, one model's ids are for both."""
+        chosen = pair.models[source == "right"]
+        configuration = dam(
+            pair.models,
+            [pair.shared, pair.shared],
+            settings={"tokenizer": {"source": source if source == "base" else str(chosen)}},
+        )
+        merged = merge(configuration, tmp_path / "out")
+        vocabulary = AutoTokenizer.from_pretrained(chosen).get_vocab()
+        assert AutoTokenizer.from_pretrained(merged.path).get_vocab() == vocabulary
+        assert merged.load().config.vocab_size == len(vocabulary) == 20
+        for index, model in enumerate(pair.models):
+            coefficients = str(one_hot(merged, index, tmp_path / f"coefficients {index}"))
+            configuration["parameters"]["coefficients"] = coefficients
+            only = merge(configuration, tmp_path / f"only {index}")
+            lines = lines_of(pair.shared)
+            own, new = ids_of(model, lines), ids_of(only.path, lines)
+            words = AutoTokenizer.from_pretrained(model).convert_tokens_to_ids(list(SHARED))
+            there = [vocabulary[word] for word in SHARED]
+            torch.testing.assert_close(
+                logits(only.path, new)[..., there], logits(model, own)[..., words]
+            )
+
+    @pytest.mark.parametrize("source", [0, 1])
+    def test_text_in_words_that_it_lacks_is_refused(
+        self, pair: Pair, tmp_path: Path, source: int
+    ) -> None:
+        configuration = pair.dam({"source": str(pair.models[source])})
+        with pytest.raises(CalibrationError) as error:
+            merge(configuration, tmp_path / "out")
+        message = error.value.message
+        count = 8 if source == 0 else 5
+        assert f"calibration of {pair.models[1 - source]}: its text has {count} tokens" in message
+        assert f"as it gets the tokenizer of {pair.models[source]}; write `token" in message
+
+    def test_the_older_way_to_write_it(self, pair: Pair, union: Merged, tmp_path: Path) -> None:
+        configuration = dam(pair.models, pair.texts, settings={"tokenizer_source": "union"})
+        assert merge(configuration, tmp_path / "out").model_bytes == union.model_bytes
+
+    def test_without_the_section_it_is_refused_with_the_remedy(
+        self, pair: Pair, tmp_path: Path
+    ) -> None:
+        with pytest.raises(CalibrationError, match=r"disagree[^§]*`tokenizer: {source: union}`"):
+            merge(dam(pair.models, pair.texts), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+class TestPadding:
+    def test_rows_are_padded_to_a_multiple(self, pair: Pair, union: Merged, tmp_path: Path) -> None:
+        merged = merge(pair.dam({"source": "union", "pad_to_multiple_of": 16}), tmp_path / "out")
+        assert merged.load().config.vocab_size == 32
+        for name in (EMBEDDING, HEAD):
+            assert merged.tensors[name].shape == (32, 16)
+            rows = merged.tensors[name][:28]
+            torch.testing.assert_close(
+                merged.tensors[name][28:], rows.mean(0).expand(4, -1), atol=1e-5, rtol=1e-4
+            )
+        # Padding is no token of any teacher's: nothing before the head knows of it.
+        for name in union.tensors.keys() - {HEAD}:
+            torch.testing.assert_close(merged.tensors[name][:28], union.tensors[name][:28])
+
+    def test_a_vocabulary_that_fits_is_not_padded(self, pair: Pair, tmp_path: Path) -> None:
+        merged = merge(pair.dam({"source": "union", "pad_to_multiple_of": 14}), tmp_path / "out")
+        assert merged.tensors[EMBEDDING].shape == (28, 16)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "fit",
+    [
+        {"objective": "layer", "metric": "identity"},
+        {"objective": "layer", "metric": "sensitivity"},
+        {"objective": "layer+logits", "metric": "sensitivity", "steps": 4, "mse": 0.1},
+        {"objective": "logits", "steps": 4},
+    ],
+    ids=["identity", "sensitivity", "layer+logits", "logits"],
+)
+def test_every_objective_comes_nearer_to_the_models_and_is_replayed(
+    tmp_path: Path, fit: dict[str, Any], tied: bool
+) -> None:
+    pair = save_pair(tmp_path, tied=tied)
+    merged = merge(pair.dam(samples=8, **fit), tmp_path / "out")
+    loaded = merged.load()
+    assert loaded.config.vocab_size == 28
+    assert (HEAD in merged.tensors) is not tied
+    search = merged.report["search"]
+    assert bool(search) is (fit.get("metric") != "identity")
+    assert all(math.isfinite(rung["mean_held_out_kl"]) for rung in search)
+    assert (
+        not search
+        or min(r["mean_held_out_kl"] for r in search[1:]) < (search[0]["mean_held_out_kl"])
+    )
+    start = merge(pair.dam(coefficients=str(average(merged, tmp_path))), tmp_path / "average")
+    assert distance(pair, merged) < distance(pair, start)
+    replayed = merge(pair.dam(coefficients=str(merged.path)), tmp_path / "replayed")
+    assert replayed.model_bytes == merged.model_bytes
+    assert (replayed.path / "tokenizer.json").read_bytes() == (
+        merged.path / "tokenizer.json"
+    ).read_bytes()
+
+
+def average(merged: Merged, folder: Path) -> Path:
+    """Coefficients of the plain average."""
+    fitted = merged.coefficients
+    rows = {name: torch.full_like(own, 0.5) for name, own in fitted.coefficients.items()}
+    path = folder / "averaged"
+    path.mkdir()
+    CoefficientFile(rows, fitted.sources, fitted.metadata).save(
+        path / "dam_coefficients.safetensors"
+    )
+    return path
+
+
+def distance(pair: Pair, merged: Merged) -> float:
+    """KL of a merged model from the models themselves, on their text, in nats per token."""
+    found = 0.0
+    for model, text in zip(pair.models, pair.texts, strict=True):
+        lines, columns = lines_of(text), own_columns(model, merged.path)
+        own = logits(model, ids_of(model, lines))[..., : len(columns)].log_softmax(-1)
+        new = logits(merged.path, ids_of(merged.path, lines)).log_softmax(-1)[..., columns]
+        found += float((own.exp() * (own - new)).sum(-1).mean())
+    return found
