@@ -135,11 +135,11 @@ def _listed_by_id() -> Iterator[None]:
     def get_vocab(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
         return dict(sorted(stock(tokenizer).items(), key=itemgetter(1)))
 
-    PreTrainedTokenizerFast.get_vocab = get_vocab
+    PreTrainedTokenizerFast.get_vocab = get_vocab  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        PreTrainedTokenizerFast.get_vocab = stock
+        PreTrainedTokenizerFast.get_vocab = stock  # type: ignore[method-assign]
 
 
 def _gaps(ids: Mapping[str, int]) -> list[str]:

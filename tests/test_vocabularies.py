@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
 from torch import Tensor
@@ -20,7 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.errors import CalibrationError
-from tests.merging import Merged, dam, merge, tensors_of
+from mergekit_dam.plan.inventory import take_inventory
+from mergekit_dam.plan.stages import plan_merge
+from tests.merging import Merged, dam, merge, tensors_of, watched_reads
 from tests.models import fine_tune, make_model, tiny_llama_config
 
 # Of one length, so that no word is found in another: an added token is cut out of any text.
@@ -361,3 +366,28 @@ def distance(pair: Pair, merged: Merged) -> float:
         new = logits(merged.path, ids_of(merged.path, lines)).log_softmax(-1)[..., columns]
         found += float((own.exp() * (own - new)).sum(-1).mean())
     return found
+
+
+@pytest.mark.parametrize("multiple", [1, 16])
+@pytest.mark.parametrize("fit", [{}, {"objective": "layer+logits", "metric": "sensitivity"}])
+def test_a_plan_counts_the_rows_that_will_be_written(
+    pair: Pair, tmp_path: Path, fit: dict[str, Any], multiple: int
+) -> None:
+    tokenizer = {"source": "union", "pad_to_multiple_of": multiple}
+    configuration = pair.dam(tokenizer, **{**fit, "steps": 2} if fit else {})
+    file = tmp_path / "dam.yaml"
+    file.write_text(yaml.safe_dump(configuration), encoding="utf-8")
+    LoaderCache.loaders.clear()
+    with watched_reads() as reads:
+        found = take_inventory(plan_merge(file, MergeOptions(quiet=True), tmp_path / "out"))
+    assert not reads.order
+    merged = merge(configuration, tmp_path / "out")
+    expected = {name: tensor.numel() for name, tensor in merged.tensors.items()}
+    assert {tensor.name: tensor.parameters for tensor in found.tensors} == expected
+    assert {t.name: t.written for t in found.tensors} == {n: 4 * s for n, s in expected.items()}
+    sizes = [sum(own.nbytes for own in tensors_of(model).values()) for model in pair.models]
+    assert sum(tensor.stored for tensor in found.tensors) == sum(sizes)
+    size = merged.load().config.vocab_size
+    assert found.vocabulary == size
+    aligned = {tensor.name: tensor.converted for tensor in found.tensors if tensor.converted}
+    assert aligned == {EMBEDDING: 2 * 4 * 16 * size, HEAD: 2 * 4 * 16 * size}
