@@ -27,6 +27,7 @@ from mergekit_dam.plan.inventory import take_inventory
 from mergekit_dam.plan.stages import plan_merge
 from tests.merging import Merged, dam, merge, tensors_of, watched_reads
 from tests.models import fine_tune, make_model, tiny_llama_config
+from tests.test_distributed import difference, torchrun
 
 # Of one length, so that no word is found in another: an added token is cut out of any text.
 SHARED = ("aba", "abe", "abi", "abo", "abu", "aca", "ace", "aci")
@@ -391,3 +392,18 @@ def test_a_plan_counts_the_rows_that_will_be_written(
     assert found.vocabulary == size
     aligned = {tensor.name: tensor.converted for tensor in found.tensors if tensor.converted}
     assert aligned == {EMBEDDING: 2 * 4 * 16 * size, HEAD: 2 * 4 * 16 * size}
+
+
+@pytest.mark.slow
+def test_two_processes_have_one_vocabulary(pair: Pair, union: Merged, tmp_path: Path) -> None:
+    merges = {"union": pair.dam()}
+    (tmp_path / "merges.json").write_text(json.dumps(merges), encoding="utf-8")
+    running = torchrun("-m", "tests.shared_merges", tmp_path)
+    output, _ = running.communicate(timeout=300)
+    assert running.returncode == 0, output
+    two = Merged(tmp_path / "union")
+    assert difference(two, union) < 1e-5
+    torch.testing.assert_close(two.tensors, union.tensors, atol=1e-5, rtol=1e-4)
+    assert (two.path / "tokenizer.json").read_bytes() == (
+        union.path / "tokenizer.json"
+    ).read_bytes()
