@@ -15,7 +15,7 @@ import torch
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.tokenizer import TokenizerInfo
-from mergekit.tokenizer.build import build_tokenizer
+from mergekit.tokenizer.build import build_tokenizer, get_vocab_size
 from mergekit.tokenizer.config import ModelTokenEmbedding, TokenEmbeddingConfig, ZeroEmbedding
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -114,7 +114,11 @@ def build_vocabulary(
     except Exception as error:  # RuntimeError, OSError, and whatever tokenizers raise
         raise ConfigError([f"tokenizer: mergekit cannot build it: {error}"]) from error
     ids = info.tokenizer.get_vocab()
-    problems = [*_gaps(ids), *_rows_missing(info), *_overrides_missing(info, models, overrides)]
+    problems = [
+        *_gaps(ids),
+        *_rows_missing(info),
+        *_overrides_missing(info, models, overrides, trust_remote_code),
+    ]
     if problems:
         raise ConfigError(problems)
     multiple = (asked.pad_to_multiple_of if asked is not None else None) or 1
@@ -175,6 +179,7 @@ def _overrides_missing(
     info: TokenizerInfo,
     models: Sequence[ModelReference],
     overrides: Mapping[str, TokenEmbeddingConfig],
+    trust_remote_code: bool,
 ) -> list[str]:
     """Overrides of tokens that name an embedding that is not there."""
     problems = []
@@ -190,7 +195,10 @@ def _overrides_missing(
                 f"{'`force` is set' if override.force else 'some models do not have the token'}"
             )
         elif isinstance(source, ModelTokenEmbedding):
-            problems += [f"{where}: {p}" for p in _model_token_missing(info, models, source)]
+            problems += [
+                f"{where}: {p}"
+                for p in _model_token_missing(info, models, source, trust_remote_code)
+            ]
         elif not isinstance(source, ZeroEmbedding) and source not in had:
             reason = "does not have the token" if source in models else "is no model of the merge"
             problems.append(f"{where}: its `source` {source} {reason}")
@@ -198,10 +206,16 @@ def _overrides_missing(
 
 
 def _model_token_missing(
-    info: TokenizerInfo, models: Sequence[ModelReference], source: ModelTokenEmbedding
+    info: TokenizerInfo,
+    models: Sequence[ModelReference],
+    source: ModelTokenEmbedding,
+    trust_remote_code: bool,
 ) -> list[str]:
     if source.model not in models:
         return [f"its `source` {source.model} is no model of the merge"]
+    rows = get_vocab_size(source.model.model, trust_remote_code=trust_remote_code)
+    if source.token_id is not None and rows is not None and not 0 <= source.token_id < rows:
+        return [f"{source.model} has no row {source.token_id}, but {rows} of them"]
     vocabulary = info.original_vocabs.get(source.model, {})
     if source.token is not None and source.token not in vocabulary:
         return [f"{source.model} has no token {source.token!r}"]
