@@ -41,6 +41,7 @@ class Prepared:
         replay: the coefficients to replay, or None.
         start: the coefficients to start from, or None.
         vocabulary: of the merged model, if mergekit builds one; calibration tokens are its ids.
+        rows: that embeddings are cut to, if they are.
     """
 
     checked: Checked
@@ -49,6 +50,7 @@ class Prepared:
     replay: CoefficientFile | None
     start: CoefficientFile | None = None
     vocabulary: Vocabulary | None = None
+    rows: int | None = None
 
 
 class PreparedConfiguration(MergeConfiguration):
@@ -116,11 +118,11 @@ def prepare(
     if asked.vocabulary is None:
         used = {str(model): own.tokens for model, own in calibration.items()}
         check_agreement({str(model): own for model, own in tokenizers.items()}, used)
-        if options.unsafe_truncate_embeddings:
-            rows = min(_vocab_size(model, options) for model in models)
+        if asked.rows is not None:
             for model, own in calibration.items():
-                because = f"--unsafe-truncate-embeddings leaves {rows} ids"
-                refuse_lost(own.tokens[own.tokens >= rows], model, tokenizers[model], because)
+                because = f"--unsafe-truncate-embeddings leaves {asked.rows} ids"
+                lost = own.tokens[own.tokens >= asked.rows]
+                refuse_lost(lost, model, tokenizers[model], because)
     else:
         for model, own in calibration.items():
             ids = in_vocabulary(
@@ -144,13 +146,18 @@ def check(
     checked = check_configuration(config, source)
     run = checked.run
 
-    def vocabulary() -> Vocabulary | None:
-        return build_vocabulary(config, all_models(checked), options.trust_remote_code)
+    def with_vocabulary(prepared: Prepared) -> Prepared:
+        models = all_models(checked)
+        vocabulary = build_vocabulary(config, models, options.trust_remote_code)
+        if vocabulary is not None or not options.unsafe_truncate_embeddings:
+            return dataclasses.replace(prepared, vocabulary=vocabulary)
+        rows = min(_vocab_size(model, options) for model in models)
+        return dataclasses.replace(prepared, rows=rows)
 
     settings = run_settings(run, run.seed if run.seed is not None else options.random_seed or 0)
     if run.coefficients is not None:
         replay = CoefficientFile.load(run.coefficients)
-        return Prepared(checked, settings, {}, replay, vocabulary=vocabulary())
+        return with_vocabulary(Prepared(checked, settings, {}, replay))
     if options.multi_gpu:
         raise ConfigError(
             [
@@ -169,7 +176,7 @@ def check(
                 ]
             )
         start = CoefficientFile.load(run.start, parameter="start")
-    return Prepared(checked, settings, {}, None, start, vocabulary())
+    return with_vocabulary(Prepared(checked, settings, {}, None, start))
 
 
 def run_settings(run: RunParameters, seed: int) -> RunSettings:
