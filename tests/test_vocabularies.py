@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from tokenizers import Tokenizer, pre_tokenizers, processors
@@ -22,12 +23,14 @@ from tokenizers import models as tokenizer_models
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from mergekit_dam.calibration import load_calibration
 from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.errors import CalibrationError, ConfigError
 from mergekit_dam.plan.inventory import take_inventory
 from mergekit_dam.plan.stages import plan_merge
+from mergekit_dam.prepare import prepare
 from tests.merging import Merged, dam, merge, tensors_of, watched_reads
-from tests.models import fine_tune, make_model, tiny_llama_config
+from tests.models import WORDS, fine_tune, make_model, make_tokenizer, tiny_llama_config
 from tests.test_distributed import difference, torchrun
 
 # Of one length, so that no word is found in another: an added token is cut out of any text.
@@ -230,8 +233,6 @@ class TestUnion:
 
 def calibration_ids(merged: Merged, text: Path) -> Tensor:
     """The sequences that a merge of `SMALL` makes of a text, as ids of the merged model."""
-    from mergekit_dam.calibration import load_calibration
-
     return load_calibration(
         str(text),
         model="merged",
@@ -521,3 +522,120 @@ class TestTokenizersThatMergekitCannotBring:
         settings = {"tokenizer": {"source": "base"}}
         message = self.refused(dam(models, pair.texts, settings=settings), tmp_path)
         assert "without gaps, but the last of 20 tokens has id 21" in message
+
+
+class TestSizes:
+    """One vocabulary in embeddings of other numbers of rows."""
+
+    @pytest.fixture
+    def padded(self, tmp_path: Path) -> tuple[list[Path], list[Path]]:
+        """Models of 66 and of 64 rows, and their texts."""
+        models = []
+        for index, rows in enumerate((66, 64)):
+            model = make_model(tiny_llama_config(vocab_size=rows), seed=index)
+            model.save_pretrained(tmp_path / str(rows))
+            make_tokenizer().save_pretrained(tmp_path / str(rows))
+            models.append(tmp_path / str(rows))
+        return models, [save_text(tmp_path / f"{n}.jsonl", WORDS, seed=n) for n in (0, 1)]
+
+    def test_what_only_padding_tells_apart_can_be_cut(
+        self, padded: tuple[list[Path], list[Path]], tmp_path: Path
+    ) -> None:
+        models, texts = padded
+        merged = merge(dam(models, texts), tmp_path / "out", unsafe_truncate_embeddings=True)
+        assert merged.load().config.vocab_size == 64
+        assert merged.tensors[EMBEDDING].shape == merged.tensors[HEAD].shape == (64, 16)
+        replay = dam(models, coefficients=str(merged.path))
+        replayed = merge(replay, tmp_path / "replayed", unsafe_truncate_embeddings=True)
+        assert replayed.model_bytes == merged.model_bytes
+        replayed.load()
+        file = tmp_path / "dam.yaml"
+        file.write_text(yaml.safe_dump(dam(models, texts)), encoding="utf-8")
+        LoaderCache.loaders.clear()
+        options = MergeOptions(quiet=True, unsafe_truncate_embeddings=True)
+        found = take_inventory(plan_merge(file, options, tmp_path / "planned"))
+        assert {tensor.name: tensor.parameters for tensor in found.tensors} == {
+            name: tensor.numel() for name, tensor in merged.tensors.items()
+        }
+
+    def test_or_be_given_up_for_the_tokens_that_there_are(
+        self, padded: tuple[list[Path], list[Path]], tmp_path: Path
+    ) -> None:
+        models, texts = padded
+        merged = merge(
+            dam(models, texts, settings={"tokenizer": {"source": "base"}}), tmp_path / "out"
+        )
+        assert merged.load().config.vocab_size == len(make_tokenizer())
+
+
+class TestSpecialTokens:
+    def save(self, folder: Path, seed: int, turn: str, end: str | None = None) -> Path:
+        """A model with a reserved token (or two), and chats that begin with the first."""
+        model = make_model(tiny_llama_config(), seed=seed)
+        tokenizer = make_tokenizer()
+        tokens = [turn] if end is None else [end, turn]
+        tokenizer.add_tokens(tokens, special_tokens=True)
+        tokenizer.chat_template = (
+            "{% for message in messages %}"
+            + turn
+            + "{{ message['content'] }}"
+            + (end or "")
+            + "{% endfor %}"
+        )
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    def save_chats(self, path: Path) -> Path:
+        """Two messages of four words each, a line."""
+        words = save_text(path.with_suffix(".txt"), WORDS, seed=3)
+        messages = [
+            [{"role": "user", "content": " ".join(line.split()[i : i + 4])} for i in (0, 4)]
+            for line in lines_of(words)
+        ]
+        path.write_text("\n".join(json.dumps({"messages": own}) for own in messages), "utf-8")
+        return path
+
+    def test_a_reserved_one_may_have_another_name(self, tmp_path: Path) -> None:
+        base = self.save(tmp_path / "base", 0, "<reserved>")
+        chat = self.save(tmp_path / "chat", 1, "<turn>")
+        texts = [save_text(tmp_path / "plain.jsonl", WORDS), self.save_chats(tmp_path / "c.jsonl")]
+        merged = merge(dam([base, chat], texts), tmp_path / "out", copy_tokenizer=False)
+        merged.load()
+        assert not (merged.path / "tokenizer.json").exists()
+        texts[0] = texts[1]
+        with pytest.raises(CalibrationError, match="'<reserved>' in one, '<turn>' in the other"):
+            merge(dam([base, chat], texts), tmp_path / "refused")
+
+    def test_every_chat_is_written_by_its_own_template(self, tmp_path: Path) -> None:
+        models = [
+            self.save(tmp_path / "one", 0, "<turn>"),
+            self.save(tmp_path / "two", 1, "<turn>", "<end>"),
+        ]
+        texts = [self.save_chats(tmp_path / "a.jsonl"), self.save_chats(tmp_path / "b.jsonl")]
+        configuration = dam(models, texts, settings={"tokenizer": {"source": "union"}})
+        merged = merge(configuration, tmp_path / "out")
+        tokenizer = AutoTokenizer.from_pretrained(merged.path)
+        assert tokenizer.chat_template == AutoTokenizer.from_pretrained(models[0]).chat_template
+        config = MergeConfiguration.model_validate(configuration)
+        prepared = prepare(config, MergeOptions(quiet=True))
+        for index, (model, text) in enumerate(zip(models, texts, strict=True)):
+            own = AutoTokenizer.from_pretrained(model)
+            made = (
+                load_calibration(
+                    str(text),
+                    model="own",
+                    tokenizer=own,
+                    samples=4,
+                    sequence_length=LENGTH,
+                    vocab_size=64,
+                    seed=0,
+                )
+                .tokens.flatten()
+                .tolist()
+            )
+            words = own.convert_ids_to_tokens(made)
+            found = list(prepared.calibration.values())[index].tokens.flatten().tolist()
+            assert tokenizer.convert_ids_to_tokens(found) == words
+            assert "<turn>" in words
+            assert ("<end>" in words) is (index == 1)

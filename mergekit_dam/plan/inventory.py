@@ -194,8 +194,8 @@ def _size(
     promoted = loaded[0]
     for dtype in loaded[1:]:
         promoted = torch.promote_types(promoted, dtype)
-    aligned = tensor.rows is not None  # mergekit makes new tensors for that, of one dtype
-    loaded = [promoted] * len(loaded) if aligned else loaded
+    if tensor.aligned:  # mergekit makes new tensors for that, of one dtype
+        loaded = [promoted] * len(loaded)
     return TensorSize(
         name=name,
         parameters=count,
@@ -207,7 +207,7 @@ def _size(
         converted=sum(
             count * got.itemsize
             for had, got in zip(stored, loaded, strict=True)
-            if had != got or aligned
+            if had != got or tensor.aligned
         ),
         half=any(dtype != torch.float32 for dtype in loaded),
         written=count * (planned.out_dtype or promoted).itemsize,

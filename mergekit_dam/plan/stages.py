@@ -20,6 +20,7 @@ from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors, LoaderCache, SaveTensor
 from mergekit.options import MergeOptions
 from mergekit.tokenizer import PermutedVocabulary
+from mergekit.tokenizer.truncate import TruncatedVocabulary
 from pydantic import ValidationError
 
 from mergekit_dam import plugin
@@ -40,12 +41,14 @@ class PlannedTensor:
     Attributes:
         headers: by source; None where the file's header does not tell.
         dtype: that sources are converted to as they are loaded, or None.
-        rows: (the dimension of the vocabulary, its size), where sources are brought into one.
+        rows: (the dimension of the vocabulary, its size), where it is not that of the sources.
+        aligned: sources are brought into one vocabulary, which makes copies of them.
     """
 
     headers: Mapping[ModelReference, Header | None]
     dtype: torch.dtype | None
     rows: tuple[int, int] | None = None
+    aligned: bool = False
 
 
 @dataclass(frozen=True)
@@ -202,15 +205,19 @@ def _gather(task: Task[Any]) -> Task[Any]:
 
 
 def _tensor(gather: Task[Any], prepared: Prepared) -> PlannedTensor:
-    rows = None
+    rows, aligned = None, isinstance(gather, PermutedVocabulary)
     if isinstance(gather, PermutedVocabulary) and prepared.vocabulary is not None:
         rows = gather.vocabulary_axis, prepared.vocabulary.size
+    elif isinstance(gather, TruncatedVocabulary) and prepared.rows is not None:
+        axis = gather.weight_info.vocabulary_axis
+        assert axis is not None  # of what is cut
+        rows = axis, prepared.rows
     while not isinstance(gather, GatherTensors):
         gather = gather.gather_tensors  # type: ignore[attr-defined]
     infos = dict(gather.weight_info.data)
     forced = next((info.force_dtype for info in infos.values() if info.force_dtype), None)
     headers = {model: header_of(info, model) for model, info in infos.items()}
-    return PlannedTensor(headers, dtype_from_name(forced or gather.dtype), rows)
+    return PlannedTensor(headers, dtype_from_name(forced or gather.dtype), rows, aligned)
 
 
 def _stages(last: FitStage | Search | None) -> list[Stage]:
