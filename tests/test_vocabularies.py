@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from mergekit_dam.calibration import load_calibration
 from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.errors import CalibrationError, ConfigError
+from mergekit_dam.evaluate import EvaluationSettings, evaluate
 from mergekit_dam.plan.inventory import take_inventory
 from mergekit_dam.plan.stages import plan_merge
 from mergekit_dam.prepare import prepare
@@ -639,3 +640,19 @@ class TestSpecialTokens:
             assert tokenizer.convert_ids_to_tokens(found) == words
             assert "<turn>" in words
             assert ("<end>" in words) is (index == 1)
+
+
+def test_losses_of_a_model_and_of_its_union_compare(
+    pair: Pair, union: Merged, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Same tokens by other ids are no other tokens; a model that lacks words is warned of."""
+    coefficients = str(one_hot(union, 1, tmp_path / "coefficients"))
+    only = merge(pair.dam(coefficients=coefficients), tmp_path / "only")
+    names = [str(pair.models[1]), str(only.path)]
+    settings = EvaluationSettings(sequence_length=LENGTH, sequences=4)
+    found = evaluate(names, [pair.texts[1]], settings).losses
+    assert "differs" not in caplog.text
+    own, merged = (found[name]["right"] for name in names)
+    assert own < merged < own + 1  # tokens of the left model take some of the mass
+    evaluate([names[0], str(pair.models[0])], [pair.texts[1]], settings)
+    assert f"{pair.models[0]}: the tokenizer differs" in caplog.text
