@@ -7,6 +7,7 @@
    that writes; a replay needs no stages.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ from mergekit_dam.tasks import (
     SearchNode,
     StageGather,
     StageNode,
+    TeachersVocabulary,
     WriteArtifacts,
 )
 
@@ -98,8 +100,15 @@ def build_graph(
             for (weight, task), plan in zip(planned, plans, strict=True)
         ]
         return Graph(tensors, WriteArtifacts(last=None, write=artifacts, record=known))
+    config = _with_vocabulary(config, prepared)
     output = Decoder(config, torch.device("cpu"), trust_remote_code=options.trust_remote_code)
-    models = Models(output, source_decoders(output, order, options), order, prepared.settings)
+    models = Models(
+        output,
+        source_decoders(output, order, options),
+        order,
+        prepared.settings,
+        unknown=_unknown(prepared, order),
+    )
     places = place_tensors(planned, plans, output)
     for decoder in (output, *models.sources):
         check_complete(decoder, places)
@@ -128,6 +137,23 @@ def build_graph(
         [(weight, tasks[weight.name]) for weight, _ in planned],
         WriteArtifacts(last=last, write=artifacts),
     )
+
+
+def _with_vocabulary(config: PretrainedConfig, prepared: Prepared) -> PretrainedConfig:
+    """The merged model's configuration, with as many tokens as mergekit will write there."""
+    if prepared.vocabulary is None:
+        return config
+    config = copy.deepcopy(config)
+    config.get_text_config().vocab_size = prepared.vocabulary.size
+    return config
+
+
+def _unknown(prepared: Prepared, order: Sequence[ModelReference]) -> dict[int, torch.Tensor]:
+    """Of every source, the tokens that it does not have, if there are any."""
+    if prepared.vocabulary is None:
+        return {}
+    found = {source: prepared.vocabulary.unknown_to(model) for source, model in enumerate(order)}
+    return {source: tokens for source, tokens in found.items() if tokens is not None}
 
 
 def _tensor_plan(
@@ -369,5 +395,13 @@ def _streams(
 def _labelled(task: Task[Any], label: str) -> Task[Any]:
     """The same gather, vocabulary adapters included, scheduled with its stage."""
     if isinstance(task, (PermutedVocabulary, TruncatedVocabulary)):
-        return task.model_copy(update={"gather_tensors": _labelled(task.gather_tensors, label)})
+        inner = _labelled(task.gather_tensors, label)
+        if isinstance(task, PermutedVocabulary) and _forces(task):
+            return TeachersVocabulary.model_construct(**{**dict(task), "gather_tensors": inner})
+        return task.model_copy(update={"gather_tensors": inner})
     return StageGather(**dict(task), label=label)
+
+
+def _forces(task: PermutedVocabulary) -> bool:
+    """Whether some tokens get other rows than those that models have for them."""
+    return task.tokens is not None and any(task.tokens[token].force for token in task.tokens)

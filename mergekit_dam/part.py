@@ -1,7 +1,7 @@
 """A part of a model as the fit walks it: its module, its input, how it runs."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -125,3 +125,16 @@ def block_part(decoder: Decoder, index: int, dtype: torch.dtype = torch.float32)
 def output_part(decoder: Decoder) -> Part:
     """From the hidden states that leave the last block to logits."""
     return Part("output", "", decoder.model, decoder.logits)
+
+
+def without_tokens(part: Part, unknown: Tensor) -> Part:
+    """The output of a model that does not have some tokens: they get no probability.
+
+    Args:
+        unknown: bool `[vocabulary]`, of the tokens.
+    """
+
+    def run(weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        return part.run(weights, hidden).masked_fill(unknown.to(hidden.device), -torch.inf)
+
+    return replace(part, run=run)
