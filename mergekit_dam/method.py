@@ -4,7 +4,7 @@ The classes below are the single source: mergekit's specification, the checks of
 configuration and the tables in the README are all made from their fields.
 """
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -373,6 +373,17 @@ class DamMerge(GroupMergeMethod):
         contract=InputContract(base=BasePolicy.OPTIONAL, min_inputs=1),
         parameters=tuple(_parameter_spec(*row) for row in fields()),
     )
+
+    def validate_inputs(
+        self,
+        input_ids: Sequence[Hashable],
+        base_id: Hashable | None = None,
+        *,
+        group_name: str | None = None,
+    ) -> None:
+        """Check how many inputs there are; a slice of one model may leave out the base."""
+        base = base_id if base_id in input_ids else None
+        super().validate_inputs(input_ids, base, group_name=group_name)
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
         """Refuse: a single tensor holds no activations to fit on.

@@ -29,6 +29,7 @@ from mergekit_dam.errors import CalibrationError, ConfigError
 from mergekit_dam.method import RunParameters
 from mergekit_dam.objective.settings import LogitsSettings
 from mergekit_dam.settings import RunSettings
+from mergekit_dam.slices import check_layers
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ def prepare(
         CalibrationError: a text cannot be used, or the models' tokenizers disagree.
     """
     asked = check(config, options, source)
-    if asked.replay is not None:
+    check_depth(config, asked.checked, options)
+    if asked.replay is not None or not asked.checked.learns:
         return asked
     checked, run = asked.checked, asked.checked.run
     models = checked.models
@@ -138,7 +140,7 @@ def check(
     settings = run_settings(run, run.seed if run.seed is not None else options.random_seed or 0)
     if run.coefficients is not None:
         return Prepared(checked, settings, {}, CoefficientFile.load(run.coefficients))
-    if options.multi_gpu:
+    if options.multi_gpu and checked.learns:
         raise ConfigError(
             [
                 "--multi-gpu: a fit follows the data from one block to the next, on one device; "
@@ -205,6 +207,27 @@ def _check_vocabulary(
                 f"as {because}; write `tokenizer: {{source: union}}`, or leave out the text that "
                 f"has them"
             )
+
+
+def check_depth(config: MergeConfiguration, checked: Checked, options: MergeOptions) -> None:
+    """Refuse layers that a model does not have, as far as configurations can be read.
+
+    Raises:
+        ConfigError: with every such range, and with models of different depth.
+    """
+    if len(config.modules or {}) > 1:
+        return  # of other towers than that of the text, whose depth other keys tell
+    layers = {}
+    for model in {m for m in (*checked.models, checked.base) if m is not None}:
+        try:
+            text = model.config(trust_remote_code=options.trust_remote_code).get_text_config()
+        except (OSError, ValueError):
+            continue  # told with the reason when the model is loaded
+        if getattr(text, "num_hidden_layers", None):
+            layers[model] = text.num_hidden_layers
+    problems = check_layers(config, layers, checked.calibrations)
+    if problems:
+        raise ConfigError(problems)
 
 
 def check_length(checked: Checked, options: MergeOptions) -> None:

@@ -80,6 +80,17 @@ class TensorPlan:
         return TensorSources(self.name, tensors, self.settings, self.written or dtype)
 
 
+def of_all(
+    loaded: Mapping[ModelReference, Tensor], order: Sequence[ModelReference]
+) -> list[Tensor]:
+    """One tensor of every source; one that is loaded stands in for those that are not.
+
+    What is not loaded is neither merged nor a teacher's: its coefficients are 0.
+    """
+    instead = next(iter(loaded.values()))
+    return [loaded.get(model, instead) for model in order]
+
+
 @dataclass(eq=False)  # tasks that carry one are hashed: by its identity
 class Record:
     """What is known of the merge so far: small, and handed from stage to stage.
@@ -183,9 +194,7 @@ class Stage:
         """The tensors that the part runs on, by names relative to it."""
         prefix = self.part(self.models.output).prefix
         return {
-            plan.name[len(prefix) :]: plan.sources(
-                [loaded[plan.name][model] for model in self.models.order]
-            )
+            plan.name[len(prefix) :]: plan.sources(of_all(loaded[plan.name], self.models.order))
             for plan in self.all_tensors
             if plan.tied_to is None
         }
@@ -224,7 +233,7 @@ class Stage:
         """
         started = time.perf_counter()
         sources = {
-            plan.name: plan.sources([loaded[plan.name][model] for model in self.models.order])
+            plan.name: plan.sources(of_all(loaded[plan.name], self.models.order))
             for plan in self.tensors
         }
         try:
