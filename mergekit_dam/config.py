@@ -274,7 +274,7 @@ def _check_models(
     others = [model for model in listed if model != base]
     if not others:
         problems.append("models: required at least one model besides the base; got none")
-    elif len(others) < len(listed) and len(others) == 1 and not run.include_base:
+    elif len(others) == 1 and base is not None and not run.include_base and not run.coefficients:
         problems.append(
             f"models: {others[0]} alone would be merged, as the base is no model to merge unless "
             f"asked for; set `include_base: true` at top level, or name no `base_model`"

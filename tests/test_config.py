@@ -594,9 +594,8 @@ def test_a_slice_of_nothing_and_a_residual_weight_are_refused() -> None:
 # Nothing to learn
 
 
-@pytest.mark.parametrize("base", [None, "org/base"])
-def test_one_model_needs_no_calibration(base: str | None) -> None:
-    checked = check(configuration(models="[{model: org/a}]", base=base))
+def test_one_model_needs_no_calibration() -> None:
+    checked = check(configuration(models="[{model: org/a}]"))
     assert not checked.learns
     assert not checked.calibrations
 
@@ -611,8 +610,9 @@ def test_slices_of_one_model_each_need_no_calibration() -> None:
     assert not check(text).learns
 
 
-def test_one_model_beside_a_base_that_is_listed_is_refused() -> None:
-    models = "[{model: org/a, parameters: {calibration: a}}, {model: org/base}]"
+@pytest.mark.parametrize("listed", ["", ", {model: org/base}"])
+def test_one_model_beside_a_base_is_refused(listed: str) -> None:
+    models = f"[{{model: org/a, parameters: {{calibration: a}}}}{listed}]"
     assert only_problem(configuration(models=models, base="org/base")).startswith(
         "models: org/a alone would be merged, as the base is no model to merge unless asked for; "
         "set `include_base: true`"
