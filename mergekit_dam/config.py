@@ -47,7 +47,7 @@ class Scope:
 
     label: str
     level: Literal["top", "group", "model"]
-    settings: Mapping[str, ParameterSetting]
+    settings: dict[str, ParameterSetting]
     model: ModelReference | None = None
 
 
@@ -87,7 +87,7 @@ def check_configuration(
     scopes = []
     wrong = set()
     unknown: dict[str, list[str]] = {}
-    for scope in _scopes(config):
+    for scope in scopes_of(config):
         sound = {}
         for name, setting in scope.settings.items():
             if name not in OWNERS:
@@ -126,7 +126,7 @@ def check_configuration(
     return Checked(run, models, config.base_model, calibrations, learns)
 
 
-def _scopes(config: MergeConfiguration) -> Iterator[Scope]:
+def scopes_of(config: MergeConfiguration) -> Iterator[Scope]:
     """Every place of a configuration that may hold parameters."""
     yield Scope("parameters (top level)", "top", config.parameters or {})
     yield from _inputs("models", config.models)
@@ -163,7 +163,7 @@ def _input_lists(config: MergeConfiguration) -> Iterator[tuple[str, list[ModelRe
 
 def _listed_models(config: MergeConfiguration) -> list[ModelReference]:
     """The models that a configuration lists as inputs, in order, each once."""
-    found = [scope.model for scope in _scopes(config) if scope.model is not None]
+    found = [scope.model for scope in scopes_of(config) if scope.model is not None]
     return list(dict.fromkeys(found))
 
 

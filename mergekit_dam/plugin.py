@@ -31,6 +31,7 @@ def on_import(module: ModuleType) -> None:
         "mergekit.merge_methods": _register,
         "mergekit.plan": _hook_planner,
         "mergekit.merge": _hook_run_merge,
+        "mergekit.scripts.multimerge": _hook_steps,
     }
     hooks[module.__name__](module)
 
@@ -186,6 +187,25 @@ def _hook_run_merge(merge: Any) -> None:
 
     setattr(run_merge, _MARK, True)
     merge.run_merge = run_merge
+
+
+def _hook_steps(multimerge: Any) -> None:
+    """Have mergekit-multi leave alone what in a dam step is no other step, whatever its name."""
+    stock = multimerge.patched_config
+    if hasattr(stock, _MARK):
+        return
+
+    @functools.wraps(stock)
+    def patched_config(config: Any, merge_names: Any, working_dir: str) -> Any:
+        from mergekit_dam.method import NAME
+        from mergekit_dam.steps import patched
+
+        if config.merge_method != NAME:
+            return stock(config, merge_names, working_dir)
+        return patched(stock, config, merge_names, working_dir)
+
+    setattr(patched_config, _MARK, True)
+    multimerge.patched_config = patched_config
 
 
 def _merge_adapters(config: Any, options: Any) -> None:
