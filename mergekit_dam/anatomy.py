@@ -115,7 +115,7 @@ def capture(
 ) -> Iterator[Captured]:
     """Capture inputs and outputs of units while the body runs the part.
 
-    They are copies: some blocks add to these tensors in place later on.
+    They are copies, fp32: some blocks add to these tensors in place later on.
 
     Args:
         stop: end the forward pass as soon as everything asked for was captured.
@@ -129,17 +129,17 @@ def capture(
 
     def before(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            captured.inputs[name] = _copy(_first_tensor((args, kwargs)))
+            captured.inputs[name] = _fp32_copy(_first_tensor((args, kwargs)))
             routing = routing_of(args, kwargs)
             if routing is not None:
-                captured.routing[name] = Routing(*map(_copy, routing))
+                captured.routing[name] = Routing(*map(_fp32_copy, routing))
             check()
 
         return hook
 
     def after(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, output: Any) -> None:
-            captured.outputs[name] = _copy(output)
+            captured.outputs[name] = _fp32_copy(output)
             check()
 
         return hook
@@ -439,6 +439,12 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
+
+
+def _fp32_copy(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float32:
+        return value.float()
+    return _copy(value)
 
 
 def _first_tensor(value: Any) -> Any:

@@ -165,7 +165,7 @@ class Sensitivity:
             )
             for name, output, own in zip(found, outputs, got, strict=True):
                 rows = torch.zeros_like(output) if own is None else own
-                found[name].append(rows.reshape(-1, rows.shape[-1]))
+                found[name].append(rows.float().reshape(-1, rows.shape[-1]))
             for name in experts:
                 fed[name].append(Routing(*(tensor.detach() for tensor in captured.routing[name])))
         return (

@@ -32,6 +32,7 @@ from tests.models import ARCHITECTURES, Models, save_calibration, save_models, t
 
 GB = 10**9
 SPEEDS = Machine(
+    forward=1e9,
     fp32=1e9,
     fp64=5e8,
     cholesky=2e8,
@@ -122,17 +123,18 @@ class TestInventory:
         """Merging it would read weights."""
         text = save_calibration(tmp_path)
         adapted = Path(f"{llama_models.base}+{tmp_path / 'adapter'}")
-        found = inventory(tmp_path, dam([adapted], [text], base=llama_models.base))
-        assert found.sources == 2
+        models = [adapted, llama_models.models[0]]
+        found = inventory(tmp_path, dam(models, [text, text], base=llama_models.base))
+        assert found.sources == 3
         assert not any(model.lora for model in LoaderCache.loaders)
 
     @pytest.mark.parametrize(
         "name", ["llama", "gpt2", "gemma2", "llama-tied", "stablelm", "phi", "olmo2"]
     )
     def test_parts_are_taken_apart_as_the_fit_does(self, tmp_path: Path, name: str) -> None:
-        models = save_models(tmp_path, ARCHITECTURES[name](), count=1)
+        models = save_models(tmp_path, ARCHITECTURES[name](), count=2)
         text = save_calibration(tmp_path / "text.jsonl")
-        plan = planned(tmp_path, dam(models.models, [text], base=models.base))
+        plan = planned(tmp_path, dam(models.models, [text, text], base=models.base))
         found = take_inventory(plan)
         for size, stage in zip(found.parts, plan.stages, strict=True):
             decoder = stage.models.output
@@ -172,9 +174,9 @@ class TestWork:
         self, tmp_path: Path, kind: str
     ) -> None:
         config = tiny_llama_config(attn_implementation="eager")
-        models = save_models(tmp_path, config, count=1)
+        models = save_models(tmp_path, config, count=2)
         text = save_calibration(tmp_path / "text.jsonl")
-        plan = planned(tmp_path, dam(models.models, [text], base=models.base))
+        plan = planned(tmp_path, dam(models.models, [text, text], base=models.base))
         found = take_inventory(plan)
         decoder = plan.stages[0].models.output
         decoder.model.set_attn_implementation("eager")  # type: ignore[operator]
@@ -223,7 +225,7 @@ class TestWork:
             for kept in (True, False)
         )
         for kind in ("teachers", "merged stream"):
-            assert again[kind, "fp32"] > kept[kind, "fp32"]
+            assert again[kind, "forward"] > kept[kind, "forward"]
 
     def test_a_descent_takes_time_by_its_steps(self, take: Any) -> None:
         found = take(objective="layer+logits")
@@ -356,9 +358,9 @@ class TestProblems:
 
 def test_the_machine_is_measured(tmp_path: Path) -> None:
     clock = iter(range(10**6))
-    made = calibrate(16, 24, tmp_path / "out", torch.device("cpu"), lambda: 0.2 * next(clock))
+    made = calibrate(16, 24, tmp_path / "out", torch.device("cpu"), clock=lambda: 0.2 * next(clock))
     assert list(tmp_path.iterdir()) == []
-    for name in ("fp32", "fp64", "cholesky", "elements", "read", "write"):
+    for name in ("forward", "fp32", "fp64", "cholesky", "elements", "read", "write"):
         assert 0 < getattr(made, name) < float("inf")
     assert made.available <= made.memory
 

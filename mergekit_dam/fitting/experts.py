@@ -231,7 +231,7 @@ def _show(
     """Add what teacher and merged model do with an expert's tokens."""
     source, name = routed.stream.source, linear.parameter
     names = {parameter: unit.parameter(parameter) for parameter in unit.parameters}
-    theirs = {p: walk.sources[n].tensors[source][expert].float() for p, n in names.items()}
+    theirs = {p: walk.sources[n].of_expert(expert).teacher(source) for p, n in names.items()}
     ours = {p: walk.weights[n][expert] for p, n in names.items()}
     teacher = walk.teachers[source].root.get_submodule(unit.name)
     merged = walk.part.root.get_submodule(unit.name)

@@ -35,7 +35,7 @@ def fit_routers(walk: Walk, stage: int, units: list[Unit]) -> Iterator[tuple[str
 
     def add(sums: Mapping[str, LinearMoments] | Mapping[str, LinearTokens], seen: Seen) -> None:
         x, own = (_flat(c.inputs[unit.name]) for c in (seen.merged, seen.teacher))
-        logits = own @ weight.tensors[seen.source].float().T
+        logits = own @ weight.teacher(seen.source).T
         counted = token_weights([logits], seen.sequences)
         moments = sums[unit.name]
         if isinstance(moments, LinearMoments):

@@ -66,7 +66,7 @@ class Walk:
 
     def teacher_weights(self, stream: Stream) -> dict[str, Tensor]:
         """The part's weights of a stream's own model, fp32."""
-        return {name: s.tensors[stream.source].float() for name, s in self.sources.items()}
+        return {name: s.teacher(stream.source) for name, s in self.sources.items()}
 
     def fittable(self, unit: Unit, kind: str | None = None) -> bool:
         """Whether coefficients of a unit are asked for and can change it."""

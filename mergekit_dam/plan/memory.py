@@ -167,7 +167,8 @@ def fit_need(part: PartSize, inventory: Inventory, room: Room, *, metrics: bool)
     chunk = chunk_bytes(part, inventory)
     if part.kind == "input":
         rows = 2 * _DOUBLE * part.unknowns * ROWS * inventory.hidden
-        return need.plus(device=copies + max(chunk, rows, 2 * weights if copies else weights))
+        # A teacher runs; or rows are fitted; or the part is examined with its weights scattered.
+        return need.plus(device=max(copies + chunk, rows, weights))
     metrics = metrics and part.kind == "block"
     moments = [copies]
     kept = metric_bytes(part.of("linear"), inventory) if metrics else 0

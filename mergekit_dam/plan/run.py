@@ -39,8 +39,10 @@ def run_plan(file: Path, out_path: Path, options: MergeOptions) -> Estimate:
     inventory = take_inventory(plan_merge(file, options, out_path))
     startup = time.time() - psutil.Process().create_time()
     own, mapped = _memory()
-    machine = calibrate(inventory.hidden, _widest(inventory), out_path, device)
-    limit = inventory.settings.gpu_memory if inventory.settings is not None else None
+    settings = inventory.settings
+    dtype = torch.float32 if settings is None else settings.dtype_on(device)
+    machine = calibrate(inventory.hidden, _widest(inventory), out_path, device, dtype)
+    limit = None if settings is None else settings.gpu_memory
     room = Room(
         host=machine.memory,
         gpu=min(machine.gpu, limit) if limit else machine.gpu,

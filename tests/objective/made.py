@@ -37,5 +37,6 @@ def run_settings(
         resident="auto",
         stream_offload="auto",
         gpu_memory=None,
+        forward_dtype="auto",
         seed=0,
     )
