@@ -49,10 +49,11 @@ from mergekit_dam.part import Part, block_part
 from mergekit_dam.plan import flops, memory
 from mergekit_dam.plan.inventory import Inventory, take_inventory
 from mergekit_dam.plan.stages import PlannedMerge, plan_merge
-from tests.merging import dam, linear, merge, tensors_of
+from tests.merging import Merged, dam, linear, merge, tensors_of
 from tests.models import VOCABULARY, Models, make_model, save_calibration, save_models
 from tests.networks import LENGTH, make
 from tests.objective.test_gradient import check
+from tests.test_distributed import difference, torchrun
 from tests.test_plan import ROOM
 from tests.test_walk import alike, fine_tunes, tokens_of, weights_of
 from tests.test_walk import merge as merge_here
@@ -659,3 +660,30 @@ def test_a_plan_has_the_solves_of_all_experts_and_the_moments_of_one(tmp_path: P
     assert more["Gram matrices", "fp32"] == few["Gram matrices", "fp32"] > 0
     needs = [memory.fit_need(own, found, ROOM, metrics=True) for own in (block, larger)]
     assert needs[0] == needs[1]
+
+
+# More than one process
+
+
+@pytest.mark.slow
+def test_two_processes_fit_experts_as_one_does(tmp_path: Path) -> None:
+    models, texts = save("qwen2-moe", tmp_path)
+    every = {
+        metric: dam(models.models, texts, samples=16, sequence_length=16, metric=metric, ridge=0.1)
+        for metric in ("identity", "sensitivity")
+    }
+    # The second process has nothing of the last model to judge by.
+    every["few"] = dam(models.models, texts, samples=2, sequence_length=24, experts="all")
+    two = tmp_path / "two"
+    two.mkdir()
+    (two / "merges.json").write_text(json.dumps(every), encoding="utf-8")
+    running = torchrun("-m", "tests.shared_merges", two)
+    one = {name: merge(own, tmp_path / "one" / name) for name, own in every.items()}
+    output, _ = running.communicate(timeout=300)
+    assert running.returncode == 0, output
+    for name, expected in one.items():
+        found = Merged(two / name)
+        for tensor, entry in expected.entries.items():
+            assert found.entries[tensor]["outcome"] == entry["outcome"], (name, tensor)
+            assert found.entries[tensor].get("experts") == entry.get("experts"), (name, tensor)
+        assert difference(found, expected) < 1e-4
