@@ -32,6 +32,7 @@ from mergekit_dam.errors import ConfigError
 from mergekit_dam.fitting.storage import choose_storage
 from mergekit_dam.fitting.streams import Stream
 from mergekit_dam.fitting.tensors import TensorReport
+from mergekit_dam.fused import fuse_experts
 from mergekit_dam.headers import check_headers
 from mergekit_dam.memory import limit_gpu
 from mergekit_dam.network import Network
@@ -96,11 +97,25 @@ def build_graph(
     artifacts = partial(
         write_artifacts, prepared, order, options.trust_remote_code, parameters, out_path
     )
+    config = _with_vocabulary(config, prepared)
+    output = None
+    if prepared.replay is not None:
+        needed: Collection[str] = prepared.replay.coefficients.keys()
+    elif prepared.checked.learns:
+        output = Decoder(config, torch.device("cpu"), trust_remote_code=options.trust_remote_code)
+        needed = [name for name, _ in output.model.named_parameters()]
+    else:
+        needed = ()
+    missing = set(needed) - {weight.name for weight, _ in planned}
+    planned, made = fuse_experts(planned, missing, config.model_type)
+    if made:
+        teaching = {**teaching, **{n: teaching.get(made[n][0], frozenset()) for n in made}}
+        shapes = check_headers(planned, order)
     plans = [
         _tensor_plan(weight, task, order, prepared, out_dtype, teaching.get(weight.name, ()))
         for weight, task in planned
     ]
-    if prepared.replay is not None or not prepared.checked.learns:
+    if output is None:
         known = (
             _copies(plans)
             if prepared.replay is None
@@ -111,8 +126,6 @@ def build_graph(
             for (weight, task), plan in zip(planned, plans, strict=True)
         ]
         return Graph(tensors, WriteArtifacts(last=None, write=artifacts, record=known))
-    config = _with_vocabulary(config, prepared)
-    output = Decoder(config, torch.device("cpu"), trust_remote_code=options.trust_remote_code)
     models = Models(
         output,
         source_decoders(output, order, options, stacks),

@@ -17,6 +17,8 @@ from torch.func import functional_call
 from torch.nn.functional import kl_div, log_softmax, silu
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
+    AfmoeConfig,
+    AutoModelForCausalLM,
     Glm4MoeConfig,
     GptOssConfig,
     MixtralConfig,
@@ -229,11 +231,12 @@ def test_coefficients_of_a_fused_tensor_are_one_or_by_column_or_by_expert_and_co
 # Whole merges
 
 
-def save(name: str, folder: Path, *, count: int = 2) -> tuple[Models, list[Path]]:
-    """Models, and token ids for each: what Qwen's own tokenizer makes of words is one word."""
-    models = save_models(folder, CONFIGS[name](), count=count)
+def save(what: str | PretrainedConfig, folder: Path) -> tuple[Models, list[Path]]:
+    """Two models, and token ids for each: what Qwen's own tokenizer makes of words is one word."""
+    config = CONFIGS[what]() if isinstance(what, str) else what
+    models = save_models(folder, config, count=2)
     files = []
-    for index in range(count):
+    for index in range(2):
         texts = save_calibration(folder / f"text_{index}.jsonl", seed=index, offset=24 * index)
         rows = [json.loads(line)["text"].split() for line in texts.read_text("utf-8").splitlines()]
         files.append(folder / f"ids_{index}.jsonl")
@@ -314,6 +317,50 @@ def test_checkpoints_of_single_and_of_fused_experts_are_merged_alike(
         for number, own in enumerate((models.models, refused))
     ]
     assert merged[0].model_bytes == merged[1].model_bytes
+
+
+def afmoe(**sizes: Any) -> PretrainedConfig:
+    """mergekit plans its experts one by one; its routers are plain linears."""
+    own = {**_SIZES, **_HEADS, **_OWN, "num_dense_layers": 1, "num_shared_experts": 1, **sizes}
+    return AfmoeConfig(**own, sliding_window=8, layer_types=["sliding_attention"] * 2)
+
+
+def test_experts_that_mergekit_plans_one_by_one_are_fused(tmp_path: Path) -> None:
+    models, texts = save(afmoe(), tmp_path)
+    merged = merge(
+        dam(models.models, texts, base=models.base, samples=20, sequence_length=24),
+        tmp_path / "out",
+    )
+    merged.load()
+    names = {f"model.layers.1.mlp.experts.{own}" for own in ("gate_up_proj", "down_proj")}
+    assert fused(merged.tensors).keys() == names
+    for name in names:
+        assert (merged.entries[name]["kind"], merged.entries[name]["outcome"]) == (
+            "experts",
+            "fitted",
+        )
+    replay = dam(models.models, base=models.base, coefficients=str(merged.path))
+    assert merge(replay, tmp_path / "again").model_bytes == merged.model_bytes
+
+
+def test_fused_experts_are_those_of_the_layers_that_slices_name(tmp_path: Path) -> None:
+    models, texts = save(afmoe(num_dense_layers=0), tmp_path)
+    configuration = dam(models.models, texts, samples=12, sequence_length=24)
+    listed = configuration.pop("models")
+    configuration["slices"] = [
+        {"sources": [{**entry, "layer_range": [layer, layer + 1]} for entry in listed]}
+        for layer in (1, 0)
+    ]
+    merged = merge(configuration, tmp_path / "out")
+    merged.load()
+    rows = merged.coefficients.coefficients
+    for name, weight in fused(merged.tensors).items():
+        other = name.translate({ord("0"): "1", ord("1"): "0"})
+        sources = [
+            AutoModelForCausalLM.from_pretrained(path).get_parameter(other)
+            for path in models.models
+        ]
+        assert merge_weights(sources, rows[name]).equal(weight), name
 
 
 def test_coefficients_of_another_number_of_experts_are_refused(tmp_path: Path) -> None:
