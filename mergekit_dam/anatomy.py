@@ -241,8 +241,33 @@ def examine(
     }
     residual_scale = 0.0
     if source is not None:
+        for name in _of_some_tokens(root, owners, records, source[..., 0].numel()):
+            units[name] = Unit(name, "other", owners[name])
         units, residual_scale = _measure_writes(root, run, units, records, source)
     return Anatomy(_stages(units, records), residual_scale)
+
+
+def _of_some_tokens(
+    root: nn.Module, owners: Mapping[str, Any], records: Mapping[str, _Record], tokens: int
+) -> list[str]:
+    """Units that see some tokens only, and those in one list with them: single experts.
+
+    What they are fed depends on the routing; teachers' and merged outputs are of other tokens.
+    """
+    lists = [name for name, module in root.named_modules() if isinstance(module, nn.ModuleList)]
+    partly = [
+        name
+        for name in owners
+        if name not in records
+        or not isinstance(x := records[name].input, Tensor)
+        or (x.numel() // max(1, x.shape[-1])) % tokens
+    ]
+    around = [own for own in lists if any(name.startswith(f"{own}.") for name in partly)]
+    return [
+        name
+        for name in records
+        if name in partly or any(name.startswith(f"{own}.") for own in around)
+    ]
 
 
 def _record(root: nn.Module, run: Run, owners: Mapping[str, Any]) -> dict[str, _Record]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import kl_div, log_softmax, silu
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,7 +29,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from mergekit_dam.anatomy import capture
+from mergekit_dam.anatomy import capture, examine
 from mergekit_dam.coefficients import (
     CoefficientFile,
     coefficient_gradient,
@@ -180,6 +180,44 @@ def test_a_routers_correction_of_its_scores_is_part_of_the_forward_pass() -> Non
 
 def test_models_that_hand_out_their_routers_logits_are_cut_into_blocks_too() -> None:
     Decoder(CONFIGS["mixtral"](output_router_logits=True), CPU)
+
+
+class Listed(nn.Module):
+    """A block as remote code may have it: its experts are modules of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.gate = nn.Linear(8, EXPERTS, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(EXPERTS))
+        self.last = nn.Linear(8, 8)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        x = self.norm(hidden).reshape(-1, 8)
+        chosen, total = self.gate(x).argmax(1), torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows = (chosen == number).nonzero()[:, 0]
+            if len(rows):
+                total[rows] = expert(x[rows])
+        hidden = hidden + total.reshape(hidden.shape)
+        leaving: Tensor = hidden + self.last(hidden)
+        return leaving
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_experts_that_are_modules_of_their_own_are_averaged(seed: int) -> None:
+    """As linears they would be fitted to what teachers make of other tokens."""
+    block = Listed()
+    weights = {
+        n: randn(*p.shape, seed=i + 9 * seed) for i, (n, p) in enumerate(block.named_parameters())
+    }
+    x = randn(1, 6, 8)
+    anatomy = examine(block, lambda: functional_call(block, weights, (x,)), weights, x)
+    kinds = {unit.name: unit.kind for unit in anatomy.units}
+    experts = {name: kind for name, kind in kinds.items() if name.startswith("experts.")}
+    assert experts
+    assert set(experts.values()) == {"other"}
+    assert [kinds[name] for name in ("norm", "gate", "last")] == ["norm", "linear", "linear"]
 
 
 # Coefficients
