@@ -551,6 +551,25 @@ def test_all_tokens_feed_every_expert_where_that_is_asked_for(
         assert (max(counts) == pytest.approx(min(counts))) == (fed == "all")
 
 
+def test_one_coefficient_an_expert(tmp_path: Path) -> None:
+    models, texts = save("mixtral", tmp_path)
+    configuration = dam(
+        models.models, texts, samples=20, sequence_length=24, granularity="tensor", ridge=1e-3
+    )
+    merged = merge(configuration, tmp_path / "out")
+    rows = merged.coefficients.coefficients
+    found = set()
+    for name, weight in fused(merged.tensors).items():
+        if merged.entries[name]["outcome"] == "fitted":
+            own = rows[name].reshape(2, EXPERTS, -1)
+            assert own.shape[2] == weight.shape[2]
+            assert (own == own[:, :, :1]).all()
+            found |= {float(c) for c in own[0, :, 0]}
+    assert len(found) > 2
+    replay = dam(models.models, coefficients=str(merged.path))
+    assert merge(replay, tmp_path / "again").model_bytes == merged.model_bytes
+
+
 def test_experts_that_too_few_tokens_are_sent_to_keep_the_average_and_are_listed(
     tmp_path: Path,
 ) -> None:

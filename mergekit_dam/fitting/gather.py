@@ -136,15 +136,28 @@ def see(
 
     Of routers and experts it is also seen what enters the teacher's.
     """
-    entered = any(unit.kind in ("router", "experts") for unit in units)
-    # Where outputs are kept the teacher does not run again, and its weights stay unconverted.
-    keep = walk.teacher_tape.keep and not entered
-    weights = {} if keep else walk.teacher_weights(stream)
+    weights = _teacher_weights(walk, stage, units, stream)
     for chunk, teacher_x, merged_x in walk.pairs(stream, split):
         teacher = _see_teacher(walk, stage, units, stream, chunk, weights, teacher_x)
         merged = _see_merged(walk, stage, units, stream, chunk, merged_x)
         drift = _drift(walk, stage, teacher, merged, teacher_x - merged_x)
         yield Seen(stream.source, teacher, merged, drift, teacher_x.shape[0])
+
+
+def _teacher_weights(
+    walk: Walk, stage: int, units: Sequence[Unit], stream: Stream
+) -> dict[str, Tensor]:
+    """What a teacher is run on to see a stage; converted to fp32, so no more than is needed.
+
+    Where outputs are kept it does not run again, or no further than to routers and experts.
+    """
+    if not walk.teacher_tape.keep:
+        return walk.teacher_weights(stream)
+    if not any(unit.kind in ("router", "experts") for unit in units):
+        return {}
+    later = (unit for own in walk.anatomy.stages[stage:] for unit in own)
+    idle = {u.parameter(p) for u in later if u.kind == "experts" for p in u.parameters}
+    return walk.teacher_weights(stream, without=idle)
 
 
 def _see_teacher(

@@ -1,6 +1,6 @@
 """State of the walk through one part of the model."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -64,9 +64,15 @@ class Walk:
         self.fitted[name] = fitted
         self.progress(fitted)
 
-    def teacher_weights(self, stream: Stream) -> dict[str, Tensor]:
-        """The part's weights of a stream's own model, fp32."""
-        return {name: s.teacher(stream.source) for name, s in self.sources.items()}
+    def teacher_weights(
+        self, stream: Stream, *, without: Collection[str] = ()
+    ) -> dict[str, Tensor]:
+        """The part's weights of a stream's own model, fp32; but for some, by relative name."""
+        return {
+            name: own.teacher(stream.source)
+            for name, own in self.sources.items()
+            if name not in without
+        }
 
     def fittable(self, unit: Unit, kind: str | None = None) -> bool:
         """Whether coefficients of a unit are asked for and can change it."""
