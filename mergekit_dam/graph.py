@@ -7,6 +7,7 @@
    that writes; a replay needs no stages.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from mergekit_dam.fitting.storage import choose_storage
 from mergekit_dam.fitting.streams import Stream
 from mergekit_dam.fitting.tensors import TensorReport
 from mergekit_dam.headers import check_headers
+from mergekit_dam.memory import limit_gpu
 from mergekit_dam.network import Network
 from mergekit_dam.objective.nonlinearity import invert
 from mergekit_dam.places import Place, Planned, check_complete, place_tensors, source_decoders
@@ -49,6 +51,7 @@ from mergekit_dam.tasks import (
     SearchNode,
     StageGather,
     StageNode,
+    TeachersVocabulary,
     WriteArtifacts,
 )
 
@@ -108,14 +111,21 @@ def build_graph(
             for (weight, task), plan in zip(planned, plans, strict=True)
         ]
         return Graph(tensors, WriteArtifacts(last=None, write=artifacts, record=known))
+    config = _with_vocabulary(config, prepared)
     output = Decoder(config, torch.device("cpu"), trust_remote_code=options.trust_remote_code)
-    sources = source_decoders(output, order, options, stacks)
-    models = Models(output, sources, order, prepared.settings)
+    models = Models(
+        output,
+        source_decoders(output, order, options, stacks),
+        order,
+        prepared.settings,
+        unknown=_unknown(prepared, order),
+    )
     places = place_tensors(planned, plans, output)
     for decoder in (output, *models.sources):
         check_complete(decoder, places)
     stages = _stages(places, models)
     device = torch.device(options.device or "cpu")
+    limit_gpu(device, prepared.settings.gpu_memory)
     hidden = output.config.get_text_config().hidden_size
     streams = partial(_streams, prepared, order, hidden, device, out_path)
     averages = _averages(places, order)
@@ -138,6 +148,23 @@ def build_graph(
         [(weight, tasks[weight.name]) for weight, _ in planned],
         WriteArtifacts(last=last, write=artifacts),
     )
+
+
+def _with_vocabulary(config: PretrainedConfig, prepared: Prepared) -> PretrainedConfig:
+    """The merged model's configuration, with as many tokens as mergekit will write there."""
+    if prepared.vocabulary is None:
+        return config
+    config = copy.deepcopy(config)
+    config.get_text_config().vocab_size = prepared.vocabulary.size
+    return config
+
+
+def _unknown(prepared: Prepared, order: Sequence[ModelReference]) -> dict[int, torch.Tensor]:
+    """Of every source, the tokens that it does not have, if there are any."""
+    if prepared.vocabulary is None:
+        return {}
+    found = {source: prepared.vocabulary.unknown_to(model) for source, model in enumerate(order)}
+    return {source: tokens for source, tokens in found.items() if tokens is not None}
 
 
 def _tensor_plan(
@@ -414,5 +441,13 @@ def _streams(
 def _labelled(task: Task[Any], label: str) -> Task[Any]:
     """The same gather, vocabulary adapters included, scheduled with its stage."""
     if isinstance(task, (PermutedVocabulary, TruncatedVocabulary)):
-        return task.model_copy(update={"gather_tensors": _labelled(task.gather_tensors, label)})
+        inner = _labelled(task.gather_tensors, label)
+        if isinstance(task, PermutedVocabulary) and _forces(task):
+            return TeachersVocabulary.model_construct(**{**dict(task), "gather_tensors": inner})
+        return task.model_copy(update={"gather_tensors": inner})
     return StageGather(**dict(task), label=label)
+
+
+def _forces(task: PermutedVocabulary) -> bool:
+    """Whether some tokens get other rows than those that models have for them."""
+    return task.tokens is not None and any(task.tokens[token].force for token in task.tokens)

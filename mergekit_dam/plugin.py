@@ -65,15 +65,25 @@ def _hook_planner(plan: Any) -> None:
 
         if self.config.merge_method != NAME:
             return stock(self, out_path)
+        from mergekit.common import set_config_value
+
         from mergekit_dam import distributed
         from mergekit_dam.graph import build_graph
         from mergekit_dam.prepare import PreparedConfiguration, prepare
+        from mergekit_dam.tasks import KnownTokenizer
 
         config = self.config
         if isinstance(config, PreparedConfiguration):
             prepared = config.prepared
         else:
             prepared = prepare(config, self.options)
+        if prepared.vocabulary is not None:
+            self._tokenizer_task = KnownTokenizer(
+                **dict(self._tokenizer_task), vocabulary=prepared.vocabulary
+            )
+        if prepared.rows is not None:  # mergekit leaves those of the base there
+            key = self.arch_info.vocab_size_config_key or "vocab_size"
+            set_config_value(self.out_model_config, key, prepared.rows)
         parameters = config.parameters or {}
         artifacts = []
 

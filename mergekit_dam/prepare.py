@@ -1,8 +1,9 @@
 """Everything that can be known before the first weight is read.
 
-1. Check the configuration.
-2. Replay: read the coefficients. Otherwise: load every model's tokenizer, see that they
-   agree, and make every model's calibration tokens.
+1. Check the configuration, and have mergekit build the merged model's vocabulary if it asks so.
+2. Replay: read the coefficients. Otherwise: load every model's tokenizer, and make every model's
+   calibration tokens with it.
+3. Bring them into that vocabulary; where there is none, see that the tokenizers agree.
 """
 
 import dataclasses
@@ -16,7 +17,6 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from pydantic import PrivateAttr
-from transformers import PreTrainedTokenizerBase
 
 from mergekit_dam.calibration import (
     CalibrationSet,
@@ -31,6 +31,7 @@ from mergekit_dam.method import RunParameters
 from mergekit_dam.objective.settings import LogitsSettings
 from mergekit_dam.settings import RunSettings
 from mergekit_dam.slices import check_layers
+from mergekit_dam.vocabulary import Vocabulary, build_vocabulary, in_vocabulary, refuse_lost
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Prepared:
         calibration: per model whose data takes part in the fit; empty in a replay.
         replay: the coefficients to replay, or None.
         start: the coefficients to start from, or None.
+        vocabulary: of the merged model, if mergekit builds one; calibration tokens are its ids.
+        rows: that embeddings are cut to, if they are.
     """
 
     checked: Checked
@@ -48,6 +51,8 @@ class Prepared:
     calibration: Mapping[ModelReference, CalibrationSet]
     replay: CoefficientFile | None
     start: CoefficientFile | None = None
+    vocabulary: Vocabulary | None = None
+    rows: int | None = None
 
 
 class PreparedConfiguration(MergeConfiguration):
@@ -74,8 +79,12 @@ class PreparedConfiguration(MergeConfiguration):
         mergekit's own order is that of a set, and the first gives the merged model its
         configuration and tokenizer: without a base, it would be another one in every run.
         """
-        checked = self._prepared.checked
-        return list(dict.fromkeys([*([checked.base] if checked.base else []), *checked.models]))
+        return all_models(self._prepared.checked)
+
+
+def all_models(checked: Checked) -> list[ModelReference]:
+    """The base, if there is one, and the models in the order of the YAML."""
+    return list(dict.fromkeys([*([checked.base] if checked.base else []), *checked.models]))
 
 
 def prepare(
@@ -95,14 +104,8 @@ def prepare(
     if asked.replay is not None or not asked.checked.learns:
         return asked
     checked, run = asked.checked, asked.checked.run
-    models = checked.models
-    if checked.base is not None and checked.base not in models:
-        models = (*models, checked.base)
-    giver = _vocabulary_giver(config, checked)
-    if giver is not None and giver not in models:
-        models = (*models, giver)
+    models = all_models(checked)
     tokenizers = {model: load_tokenizer(model, options.trust_remote_code) for model in models}
-    check_agreement({str(model): tokenizer for model, tokenizer in tokenizers.items()})
     calibration = {}
     for model, text in checked.calibrations.items():
         calibration[model] = load_calibration(
@@ -115,13 +118,20 @@ def prepare(
             seed=asked.settings.seed,
         )
     check_length(checked, options)
-    if giver is not None:
-        kept = set(tokenizers[giver].get_vocab().values())
-        _check_vocabulary(calibration, tokenizers, kept, f"it gets the tokenizer of {giver}")
-    elif options.unsafe_truncate_embeddings:
-        rows = min(_vocab_size(model, options) for model in models)
-        because = f"--unsafe-truncate-embeddings leaves {rows} ids"
-        _check_vocabulary(calibration, tokenizers, set(range(rows)), because)
+    if asked.vocabulary is None:
+        used = {str(model): own.tokens for model, own in calibration.items()}
+        check_agreement({str(model): own for model, own in tokenizers.items()}, used)
+        if asked.rows is not None:
+            for model, own in calibration.items():
+                because = f"--unsafe-truncate-embeddings leaves {asked.rows} ids"
+                lost = own.tokens[own.tokens >= asked.rows]
+                refuse_lost(lost, model, tokenizers[model], because)
+    else:
+        for model, own in calibration.items():
+            ids = in_vocabulary(
+                own.tokens, model=model, tokenizer=tokenizers[model], vocabulary=asked.vocabulary
+            )
+            calibration[model] = dataclasses.replace(own, tokens=ids)
     return dataclasses.replace(asked, calibration=calibration)
 
 
@@ -138,10 +148,20 @@ def check(
     """
     checked = check_configuration(config, source)
     run = checked.run
+
+    def with_vocabulary(prepared: Prepared) -> Prepared:
+        models = all_models(checked)
+        vocabulary = build_vocabulary(config, models, options.trust_remote_code)
+        if vocabulary is not None or not options.unsafe_truncate_embeddings:
+            return dataclasses.replace(prepared, vocabulary=vocabulary)
+        rows = min(_vocab_size(model, options) for model in models)
+        return dataclasses.replace(prepared, rows=rows)
+
     settings = run_settings(run, run.seed if run.seed is not None else options.random_seed or 0)
     check_device(options)
     if run.coefficients is not None:
-        return Prepared(checked, settings, {}, CoefficientFile.load(run.coefficients))
+        replay = CoefficientFile.load(run.coefficients)
+        return with_vocabulary(Prepared(checked, settings, {}, replay))
     if options.multi_gpu and checked.learns:
         raise ConfigError(
             [
@@ -160,7 +180,7 @@ def check(
                 ]
             )
         start = CoefficientFile.load(run.start, parameter="start")
-    return Prepared(checked, settings, {}, None, start)
+    return with_vocabulary(Prepared(checked, settings, {}, None, start))
 
 
 def run_settings(run: RunParameters, seed: int) -> RunSettings:
@@ -174,6 +194,8 @@ def run_settings(run: RunParameters, seed: int) -> RunSettings:
         start=run.start,
         resident=run.resident,
         stream_offload=run.stream_offload,
+        gpu_memory=run.gpu_memory,
+        forward_dtype=run.forward_dtype,
         seed=seed,
     )
 
@@ -182,33 +204,6 @@ def _vocab_size(model: ModelReference, options: MergeOptions) -> int:
     config = model.config(trust_remote_code=options.trust_remote_code)
     size: int = config.get_text_config().vocab_size
     return size
-
-
-def _vocabulary_giver(config: MergeConfiguration, checked: Checked) -> ModelReference | None:
-    """The model whose tokenizer the merged model gets, if the configuration names one."""
-    source = config.tokenizer.source if config.tokenizer is not None else config.tokenizer_source
-    if source == "base":
-        return checked.base or checked.models[0]
-    return source if isinstance(source, ModelReference) else None
-
-
-def _check_vocabulary(
-    calibration: Mapping[ModelReference, CalibrationSet],
-    tokenizers: Mapping[ModelReference, PreTrainedTokenizerBase],
-    kept: set[int],
-    because: str,
-) -> None:
-    """Refuse text with tokens that the merged model will not have."""
-    for model, own in calibration.items():
-        lost = sorted(set(own.tokens.flatten().tolist()) - kept)
-        if lost:
-            named = ", ".join(map(str, tokenizers[model].convert_ids_to_tokens(lost[:3])))
-            raise CalibrationError(
-                f"calibration of {model}: its text has {len(lost)} tokens ({named}"
-                f"{' and others' if len(lost) > 3 else ''}) that the merged model will not have, "
-                f"as {because}; write `tokenizer: {{source: union}}`, or leave out the text that "
-                f"has them"
-            )
 
 
 def check_device(options: MergeOptions) -> None:

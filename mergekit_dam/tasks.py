@@ -25,6 +25,7 @@ from mergekit.common import ModelReference
 from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors, LoadTensor
 from mergekit.merge_methods.buffers import copy_non_floating_buffer
+from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary, TokenizerInfo
 
 from mergekit_dam.coefficients import merge_weights
 from mergekit_dam.errors import DamError
@@ -35,6 +36,7 @@ from mergekit_dam.readahead import Span, read_ahead
 from mergekit_dam.search import search
 from mergekit_dam.settings import RunSettings
 from mergekit_dam.stage import Progress, Record, Stage, TensorPlan, of_all
+from mergekit_dam.vocabulary import Own, Vocabulary
 
 
 class StageLoad(LoadTensor):
@@ -57,6 +59,34 @@ class StageGather(GatherTensors):
 
     def group_label(self) -> str:
         return self.label
+
+
+class KnownTokenizer(BuildTokenizer, arbitrary_types_allowed=True):
+    """mergekit's BuildTokenizer, of what it has built already: every sweep asks for it."""
+
+    vocabulary: Vocabulary
+
+    def execute(self, **_: Any) -> TokenizerInfo:
+        return self.vocabulary.info
+
+
+class TeachersVocabulary(PermutedVocabulary):
+    """mergekit's PermutedVocabulary, for a configuration that forces embeddings on tokens.
+
+    What is merged of a model are the forced rows; the model itself goes by its own.
+    """
+
+    def execute(
+        self, tokenizer_info: TokenizerInfo, tensors: dict[ModelReference, torch.Tensor]
+    ) -> Any:
+        assert self.tokens is not None
+        unforced_tokens = {
+            token: self.tokens[token].model_copy(update={"force": False}) for token in self.tokens
+        }
+        unforced = self.model_copy(update={"tokens": unforced_tokens})
+        own = PermutedVocabulary.execute(unforced, tokenizer_info, tensors)
+        aligned = super().execute(tokenizer_info, tensors)
+        return {**aligned, **{Own(model): tensor for model, tensor in own.items()}}
 
 
 @dataclass(eq=False)

@@ -55,12 +55,16 @@ class Walk:
     def settle(self, name: str, fitted: FittedTensor) -> None:
         """Take a fitted tensor into the merged part."""
         self.weights[name] = fitted.merged.float()
+        self.leave(name, fitted)
+
+    def leave(self, name: str, fitted: FittedTensor) -> None:
+        """Take note of a tensor that stays as it is in the merged part."""
         self.fitted[name] = fitted
         self.progress(fitted)
 
     def teacher_weights(self, stream: Stream) -> dict[str, Tensor]:
         """The part's weights of a stream's own model, fp32."""
-        return {name: s.tensors[stream.source].float() for name, s in self.sources.items()}
+        return {name: s.teacher(stream.source) for name, s in self.sources.items()}
 
     def fittable(self, unit: Unit, kind: str | None = None) -> bool:
         """Whether coefficients of a unit are asked for and can change it."""
@@ -106,5 +110,4 @@ class Walk:
 
     def known(self, stream: Stream, chunk: slice) -> dict[str, Tensor]:
         """What settled linears of the merged part put out for a chunk, on the device."""
-        outputs = self.merged_tape.of(stream.source, chunk)
-        return {name: output.to(self.device) for name, output in outputs.items()}
+        return self.merged_tape.of(stream.source, chunk, self.device)

@@ -26,16 +26,22 @@ class TensorSources:
         tensors: of each source; borrowed, of one shape and device.
         settings: how it is fitted.
         dtype: in which it is written.
+        teachers: what each source's own model runs on, where that is not what is merged of it.
     """
 
     name: str
     tensors: Sequence[Tensor]
     settings: TensorSettings
     dtype: torch.dtype
+    teachers: Sequence[Tensor] | None = None
 
     def merged(self, coefficients: Tensor, *, axis: int = -1) -> Tensor:
         """The tensor as written: `merge_weights`, then the one cast."""
         return merge_weights(self.tensors, coefficients, axis=axis).to(self.dtype)
+
+    def teacher(self, source: int) -> Tensor:
+        """The tensor that a source's own model runs on, fp32."""
+        return (self.teachers or self.tensors)[source].float()
 
     def start(self) -> Tensor:
         """Coefficients fp32 `[sources, 1]` of the weighted average."""
@@ -95,11 +101,12 @@ class FittedTensor:
     report: TensorReport
 
 
-def unfitted(sources: TensorSources, kind: str, outcome: str, *, axis: int = -1) -> FittedTensor:
-    """The weighted average, with the reason why it was not fitted."""
-    start = sources.start()
+def unfitted(
+    sources: TensorSources, merged: Tensor, kind: str, outcome: str, *, axis: int = -1
+) -> FittedTensor:
+    """The weighted average as merged before, with the reason why it was not fitted."""
     report = TensorReport(sources.name, kind, outcome)
-    return FittedTensor(sources, sources.merged(start, axis=axis), start, axis, report)
+    return FittedTensor(sources, merged, sources.start(), axis, report)
 
 
 def judged(

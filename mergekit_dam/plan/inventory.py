@@ -29,7 +29,8 @@ class TensorSize:
         parameters: of the merged tensor.
         stored: bytes in the files of all sources.
         loaded: bytes of all sources once they are loaded.
-        converted: bytes of them that are no pages of a file, since their dtype is another.
+        converted: bytes of them that are no pages of a file, since their dtype is another or
+            they are brought into one vocabulary.
         half: a source's tensor as loaded is not fp32, so that running it takes a copy.
         written: bytes.
     """
@@ -193,13 +194,20 @@ def _size(
     promoted = loaded[0]
     for dtype in loaded[1:]:
         promoted = torch.promote_types(promoted, dtype)
+    if tensor.aligned:  # mergekit makes new tensors for that, of one dtype
+        loaded = [promoted] * len(loaded)
     return TensorSize(
         name=name,
         parameters=count,
-        stored=sum(count * dtype.itemsize for dtype in stored),
+        stored=sum(
+            count * dtype.itemsize if header is None else header.length
+            for dtype, header in zip(stored, tensor.headers.values(), strict=True)
+        ),
         loaded=sum(count * dtype.itemsize for dtype in loaded),
         converted=sum(
-            count * got.itemsize for had, got in zip(stored, loaded, strict=True) if had != got
+            count * got.itemsize
+            for had, got in zip(stored, loaded, strict=True)
+            if had != got or tensor.aligned
         ),
         half=any(dtype != torch.float32 for dtype in loaded),
         written=count * (planned.out_dtype or promoted).itemsize,
@@ -216,8 +224,11 @@ def _stored(model: ModelReference, header: Header | None) -> torch.dtype:
 
 def _shape_of(name: str, planned: PlannedMerge) -> tuple[int, ...]:
     """A tensor's shape, from the first header that tells it, else from the model's definition."""
-    headers = planned.tensors[name].headers.values()
+    headers, rows = planned.tensors[name].headers.values(), planned.tensors[name].rows
     found = next((header.shape for header in headers if header is not None), None)
+    if found is not None and rows is not None:
+        axis, size = rows
+        return (*found[:axis], size, *found[axis + 1 :])
     if found is not None:
         return found
     parameters = planned.stages[0].models.output.model.state_dict() if planned.stages else {}

@@ -19,6 +19,8 @@ from mergekit.config import MergeConfiguration
 from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors, LoaderCache, SaveTensor
 from mergekit.options import MergeOptions
+from mergekit.tokenizer import PermutedVocabulary
+from mergekit.tokenizer.truncate import TruncatedVocabulary
 from pydantic import ValidationError
 
 from mergekit_dam import plugin
@@ -39,10 +41,14 @@ class PlannedTensor:
     Attributes:
         headers: by source; None where the file's header does not tell.
         dtype: that sources are converted to as they are loaded, or None.
+        rows: (the dimension of the vocabulary, its size), where it is not that of the sources.
+        aligned: sources are brought into one vocabulary, which makes copies of them.
     """
 
     headers: Mapping[ModelReference, Header | None]
     dtype: torch.dtype | None
+    rows: tuple[int, int] | None = None
+    aligned: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ def plan_merge(file: Path, options: MergeOptions, out_path: Path) -> PlannedMerg
         )
         tasks = MergePlanner(planned, architecture, options, out_config).plan_to_disk(str(out_path))
         tensors = {
-            task.tensor_name: _tensor(_gather(task.tensor_task))
+            task.tensor_name: _tensor(_gather(task.tensor_task), prepared)
             for task in tasks
             if isinstance(task, SaveTensor)
         }
@@ -189,25 +195,30 @@ def _adapters_as_their_bases(
             del loaders[model]
 
 
-def _gather(task: Task[Any]) -> GatherTensors:
-    """The task that brings a tensor of all sources, without the vocabulary adapter around it."""
+def _gather(task: Task[Any]) -> Task[Any]:
+    """The task that brings a tensor of all sources."""
     if isinstance(task, MergedTensor):
         node = task.fit.node
         names = [plan.name for plan in node.stage.tensors]
-        found = node.inputs[names.index(task.name)]
-    else:
-        assert isinstance(task, MergeKnown)
-        found = task.known.gather
-    while not isinstance(found, GatherTensors):
-        found = found.gather_tensors  # type: ignore[attr-defined]
-    return found
+        return node.inputs[names.index(task.name)]
+    assert isinstance(task, MergeKnown)
+    return task.known.gather
 
 
-def _tensor(gather: GatherTensors) -> PlannedTensor:
+def _tensor(gather: Task[Any], prepared: Prepared) -> PlannedTensor:
+    rows, aligned = None, isinstance(gather, PermutedVocabulary)
+    if isinstance(gather, PermutedVocabulary) and prepared.vocabulary is not None:
+        rows = gather.vocabulary_axis, prepared.vocabulary.size
+    elif isinstance(gather, TruncatedVocabulary) and prepared.rows is not None:
+        axis = gather.weight_info.vocabulary_axis
+        assert axis is not None  # of what is cut
+        rows = axis, prepared.rows
+    while not isinstance(gather, GatherTensors):
+        gather = gather.gather_tensors  # type: ignore[attr-defined]
     infos = dict(gather.weight_info.data)
     forced = next((info.force_dtype for info in infos.values() if info.force_dtype), None)
     headers = {model: header_of(info, model) for model, info in infos.items()}
-    return PlannedTensor(headers, dtype_from_name(forced or gather.dtype))
+    return PlannedTensor(headers, dtype_from_name(forced or gather.dtype), rows, aligned)
 
 
 def _stages(last: FitStage | Search | None) -> list[Stage]:
