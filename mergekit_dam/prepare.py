@@ -29,7 +29,8 @@ from mergekit_dam.errors import CalibrationError, ConfigError
 from mergekit_dam.method import RunParameters
 from mergekit_dam.objective.settings import LogitsSettings
 from mergekit_dam.settings import RunSettings
-from mergekit_dam.vocabulary import Vocabulary, build_vocabulary, in_vocabulary, refuse_lost
+from mergekit_dam.translation import Translation, refuse_lost
+from mergekit_dam.vocabulary import Vocabulary, build_vocabulary
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,10 @@ def prepare(
     tokenizers = {model: load_tokenizer(model, options.trust_remote_code) for model in models}
     calibration = {}
     for model, text in checked.calibrations.items():
-        calibration[model] = load_calibration(
+        translation = None
+        if asked.vocabulary is not None:
+            translation = Translation(asked.vocabulary, model, tokenizers[model])
+        own = load_calibration(
             text,
             model=str(model),
             tokenizer=tokenizers[model],
@@ -113,7 +117,11 @@ def prepare(
             sequence_length=run.sequence_length,
             vocab_size=_vocab_size(model, options),
             seed=asked.settings.seed,
+            spelled=None if translation is None else translation.spelled,
         )
+        if translation is not None:
+            own = dataclasses.replace(own, tokens=translation.translated(own.tokens))
+        calibration[model] = own
     check_length(checked, options)
     if asked.vocabulary is None:
         used = {str(model): own.tokens for model, own in calibration.items()}
@@ -121,14 +129,8 @@ def prepare(
         if asked.rows is not None:
             for model, own in calibration.items():
                 because = f"--unsafe-truncate-embeddings leaves {asked.rows} ids"
-                lost = own.tokens[own.tokens >= asked.rows]
+                lost = own.tokens[own.tokens >= asked.rows].tolist()
                 refuse_lost(lost, model, tokenizers[model], because)
-    else:
-        for model, own in calibration.items():
-            ids = in_vocabulary(
-                own.tokens, model=model, tokenizer=tokenizers[model], vocabulary=asked.vocabulary
-            )
-            calibration[model] = dataclasses.replace(own, tokens=ids)
     return dataclasses.replace(asked, calibration=calibration)
 
 

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from mergekit_dam.calibration import load_calibration
 from mergekit_dam.coefficients import CoefficientFile
+from mergekit_dam.demo.tokenizer import train_tokenizer
 from mergekit_dam.errors import CalibrationError, ConfigError
 from mergekit_dam.evaluate import EvaluationSettings, evaluate
 from mergekit_dam.plan.inventory import take_inventory
@@ -656,3 +657,35 @@ def test_losses_of_a_model_and_of_its_union_compare(
     assert own < merged < own + 1  # tokens of the left model take some of the mass
     evaluate([names[0], str(pair.models[0])], [pair.texts[1]], settings)
     assert f"{pair.models[0]}: the tokenizer differs" in caplog.text
+
+
+def test_words_that_the_base_lacks_are_written_in_its_pieces(tmp_path: Path) -> None:
+    """Byte-pair tokenizers of two languages, and the one's vocabulary for both."""
+    sentences = (
+        "the cat sat on the mat and the bat saw that the hat was fat",
+        "der hund und die katze und der hase sassen in einem haus",
+    )
+    models, texts = [], []
+    for index, sentence in enumerate(sentences):
+        tokenizer = train_tokenizer([sentence] * 20, vocab_size=300)
+        model = make_model(tiny_llama_config(vocab_size=len(tokenizer)), seed=index)
+        folder = tmp_path / str(index)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        models.append(folder)
+        texts.append(save_text(tmp_path / f"{index}.jsonl", sentence.split(), seed=index))
+    configuration = dam(models, texts, settings={"tokenizer": {"source": "base"}})
+    merged = merge(configuration, tmp_path / "out")
+    assert merged.load().config.vocab_size == len(AutoTokenizer.from_pretrained(models[0]))
+    config = MergeConfiguration.model_validate(configuration)
+    calibration = prepare(config, MergeOptions(quiet=True)).calibration
+    read = AutoTokenizer.from_pretrained(merged.path)
+    for ids, sentence in zip(calibration.values(), sentences, strict=True):
+        for row in ids.tokens:
+            # Words at the edges of a sequence may be cut off; documents begin with a token.
+            words = str(read.decode(row)).replace(str(read.bos_token), " ").split()[1:-1]
+            assert words
+            assert set(words) <= set(sentence.split())
+    cut = [merged.report["calibration"][str(model)]["cut"] for model in models]
+    assert not any("were cut into others" in said for said in cut[0])
+    assert any("tokens that the merged model will not have were cut" in said for said in cut[1])
