@@ -108,7 +108,7 @@ def capture(
 ) -> Iterator[Captured]:
     """Capture inputs and outputs of units while the body runs the part.
 
-    They are copies: some blocks add to these tensors in place later on.
+    They are copies, fp32: some blocks add to these tensors in place later on.
 
     Args:
         stop: end the forward pass as soon as everything asked for was captured.
@@ -122,14 +122,14 @@ def capture(
 
     def before(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            captured.inputs[name] = _copy(_first_tensor((args, kwargs)))
+            captured.inputs[name] = _fp32_copy(_first_tensor((args, kwargs)))
             check()
 
         return hook
 
     def after(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, output: Any) -> None:
-            captured.outputs[name] = _copy(output)
+            captured.outputs[name] = _fp32_copy(output)
             check()
 
         return hook
@@ -198,7 +198,8 @@ def scattered(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for index, (name, weight) in enumerate(weights.items()):
         generator = torch.Generator(weight.device).manual_seed(index)
         noise = torch.randn(weight.shape, generator=generator, device=weight.device)
-        scattered[name] = weight + 0.1 * noise * weight.square().mean().sqrt().clamp_min(0.01)
+        size = weight.norm() / max(weight.numel(), 1) ** 0.5  # root mean square
+        scattered[name] = noise.mul_(0.1 * size.clamp_min(0.01)).add_(weight)
     return scattered
 
 
@@ -417,6 +418,12 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
+
+
+def _fp32_copy(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float32:
+        return value.float()
+    return _copy(value)
 
 
 def _first_tensor(value: Any) -> Any:

@@ -6,7 +6,7 @@ there is one), with one coefficient per input column of each (arXiv 2410.08371).
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ LOG = logging.getLogger(__name__)
 FILE_NAME = "dam_coefficients.safetensors"
 _METADATA_KEY = "mergekit_dam"
 
-_GRADIENT_CHUNK = 2**22
-"""Elements of a weight that are worked on at a time when a gradient is turned."""
+_PIECE = 2**22
+"""Elements of a weight that are worked on at a time."""
 
 
 def merge_weights(tensors: Sequence[Tensor], coefficients: Tensor, *, axis: int = -1) -> Tensor:
@@ -40,19 +40,37 @@ def merge_weights(tensors: Sequence[Tensor], coefficients: Tensor, *, axis: int 
         fp32 tensor of the sources' shape. A source whose coefficients are all zero is left
         out, so that one-hot coefficients give back the source bit for bit.
     """
-    shape = [1] * tensors[0].ndim
+    like = tensors[0]
+    shape = [1] * like.ndim
     if shape:
         shape[axis] = -1
-    merged: Tensor | None = None
-    for tensor, coefficient in zip(tensors, coefficients, strict=True):
-        if not coefficient.any():
-            continue
-        scale = coefficient.to(device=tensor.device, dtype=torch.float32).reshape(shape)
-        if merged is None:
-            merged = tensor.float() * scale
-        else:
-            merged.addcmul_(tensor.float(), scale)
-    return torch.zeros_like(tensors[0], dtype=torch.float32) if merged is None else merged
+    scales = [
+        coefficient.to(device=like.device, dtype=torch.float32).reshape(shape).expand(like.shape)
+        for coefficient in coefficients
+    ]
+    taking_part = [
+        (tensor, scale)
+        for tensor, scale, coefficient in zip(tensors, scales, coefficients, strict=True)
+        if coefficient.any()
+    ]
+    merged = torch.zeros_like(like, dtype=torch.float32)
+    for rows in _pieces(like):
+        for index, (tensor, scale) in enumerate(taking_part):
+            if index == 0:
+                torch.mul(tensor[rows].float(), scale[rows], out=merged[rows])
+            else:
+                merged[rows].addcmul_(tensor[rows].float(), scale[rows])
+    return merged
+
+
+def _pieces(tensor: Tensor) -> Iterator[Any]:
+    """Indices of rows worked on at a time, so that copies in fp32 take little memory."""
+    if tensor.ndim == 0:
+        yield ...
+        return
+    rows = max(1, _PIECE // max(1, tensor[:1].numel()))
+    for first in range(0, len(tensor), rows):
+        yield slice(first, first + rows)
 
 
 def coefficient_gradient(
@@ -77,7 +95,7 @@ def coefficient_gradient(
     result = torch.zeros(len(tensors), size, dtype=torch.float64, device=gradient.device)
     for row, tensor in zip(result, tensors, strict=True):
         facing = tensor.movedim(axis, -1).reshape(-1, size) if size > 1 else tensor.reshape(-1, 1)
-        rows = max(1, _GRADIENT_CHUNK // size)
+        rows = max(1, _PIECE // size)
         for w, g in zip(torch.split(facing, rows), torch.split(turned, rows), strict=True):
             row += (w.float() * g).sum(0)
     return result

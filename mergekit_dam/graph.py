@@ -33,6 +33,7 @@ from mergekit_dam.fitting.storage import choose_storage
 from mergekit_dam.fitting.streams import Stream
 from mergekit_dam.fitting.tensors import TensorReport
 from mergekit_dam.headers import check_headers
+from mergekit_dam.memory import limit_gpu
 from mergekit_dam.network import Network
 from mergekit_dam.objective.nonlinearity import invert
 from mergekit_dam.places import Place, Planned, check_complete, place_tensors, source_decoders
@@ -113,6 +114,7 @@ def build_graph(
         check_complete(decoder, places)
     stages = _stages(places, models)
     device = torch.device(options.device or "cpu")
+    limit_gpu(device, prepared.settings.gpu_memory)
     hidden = output.config.get_text_config().hidden_size
     streams = partial(_streams, prepared, order, hidden, device, out_path)
     averages = _averages(places, order)

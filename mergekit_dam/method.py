@@ -18,7 +18,7 @@ from mergekit.merge_methods.base import (
     ParameterSpec,
     TensorGroup,
 )
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ByteSize, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 from mergekit_dam.errors import DamError
@@ -253,6 +253,18 @@ class RunParameters(LogitsParameters):
         "`auto` fills up to a quarter of the device's memory, then of the host's, then takes files "
         "beside the output. The result is the same.",
     )
+    gpu_memory: ByteSize | None = Field(
+        default=None,
+        gt=0,
+        description="Memory of the GPU that the merge may use, such as `12GB`; less where others "
+        "use it too. Default: all of it.",
+    )
+    forward_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="Precision of the products in models' blocks: `auto` is bfloat16 on a GPU, "
+        "which is faster there, and float32 on a CPU. Hidden states, sums and solves are float32 "
+        "or better.",
+    )
     seed: int | None = Field(
         default=None,
         ge=0,
@@ -339,7 +351,9 @@ def parameter_tables() -> str:
 
 
 def _type_name(annotation: Any) -> str:
-    """`str | None` as `str`, a Literal as its values, anything else by its name."""
+    """`str | None` as `str`, a Literal as its values, bytes as a size, else by its name."""
+    if ByteSize in getattr(annotation, "__args__", ()):
+        return "size"
     arguments = [a for a in getattr(annotation, "__args__", ()) if a is not type(None)]
     if arguments and all(isinstance(a, str) for a in arguments):
         return " or ".join(f"`{a}`" for a in arguments)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import psutil
 import torch
 from mergekit.graph import Executor, Task
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from mergekit_dam.anatomy import Anatomy
 from mergekit_dam.fitting.tensors import TensorSources
 from mergekit_dam.heap import give_back
+from mergekit_dam.memory import free_memory_of, memory_of
 from mergekit_dam.part import Part
 from mergekit_dam.readahead import Span, read_ahead, spans_of
 from mergekit_dam.settings import Resident
@@ -176,9 +176,4 @@ class Network:
 
 
 def _has_room(device: torch.device) -> bool:
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-    else:
-        memory = psutil.virtual_memory()
-        free, total = memory.available, memory.total
-    return free > SPARE * total
+    return free_memory_of(device) > SPARE * memory_of(device)

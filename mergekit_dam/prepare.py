@@ -192,6 +192,8 @@ def run_settings(run: RunParameters, seed: int) -> RunSettings:
         start=run.start,
         resident=run.resident,
         stream_offload=run.stream_offload,
+        gpu_memory=run.gpu_memory,
+        forward_dtype=run.forward_dtype,
         seed=seed,
     )
 

@@ -131,7 +131,7 @@ class Sensitivity:
             )
             for name, output, own in zip(names, outputs, got, strict=True):
                 rows = torch.zeros_like(output) if own is None else own
-                found[name].append(rows.reshape(-1, rows.shape[-1]))
+                found[name].append(rows.float().reshape(-1, rows.shape[-1]))
         return {unit.name: joined(found[unit.name], none=_no_rows(unit, weights)) for unit in units}
 
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from mergekit_dam.coefficients import Parametrisation
 from mergekit_dam.fitting.storage import Offload
 from mergekit_dam.objective.settings import LogitsSettings
@@ -10,6 +12,7 @@ from mergekit_dam.objective.settings import LogitsSettings
 Objective = Literal["layer", "logits", "layer+logits"]
 MetricName = Literal["identity", "sensitivity"]
 Resident = Literal["auto", "always", "never"]
+ForwardDtype = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class RunSettings:
         start: "average", "random" or a path.
         resident: whether weights stay in memory between sweeps.
         stream_offload: where streams are kept.
+        gpu_memory: bytes of the GPU's that may be used, or None for all.
+        forward_dtype: of products in the blocks.
         seed: of the order of sequences, and of a random start.
     """
 
@@ -60,12 +65,20 @@ class RunSettings:
     start: str
     resident: Resident
     stream_offload: Offload
+    gpu_memory: int | None
+    forward_dtype: ForwardDtype
     seed: int
 
     @property
     def one_sweep(self) -> bool:
         """One sweep of layer fits is all: nothing has to be known before tensors are written."""
         return self.objective == "layer" and self.metric == "identity"
+
+    def dtype_on(self, device: torch.device) -> torch.dtype:
+        """The dtype of products in the blocks, on a device."""
+        half = self.forward_dtype == "bfloat16"
+        half |= self.forward_dtype == "auto" and device.type == "cuda"
+        return torch.bfloat16 if half else torch.float32
 
     def held_out(self, sequences: int) -> int:
         """Sequences of a model kept out of the fit: at least one where a fraction is asked for."""

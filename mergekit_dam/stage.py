@@ -210,7 +210,7 @@ class Stage:
     def part(self, decoder: Decoder) -> Part:
         """The stage's part of a decoder."""
         if self.kind == "block":
-            return block_part(decoder, self.index)
+            return block_part(decoder, self.index, self.models.settings.dtype_on(decoder.device))
         return input_part(decoder) if self.kind == "input" else output_part(decoder)
 
     def teacher_part(self, source: int) -> Part:

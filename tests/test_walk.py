@@ -17,8 +17,8 @@ from mergekit_dam.anatomy import Unit, substitute
 from mergekit_dam.coefficients import Parametrisation, coefficient_gradient, merge_weights
 from mergekit_dam.decoder import Decoder
 from mergekit_dam.fitting import head as head_module
+from mergekit_dam.fitting import storage as storage_module
 from mergekit_dam.fitting import streams as streams_module
-from mergekit_dam.fitting import tape as tape_module
 from mergekit_dam.fitting.gather import Seen, gather, target
 from mergekit_dam.fitting.head import fit_head
 from mergekit_dam.fitting.moments import InputMoments, LinearMoments
@@ -346,7 +346,7 @@ def test_outputs_kept_in_memory_change_nothing(name: str, monkeypatch: pytest.Mo
     config = ARCHITECTURES[name]()
     models = fine_tunes(config, 2)
     kept, _, kept_streams = merge(config, models, head=False)
-    monkeypatch.setattr(tape_module, "BUDGET", 0)
+    monkeypatch.setattr(storage_module, "SHARE", 0)
     again, _, streams = merge(config, models, head=False)
     close(kept, again, 1e-6)
     for a, b in zip(kept_streams, streams, strict=True):
@@ -616,7 +616,7 @@ def test_a_head_that_can_only_get_worse_keeps_its_start(
 def test_the_gradient_of_the_coefficients_is_autograds(
     axis: int, size: int, rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coefficients_module, "_GRADIENT_CHUNK", rows_at_a_time * size)
+    monkeypatch.setattr(coefficients_module, "_PIECE", rows_at_a_time * size)
     tensors = [randn(9, 5, seed=s) for s in range(3)]
     tensors = [t.T if axis == 0 else t for t in tensors]
     coefficients = randn(3, size, seed=5).requires_grad_()

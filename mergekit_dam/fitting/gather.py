@@ -146,8 +146,8 @@ def _see_teacher(
     others = (*walk.anatomy.writers_before(stage), *units)
     wanted = dict.fromkeys([*(unit.name for unit in others), *norms])
     if walk.teacher_tape.keep:
-        kept = walk.teacher_tape.of(stream.source, chunk)
-        return Captured(outputs={name: kept[name].to(walk.device) for name in wanted})
+        only = frozenset(wanted)
+        return Captured(outputs=walk.teacher_tape.of(stream.source, chunk, walk.device, only=only))
     return walk.teachers[stream.source].captured(weights, x, outputs=tuple(wanted))
 
 

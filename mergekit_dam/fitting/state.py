@@ -55,6 +55,10 @@ class Walk:
     def settle(self, name: str, fitted: FittedTensor) -> None:
         """Take a fitted tensor into the merged part."""
         self.weights[name] = fitted.merged.float()
+        self.leave(name, fitted)
+
+    def leave(self, name: str, fitted: FittedTensor) -> None:
+        """Take note of a tensor that stays as it is in the merged part."""
         self.fitted[name] = fitted
         self.progress(fitted)
 
@@ -106,5 +110,4 @@ class Walk:
 
     def known(self, stream: Stream, chunk: slice) -> dict[str, Tensor]:
         """What settled linears of the merged part put out for a chunk, on the device."""
-        outputs = self.merged_tape.of(stream.source, chunk)
-        return {name: output.to(self.device) for name, output in outputs.items()}
+        return self.merged_tape.of(stream.source, chunk, self.device)

@@ -94,11 +94,12 @@ class FittedTensor:
     report: TensorReport
 
 
-def unfitted(sources: TensorSources, kind: str, outcome: str, *, axis: int = -1) -> FittedTensor:
-    """The weighted average, with the reason why it was not fitted."""
-    start = sources.start()
+def unfitted(
+    sources: TensorSources, merged: Tensor, kind: str, outcome: str, *, axis: int = -1
+) -> FittedTensor:
+    """The weighted average as merged before, with the reason why it was not fitted."""
     report = TensorReport(sources.name, kind, outcome)
-    return FittedTensor(sources, sources.merged(start, axis=axis), start, axis, report)
+    return FittedTensor(sources, merged, sources.start(), axis, report)
 
 
 def judged(
