@@ -135,6 +135,6 @@ def without_tokens(part: Part, unknown: Tensor) -> Part:
     """
 
     def run(weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-        return part.run(weights, hidden).masked_fill(unknown.to(hidden.device), -torch.inf)
+        return part.forward(weights, hidden).masked_fill(unknown.to(hidden.device), -torch.inf)
 
-    return replace(part, run=run)
+    return replace(part, forward=run)
