@@ -6,7 +6,7 @@ there is one), with one coefficient per input column of each (arXiv 2410.08371).
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def merge_weights(tensors: Sequence[Tensor], coefficients: Tensor, *, axis: int 
     for rows in _pieces(like):
         for index, (tensor, scale) in enumerate(taking_part):
             if index == 0:
-                torch.mul(tensor[rows].float(), scale[rows], out=merged[rows])
+                merged[rows] = tensor[rows].float() * scale[rows]
             else:
                 merged[rows].addcmul_(tensor[rows].float(), scale[rows])
     return merged
@@ -112,8 +112,9 @@ class Parametrisation:
         offset: fp64 `[S]`.
         expand: fp64 `[S, U]`.
         start: fp64 `[U]`, the unknowns of the weighted average.
-        merged: the sources that are models to merge; all but a base that is none.
-        base: index of the base among the sources, or None.
+        merged: the sources that are models to merge; all but a base that is none, and those that
+            a slice leaves out.
+        base: index of the base among the sources that take part, or None.
     """
 
     offset: Tensor
@@ -124,7 +125,13 @@ class Parametrisation:
 
     @classmethod
     def create(
-        cls, weights: Sequence[float], *, base: int | None, include_base: bool, sum_to_one: bool
+        cls,
+        weights: Sequence[float],
+        *,
+        base: int | None,
+        include_base: bool,
+        sum_to_one: bool,
+        left_out: Collection[int] = (),
     ) -> "Parametrisation":
         """The form that a configuration asks for.
 
@@ -135,29 +142,39 @@ class Parametrisation:
             include_base: the base is a model to merge too.
             sum_to_one: with a base, the task-vector form, the base taking the remainder;
                 without one, the affine form around the average. False: the free form.
+            left_out: sources whose coefficients are 0, whatever the unknowns.
         """
         count = len(weights)
-        merged = [s for s in range(count) if s != base or include_base]
+        present = [s for s in range(count) if s not in left_out]
+        base = base if base in present else None
+        merged = [s for s in present if s != base or include_base]
         share = torch.zeros(count, dtype=torch.float64)
         share[merged] = torch.tensor([weights[s] for s in merged], dtype=torch.float64)
         share /= share.sum()
         identity = torch.eye(count, dtype=torch.float64)
-        if not sum_to_one:
+        # A model that nothing is merged with is taken as it is: there is no step away from it.
+        if not sum_to_one and len(present) > 1:
             offset = torch.zeros(count, dtype=torch.float64)
             return cls(offset, identity[:, merged], share[merged], tuple(merged), base)
         if base is not None:
-            free = [s for s in range(count) if s != base]
+            free = [s for s in present if s != base]
             expand = identity[:, free]
             expand[base] = -1
             return cls(identity[base].clone(), expand, share[free], tuple(merged), base)
         # Affine form: the origin is the average itself, so the start is the zero vector.
-        start = torch.zeros(count, dtype=torch.float64)
-        return cls(share, identity - share[:, None], start, tuple(merged), None)
+        start = torch.zeros(len(merged), dtype=torch.float64)
+        return cls(share, (identity - share[:, None])[:, merged], start, tuple(merged), None)
 
     @property
     def sums_to_one(self) -> bool:
         """Whether coefficients of a column sum to one over the sources, whatever the unknowns."""
         return float(self.expand.sum(0).abs().max()) <= 1e-9
+
+    @property
+    def reached(self) -> tuple[int, ...]:
+        """The sources whose coefficients are not 0 whatever the unknowns."""
+        taken = (self.expand != 0).any(1) | (self.offset != 0)
+        return tuple(taken.nonzero().flatten().tolist())
 
     def coefficients(self, unknowns: Tensor) -> Tensor:
         """Coefficients fp32 `[S, n]` of unknowns `[U, n]`; computed in fp64, cast last.

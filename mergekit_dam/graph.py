@@ -9,7 +9,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -73,6 +73,8 @@ def build_graph(
     out_dtype: str | None,
     parameters: Mapping[str, Any],
     out_path: Path,
+    teaching: Mapping[str, frozenset[ModelReference]],
+    stacks: Mapping[ModelReference, Sequence[int]],
 ) -> Graph:
     """Rewrite mergekit's plan of single tensors into stages.
 
@@ -82,19 +84,28 @@ def build_graph(
         out_dtype: name of the dtype that tensors are written in, if it is not the sources'.
         parameters: of the configuration, for the provenance.
         out_path: where the merged model goes.
+        teaching: by output tensor, the models that are read for it and not merged.
+        stacks: which of its layers every model has at each layer of the merged model.
 
     Raises:
         ArchitectureError: the model cannot be cut into blocks, or a tensor is missing.
         ConfigError: coefficients to replay do not fit the models.
     """
-    order = tuple(planned[0][1].model_order)
+    order = tuple(dict.fromkeys(model for _, task in planned for model in task.model_order))
     shapes = check_headers(planned, order)
     artifacts = partial(
         write_artifacts, prepared, order, options.trust_remote_code, parameters, out_path
     )
-    plans = [_tensor_plan(weight, task, order, prepared, out_dtype) for weight, task in planned]
-    if prepared.replay is not None:
-        known = saved_record(prepared.replay, plans, order, shapes)
+    plans = [
+        _tensor_plan(weight, task, order, prepared, out_dtype, teaching.get(weight.name, ()))
+        for weight, task in planned
+    ]
+    if prepared.replay is not None or not prepared.checked.learns:
+        known = (
+            _copies(plans)
+            if prepared.replay is None
+            else saved_record(prepared.replay, plans, order, shapes)
+        )
         tensors: list[tuple[WeightInfo, Task[Any]]] = [
             (weight, _known(plan, task.gather_tensors, order, known))
             for (weight, task), plan in zip(planned, plans, strict=True)
@@ -104,7 +115,7 @@ def build_graph(
     output = Decoder(config, torch.device("cpu"), trust_remote_code=options.trust_remote_code)
     models = Models(
         output,
-        source_decoders(output, order, options),
+        source_decoders(output, order, options, stacks),
         order,
         prepared.settings,
         unknown=_unknown(prepared, order),
@@ -162,25 +173,37 @@ def _tensor_plan(
     order: Sequence[ModelReference],
     prepared: Prepared,
     out_dtype: str | None,
+    teaching: Collection[ModelReference],
 ) -> TensorPlan:
-    """How one tensor is fitted; `order` is that of the first slice, and others may differ."""
+    """How one tensor is fitted.
+
+    Args:
+        order: all sources; a slice has them in another order, or lists some alone.
+        teaching: those that are read here, and not merged.
+    """
     shared = task.parameters
     base = order.index(task.base_model) if task.base_model in order else None
-    own = [task.input_parameters[model] for model in order]
+    listed = [model for model in task.model_order if model not in teaching]
+    left_out = frozenset(index for index, model in enumerate(order) if model not in listed)
     include_base = prepared.checked.run.include_base
-    weights = [parameters["weight"] for parameters in own]
-    if not sum(w for i, w in enumerate(weights) if i != base or include_base):
+    weights = [_own(task, model, "weight") for model in order]
+    if len(listed) == 1:
+        weights = [1.0] * len(order)  # it is taken as it is
+    merged = [i for i in range(len(order)) if i not in left_out and (i != base or include_base)]
+    if not sum(weights[i] for i in merged):
         raise ConfigError(
             [f"{weight.name}: every model has `weight: 0`; the average to start from needs one"]
         )
-    calibrated = [task.input_parameters[model]["loss_weight"] for model in prepared.calibration]
-    if prepared.replay is None and not sum(calibrated):
+    calibrated = [_own(task, model, "loss_weight") for model in prepared.calibration]
+    if calibrated and not sum(calibrated):
         raise ConfigError(
             [f"{weight.name}: every model has `loss_weight: 0`; at least one must count in the fit"]
         )
     settings = TensorSettings(
-        parametrisation=_parametrisation(tuple(weights), base, include_base, shared["sum_to_one"]),
-        loss_weights=tuple(parameters["loss_weight"] for parameters in own),
+        parametrisation=_parametrisation(
+            tuple(weights), base, include_base, shared["sum_to_one"], left_out
+        ),
+        loss_weights=tuple(_own(task, model, "loss_weight") for model in order),
         ridge=shared["ridge"],
         granularity=shared["granularity"],
         embeddings=shared["embeddings"],
@@ -191,13 +214,25 @@ def _tensor_plan(
     return TensorPlan(weight.name, settings, written)
 
 
+def _own(task: ExecuteMergeMethodTask, model: ModelReference, name: str) -> float:
+    """A model's parameter for one tensor; 0 where it has no part in it."""
+    if model not in task.model_order:
+        return 0.0
+    value: float = task.input_parameters[model][name]
+    return value
+
+
 @lru_cache(maxsize=64)
 def _parametrisation(
-    weights: tuple[float, ...], base: int | None, include_base: bool, sum_to_one: bool
+    weights: tuple[float, ...],
+    base: int | None,
+    include_base: bool,
+    sum_to_one: bool,
+    left_out: frozenset[int],
 ) -> Parametrisation:
     """One for all tensors that are asked for alike, so that none grows with the layers."""
     return Parametrisation.create(
-        weights, base=base, include_base=include_base, sum_to_one=sum_to_one
+        weights, base=base, include_base=include_base, sum_to_one=sum_to_one, left_out=left_out
     )
 
 
@@ -256,6 +291,15 @@ def _averages(places: Sequence[Place], order: Sequence[ModelReference]) -> Recor
             name = place.plan.name
             record.coefficients[name] = place.plan.settings.parametrisation.starting_coefficients()
             record.reports[name] = TensorReport(name, "other", "averaged: outside of the decoder")
+    return record
+
+
+def _copies(plans: Sequence[TensorPlan]) -> Record:
+    """Coefficients of a merge in which every tensor is one model's."""
+    record = Record()
+    for plan in plans:
+        record.coefficients[plan.name] = plan.settings.parametrisation.starting_coefficients()
+        record.reports[plan.name] = TensorReport(plan.name, "copy", "copied: of one model alone")
     return record
 
 
@@ -343,6 +387,8 @@ def _check_start(plans: Sequence[TensorPlan], start: Record, settings: RunSettin
         return
     for plan in plans:
         coefficients = start.coefficients[plan.name]
+        if len(plan.settings.parametrisation.reached) == 1:
+            continue  # copied, whatever is learned of others
         if plan.settings.granularity == "tensor" and coefficients.shape[1] > 1:
             raise ConfigError(
                 [

@@ -78,7 +78,8 @@ def check_headers(
             gather, free = gather.gather_tensors, weight.vocabulary_axis
         assert isinstance(gather, GatherTensors)
         found = {}
-        for model in order:
+        # A model that a slice leaves out has no tensor here; a map's own order is that of hashes.
+        for model in (model for model in order if model in gather.weight_info.data):
             loader = LoaderCache().get(model)
             info = gather.weight_info[model]
             name = present_name(info, loader)

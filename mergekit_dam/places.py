@@ -1,7 +1,7 @@
 """Where every planned tensor acts in the decoder, and the decoders of all sources."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 
 from mergekit_dam.decoder import Decoder
 from mergekit_dam.errors import ArchitectureError
+from mergekit_dam.slices import stacked
 from mergekit_dam.stage import StageKind, TensorPlan
 
 Planned = tuple[WeightInfo, ExecuteMergeMethodTask]
@@ -38,9 +39,16 @@ class Place:
 
 
 def source_decoders(
-    output: Decoder, order: Sequence[ModelReference], options: MergeOptions
+    output: Decoder,
+    order: Sequence[ModelReference],
+    options: MergeOptions,
+    stacks: Mapping[ModelReference, Sequence[int]],
 ) -> tuple[Decoder, ...]:
     """Every source's decoder; the merged model's own wherever the forward pass is the same.
+
+    Args:
+        stacks: which of its layers a source has at each layer of the merged model; sources that
+            have none there run nothing.
 
     Raises:
         ArchitectureError: a source has a head of its own, the merged model none.
@@ -55,9 +63,8 @@ def source_decoders(
                 f"embeddings: its configuration is that of the base, else of the first model. Name "
                 f"one with `tie_word_embeddings: false` there"
             )
-        layers = config.get_text_config().num_hidden_layers
-        # With slices a source's stack of layers is the merged model's.
-        key = _forward_key(config) if layers == len(output.blocks) else _forward_key(output.config)
+        config = stacked(config, stacks[model]) if model in stacks else output.config
+        key = _forward_key(config)
         if key not in decoders:
             decoders[key] = Decoder(
                 config, torch.device("cpu"), trust_remote_code=options.trust_remote_code

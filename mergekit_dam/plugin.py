@@ -10,7 +10,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +31,7 @@ def on_import(module: ModuleType) -> None:
         "mergekit.merge_methods": _register,
         "mergekit.plan": _hook_planner,
         "mergekit.merge": _hook_run_merge,
+        "mergekit.scripts.multimerge": _hook_steps,
     }
     hooks[module.__name__](module)
 
@@ -84,7 +85,9 @@ def _hook_planner(plan: Any) -> None:
         artifacts = []
 
         def _plan() -> None:
-            planner._plan(self)
+            with _teachers_in_slices(self, prepared.calibration) as teaching:
+                planner._plan(self)
+            layers = _stacked_layers(self)
             graph = build_graph(
                 self._tensors,
                 prepared,
@@ -93,6 +96,8 @@ def _hook_planner(plan: Any) -> None:
                 out_dtype=config.out_dtype,
                 parameters=parameters,
                 out_path=Path(out_path),
+                teaching=teaching,
+                stacks=layers,
             )
             self._tensors = graph.tensors
             artifacts.append(graph.artifacts)
@@ -108,6 +113,59 @@ def _hook_planner(plan: Any) -> None:
 
     setattr(plan_to_disk, _MARK, True)
     planner.plan_to_disk = plan_to_disk
+
+
+@contextmanager
+def _teachers_in_slices(
+    planner: Any, teachers: Collection[Any]
+) -> Iterator[dict[str, frozenset[Any]]]:
+    """Have a planner read, for every slice, the layers of models that teach and are not listed.
+
+    Yields:
+        By output tensor, the models that are read for it and not merged; filled by the plan.
+    """
+    from mergekit_dam.slices import TaughtSlice, taught
+
+    normalize, plan_tensor = planner.normalize_config, planner.plan_tensor
+    teaching: dict[str, frozenset[Any]] = {}
+
+    def normalize_config() -> None:
+        normalize()
+        planner.config.modules = {
+            name: module.model_copy(update={"slices": taught(module.slices, teachers)})
+            for name, module in planner.config.modules.items()
+        }
+
+    def plan_with_all(weight: Any, weights_in: Any, models: Any, cfg_reader: Any) -> None:
+        # Outside of the layers mergekit lists a weight once per source of the first slice.
+        if len(weights_in) != len(models):
+            weights_in = [weights_in[0]] * len(models)
+        plan_tensor(weight, weights_in, models, cfg_reader)
+        assert isinstance(cfg_reader.slice_out, TaughtSlice)
+        teaching[weight.name] = cfg_reader.slice_out.teaching
+
+    planner.normalize_config, planner.plan_tensor = normalize_config, plan_with_all
+    try:
+        yield teaching
+    finally:
+        del planner.normalize_config, planner.plan_tensor
+
+
+def _stacked_layers(planner: Any) -> dict[Any, tuple[int, ...]]:
+    """The layers of every model in the merged one, whose configuration is made to fit them."""
+    from mergekit_dam.slices import follow, stacks
+
+    modules = list(planner.config.modules.values())
+    if len(modules) > 1:
+        return {}  # several towers, each with a stack of its own
+    layers = stacks(modules[0].slices)
+    donor = planner.config.base_model or planner.config.referenced_models()[0]
+    own = donor.config(trust_remote_code=planner.options.trust_remote_code)
+    first = [i for entry in modules[0].slices for i in range(*entry.sources[0].layer_range)]
+    stack = layers.get(donor, first)
+    if list(stack) != list(range(own.get_text_config().num_hidden_layers)):
+        follow(planner.out_model_config, own, stack)
+    return layers
 
 
 def _hook_run_merge(merge: Any) -> None:
@@ -139,6 +197,25 @@ def _hook_run_merge(merge: Any) -> None:
 
     setattr(run_merge, _MARK, True)
     merge.run_merge = run_merge
+
+
+def _hook_steps(multimerge: Any) -> None:
+    """Have mergekit-multi leave alone what in a dam step is no other step, whatever its name."""
+    stock = multimerge.patched_config
+    if hasattr(stock, _MARK):
+        return
+
+    @functools.wraps(stock)
+    def patched_config(config: Any, merge_names: Any, working_dir: str) -> Any:
+        from mergekit_dam.method import NAME
+        from mergekit_dam.steps import patched
+
+        if config.merge_method != NAME:
+            return stock(config, merge_names, working_dir)
+        return patched(stock, config, merge_names, working_dir)
+
+    setattr(patched_config, _MARK, True)
+    multimerge.patched_config = patched_config
 
 
 def _merge_adapters(config: Any, options: Any) -> None:

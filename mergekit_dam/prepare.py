@@ -29,6 +29,7 @@ from mergekit_dam.errors import CalibrationError, ConfigError
 from mergekit_dam.method import RunParameters
 from mergekit_dam.objective.settings import LogitsSettings
 from mergekit_dam.settings import RunSettings
+from mergekit_dam.slices import check_layers
 from mergekit_dam.translation import Translation, refuse_lost
 from mergekit_dam.vocabulary import Vocabulary, build_vocabulary
 
@@ -99,7 +100,8 @@ def prepare(
         CalibrationError: a text cannot be used, or the models' tokenizers disagree.
     """
     asked = check(config, options, source)
-    if asked.replay is not None:
+    check_depth(config, asked.checked, options)
+    if asked.replay is not None or not asked.checked.learns:
         return asked
     checked, run = asked.checked, asked.checked.run
     models = all_models(checked)
@@ -160,7 +162,7 @@ def check(
     if run.coefficients is not None:
         replay = CoefficientFile.load(run.coefficients)
         return with_vocabulary(Prepared(checked, settings, {}, replay))
-    if options.multi_gpu:
+    if options.multi_gpu and checked.learns:
         raise ConfigError(
             [
                 "--multi-gpu: a fit follows the data from one block to the next, on one device; "
@@ -202,6 +204,27 @@ def _vocab_size(model: ModelReference, options: MergeOptions) -> int:
     config = model.config(trust_remote_code=options.trust_remote_code)
     size: int = config.get_text_config().vocab_size
     return size
+
+
+def check_depth(config: MergeConfiguration, checked: Checked, options: MergeOptions) -> None:
+    """Refuse layers that a model does not have, as far as configurations can be read.
+
+    Raises:
+        ConfigError: with every such range, and with models of different depth.
+    """
+    if len(config.modules or {}) > 1:
+        return  # of other towers than that of the text, whose depth other keys tell
+    layers = {}
+    for model in {m for m in (*checked.models, checked.base) if m is not None}:
+        try:
+            text = model.config(trust_remote_code=options.trust_remote_code).get_text_config()
+        except (OSError, ValueError):
+            continue  # told with the reason when the model is loaded
+        if getattr(text, "num_hidden_layers", None):
+            layers[model] = text.num_hidden_layers
+    problems = check_layers(config, layers, checked.calibrations)
+    if problems:
+        raise ConfigError(problems)
 
 
 def check_length(checked: Checked, options: MergeOptions) -> None:

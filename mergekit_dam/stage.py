@@ -89,6 +89,17 @@ class TensorPlan:
         return TensorSources(self.name, tensors, self.settings, self.written or dtype, teachers)
 
 
+def of_all(
+    loaded: Mapping[ModelReference, Tensor], order: Sequence[ModelReference]
+) -> list[Tensor]:
+    """One tensor of every source; one that is loaded stands in for those that are not.
+
+    What is not loaded is neither merged nor a teacher's: its coefficients are 0.
+    """
+    instead = next(loaded[model] for model in order if model in loaded)
+    return [loaded.get(model, instead) for model in order]
+
+
 @dataclass(eq=False)  # tasks that carry one are hashed: by its identity
 class Record:
     """What is known of the merge so far: small, and handed from stage to stage.
@@ -199,8 +210,9 @@ class Stage:
 
     def _sources(self, plan: TensorPlan, loaded: Loaded) -> TensorSources:
         found, order = loaded[plan.name], self.models.order
-        teachers = [found.get(Own(model), found[model]) for model in order]
-        return plan.sources([found[model] for model in order], teachers)
+        tensors = of_all(found, order)
+        teachers = [found.get(Own(m), tensor) for m, tensor in zip(order, tensors, strict=True)]
+        return plan.sources(tensors, teachers)
 
     @property
     def label(self) -> str:

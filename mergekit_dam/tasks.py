@@ -35,7 +35,7 @@ from mergekit_dam.progress import show
 from mergekit_dam.readahead import Span, read_ahead
 from mergekit_dam.search import search
 from mergekit_dam.settings import RunSettings
-from mergekit_dam.stage import Progress, Record, Stage, TensorPlan
+from mergekit_dam.stage import Progress, Record, Stage, TensorPlan, of_all
 from mergekit_dam.vocabulary import Own, Vocabulary
 
 
@@ -237,7 +237,7 @@ class MergeKnown(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):
         self, tensors: dict[ModelReference, torch.Tensor], progress: Progress | None = None
     ) -> torch.Tensor:
         known, name = self.known, self.known.plan.name
-        loaded = [tensors[model] for model in known.order]
+        loaded = of_all(tensors, known.order)
         buffer: torch.Tensor | None = copy_non_floating_buffer(loaded, name)
         if buffer is not None:
             return buffer

@@ -49,10 +49,17 @@ class TensorSources:
 
     @property
     def identical(self) -> bool:
-        """All sources agree, and no coefficients of this form can change what they agree on."""
-        if not self.settings.parametrisation.sums_to_one:
+        """All that are merged agree, and no coefficients of this form can change that."""
+        form = self.settings.parametrisation
+        if not form.sums_to_one:
             return False
-        return all(torch.equal(self.tensors[0], other) for other in self.tensors[1:])
+        first, *others = (self.tensors[source] for source in form.reached)
+        return all(torch.equal(first, other) for other in others)
+
+    @property
+    def alone(self) -> bool:
+        """One source is all that is merged."""
+        return len(self.settings.parametrisation.reached) == 1
 
 
 @dataclass(frozen=True)

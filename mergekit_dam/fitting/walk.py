@@ -93,6 +93,8 @@ def _settle_rest(walk: Walk) -> None:
         unit = owner.get(name)
         if unit is None:
             kind, reason = "other", "averaged: not used by a forward pass on text"
+        elif tensor.alone:
+            kind, reason = unit.kind, "copied: of one model alone"
         elif tensor.identical:
             kind, reason = unit.kind, "identical in all models"
         elif unit.kind == "other":

@@ -29,7 +29,7 @@ from mergekit_dam.calibration.source import CalibrationSource
 from mergekit_dam.errors import ConfigError, DamError
 from mergekit_dam.headers import Header, header_of
 from mergekit_dam.method import NAME
-from mergekit_dam.prepare import Prepared, PreparedConfiguration, check, check_length
+from mergekit_dam.prepare import Prepared, PreparedConfiguration, check, check_depth, check_length
 from mergekit_dam.stage import Stage
 from mergekit_dam.tasks import FitStage, MergedTensor, MergeKnown, Search, WriteArtifacts
 
@@ -85,6 +85,7 @@ def plan_merge(file: Path, options: MergeOptions, out_path: Path) -> PlannedMerg
     prepared = _without_text(check(config, options, source))
     planned = PreparedConfiguration.create(config, prepared)
     _check_models(planned.referenced_models(), options)
+    check_depth(config, prepared.checked, options)
     check_length(prepared.checked, options)
     architecture = get_architecture_info(planned, options)
     LoaderCache().setup(options=options)
@@ -143,7 +144,7 @@ def _check_models(models: Iterable[ModelReference], options: MergeOptions) -> No
 def _without_text(prepared: Prepared) -> Prepared:
     """Sequences of the configured number and length, of no tokens at all."""
     run = prepared.checked.run
-    if prepared.replay is not None:
+    if prepared.replay is not None or not prepared.checked.learns:
         return prepared
     calibration = {}
     for model, text in prepared.checked.calibrations.items():
