@@ -7,6 +7,7 @@
 """
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,11 @@ from mergekit_dam.settings import RunSettings
 from mergekit_dam.slices import check_layers
 from mergekit_dam.translation import Translation, refuse_lost
 from mergekit_dam.vocabulary import Vocabulary, build_vocabulary
+
+LOG = logging.getLogger(__name__)
+
+READ_ALIKE = 0.9
+"""Share of a text's tokens that the merged model should read as the model does, at least."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,7 @@ def prepare(
             spelled=None if translation is None else translation.spelled,
         )
         if translation is not None:
-            own = dataclasses.replace(own, tokens=translation.translated(own.tokens))
+            own = _translated(own, translation)
         calibration[model] = own
     check_length(checked, options)
     if asked.vocabulary is None:
@@ -134,6 +140,21 @@ def prepare(
                 lost = own.tokens[own.tokens >= asked.rows].tolist()
                 refuse_lost(lost, model, tokenizers[model], because)
     return dataclasses.replace(asked, calibration=calibration)
+
+
+def _translated(own: CalibrationSet, translation: Translation) -> CalibrationSet:
+    """A model's calibration tokens as those of the merged model."""
+    share = translation.shared_reading(own.tokens)
+    provenance = own.provenance
+    if share < READ_ALIKE:
+        said = (
+            f"the merged model's tokenizer reads {1 - share:.0%} of this text in other tokens than "
+            f"the model's own, which are those of the fit; a vocabulary of one model (`tokenizer: "
+            f"{{source: base}}`) may be read better than a union"
+        )
+        LOG.warning("calibration of %s: %s", translation.model, said)
+        provenance = dataclasses.replace(provenance, cut=(*provenance.cut, said))
+    return CalibrationSet(tokens=translation.translated(own.tokens), provenance=provenance)
 
 
 def check(

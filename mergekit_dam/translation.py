@@ -1,6 +1,7 @@
 """From a model's ids to those of the merged model, where that has a vocabulary of its own."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -93,6 +94,20 @@ class Translation:
         refuse_lost(lost, self.model, self.tokenizer, because)
         ids = torch.tensor([self._ids[own] for own in flat], dtype=torch.int64)
         return ids.view(tokens.shape)
+
+    def shared_reading(self, tokens: Tensor) -> float:
+        """The share of a text's tokens that the merged model's tokenizer finds in it, too.
+
+        Args:
+            tokens: the model's ids, int64 `[sequences, length]`, all of which can be translated.
+        """
+        tokenizer = self.vocabulary.info.tokenizer
+        common = 0
+        for row, ids in zip(tokens, self.translated(tokens).tolist(), strict=True):
+            text = self.tokenizer.decode(row, clean_up_tokenization_spaces=False)
+            read = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            common += (Counter(read) & Counter(ids)).total()
+        return common / tokens.numel()
 
 
 def refuse_lost(

@@ -6,6 +6,7 @@ ids; their special tokens have other ids as well, and their embeddings other num
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -659,14 +660,16 @@ def test_losses_of_a_model_and_of_its_union_compare(
     assert f"{pair.models[0]}: the tokenizer differs" in caplog.text
 
 
-def test_words_that_the_base_lacks_are_written_in_its_pieces(tmp_path: Path) -> None:
-    """Byte-pair tokenizers of two languages, and the one's vocabulary for both."""
-    sentences = (
-        "the cat sat on the mat and the bat saw that the hat was fat",
-        "der hund und die katze und der hase sassen in einem haus",
-    )
+SENTENCES = (
+    "the cat sat on the mat and the bat saw that the hat was fat",
+    "der hund und die katze und der hase sassen in einem haus",
+)
+
+
+def save_languages(tmp_path: Path) -> tuple[list[Path], list[Path]]:
+    """Models with byte-pair tokenizers of two languages, and their texts."""
     models, texts = [], []
-    for index, sentence in enumerate(sentences):
+    for index, sentence in enumerate(SENTENCES):
         tokenizer = train_tokenizer([sentence] * 20, vocab_size=300)
         model = make_model(tiny_llama_config(vocab_size=len(tokenizer)), seed=index)
         folder = tmp_path / str(index)
@@ -674,13 +677,20 @@ def test_words_that_the_base_lacks_are_written_in_its_pieces(tmp_path: Path) -> 
         tokenizer.save_pretrained(folder)
         models.append(folder)
         texts.append(save_text(tmp_path / f"{index}.jsonl", sentence.split(), seed=index))
+    return models, texts
+
+
+def test_words_that_the_base_lacks_are_written_in_its_pieces(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    models, texts = save_languages(tmp_path)
     configuration = dam(models, texts, settings={"tokenizer": {"source": "base"}})
     merged = merge(configuration, tmp_path / "out")
     assert merged.load().config.vocab_size == len(AutoTokenizer.from_pretrained(models[0]))
     config = MergeConfiguration.model_validate(configuration)
     calibration = prepare(config, MergeOptions(quiet=True)).calibration
     read = AutoTokenizer.from_pretrained(merged.path)
-    for ids, sentence in zip(calibration.values(), sentences, strict=True):
+    for ids, sentence in zip(calibration.values(), SENTENCES, strict=True):
         for row in ids.tokens:
             # Words at the edges of a sequence may be cut off; documents begin with a token.
             words = str(read.decode(row)).replace(str(read.bos_token), " ").split()[1:-1]
@@ -689,3 +699,17 @@ def test_words_that_the_base_lacks_are_written_in_its_pieces(tmp_path: Path) -> 
     cut = [merged.report["calibration"][str(model)]["cut"] for model in models]
     assert not any("were cut into others" in said for said in cut[0])
     assert any("tokens that the merged model will not have were cut" in said for said in cut[1])
+    assert "in other tokens" not in caplog.text
+
+
+def test_a_text_that_the_merged_model_will_read_otherwise_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """mergekit adds byte-pair tokens to a union by names that no text has."""
+    models, texts = save_languages(tmp_path)
+    merged = merge(dam(models, texts, settings={"tokenizer": {"source": "union"}}), tmp_path / "o")
+    assert f"calibration of {models[1]}: the merged model's tokenizer reads " in caplog.text
+    assert f"calibration of {models[0]}: the merged model's tokenizer reads" not in caplog.text
+    cut = merged.report["calibration"][str(models[1])]["cut"]
+    share = next(said for said in cut if "of this text in other tokens" in said)
+    assert 30 < int(re.findall("reads ([0-9]+)%", share)[0]) <= 100
