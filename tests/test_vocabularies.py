@@ -33,7 +33,14 @@ from mergekit_dam.plan.inventory import take_inventory
 from mergekit_dam.plan.stages import plan_merge
 from mergekit_dam.prepare import prepare
 from tests.merging import Merged, dam, merge, tensors_of, watched_reads
-from tests.models import WORDS, fine_tune, make_model, make_tokenizer, tiny_llama_config
+from tests.models import (
+    ARCHITECTURES,
+    WORDS,
+    fine_tune,
+    make_model,
+    make_tokenizer,
+    tiny_llama_config,
+)
 from tests.test_distributed import difference, torchrun
 
 # Of one length, so that no word is found in another: an added token is cut out of any text.
@@ -88,26 +95,27 @@ class Pair:
         return dam(self.models, self.texts, settings=settings, **parameters)
 
 
-def save_pair(folder: Path, *, tied: bool = False) -> Pair:
+def save_pair(folder: Path, architecture: str = "llama") -> Pair:
     """Write the models, fine-tunes of one base in all but their vocabularies, and their texts."""
+    words = sorted({*LEFT_VOCABULARY, *RIGHT_VOCABULARY})
+    config = ARCHITECTURES[architecture]()
+    config.vocab_size = len(words)
+    base = make_model(config)
     models = []
     for index, vocabulary in enumerate((LEFT_VOCABULARY, RIGHT_VOCABULARY)):
         tokenizer = word_tokenizer(vocabulary)
-        config = tiny_llama_config(
-            vocab_size=(24, 26)[index],
-            tie_word_embeddings=tied,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        config.vocab_size = (24, 26)[index]
+        for special in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, special, getattr(tokenizer, special))
         model = make_model(config)
-        words = sorted({*LEFT_VOCABULARY, *RIGHT_VOCABULARY})
         places = torch.tensor([words.index(word) for word in vocabulary])
-        generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
-            for name in (EMBEDDING,) if tied else (EMBEDDING, HEAD):
-                rows = torch.randn(len(words), 16, generator=generator) / 4
-                model.get_parameter(name)[: len(vocabulary)] = rows[places]
+            for name, tensor in model.named_parameters():
+                whole = base.get_parameter(name)
+                if tensor.shape == whole.shape:
+                    tensor.copy_(whole)
+                else:
+                    tensor[: len(vocabulary)] = whole[places]
         fine_tune(model, seed=index + 1, scale=0.3)
         path = folder / ("left", "right")[index]
         model.save_pretrained(path)
@@ -196,18 +204,22 @@ class TestUnion:
                 row = right[RIGHT_VOCABULARY.index(word)]
                 torch.testing.assert_close(merged[new[word]], (first + second) * row)
 
-    @pytest.mark.parametrize("source", [0, 1])
+    @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "gpt2", "gemma2", "phi"])
     def test_one_hot_coefficients_are_a_model_on_its_own_tokens(
-        self, pair: Pair, union: Merged, tmp_path: Path, source: int
+        self, tmp_path: Path, architecture: str
     ) -> None:
-        coefficients = str(one_hot(union, source, tmp_path / "coefficients"))
-        merged = merge(pair.dam(coefficients=coefficients), tmp_path / "out")
-        lines, model = lines_of(pair.texts[source]), pair.models[source]
-        own, new = ids_of(model, lines), ids_of(merged.path, lines)
-        columns = own_columns(model, merged.path)
-        assert torch.equal(columns[own], new)
-        expected = logits(model, own)[..., : len(columns)]
-        torch.testing.assert_close(logits(merged.path, new)[..., columns], expected)
+        """Positions, scales, soft caps and the biases of a head too."""
+        pair = save_pair(tmp_path, architecture)
+        fitted = merge(pair.dam(), tmp_path / "fitted")
+        fitted.load()
+        for source, (model, text) in enumerate(zip(pair.models, pair.texts, strict=True)):
+            coefficients = str(one_hot(fitted, source, tmp_path / f"coefficients {source}"))
+            merged = merge(pair.dam(coefficients=coefficients), tmp_path / f"out {source}")
+            own, new = (ids_of(path, lines_of(text)) for path in (model, merged.path))
+            columns = own_columns(model, merged.path)
+            assert torch.equal(columns[own], new)
+            expected = logits(model, own)[..., : len(columns)]
+            torch.testing.assert_close(logits(merged.path, new)[..., columns], expected)
 
     def test_every_fit_is_no_worse_than_the_average(self, union: Merged) -> None:
         fitted = [e for e in union.entries.values() if e["outcome"] == "fitted"]
@@ -316,25 +328,25 @@ class TestPadding:
         assert merged.tensors[EMBEDDING].shape == (28, 16)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied"])
 @pytest.mark.parametrize(
     "fit",
     [
         {"objective": "layer", "metric": "identity"},
         {"objective": "layer", "metric": "sensitivity"},
         {"objective": "layer+logits", "metric": "sensitivity", "steps": 4, "mse": 0.1},
-        {"objective": "logits", "steps": 4},
+        {"objective": "logits", "steps": 16},
     ],
     ids=["identity", "sensitivity", "layer+logits", "logits"],
 )
 def test_every_objective_comes_nearer_to_the_models_and_is_replayed(
-    tmp_path: Path, fit: dict[str, Any], tied: bool
+    tmp_path: Path, fit: dict[str, Any], architecture: str
 ) -> None:
-    pair = save_pair(tmp_path, tied=tied)
+    pair = save_pair(tmp_path, architecture)
     merged = merge(pair.dam(samples=8, **fit), tmp_path / "out")
     loaded = merged.load()
     assert loaded.config.vocab_size == 28
-    assert (HEAD in merged.tensors) is not tied
+    assert (HEAD in merged.tensors) is (architecture == "llama")
     search = merged.report["search"]
     assert bool(search) is (fit.get("metric") != "identity")
     assert all(math.isfinite(rung["mean_held_out_kl"]) for rung in search)
