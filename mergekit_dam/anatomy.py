@@ -467,9 +467,8 @@ def _copy(value: Any) -> Any:
 
 
 def _fp32_copy(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float32:
-        return value.float()
-    return _copy(value)
+    half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if half else _copy(value)
 
 
 def _first_tensor(value: Any) -> Any:

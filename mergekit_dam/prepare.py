@@ -7,11 +7,13 @@
 """
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
@@ -25,12 +27,18 @@ from mergekit_dam.calibration import (
 )
 from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.config import Checked, check_configuration
-from mergekit_dam.errors import CalibrationError, ConfigError
+from mergekit_dam.errors import CalibrationError, ConfigError, DamError
 from mergekit_dam.method import RunParameters
 from mergekit_dam.objective.settings import LogitsSettings
 from mergekit_dam.settings import RunSettings
 from mergekit_dam.slices import check_layers
-from mergekit_dam.vocabulary import Vocabulary, build_vocabulary, in_vocabulary, refuse_lost
+from mergekit_dam.translation import Translation, refuse_lost
+from mergekit_dam.vocabulary import Vocabulary, build_vocabulary
+
+LOG = logging.getLogger(__name__)
+
+READ_ALIKE = 0.9
+"""Share of a text's tokens that the merged model should read as the model does, at least."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,10 @@ def prepare(
     tokenizers = {model: load_tokenizer(model, options.trust_remote_code) for model in models}
     calibration = {}
     for model, text in checked.calibrations.items():
-        calibration[model] = load_calibration(
+        translation = None
+        if asked.vocabulary is not None:
+            translation = Translation(asked.vocabulary, model, tokenizers[model])
+        own = load_calibration(
             text,
             model=str(model),
             tokenizer=tokenizers[model],
@@ -115,7 +126,11 @@ def prepare(
             sequence_length=run.sequence_length,
             vocab_size=_vocab_size(model, options),
             seed=asked.settings.seed,
+            spelled=None if translation is None else translation.spelled,
         )
+        if translation is not None:
+            own = _translated(own, translation)
+        calibration[model] = own
     check_length(checked, options)
     if asked.vocabulary is None:
         used = {str(model): own.tokens for model, own in calibration.items()}
@@ -123,15 +138,24 @@ def prepare(
         if asked.rows is not None:
             for model, own in calibration.items():
                 because = f"--unsafe-truncate-embeddings leaves {asked.rows} ids"
-                lost = own.tokens[own.tokens >= asked.rows]
+                lost = own.tokens[own.tokens >= asked.rows].tolist()
                 refuse_lost(lost, model, tokenizers[model], because)
-    else:
-        for model, own in calibration.items():
-            ids = in_vocabulary(
-                own.tokens, model=model, tokenizer=tokenizers[model], vocabulary=asked.vocabulary
-            )
-            calibration[model] = dataclasses.replace(own, tokens=ids)
     return dataclasses.replace(asked, calibration=calibration)
+
+
+def _translated(own: CalibrationSet, translation: Translation) -> CalibrationSet:
+    """A model's calibration tokens as those of the merged model."""
+    share = translation.shared_reading(own.tokens)
+    provenance = own.provenance
+    if share < READ_ALIKE:
+        said = (
+            f"the merged model's tokenizer reads {1 - share:.0%} of this text in other tokens than "
+            f"the model's own, which are those of the fit; a vocabulary of one model (`tokenizer: "
+            f"{{source: base}}`) may be read better than a union"
+        )
+        LOG.warning("calibration of %s: %s", translation.model, said)
+        provenance = dataclasses.replace(provenance, cut=(*provenance.cut, said))
+    return CalibrationSet(tokens=translation.translated(own.tokens), provenance=provenance)
 
 
 def check(
@@ -157,6 +181,7 @@ def check(
         return dataclasses.replace(prepared, rows=rows)
 
     settings = run_settings(run, run.seed if run.seed is not None else options.random_seed or 0)
+    check_device(options)
     if run.coefficients is not None:
         replay = CoefficientFile.load(run.coefficients)
         return with_vocabulary(Prepared(checked, settings, {}, replay))
@@ -202,6 +227,22 @@ def _vocab_size(model: ModelReference, options: MergeOptions) -> int:
     config = model.config(trust_remote_code=options.trust_remote_code)
     size: int = config.get_text_config().vocab_size
     return size
+
+
+def check_device(options: MergeOptions) -> None:
+    """Refuse a device that is not there, before anything is read for it.
+
+    Raises:
+        DamError: with torch's reason.
+    """
+    try:
+        torch.empty(1, device=options.device or "cpu")
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        raise DamError(
+            f"--device {options.device}: required a device of this machine (`cpu`, `cuda`, "
+            f"`cuda:1`, `mps`, or `auto` for what there is; --cuda is `cuda`); torch cannot use it "
+            f"({str(error).splitlines()[0]})"
+        ) from error
 
 
 def check_depth(config: MergeConfiguration, checked: Checked, options: MergeOptions) -> None:

@@ -165,7 +165,25 @@ class TestInventory:
         assert (found.parts, found.settings) == ((), None)
         (only,) = sweeps(found, ROOM)
         assert only.read == sum(tensor.stored for tensor in found.tensors)
-        assert table(planned_estimate(found)).startswith("a replay: 2 sources")
+        assert table(planned_estimate(found)).startswith("without a fit: 2 sources")
+
+    def test_slices_that_leave_out_models(
+        self, tmp_path: Path, llama_models: Models, calibration: tuple[Path, Path]
+    ) -> None:
+        """A teacher is read where it is not merged; a stack of copies is merged without a fit."""
+        first, second = (
+            {"model": str(model), "layer_range": [0, 1], "parameters": {"calibration": str(text)}}
+            for model, text in zip(llama_models.models, calibration, strict=True)
+        )
+        configuration = dam([], settings={"models": None})
+        configuration["slices"] = [{"sources": [first]}, {"sources": [first, second]}]
+        found = inventory(tmp_path, configuration)
+        assert (found.sources, len(found.blocks)) == (2, 2)
+        assert planned_estimate(found).sweeps[0].read == sum(t.stored for t in found.tensors)
+        configuration["slices"] = [{"sources": [first]}, {"sources": [second]}]
+        found = inventory(tmp_path, configuration)
+        assert (found.sources, found.parts, found.settings) == (2, (), None)
+        assert table(planned_estimate(found)).startswith("without a fit: 2 sources")
 
 
 class TestWork:

@@ -18,6 +18,7 @@ from mergekit_dam.fitting.solver import precision
 from mergekit_dam.fitting.state import Walk
 from mergekit_dam.fitting.streams import Split, Stream
 from mergekit_dam.fitting.tensors import FittedTensor
+from mergekit_dam.heap import give_back
 
 Settled = Iterator[tuple[str, FittedTensor]]
 
@@ -58,6 +59,7 @@ def fit_linears(walk: Walk, stage: int, units: list[Unit]) -> Settled:
     evidence = gather(
         walk, stage, units, empty=empty, judges=judges, add=add, pool=not walk.metrics
     )
+    give_back()  # what running chunks took: solving takes other pieces
     for unit in units:
         fitted = fit_linear(
             walk.weight(unit), walk.bias(unit), evidence.pop(unit.name), axis=unit.axis
