@@ -32,7 +32,7 @@ from mergekit_dam.errors import ConfigError
 from mergekit_dam.fitting.storage import choose_storage
 from mergekit_dam.fitting.streams import Stream
 from mergekit_dam.fitting.tensors import TensorReport
-from mergekit_dam.fused import fuse_experts
+from mergekit_dam.fused import Region, fuse_experts
 from mergekit_dam.headers import check_headers
 from mergekit_dam.memory import limit_gpu
 from mergekit_dam.network import Network
@@ -48,6 +48,7 @@ from mergekit_dam.tasks import (
     Known,
     MergedTensor,
     MergeKnown,
+    Piece,
     Search,
     SearchNode,
     StageGather,
@@ -107,9 +108,11 @@ def build_graph(
     else:
         needed = ()
     missing = set(needed) - {weight.name for weight, _ in planned}
-    planned, made = fuse_experts(planned, missing, config.model_type)
-    if made:
-        teaching = {**teaching, **{n: teaching.get(made[n][0], frozenset()) for n in made}}
+    asked = [weight for weight, _ in planned]
+    planned, regions = fuse_experts(planned, missing, config.model_type)
+    if regions:
+        whole = {r.whole: teaching.get(name, frozenset()) for name, r in regions.items()}
+        teaching = {**teaching, **whole}
         shapes = check_headers(planned, order)
     plans = [
         _tensor_plan(weight, task, order, prepared, out_dtype, teaching.get(weight.name, ()))
@@ -121,11 +124,14 @@ def build_graph(
             if prepared.replay is None
             else saved_record(prepared.replay, plans, order, shapes)
         )
-        tensors: list[tuple[WeightInfo, Task[Any]]] = [
-            (weight, _known(plan, task.gather_tensors, order, known))
-            for (weight, task), plan in zip(planned, plans, strict=True)
-        ]
-        return Graph(tensors, WriteArtifacts(last=None, write=artifacts, record=known))
+        tasks: dict[str, Task[Any]] = {
+            plan.name: _known(plan, task.gather_tensors, order, known)
+            for (_, task), plan in zip(planned, plans, strict=True)
+        }
+        return Graph(
+            _as_asked(asked, tasks, regions),
+            WriteArtifacts(last=None, write=artifacts, record=known),
+        )
     models = Models(
         output,
         source_decoders(output, order, options, stacks),
@@ -157,10 +163,21 @@ def build_graph(
         for place in places
         if place.kind == "outside"
     }
-    return Graph(
-        [(weight, tasks[weight.name]) for weight, _ in planned],
-        WriteArtifacts(last=last, write=artifacts),
-    )
+    return Graph(_as_asked(asked, tasks, regions), WriteArtifacts(last=last, write=artifacts))
+
+
+def _as_asked(
+    asked: Sequence[WeightInfo], tasks: Mapping[str, Task[Any]], regions: Mapping[str, Region]
+) -> list[tuple[WeightInfo, Task[Any]]]:
+    """The tensors that mergekit planned, those that were fused cut out of the merged ones."""
+    found: list[tuple[WeightInfo, Task[Any]]] = []
+    for weight in asked:
+        region = regions.get(weight.name)
+        if region is None:
+            found.append((weight, tasks[weight.name]))
+        else:
+            found.append((weight, Piece(whole=tasks[region.whole], region=region)))
+    return found
 
 
 def _with_vocabulary(config: PretrainedConfig, prepared: Prepared) -> PretrainedConfig:

@@ -30,6 +30,7 @@ from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary, TokenizerInfo
 from mergekit_dam.coefficients import column_counts, merge_weights
 from mergekit_dam.errors import DamError
 from mergekit_dam.fitting.streams import Stream
+from mergekit_dam.fused import Region
 from mergekit_dam.network import Network
 from mergekit_dam.progress import show
 from mergekit_dam.readahead import Span, read_ahead
@@ -252,6 +253,25 @@ class MergeKnown(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):
                 f"{coefficients.shape[1]}; they were fitted on models of another shape"
             )
         return merge_weights(sources.tensors, coefficients, axis=axis).to(sources.dtype)
+
+
+class Piece(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):
+    """A tensor that mergekit asked for, cut out of a merged one that is made of several."""
+
+    whole: Task[torch.Tensor]
+    region: Region
+
+    def arguments(self) -> dict[str, Task[Any]]:
+        return {"whole": self.whole}
+
+    def group_label(self) -> str | None:
+        return self.whole.group_label()
+
+    def priority(self) -> int:
+        return 100
+
+    def execute(self, whole: torch.Tensor) -> torch.Tensor:
+        return self.region.cut(whole)
 
 
 class WriteArtifacts(Task[None], frozen=True, arbitrary_types_allowed=True):

@@ -7,9 +7,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from mergekit.architecture.conversion import convert_checkpoint_tensors
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from mergekit_dam import fused as fused_module
 from mergekit_dam.anatomy import capture, examine
 from mergekit_dam.coefficients import (
     CoefficientFile,
@@ -363,22 +366,41 @@ def afmoe(**sizes: Any) -> PretrainedConfig:
     return AfmoeConfig(**own, sliding_window=8, layer_types=["sliding_attention"] * 2)
 
 
-def test_experts_that_mergekit_plans_one_by_one_are_fused(tmp_path: Path) -> None:
+def test_experts_that_mergekit_plans_one_by_one_are_fitted_as_they_are_run(tmp_path: Path) -> None:
+    """As one fused tensor, of which what mergekit planned is cut out again."""
     models, texts = save(afmoe(), tmp_path)
     merged = merge(
         dam(models.models, texts, base=models.base, samples=20, sequence_length=24),
         tmp_path / "out",
     )
-    merged.load()
-    names = {f"model.layers.1.mlp.experts.{own}" for own in ("gate_up_proj", "down_proj")}
-    assert fused(merged.tensors).keys() == names
-    for name in names:
-        assert (merged.entries[name]["kind"], merged.entries[name]["outcome"]) == (
-            "experts",
-            "fitted",
-        )
+    model = merged.load()
+    assert merged.tensors.keys() == tensors_of(models.base).keys()
+    assert any(".experts.3.up_proj." in name for name in merged.tensors)
+    sources = [AutoModelForCausalLM.from_pretrained(path) for path in merged.coefficients.sources]
+    for name in ("gate_up_proj", "down_proj"):
+        full = f"model.layers.1.mlp.experts.{name}"
+        assert merged.entries[full]["kind"] == "experts"
+        assert merged.entries[full]["outcome"] == "fitted"
+        rows = merged.coefficients.coefficients[full]
+        weights = [source.get_parameter(full) for source in sources]
+        assert merge_weights(weights, rows).equal(model.get_parameter(full))
     replay = dam(models.models, base=models.base, coefficients=str(merged.path))
     assert merge(replay, tmp_path / "again").model_bytes == merged.model_bytes
+
+
+def test_one_hot_coefficients_give_back_experts_that_are_planned_one_by_one(tmp_path: Path) -> None:
+    models, _ = save(afmoe(), tmp_path)
+    source = tensors_of(models.models[1])
+    model = AutoModelForCausalLM.from_pretrained(models.models[1])
+    one_hot = torch.tensor([[0.0], [1.0]])
+    names = [name for name, _ in model.named_parameters()]
+    sources = tuple(str(path) for path in models.models)
+    file = tmp_path / "one_hot.safetensors"
+    CoefficientFile(dict.fromkeys(names, one_hot), sources, {}).save(file)
+    merged = merge(dam(models.models, coefficients=str(file)), tmp_path / "out").tensors
+    assert merged.keys() == source.keys()
+    for name, weight in source.items():
+        assert merged[name].equal(weight), name
 
 
 def test_fused_experts_are_those_of_the_layers_that_slices_name(tmp_path: Path) -> None:
@@ -390,15 +412,37 @@ def test_fused_experts_are_those_of_the_layers_that_slices_name(tmp_path: Path) 
         for layer in (1, 0)
     ]
     merged = merge(configuration, tmp_path / "out")
-    merged.load()
-    rows = merged.coefficients.coefficients
-    for name, weight in fused(merged.tensors).items():
-        other = name.translate({ord("0"): "1", ord("1"): "0"})
-        sources = [
-            AutoModelForCausalLM.from_pretrained(path).get_parameter(other)
-            for path in models.models
-        ]
-        assert merge_weights(sources, rows[name]).equal(weight), name
+    model = merged.load()
+    sources = [AutoModelForCausalLM.from_pretrained(path) for path in models.models]
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 3:
+            other = name.translate({ord("0"): "1", ord("1"): "0"})
+            weights = [source.get_parameter(other) for source in sources]
+            rows = merged.coefficients.coefficients[name]
+            assert merge_weights(weights, rows).equal(parameter), name
+
+
+def test_what_transformers_turns_around_is_not_taken_apart() -> None:
+    """Where a piece does not lie in the fused tensor as it is, it cannot be cut out again."""
+    names = [
+        f"model.layers.0.mlp.experts.{e}.{p}_proj.weight" for e in (0, 1) for p in ("gate", "up")
+    ]
+    stock = convert_checkpoint_tensors
+
+    def turned(*args: Any) -> Tensor | None:
+        whole = stock(*args)
+        return None if whole is None else whole.transpose(1, 2)
+
+    whole = f"{experts}.gate_up_proj"
+    with mock.patch.object(fused_module, "convert_checkpoint_tensors", turned):
+        assert fused_module._regions(whole, names, "afmoe") == {}
+    regions = fused_module._regions(whole, names, "afmoe")
+    assert {name: (r.expert, r.row, r.rows) for name, r in regions.items()} == {
+        names[0]: (0, 0, 2),
+        names[1]: (0, 1, 2),
+        names[2]: (1, 0, 2),
+        names[3]: (1, 1, 2),
+    }
 
 
 def test_coefficients_of_another_number_of_experts_are_refused(tmp_path: Path) -> None:
@@ -711,7 +755,7 @@ def test_a_search_fits_experts_in_the_metric_and_end_to_end(tmp_path: Path) -> N
 # The plan
 
 
-def planned(name: str, folder: Path) -> tuple[PlannedMerge, Inventory]:
+def planned(name: str | PretrainedConfig, folder: Path) -> tuple[PlannedMerge, Inventory]:
     models, texts = save(name, folder)
     file = folder / "dam.yaml"
     file.write_text(json.dumps(dam(models.models, texts, metric="sensitivity")), encoding="utf-8")
@@ -736,6 +780,14 @@ def test_a_plan_takes_mixtures_apart_as_the_fit_does(name: str, tmp_path: Path) 
         shape = list(weights[own.parameter(expected.parameter)].shape[1:])
         assert own_linear.enters == shape.pop({-1: -1, 1: 0}[expected.axis])
         assert (own_linear.leaves,) == tuple(shape)
+
+
+def test_a_plan_has_experts_that_mergekit_plans_one_by_one(tmp_path: Path) -> None:
+    _, found = planned(afmoe(), tmp_path)
+    (unit,) = found.blocks[1].of("experts")
+    assert (unit.experts, unit.sent, len(unit.linears)) == (EXPERTS, 2, 2)
+    model = AutoModelForCausalLM.from_config(afmoe())
+    assert sum(own.parameters for own in found.tensors) == model.num_parameters()
 
 
 def test_a_plan_counts_the_flops_of_experts_that_tokens_are_sent_to(tmp_path: Path) -> None:

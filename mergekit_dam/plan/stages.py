@@ -31,7 +31,7 @@ from mergekit_dam.headers import Header, header_of
 from mergekit_dam.method import NAME
 from mergekit_dam.prepare import Prepared, PreparedConfiguration, check, check_depth, check_length
 from mergekit_dam.stage import Stage
-from mergekit_dam.tasks import FitStage, MergedTensor, MergeKnown, Search, WriteArtifacts
+from mergekit_dam.tasks import FitStage, MergedTensor, MergeKnown, Piece, Search, WriteArtifacts
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ def plan_merge(file: Path, options: MergeOptions, out_path: Path) -> PlannedMerg
         )
         tasks = MergePlanner(planned, architecture, options, out_config).plan_to_disk(str(out_path))
         tensors = {
-            task.tensor_name: _tensor(_gather(task.tensor_task), prepared)
-            for task in tasks
-            if isinstance(task, SaveTensor)
+            name: _tensor(_gather(merged), prepared)
+            for name, merged in map(_whole, tasks)
+            if merged is not None
         }
     last = next(task.last for task in tasks if isinstance(task, WriteArtifacts))
     out_dtype = dtype_from_name(config.out_dtype)
@@ -193,6 +193,15 @@ def _adapters_as_their_bases(
     finally:
         for model in replaced:
             del loaders[model]
+
+
+def _whole(task: Task[Any]) -> tuple[str, Task[Any] | None]:
+    """What a task writes: name, and task that merges it; of pieces, what they are cut out of."""
+    if not isinstance(task, SaveTensor):
+        return "", None
+    if isinstance(task.tensor_task, Piece):
+        return task.tensor_task.region.whole, task.tensor_task.whole
+    return task.tensor_name, task.tensor_task
 
 
 def _gather(task: Task[Any]) -> Task[Any]:
