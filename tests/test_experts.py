@@ -424,9 +424,8 @@ def test_fused_experts_are_those_of_the_layers_that_slices_name(tmp_path: Path) 
 
 def test_what_transformers_turns_around_is_not_taken_apart() -> None:
     """Where a piece does not lie in the fused tensor as it is, it cannot be cut out again."""
-    names = [
-        f"model.layers.0.mlp.experts.{e}.{p}_proj.weight" for e in (0, 1) for p in ("gate", "up")
-    ]
+    experts = "model.layers.0.mlp.experts"
+    names = [f"{experts}.{e}.{p}_proj.weight" for e in (0, 1) for p in ("gate", "up")]
     stock = convert_checkpoint_tensors
 
     def turned(*args: Any) -> Tensor | None:
