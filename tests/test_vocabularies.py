@@ -35,7 +35,9 @@ from mergekit_dam.prepare import prepare
 from tests.merging import Merged, dam, merge, tensors_of, watched_reads
 from tests.models import (
     ARCHITECTURES,
+    VOCABULARY,
     WORDS,
+    Models,
     fine_tune,
     make_model,
     make_tokenizer,
@@ -725,3 +727,36 @@ def test_a_text_that_the_merged_model_will_read_otherwise_is_warned_of(
     cut = merged.report["calibration"][str(models[1])]["cut"]
     share = next(said for said in cut if "of this text in other tokens" in said)
     assert 30 < int(re.findall("reads ([0-9]+)%", share)[0]) <= 100
+
+
+@pytest.mark.parametrize("source", ["base", "union"])
+@pytest.mark.parametrize(
+    "fit",
+    [{}, {"objective": "layer+logits", "metric": "sensitivity", "steps": 2}],
+    ids=["layer", "layer+logits"],
+)
+def test_a_model_with_other_ids_for_its_tokens_is_merged_to_the_same_bytes(
+    llama_models: Models,
+    calibration: tuple[Path, Path],
+    tmp_path: Path,
+    fit: dict[str, Any],
+    source: str,
+) -> None:
+    first, second = llama_models.models
+    settings = {"tokenizer": {"source": source}}
+    same = merge(dam([first, second], calibration, settings=settings, **fit), tmp_path / "same")
+    order = torch.randperm(len(VOCABULARY), generator=torch.Generator().manual_seed(0)).tolist()
+    tokenizer = word_tokenizer([VOCABULARY[own] for own in order])
+    model = AutoModelForCausalLM.from_pretrained(second)
+    with torch.no_grad():
+        for name in (EMBEDDING, HEAD):
+            rows = model.get_parameter(name)
+            rows[: len(order)] = rows[order]
+    for special in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.config, special, getattr(tokenizer, special))
+    model.save_pretrained(tmp_path / "shuffled")
+    tokenizer.save_pretrained(tmp_path / "shuffled")
+    shuffled = [first, tmp_path / "shuffled"]
+    merged = merge(dam(shuffled, calibration, settings=settings, **fit), tmp_path / "out")
+    assert merged.model_bytes == same.model_bytes
+    assert merged.coefficients.coefficients.keys() == same.coefficients.coefficients.keys()
