@@ -7,7 +7,6 @@
    that writes; a replay needs no stages.
 """
 
-import copy
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -111,7 +110,6 @@ def build_graph(
             for (weight, task), plan in zip(planned, plans, strict=True)
         ]
         return Graph(tensors, WriteArtifacts(last=None, write=artifacts, record=known))
-    config = _with_vocabulary(config, prepared)
     output = Decoder(config, torch.device("cpu"), trust_remote_code=options.trust_remote_code)
     models = Models(
         output,
@@ -148,15 +146,6 @@ def build_graph(
         [(weight, tasks[weight.name]) for weight, _ in planned],
         WriteArtifacts(last=last, write=artifacts),
     )
-
-
-def _with_vocabulary(config: PretrainedConfig, prepared: Prepared) -> PretrainedConfig:
-    """The merged model's configuration, with as many tokens as mergekit will write there."""
-    if prepared.vocabulary is None:
-        return config
-    config = copy.deepcopy(config)
-    config.get_text_config().vocab_size = prepared.vocabulary.size
-    return config
 
 
 def _unknown(prepared: Prepared, order: Sequence[ModelReference]) -> dict[int, torch.Tensor]:

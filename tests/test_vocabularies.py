@@ -273,8 +273,14 @@ class TestSources:
         )
         merged = merge(configuration, tmp_path / "out")
         vocabulary = AutoTokenizer.from_pretrained(chosen).get_vocab()
-        assert AutoTokenizer.from_pretrained(merged.path).get_vocab() == vocabulary
-        assert merged.load().config.vocab_size == len(vocabulary) == 20
+        tokenizer = AutoTokenizer.from_pretrained(merged.path)
+        assert tokenizer.get_vocab() == vocabulary
+        loaded = merged.load()
+        assert loaded.config.vocab_size == len(vocabulary) == 20
+        for special in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            expected = getattr(tokenizer, special)
+            assert getattr(loaded.config, special) == expected
+            assert getattr(loaded.generation_config, special) == expected
         for index, model in enumerate(pair.models):
             coefficients = str(one_hot(merged, index, tmp_path / f"coefficients {index}"))
             configuration["parameters"]["coefficients"] = coefficients
