@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --constraint constraints.txt
 # An editable install copies these two: a change of them asks for a new one.
 STARTUP := mergekit_dam/mergekit_dam_autoload.pth mergekit_dam/mergekit_dam_autoload.start
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test test-mergekit lint
 
 setup: $(STAMP)
 
@@ -29,6 +29,10 @@ demo: $(STAMP)
 # Everything, the slow tests included. Arguments for pytest: make test ARGS="-x -k autoload"
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+
+# mergekit's own tests, with this package and without it: what goes otherwise is an error.
+test-mergekit: $(STAMP)
+	$(BIN)/python -m tests.host.suite
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

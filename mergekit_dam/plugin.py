@@ -6,6 +6,7 @@ that is imported (see `autoload`), or explicitly by `install`.
 
 import functools
 import importlib
+import logging
 import shutil
 import signal
 import tempfile
@@ -17,6 +18,8 @@ from types import ModuleType
 from typing import Any
 
 import yaml
+
+LOG = logging.getLogger(__name__)
 
 SCRATCH = ".dam-"
 """Beginning of the names of folders that do not outlive a merge."""
@@ -194,7 +197,8 @@ def _hook_run_merge(merge: Any) -> None:
             config = PreparedConfiguration.create(merge_config, prepared)
             if distributed.size() > 1:
                 distributed.in_turn(lambda: _merge_adapters(config, own))
-            with _output(Path(out_path), written=distributed.is_first()) as folder:
+            first = distributed.is_first()
+            with _card_without_hub(), _output(Path(out_path), written=first) as folder:
                 stock(config, str(folder), own, config_source or merge_config.to_yaml())
 
     setattr(run_merge, _MARK, True)
@@ -224,6 +228,31 @@ def _merge_adapters(config: Any, options: Any) -> None:
     """Do what mergekit does with adapters at its start: it takes a folder half full for full."""
     for model in config.referenced_models():
         model.merged(options.lora_merge_cache, options.trust_remote_code, options.lora_merge_dtype)
+
+
+@contextmanager
+def _card_without_hub() -> Iterator[None]:
+    """Have mergekit's model card take a folder for a folder where the Hub cannot be asked.
+
+    `models/a` may be a folder or the id of a model. mergekit asks the Hub after the merge, and
+    where there is no connection, would fail then.
+    """
+    card: Any = importlib.import_module("mergekit.card")
+    stock = card.is_hf
+
+    def is_hf(path: str) -> bool:
+        try:
+            found: bool = stock(path)
+        except Exception as error:  # of any HTTP client
+            LOG.info("the Hub cannot tell whether it has %s (%s); there is a folder", path, error)
+            return False
+        return found
+
+    card.is_hf = is_hf
+    try:
+        yield
+    finally:
+        card.is_hf = stock
 
 
 @contextmanager

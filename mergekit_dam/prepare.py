@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
@@ -26,7 +27,7 @@ from mergekit_dam.calibration import (
 )
 from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.config import Checked, check_configuration
-from mergekit_dam.errors import CalibrationError, ConfigError
+from mergekit_dam.errors import CalibrationError, ConfigError, DamError
 from mergekit_dam.method import RunParameters
 from mergekit_dam.objective.settings import LogitsSettings
 from mergekit_dam.settings import RunSettings
@@ -180,6 +181,7 @@ def check(
         return dataclasses.replace(prepared, rows=rows)
 
     settings = run_settings(run, run.seed if run.seed is not None else options.random_seed or 0)
+    check_device(options)
     if run.coefficients is not None:
         replay = CoefficientFile.load(run.coefficients)
         return with_vocabulary(Prepared(checked, settings, {}, replay))
@@ -225,6 +227,22 @@ def _vocab_size(model: ModelReference, options: MergeOptions) -> int:
     config = model.config(trust_remote_code=options.trust_remote_code)
     size: int = config.get_text_config().vocab_size
     return size
+
+
+def check_device(options: MergeOptions) -> None:
+    """Refuse a device that is not there, before anything is read for it.
+
+    Raises:
+        DamError: with torch's reason.
+    """
+    try:
+        torch.empty(1, device=options.device or "cpu")
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        raise DamError(
+            f"--device {options.device}: required a device of this machine (`cpu`, `cuda`, "
+            f"`cuda:1`, `mps`, or `auto` for what there is; --cuda is `cuda`); torch cannot use it "
+            f"({str(error).splitlines()[0]})"
+        ) from error
 
 
 def check_depth(config: MergeConfiguration, checked: Checked, options: MergeOptions) -> None:

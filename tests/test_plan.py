@@ -123,17 +123,18 @@ class TestInventory:
         """Merging it would read weights."""
         text = save_calibration(tmp_path)
         adapted = Path(f"{llama_models.base}+{tmp_path / 'adapter'}")
-        found = inventory(tmp_path, dam([adapted], [text], base=llama_models.base))
-        assert found.sources == 2
+        models = [adapted, llama_models.models[0]]
+        found = inventory(tmp_path, dam(models, [text, text], base=llama_models.base))
+        assert found.sources == 3
         assert not any(model.lora for model in LoaderCache.loaders)
 
     @pytest.mark.parametrize(
         "name", ["llama", "gpt2", "gemma2", "llama-tied", "stablelm", "phi", "olmo2"]
     )
     def test_parts_are_taken_apart_as_the_fit_does(self, tmp_path: Path, name: str) -> None:
-        models = save_models(tmp_path, ARCHITECTURES[name](), count=1)
+        models = save_models(tmp_path, ARCHITECTURES[name](), count=2)
         text = save_calibration(tmp_path / "text.jsonl")
-        plan = planned(tmp_path, dam(models.models, [text], base=models.base))
+        plan = planned(tmp_path, dam(models.models, [text, text], base=models.base))
         found = take_inventory(plan)
         for size, stage in zip(found.parts, plan.stages, strict=True):
             decoder = stage.models.output
@@ -164,7 +165,25 @@ class TestInventory:
         assert (found.parts, found.settings) == ((), None)
         (only,) = sweeps(found, ROOM)
         assert only.read == sum(tensor.stored for tensor in found.tensors)
-        assert table(planned_estimate(found)).startswith("a replay: 2 sources")
+        assert table(planned_estimate(found)).startswith("without a fit: 2 sources")
+
+    def test_slices_that_leave_out_models(
+        self, tmp_path: Path, llama_models: Models, calibration: tuple[Path, Path]
+    ) -> None:
+        """A teacher is read where it is not merged; a stack of copies is merged without a fit."""
+        first, second = (
+            {"model": str(model), "layer_range": [0, 1], "parameters": {"calibration": str(text)}}
+            for model, text in zip(llama_models.models, calibration, strict=True)
+        )
+        configuration = dam([], settings={"models": None})
+        configuration["slices"] = [{"sources": [first]}, {"sources": [first, second]}]
+        found = inventory(tmp_path, configuration)
+        assert (found.sources, len(found.blocks)) == (2, 2)
+        assert planned_estimate(found).sweeps[0].read == sum(t.stored for t in found.tensors)
+        configuration["slices"] = [{"sources": [first]}, {"sources": [second]}]
+        found = inventory(tmp_path, configuration)
+        assert (found.sources, found.parts, found.settings) == (2, (), None)
+        assert table(planned_estimate(found)).startswith("without a fit: 2 sources")
 
 
 class TestWork:
@@ -173,9 +192,9 @@ class TestWork:
         self, tmp_path: Path, kind: str
     ) -> None:
         config = tiny_llama_config(attn_implementation="eager")
-        models = save_models(tmp_path, config, count=1)
+        models = save_models(tmp_path, config, count=2)
         text = save_calibration(tmp_path / "text.jsonl")
-        plan = planned(tmp_path, dam(models.models, [text], base=models.base))
+        plan = planned(tmp_path, dam(models.models, [text, text], base=models.base))
         found = take_inventory(plan)
         decoder = plan.stages[0].models.output
         decoder.model.set_attn_implementation("eager")  # type: ignore[operator]

@@ -122,14 +122,14 @@ class Inventory:
     """What there is to merge.
 
     Attributes:
-        parts: in the order the data passes them; none in a replay.
-        outside: tensors that no part holds: averaged, or all of them in a replay.
+        parts: in the order the data passes them; none where nothing is fitted, as in a replay.
+        outside: tensors that no part holds: averaged, or all of them where nothing is fitted.
         sources: models, and the base where it is none of them.
         files: bytes of every file of every source, with those of one model together.
         hidden: features of the residual stream.
         attended: features of all heads of one attention, 0 if the configuration does not tell.
         vocabulary: of the logits.
-        settings: of the fit; None in a replay.
+        settings: of the fit; None where there is none.
     """
 
     parts: tuple[PartSize, ...]
@@ -165,13 +165,12 @@ def take_inventory(planned: PlannedMerge) -> Inventory:
     inside = {tensor.name for part in parts for tensor in part.tensors}
     prepared = planned.prepared
     sequences = [len(calibration.tokens) for calibration in prepared.calibration.values()]
-    replayed = prepared.replay is not None
     decoder = planned.stages[0].models.output if planned.stages else None
     text = None if decoder is None else decoder.config.get_text_config()
     return Inventory(
         parts=parts,
         outside=tuple(size for name, size in sizes.items() if name not in inside),
-        sources=len(next(iter(planned.tensors.values())).headers),
+        sources=len({model for tensor in planned.tensors.values() for model in tensor.headers}),
         files=_files(planned.tensors.values()),
         hidden=0 if text is None else text.hidden_size,
         attended=0 if text is None else _attended(text),
@@ -181,7 +180,7 @@ def take_inventory(planned: PlannedMerge) -> Inventory:
             tuple(map(prepared.settings.held_out, sequences)),
             prepared.checked.run.sequence_length,
         ),
-        settings=None if replayed else prepared.settings,
+        settings=prepared.settings if planned.stages else None,
     )
 
 
@@ -241,9 +240,8 @@ def _part(
     decoder = stage.models.output
     part = stage.part(decoder)
     names = [plan.name for plan in stage.all_tensors if plan.tied_to is None]
-    shapes = {
-        name[len(part.prefix) :]: tuple(decoder.model.get_parameter(name).shape) for name in names
-    }
+    saved = decoder.model.state_dict()
+    shapes = {name[len(part.prefix) :]: tuple(saved[name].shape) for name in names}
     key = f"{stage.kind} {sorted(shapes)} {part.root}"
     if key not in known:
         known[key] = groups_of(part, shapes, _entering(stage), decoder.head_name)

@@ -57,7 +57,7 @@ class PlannedMerge:
 
     Attributes:
         tensors: by name.
-        stages: input, blocks and output of the model; none in a replay.
+        stages: input, blocks and output of the model; none where nothing is fitted.
         out_dtype: that tensors are written in, if not in that which they are loaded in.
     """
 
