@@ -105,8 +105,6 @@ def build_vocabulary(
     if source is None:
         return None
     overrides = (asked.tokens if asked is not None else None) or {}
-    if isinstance(source, ModelReference):
-        load_tokenizer(source, trust_remote_code)  # mergekit's own errors name no remedy
     try:
         with _listed_by_id():
             info = build_tokenizer(
@@ -117,6 +115,8 @@ def build_vocabulary(
                 add_tokens=list(overrides),
             )
     except Exception as error:  # RuntimeError, OSError, and whatever tokenizers raise
+        for model in [*models, *([source] if isinstance(source, ModelReference) else [])]:
+            load_tokenizer(model, trust_remote_code)  # one that is missing is told with a remedy
         raise ConfigError([f"tokenizer: mergekit cannot build it: {error}"]) from error
     ids = info.tokenizer.get_vocab()
     problems = [

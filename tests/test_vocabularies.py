@@ -394,12 +394,13 @@ def distance(pair: Pair, merged: Merged) -> float:
     return found
 
 
-@pytest.mark.parametrize("multiple", [1, 16])
+@pytest.mark.parametrize(("multiple", "force"), [(1, False), (16, False), (1, True)])
 @pytest.mark.parametrize("fit", [{}, {"objective": "layer+logits", "metric": "sensitivity"}])
 def test_a_plan_counts_the_rows_that_will_be_written(
-    pair: Pair, tmp_path: Path, fit: dict[str, Any], multiple: int
+    pair: Pair, tmp_path: Path, fit: dict[str, Any], multiple: int, force: bool
 ) -> None:
-    tokenizer = {"source": "union", "pad_to_multiple_of": multiple}
+    tokens = {"aci": {"source": str(pair.models[0]), "force": force}}
+    tokenizer = {"source": "union", "pad_to_multiple_of": multiple, "tokens": tokens}
     configuration = pair.dam(tokenizer, **{**fit, "steps": 2} if fit else {})
     file = tmp_path / "dam.yaml"
     file.write_text(yaml.safe_dump(configuration), encoding="utf-8")
@@ -416,7 +417,8 @@ def test_a_plan_counts_the_rows_that_will_be_written(
     size = merged.load().config.vocab_size
     assert found.vocabulary == size
     aligned = {tensor.name: tensor.converted for tensor in found.tensors if tensor.converted}
-    assert aligned == {EMBEDDING: 2 * 4 * 16 * size, HEAD: 2 * 4 * 16 * size}
+    copies = 4 if force else 2
+    assert aligned == {EMBEDDING: copies * 4 * 16 * size, HEAD: copies * 4 * 16 * size}
 
 
 @pytest.mark.slow
