@@ -26,9 +26,10 @@ $(STAMP): pyproject.toml constraints.txt $(STARTUP)
 demo: $(STAMP)
 	$(BIN)/mergekit-dam demo demo
 
-# Everything, the slow tests included. Arguments for pytest: make test ARGS="-x -k autoload"
+# Everything, the slow tests included, as many files at a time as there are cores.
+# Arguments for pytest: make test ARGS="-x -k autoload"
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "slow or not slow" $(ARGS)
 
 # mergekit's own tests, with this package and without it: what goes otherwise is an error.
 test-mergekit: $(STAMP)
