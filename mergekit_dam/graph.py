@@ -7,7 +7,6 @@
    that writes; a replay needs no stages.
 """
 
-import copy
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -98,7 +97,6 @@ def build_graph(
     artifacts = partial(
         write_artifacts, prepared, order, options.trust_remote_code, parameters, out_path
     )
-    config = _with_vocabulary(config, prepared)
     output = None
     if prepared.replay is not None:
         needed: Collection[str] = prepared.replay.coefficients.keys()
@@ -178,15 +176,6 @@ def _as_asked(
         else:
             found.append((weight, Piece(whole=tasks[region.whole], region=region)))
     return found
-
-
-def _with_vocabulary(config: PretrainedConfig, prepared: Prepared) -> PretrainedConfig:
-    """The merged model's configuration, with as many tokens as mergekit will write there."""
-    if prepared.vocabulary is None:
-        return config
-    config = copy.deepcopy(config)
-    config.get_text_config().vocab_size = prepared.vocabulary.size
-    return config
 
 
 def _unknown(prepared: Prepared, order: Sequence[ModelReference]) -> dict[int, torch.Tensor]:

@@ -81,9 +81,11 @@ def _hook_planner(plan: Any) -> None:
             self._tokenizer_task = KnownTokenizer(
                 **dict(self._tokenizer_task), vocabulary=prepared.vocabulary
             )
+        key = self.arch_info.vocab_size_config_key or "vocab_size"
         if prepared.rows is not None:  # mergekit leaves those of the base there
-            key = self.arch_info.vocab_size_config_key or "vocab_size"
             set_config_value(self.out_model_config, key, prepared.rows)
+        elif prepared.vocabulary is not None:
+            prepared.vocabulary.tell(self.out_model_config, key)
         parameters = config.parameters or {}
         artifacts = []
 
