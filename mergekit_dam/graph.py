@@ -187,10 +187,8 @@ def _tensor_plan(
     left_out = frozenset(index for index, model in enumerate(order) if model not in listed)
     include_base = prepared.checked.run.include_base
     weights = [_own(task, model, "weight") for model in order]
-    if len(listed) == 1:
-        weights = [1.0] * len(order)  # it is taken as it is
     merged = [i for i in range(len(order)) if i not in left_out and (i != base or include_base)]
-    if not sum(weights[i] for i in merged):
+    if len(listed) > 1 and not sum(weights[i] for i in merged):
         raise ConfigError(
             [f"{weight.name}: every model has `weight: 0`; the average to start from needs one"]
         )

@@ -38,6 +38,14 @@ from tests.models import (
 )
 
 LAYERS = 3
+BOUNDED = {
+    "objective": "logits",
+    "metric": None,
+    "steps": 2,
+    "sum_to_one": False,
+    "nonlinearity": "sigmoid",
+    "overlap": 0.1,
+}
 SEARCHED = {**SMALL, "objective": "layer+logits", "metric": "sensitivity", "steps": 2}
 
 
@@ -81,7 +89,7 @@ def sliced(
         "merge_method": "dam",
         **({"base_model": str(case.models.base)} if base else {}),
         "slices": entries,
-        "parameters": {**SMALL, **parameters},
+        "parameters": {k: v for k, v in {**SMALL, **parameters}.items() if v is not None},
     }
 
 
@@ -160,7 +168,7 @@ class TestSlices:
             torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)
         assert set(found) == {0, 1}
 
-    @pytest.mark.parametrize("parameters", [SEARCHED, {"sum_to_one": False}], ids=str)
+    @pytest.mark.parametrize("parameters", [SEARCHED, {"sum_to_one": False}, BOUNDED], ids=str)
     def test_other_fits_of_it_replay(
         self, case: Case, tmp_path: Path, parameters: dict[str, Any]
     ) -> None:
@@ -190,6 +198,36 @@ class TestSlices:
         assert not any(".layers.0." in name or "embed" in name for name in names)
         assert {"lm_head.weight", "model.norm.weight"} <= names  # mergekit forgets a model here
         assert merged.coefficients.coefficients["lm_head.weight"][1].any()
+
+    def test_a_base_has_a_part_where_it_is_listed(self, case: Case, tmp_path: Path) -> None:
+        slices: list[Mapping[int | str, Range]] = [
+            {0: (0, 1)},
+            {0: (1, 2), 1: (1, 2), "base": (1, 2)},
+            {0: (2, 3), "base": (2, 3)},
+        ]
+        merged = merge(sliced(case, *slices, base=True), tmp_path / "out")
+        sources = merged.coefficients.sources
+        assert sources == (str(case[0]), str(case[1]), str(case.models.base))
+        for name, rows in merged.coefficients.coefficients.items():
+            layer = 0 if "embed" in name else int(name.split(".")[2]) if "layers" in name else 2
+            torch.testing.assert_close(rows.sum(0), torch.ones(rows.shape[1]))
+            assert rows[1].any() == (layer == 1), name
+            assert not (layer == 0 and rows[2].any()), name
+
+    @pytest.mark.parametrize("parameters", [{}, {"include_base": True}, {"sum_to_one": False}])
+    def test_layers_of_the_base_alone_are_copied(
+        self, case: Case, tmp_path: Path, parameters: dict[str, Any]
+    ) -> None:
+        ends: Mapping[int | str, Range] = {0: (2, 3), 1: (2, 3), "base": (2, 3)}
+        configuration = sliced(case, {"base": (0, 2)}, ends, base=True, **parameters)
+        if "include_base" in parameters:
+            configuration["parameters"]["calibration"] = str(case.texts[3])
+        merged = merge(configuration, tmp_path / "out")
+        own = tensors_of(case.models.base)
+        first = "model.layers.1.mlp.down_proj.weight"
+        assert torch.equal(merged.tensors[first], own[first])
+        assert len(merged.report["calibration"]) == (3 if "include_base" in parameters else 2)
+        assert "fitted" in {entry["outcome"] for entry in merged.entries.values()}
 
     def test_a_stack_of_slices_of_one_model_each_is_copied_without_text(
         self, case: Case, tmp_path: Path
