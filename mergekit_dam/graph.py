@@ -36,7 +36,14 @@ from mergekit_dam.headers import check_headers
 from mergekit_dam.memory import limit_gpu
 from mergekit_dam.network import Network
 from mergekit_dam.objective.nonlinearity import invert
-from mergekit_dam.places import Place, Planned, check_complete, place_tensors, source_decoders
+from mergekit_dam.places import (
+    Place,
+    Planned,
+    check_complete,
+    check_shapes,
+    place_tensors,
+    source_decoders,
+)
 from mergekit_dam.prepare import Prepared
 from mergekit_dam.readahead import spans_of
 from mergekit_dam.replay import saved_record
@@ -101,18 +108,18 @@ def build_graph(
         for weight, task in planned
     ]
     if prepared.replay is not None or not prepared.checked.learns:
-        known = (
-            _copies(plans)
-            if prepared.replay is None
-            else saved_record(prepared.replay, plans, order, shapes)
-        )
+        if prepared.replay is not None:
+            known = saved_record(prepared.replay, plans, order, shapes)
+        else:
+            known = _copies(plans)
+            if len(order) > 1:
+                check_shapes(_decoder(config, prepared, options), shapes)
         tensors: list[tuple[WeightInfo, Task[Any]]] = [
             (weight, _known(plan, task.gather_tensors, order, known))
             for (weight, task), plan in zip(planned, plans, strict=True)
         ]
         return Graph(tensors, WriteArtifacts(last=None, write=artifacts, record=known))
-    config = _with_vocabulary(config, prepared)
-    output = Decoder(config, torch.device("cpu"), trust_remote_code=options.trust_remote_code)
+    output = _decoder(config, prepared, options)
     models = Models(
         output,
         source_decoders(output, order, options, stacks),
@@ -123,6 +130,7 @@ def build_graph(
     places = place_tensors(planned, plans, output)
     for decoder in (output, *models.sources):
         check_complete(decoder, places)
+    check_shapes(output, shapes)
     stages = _stages(places, models)
     device = torch.device(options.device or "cpu")
     limit_gpu(device, prepared.settings.gpu_memory)
@@ -165,6 +173,15 @@ def _unknown(prepared: Prepared, order: Sequence[ModelReference]) -> dict[int, t
         return {}
     found = {source: prepared.vocabulary.unknown_to(model) for source, model in enumerate(order)}
     return {source: tokens for source, tokens in found.items() if tokens is not None}
+
+
+def _decoder(config: PretrainedConfig, prepared: Prepared, options: MergeOptions) -> Decoder:
+    """The merged model's."""
+    return Decoder(
+        _with_vocabulary(config, prepared),
+        torch.device("cpu"),
+        trust_remote_code=options.trust_remote_code,
+    )
 
 
 def _tensor_plan(
