@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from mergekit_dam.experts import FusedLinear, Routing, fused_linears, makes_logits, routing_of
+
 Run = Callable[[], Any]
 
 _ACCURACY = 1e-3
@@ -41,18 +43,22 @@ class Unit:
 
     Attributes:
         name: path of the module, relative to the part.
-        kind: "other" units are averaged, never fitted.
+        kind: "experts" own fused parameters `[experts, ., .]`, of which each token sees what it is
+            sent to; a "router" is a linear that keeps its logits to itself, and hands out to whom
+            tokens are sent; "other" units are averaged, never fitted.
         axis: input axis of a linear's weight: -1 for `[out, in]`, 0 where it is transposed.
         unit_gain: for a norm `y = (w + unit_gain) * n(x) + bias`: 1 in the Gemma family, else 0.
         write: how it writes to the residual stream, if it does.
+        linears: of each of the experts, in the order in which data passes them.
     """
 
     name: str
-    kind: Literal["linear", "norm", "embedding", "other"]
+    kind: Literal["linear", "norm", "embedding", "router", "experts", "other"]
     parameters: tuple[str, ...]
     axis: int = -1
     unit_gain: float = 0.0
     write: Write | None = None
+    linears: tuple[FusedLinear, ...] = ()
 
     def parameter(self, name: str) -> str:
         """Path of one of its parameters, relative to the part."""
@@ -92,9 +98,10 @@ class Stop(Exception):
 
 @dataclass
 class Captured:
-    """Inputs and outputs of units, by unit name, of one forward pass."""
+    """Inputs and outputs of units, by unit name, of one forward pass; of experts, the routing."""
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
+    routing: dict[str, Routing] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -123,6 +130,9 @@ def capture(
     def before(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             captured.inputs[name] = _fp32_copy(_first_tensor((args, kwargs)))
+            routing = routing_of(args, kwargs)
+            if routing is not None:
+                captured.routing[name] = Routing(*map(_fp32_copy, routing))
             check()
 
         return hook
@@ -190,6 +200,7 @@ class _Record:
     calls: int
     input: Tensor | None
     output: Any
+    call: tuple[tuple[Any, ...], Mapping[str, Any]] = ((), {})
 
 
 def scattered(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -219,9 +230,10 @@ def examine(
     """
     owners = {}
     for name, module in root.named_modules():
-        own = tuple(n for n, _ in module.named_parameters(recurse=False))
+        own = [n for n, _ in module.named_parameters(recurse=False)]
+        own += [n for n in module._buffers if (f"{name}.{n}" if name else n) in weights]
         if any((f"{name}.{n}" if name else n) in weights for n in own):
-            owners[name] = own
+            owners[name] = tuple(own)
     records = _record(root, run, owners)
     units = {
         name: _classify(name, root.get_submodule(name), owners[name], record, weights)
@@ -243,7 +255,8 @@ def _record(root: nn.Module, run: Run, owners: Mapping[str, Any]) -> dict[str, _
             if name in records:
                 records[name].calls += 1
             else:
-                records[name] = _Record(1, _copy(_first_tensor((args, kwargs))), _copy(output))
+                entered = _copy(_first_tensor((args, kwargs)))
+                records[name] = _Record(1, entered, _copy(output), (args, kwargs))
 
         return hook
 
@@ -270,8 +283,16 @@ def _classify(
     x, y = record.input, record.output
     own = {p: weights[other.parameter(p)] for p in parameters if other.parameter(p) in weights}
     weight = own.get("weight")
-    plain = set(parameters) <= {"weight", "bias"} and len(own) == len(parameters)
-    if record.calls != 1 or not plain or x is None or weight is None:
+    if record.calls != 1 or x is None or len(own) != len(parameters):
+        return other
+    routing = routing_of(*record.call)
+    if routing is not None:
+        linears = fused_linears(module, own, routing, y)
+        return replace(other, kind="experts", linears=linears) if linears else other
+    if isinstance(y, tuple) and weight is not None and x.is_floating_point():
+        routes = makes_logits(module, own, *record.call)
+        return replace(other, kind="router") if routes else other
+    if not set(parameters) <= {"weight", "bias"} or weight is None:
         return other
     if not isinstance(y, Tensor):
         return other
@@ -421,9 +442,8 @@ def _copy(value: Any) -> Any:
 
 
 def _fp32_copy(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float32:
-        return value.float()
-    return _copy(value)
+    half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if half else _copy(value)
 
 
 def _first_tensor(value: Any) -> Any:

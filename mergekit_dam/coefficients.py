@@ -33,7 +33,8 @@ def merge_weights(tensors: Sequence[Tensor], coefficients: Tensor, *, axis: int 
     Args:
         tensors: one tensor a source, all of one shape and device; borrowed.
         coefficients: fp32 `[sources, n]` with n the tensors' size along `axis`, or
-            `[sources, 1]` for one coefficient a source.
+            `[sources, 1]` for one coefficient a source. Of experts `[experts, ., .]` it may be
+            `[sources, experts * n]`: those of each expert, one after the other.
         axis: the input dimension of the weight.
 
     Returns:
@@ -41,9 +42,7 @@ def merge_weights(tensors: Sequence[Tensor], coefficients: Tensor, *, axis: int 
         out, so that one-hot coefficients give back the source bit for bit.
     """
     like = tensors[0]
-    shape = [1] * like.ndim
-    if shape:
-        shape[axis] = -1
+    shape = _facing(coefficients.shape[1], like.shape, axis)
     scales = [
         coefficient.to(device=like.device, dtype=torch.float32).reshape(shape).expand(like.shape)
         for coefficient in coefficients
@@ -73,6 +72,29 @@ def _pieces(tensor: Tensor) -> Iterator[Any]:
         yield slice(first, first + rows)
 
 
+def column_counts(shape: Sequence[int], axis: int = -1) -> tuple[int, ...]:
+    """How many coefficients a source may have before a tensor: 1, one a column, one an expert's.
+
+    Args:
+        shape: of the tensor; of three dimensions, the first are experts.
+        axis: the input dimension.
+    """
+    if not shape:
+        return (1,)
+    columns = shape[axis]
+    return (1, columns, shape[0] * columns) if len(shape) == 3 else (1, columns)
+
+
+def _facing(count: int, shape: Sequence[int], axis: int) -> list[int]:
+    """The shape in which so many coefficients multiply a tensor."""
+    facing = [1] * len(shape)
+    if shape:
+        facing[axis] = -1
+    if len(shape) == 3 and count not in (1, shape[axis]):
+        facing[0] = shape[0]
+    return facing
+
+
 def coefficient_gradient(
     tensors: Sequence[Tensor], gradient: Tensor, *, axis: int = -1, per_column: bool
 ) -> Tensor:
@@ -84,11 +106,20 @@ def coefficient_gradient(
         tensors: one tensor a source, as `merge_weights` takes them.
         gradient: of the merged tensor, of their shape.
         axis: the input dimension of the weight.
-        per_column: one coefficient a column, else one a tensor.
+        per_column: one coefficient a column (of every expert), else one a tensor.
 
     Returns:
         fp64 `[sources, n]`, or `[sources, 1]`.
     """
+    if per_column and gradient.ndim == 3:
+        experts = zip(*tensors, gradient, strict=True)
+        return torch.cat(
+            [
+                coefficient_gradient(own, of_expert, axis=expert_axis(axis), per_column=True)
+                for *own, of_expert in experts
+            ],
+            dim=1,
+        )
     size = gradient.shape[axis] if per_column and gradient.ndim else 1
     # With the columns last, rows are added up some at a time: products take no memory.
     turned = gradient.movedim(axis, -1).reshape(-1, size) if size > 1 else gradient.reshape(-1, 1)
@@ -99,6 +130,24 @@ def coefficient_gradient(
         for w, g in zip(torch.split(facing, rows), torch.split(turned, rows), strict=True):
             row += (w.float() * g).sum(0)
     return result
+
+
+def expert_axis(axis: int) -> int:
+    """The dimension of one expert's slice that is `axis` of the fused tensor."""
+    return axis - 1 if axis > 0 else axis
+
+
+def rows_of_expert(coefficients: Tensor, shape: Sequence[int], axis: int, expert: int) -> Tensor:
+    """The coefficients of one expert's slice of a fused tensor: `[sources, n]` or `[sources, 1]`.
+
+    Args:
+        coefficients: of the fused tensor, as `merge_weights` takes them.
+        shape, axis: of the fused tensor.
+    """
+    columns = shape[axis]
+    if coefficients.shape[1] in (1, columns):
+        return coefficients
+    return coefficients[:, expert * columns : (expert + 1) * columns]
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,9 @@ class Decoder:
         try:
             # include_buffers=False: on a plain meta device rotary frequencies would be lost.
             with init_empty_weights(include_buffers=False), no_init_weights():
+                # Experts one after the other: grouped products would take copies of all of them.
                 model = AutoModelForCausalLM.from_config(
-                    config, trust_remote_code=trust_remote_code
+                    config, trust_remote_code=trust_remote_code, experts_implementation="eager"
                 )
         except (ValueError, KeyError, ImportError) as error:
             raise ArchitectureError(
@@ -71,11 +72,15 @@ class Decoder:
         self._check_blocks()
 
     def _canonical_names(self) -> dict[str, str]:
-        """Name of every parameter -> first name of that parameter (tied ones share it)."""
+        """Name of every parameter -> first name of that parameter (tied ones share it).
+
+        Buffers that are saved act as parameters do (a router's correction of its scores).
+        """
         first: dict[int, str] = {}
         return {
-            name: first.setdefault(id(parameter), name)
-            for name, parameter in self.model.named_parameters(remove_duplicate=False)
+            name: first.setdefault(id(tensor), name)
+            for name, tensor in self.model.state_dict(keep_vars=True).items()
+            if tensor.is_floating_point()
         }
 
     def move(self, device: torch.device) -> None:
@@ -253,7 +258,10 @@ class Decoder:
             for name, parameter in self.model.named_parameters()
             if self.block_of(name) is None
         }
-        return functional_call(self.model, given, (tokens,), {"use_cache": False}, tie_weights=True)
+        flags = {"use_cache": False}
+        if getattr(self.config, "output_router_logits", False):  # for a loss of theirs, in training
+            flags["output_router_logits"] = False
+        return functional_call(self.model, given, (tokens,), flags, tie_weights=True)
 
     def part_of(self, names: frozenset[str]) -> dict[str, Literal["input", "output"]]:
         """Tell for parameters outside the blocks whether they act before or after them.

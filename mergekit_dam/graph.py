@@ -224,6 +224,7 @@ def _tensor_plan(
         embeddings=shared["embeddings"],
         norms=shared["norms"],
         head=shared["head"],
+        experts=shared["experts"],
     )
     written = dtype_from_name(weight.force_dtype or out_dtype)
     return TensorPlan(weight.name, settings, written)

@@ -92,6 +92,12 @@ class TensorParameters(Parameters):
         description="Fit the output head (where untied); `false` averages it, which saves time "
         "where the vocabulary is large.",
     )
+    experts: Literal["routed", "all"] = Field(
+        default="routed",
+        description="Calibration tokens that an expert of a mixture is fitted to: those that the "
+        "merged router sends to it, or all. `all` leaves no expert out, however short the text; "
+        "where there is enough for both, `routed` came nearer to the models.",
+    )
 
 
 class LogitsParameters(Parameters):

@@ -7,6 +7,7 @@
 """
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,13 @@ from mergekit_dam.method import RunParameters
 from mergekit_dam.objective.settings import LogitsSettings
 from mergekit_dam.settings import RunSettings
 from mergekit_dam.slices import check_layers
-from mergekit_dam.vocabulary import Vocabulary, build_vocabulary, in_vocabulary, refuse_lost
+from mergekit_dam.translation import Translation, refuse_lost
+from mergekit_dam.vocabulary import Vocabulary, build_vocabulary
+
+LOG = logging.getLogger(__name__)
+
+READ_ALIKE = 0.9
+"""Share of a text's tokens that the merged model should read as the model does, at least."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,10 @@ def prepare(
     tokenizers = {model: load_tokenizer(model, options.trust_remote_code) for model in models}
     calibration = {}
     for model, text in checked.calibrations.items():
-        calibration[model] = load_calibration(
+        translation = None
+        if asked.vocabulary is not None:
+            translation = Translation(asked.vocabulary, model, tokenizers[model])
+        own = load_calibration(
             text,
             model=str(model),
             tokenizer=tokenizers[model],
@@ -116,7 +126,11 @@ def prepare(
             sequence_length=run.sequence_length,
             vocab_size=_vocab_size(model, options),
             seed=asked.settings.seed,
+            spelled=None if translation is None else translation.spelled,
         )
+        if translation is not None:
+            own = _translated(own, translation)
+        calibration[model] = own
     check_length(checked, options)
     if asked.vocabulary is None:
         used = {str(model): own.tokens for model, own in calibration.items()}
@@ -124,15 +138,24 @@ def prepare(
         if asked.rows is not None:
             for model, own in calibration.items():
                 because = f"--unsafe-truncate-embeddings leaves {asked.rows} ids"
-                lost = own.tokens[own.tokens >= asked.rows]
+                lost = own.tokens[own.tokens >= asked.rows].tolist()
                 refuse_lost(lost, model, tokenizers[model], because)
-    else:
-        for model, own in calibration.items():
-            ids = in_vocabulary(
-                own.tokens, model=model, tokenizer=tokenizers[model], vocabulary=asked.vocabulary
-            )
-            calibration[model] = dataclasses.replace(own, tokens=ids)
     return dataclasses.replace(asked, calibration=calibration)
+
+
+def _translated(own: CalibrationSet, translation: Translation) -> CalibrationSet:
+    """A model's calibration tokens as those of the merged model."""
+    share = translation.shared_reading(own.tokens)
+    provenance = own.provenance
+    if share < READ_ALIKE:
+        said = (
+            f"the merged model's tokenizer reads {1 - share:.0%} of this text in other tokens than "
+            f"the model's own, which are those of the fit; a vocabulary of one model (`tokenizer: "
+            f"{{source: base}}`) may be read better than a union"
+        )
+        LOG.warning("calibration of %s: %s", translation.model, said)
+        provenance = dataclasses.replace(provenance, cut=(*provenance.cut, said))
+    return CalibrationSet(tokens=translation.translated(own.tokens), provenance=provenance)
 
 
 def check(

@@ -11,6 +11,7 @@ from mergekit_dam.objective.settings import LogitsSettings
 
 Objective = Literal["layer", "logits", "layer+logits"]
 MetricName = Literal["identity", "sensitivity"]
+Fed = Literal["routed", "all"]
 Resident = Literal["auto", "always", "never"]
 ForwardDtype = Literal["auto", "float32", "bfloat16"]
 
@@ -25,6 +26,7 @@ class TensorSettings:
         ridge: pull towards the start, relative to the mean curvature.
         granularity: "column" or "tensor".
         embeddings, norms, head: whether tensors of that kind are fitted.
+        experts: the calibration tokens that feed an expert: those "routed" to it, or "all".
     """
 
     parametrisation: Parametrisation
@@ -34,9 +36,10 @@ class TensorSettings:
     embeddings: bool
     norms: bool
     head: bool
+    experts: Fed = "routed"
 
     def fits(self, kind: str) -> bool:
-        """Whether a tensor of a kind ("linear", "norm", "embedding", "head") is fitted."""
+        """Whether a tensor of a kind ("linear", "norm", "embedding", "head", ...) is fitted."""
         switches = {"embedding": self.embeddings, "norm": self.norms, "head": self.head}
         return switches.get(kind, True)
 

@@ -27,7 +27,7 @@ from mergekit.io.tasks import GatherTensors, LoadTensor
 from mergekit.merge_methods.buffers import copy_non_floating_buffer
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary, TokenizerInfo
 
-from mergekit_dam.coefficients import merge_weights
+from mergekit_dam.coefficients import column_counts, merge_weights
 from mergekit_dam.errors import DamError
 from mergekit_dam.fitting.streams import Stream
 from mergekit_dam.network import Network
@@ -245,11 +245,11 @@ class MergeKnown(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):
         assert record is not None
         coefficients, axis = record.coefficients[name], record.axes.get(name, -1)
         sources = known.plan.sources(loaded)
-        size = loaded[0].shape[axis] if loaded[0].ndim else 1
-        if coefficients.shape[1] not in (1, size):
+        allowed = column_counts(loaded[0].shape, axis)
+        if coefficients.shape[1] not in allowed:
             raise DamError(
-                f"{name}: required {size} coefficients a model, got {coefficients.shape[1]}; the "
-                f"coefficients were fitted on models of another shape"
+                f"{name}: required {allowed[-1]} coefficients a model, got "
+                f"{coefficients.shape[1]}; they were fitted on models of another shape"
             )
         return merge_weights(sources.tensors, coefficients, axis=axis).to(sources.dtype)
 

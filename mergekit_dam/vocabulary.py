@@ -2,8 +2,8 @@
 
 mergekit brings every model's rows of embedding and head into the order of that vocabulary, so
 that a model runs on ids of it as it runs on its own ids: a token keeps its row, whatever its
-number. What is left to know is which id a token of a text becomes, and which tokens a model does
-not have: mergekit gives it rows for them that are other models', and its logits there mean nothing.
+number. What is left to know is which id a token of a text becomes (`translation`), and which tokens
+a model does not have: mergekit gives it rows of other models there, whose logits mean nothing.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,13 +18,13 @@ from mergekit.tokenizer import TokenizerInfo
 from mergekit.tokenizer.build import build_tokenizer, get_vocab_size
 from mergekit.tokenizer.config import ModelTokenEmbedding, TokenEmbeddingConfig, ZeroEmbedding
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from mergekit_dam.calibration import load_tokenizer
-from mergekit_dam.errors import CalibrationError, ConfigError
+from mergekit_dam.errors import ConfigError
 
 LOST = -1
-"""Stands for a token that the merged model will not have."""
+"""What mergekit's permutations have in place of the id of a token that is not there."""
 
 
 @dataclass(frozen=True)
@@ -48,29 +48,6 @@ class Vocabulary:
     info: TokenizerInfo
     size: int
     giver: str
-
-    def ids_of(
-        self, model: ModelReference, tokens: Tensor, tokenizer: PreTrainedTokenizerBase
-    ) -> Tensor:
-        """A text's ids in this vocabulary, from those that a model has for it.
-
-        Args:
-            tokens: int64, of any shape.
-            tokenizer: that made them; an adapter's may know more tokens than its base's.
-
-        Returns:
-            int64 of the same shape; `LOST` where this vocabulary lacks the token.
-        """
-        permutation = self.info.permutations[model]
-        names = {number: token for token, number in self.info.tokenizer.get_vocab().items()}
-        ids = {own: new for new, own in permutation.items() if own >= 0}
-        flat: list[int] = tokens.flatten().tolist()
-        found = {}
-        for own in sorted(set(flat)):
-            new = ids.get(own, LOST)
-            same = new != LOST and tokenizer.convert_ids_to_tokens(own) == names[new]
-            found[own] = new if same else LOST
-        return torch.tensor([found[own] for own in flat], dtype=torch.int64).view(tokens.shape)
 
     def unknown_to(self, model: ModelReference) -> Tensor | None:
         """Ids that mean nothing to a model: bool `[size]`; None if it has all tokens.
@@ -220,45 +197,3 @@ def _model_token_missing(
     if source.token is not None and source.token not in vocabulary:
         return [f"{source.model} has no token {source.token!r}"]
     return []
-
-
-def in_vocabulary(
-    tokens: Tensor,
-    *,
-    model: ModelReference,
-    tokenizer: PreTrainedTokenizerBase,
-    vocabulary: Vocabulary,
-) -> Tensor:
-    """A model's calibration tokens, int64 `[sequences, length]`, as ids of the merged model.
-
-    Raises:
-        CalibrationError: the merged model will not have some of them.
-    """
-    ids = vocabulary.ids_of(model, tokens, tokenizer)
-    because = f"it gets the tokenizer of {vocabulary.giver}"
-    if vocabulary.giver == "union":
-        because = "mergekit finds them in no tokenizer with an id below `vocab_size`"
-    refuse_lost(tokens[ids == LOST], model, tokenizer, because)
-    return ids
-
-
-def refuse_lost(
-    lost: Tensor, model: ModelReference, tokenizer: PreTrainedTokenizerBase, because: str
-) -> None:
-    """Refuse text with tokens that the merged model will not have.
-
-    Args:
-        lost: the model's own ids of them, int64 of any shape.
-
-    Raises:
-        CalibrationError: if there are any.
-    """
-    ids = sorted(set(lost.flatten().tolist()))
-    if ids:
-        named = ", ".join(map(str, tokenizer.convert_ids_to_tokens(ids[:3])))
-        raise CalibrationError(
-            f"calibration of {model}: its text has {len(ids)} tokens ({named}"
-            f"{' and others' if len(ids) > 3 else ''}) that the merged model will not have, "
-            f"as {because}; write `tokenizer: {{source: union}}`, or leave out the text that "
-            f"has them"
-        )

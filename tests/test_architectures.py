@@ -17,9 +17,7 @@ UNREADABLE = {
 }
 """Architectures that no method of mergekit 0.1.5 merges, `linear` included."""
 
-EXPERTS = "averaged: neither linear, norm nor embedding"
 AVERAGED = {
-    "mixtral": {"mlp.experts.": EXPERTS, "mlp.gate.": EXPERTS},
     "phi": {"lm_head.bias": "averaged: of the head, the weight alone is fitted"},
 }
 """Architecture -> part of the names of tensors that are not fitted, and the reason reported."""

@@ -123,17 +123,18 @@ class TestInventory:
         """Merging it would read weights."""
         text = save_calibration(tmp_path)
         adapted = Path(f"{llama_models.base}+{tmp_path / 'adapter'}")
-        found = inventory(tmp_path, dam([adapted, llama_models.models[1]], [text] * 2))
-        assert found.sources == 2
+        models = [adapted, llama_models.models[0]]
+        found = inventory(tmp_path, dam(models, [text, text], base=llama_models.base))
+        assert found.sources == 3
         assert not any(model.lora for model in LoaderCache.loaders)
 
     @pytest.mark.parametrize(
         "name", ["llama", "gpt2", "gemma2", "llama-tied", "stablelm", "phi", "olmo2"]
     )
     def test_parts_are_taken_apart_as_the_fit_does(self, tmp_path: Path, name: str) -> None:
-        models = save_models(tmp_path, ARCHITECTURES[name](), count=1)
+        models = save_models(tmp_path, ARCHITECTURES[name](), count=2)
         text = save_calibration(tmp_path / "text.jsonl")
-        plan = planned(tmp_path, dam([models.base, *models.models], [text] * 2))
+        plan = planned(tmp_path, dam(models.models, [text, text], base=models.base))
         found = take_inventory(plan)
         for size, stage in zip(found.parts, plan.stages, strict=True):
             decoder = stage.models.output
@@ -191,9 +192,9 @@ class TestWork:
         self, tmp_path: Path, kind: str
     ) -> None:
         config = tiny_llama_config(attn_implementation="eager")
-        models = save_models(tmp_path, config, count=1)
+        models = save_models(tmp_path, config, count=2)
         text = save_calibration(tmp_path / "text.jsonl")
-        plan = planned(tmp_path, dam([models.base, *models.models], [text] * 2))
+        plan = planned(tmp_path, dam(models.models, [text, text], base=models.base))
         found = take_inventory(plan)
         decoder = plan.stages[0].models.output
         decoder.model.set_attn_implementation("eager")  # type: ignore[operator]

@@ -6,6 +6,7 @@ ids; their special tokens have other ids as well, and their embeddings other num
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,13 +26,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from mergekit_dam.calibration import load_calibration
 from mergekit_dam.coefficients import CoefficientFile
+from mergekit_dam.demo.tokenizer import train_tokenizer
 from mergekit_dam.errors import CalibrationError, ConfigError
 from mergekit_dam.evaluate import EvaluationSettings, evaluate
 from mergekit_dam.plan.inventory import take_inventory
 from mergekit_dam.plan.stages import plan_merge
 from mergekit_dam.prepare import prepare
 from tests.merging import Merged, dam, merge, tensors_of, watched_reads
-from tests.models import WORDS, fine_tune, make_model, make_tokenizer, tiny_llama_config
+from tests.models import (
+    ARCHITECTURES,
+    WORDS,
+    fine_tune,
+    make_model,
+    make_tokenizer,
+    tiny_llama_config,
+)
 from tests.test_distributed import difference, torchrun
 
 # Of one length, so that no word is found in another: an added token is cut out of any text.
@@ -86,26 +95,27 @@ class Pair:
         return dam(self.models, self.texts, settings=settings, **parameters)
 
 
-def save_pair(folder: Path, *, tied: bool = False) -> Pair:
+def save_pair(folder: Path, architecture: str = "llama") -> Pair:
     """Write the models, fine-tunes of one base in all but their vocabularies, and their texts."""
+    words = sorted({*LEFT_VOCABULARY, *RIGHT_VOCABULARY})
+    config = ARCHITECTURES[architecture]()
+    config.vocab_size = len(words)
+    base = make_model(config)
     models = []
     for index, vocabulary in enumerate((LEFT_VOCABULARY, RIGHT_VOCABULARY)):
         tokenizer = word_tokenizer(vocabulary)
-        config = tiny_llama_config(
-            vocab_size=(24, 26)[index],
-            tie_word_embeddings=tied,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        config.vocab_size = (24, 26)[index]
+        for special in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, special, getattr(tokenizer, special))
         model = make_model(config)
-        words = sorted({*LEFT_VOCABULARY, *RIGHT_VOCABULARY})
         places = torch.tensor([words.index(word) for word in vocabulary])
-        generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
-            for name in (EMBEDDING,) if tied else (EMBEDDING, HEAD):
-                rows = torch.randn(len(words), 16, generator=generator) / 4
-                model.get_parameter(name)[: len(vocabulary)] = rows[places]
+            for name, tensor in model.named_parameters():
+                whole = base.get_parameter(name)
+                if tensor.shape == whole.shape:
+                    tensor.copy_(whole)
+                else:
+                    tensor[: len(vocabulary)] = whole[places]
         fine_tune(model, seed=index + 1, scale=0.3)
         path = folder / ("left", "right")[index]
         model.save_pretrained(path)
@@ -194,18 +204,22 @@ class TestUnion:
                 row = right[RIGHT_VOCABULARY.index(word)]
                 torch.testing.assert_close(merged[new[word]], (first + second) * row)
 
-    @pytest.mark.parametrize("source", [0, 1])
+    @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "gpt2", "gemma2", "phi"])
     def test_one_hot_coefficients_are_a_model_on_its_own_tokens(
-        self, pair: Pair, union: Merged, tmp_path: Path, source: int
+        self, tmp_path: Path, architecture: str
     ) -> None:
-        coefficients = str(one_hot(union, source, tmp_path / "coefficients"))
-        merged = merge(pair.dam(coefficients=coefficients), tmp_path / "out")
-        lines, model = lines_of(pair.texts[source]), pair.models[source]
-        own, new = ids_of(model, lines), ids_of(merged.path, lines)
-        columns = own_columns(model, merged.path)
-        assert torch.equal(columns[own], new)
-        expected = logits(model, own)[..., : len(columns)]
-        torch.testing.assert_close(logits(merged.path, new)[..., columns], expected)
+        """Positions, scales, soft caps and the biases of a head too."""
+        pair = save_pair(tmp_path, architecture)
+        fitted = merge(pair.dam(), tmp_path / "fitted")
+        fitted.load()
+        for source, (model, text) in enumerate(zip(pair.models, pair.texts, strict=True)):
+            coefficients = str(one_hot(fitted, source, tmp_path / f"coefficients {source}"))
+            merged = merge(pair.dam(coefficients=coefficients), tmp_path / f"out {source}")
+            own, new = (ids_of(path, lines_of(text)) for path in (model, merged.path))
+            columns = own_columns(model, merged.path)
+            assert torch.equal(columns[own], new)
+            expected = logits(model, own)[..., : len(columns)]
+            torch.testing.assert_close(logits(merged.path, new)[..., columns], expected)
 
     def test_every_fit_is_no_worse_than_the_average(self, union: Merged) -> None:
         fitted = [e for e in union.entries.values() if e["outcome"] == "fitted"]
@@ -314,25 +328,25 @@ class TestPadding:
         assert merged.tensors[EMBEDDING].shape == (28, 16)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied"])
 @pytest.mark.parametrize(
     "fit",
     [
         {"objective": "layer", "metric": "identity"},
         {"objective": "layer", "metric": "sensitivity"},
         {"objective": "layer+logits", "metric": "sensitivity", "steps": 4, "mse": 0.1},
-        {"objective": "logits", "steps": 4},
+        {"objective": "logits", "steps": 16},
     ],
     ids=["identity", "sensitivity", "layer+logits", "logits"],
 )
 def test_every_objective_comes_nearer_to_the_models_and_is_replayed(
-    tmp_path: Path, fit: dict[str, Any], tied: bool
+    tmp_path: Path, fit: dict[str, Any], architecture: str
 ) -> None:
-    pair = save_pair(tmp_path, tied=tied)
+    pair = save_pair(tmp_path, architecture)
     merged = merge(pair.dam(samples=8, **fit), tmp_path / "out")
     loaded = merged.load()
     assert loaded.config.vocab_size == 28
-    assert (HEAD in merged.tensors) is not tied
+    assert (HEAD in merged.tensors) is (architecture == "llama")
     search = merged.report["search"]
     assert bool(search) is (fit.get("metric") != "identity")
     assert all(math.isfinite(rung["mean_held_out_kl"]) for rung in search)
@@ -656,3 +670,58 @@ def test_losses_of_a_model_and_of_its_union_compare(
     assert own < merged < own + 1  # tokens of the left model take some of the mass
     evaluate([names[0], str(pair.models[0])], [pair.texts[1]], settings)
     assert f"{pair.models[0]}: the tokenizer differs" in caplog.text
+
+
+SENTENCES = (
+    "the cat sat on the mat and the bat saw that the hat was fat",
+    "der hund und die katze und der hase sassen in einem haus",
+)
+
+
+def save_languages(tmp_path: Path) -> tuple[list[Path], list[Path]]:
+    """Models with byte-pair tokenizers of two languages, and their texts."""
+    models, texts = [], []
+    for index, sentence in enumerate(SENTENCES):
+        tokenizer = train_tokenizer([sentence] * 20, vocab_size=300)
+        model = make_model(tiny_llama_config(vocab_size=len(tokenizer)), seed=index)
+        folder = tmp_path / str(index)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        models.append(folder)
+        texts.append(save_text(tmp_path / f"{index}.jsonl", sentence.split(), seed=index))
+    return models, texts
+
+
+def test_words_that_the_base_lacks_are_written_in_its_pieces(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    models, texts = save_languages(tmp_path)
+    configuration = dam(models, texts, settings={"tokenizer": {"source": "base"}})
+    merged = merge(configuration, tmp_path / "out")
+    assert merged.load().config.vocab_size == len(AutoTokenizer.from_pretrained(models[0]))
+    config = MergeConfiguration.model_validate(configuration)
+    calibration = prepare(config, MergeOptions(quiet=True)).calibration
+    read = AutoTokenizer.from_pretrained(merged.path)
+    for ids, sentence in zip(calibration.values(), SENTENCES, strict=True):
+        for row in ids.tokens:
+            # Words at the edges of a sequence may be cut off; documents begin with a token.
+            words = str(read.decode(row)).replace(str(read.bos_token), " ").split()[1:-1]
+            assert words
+            assert set(words) <= set(sentence.split())
+    cut = [merged.report["calibration"][str(model)]["cut"] for model in models]
+    assert not any("were cut into others" in said for said in cut[0])
+    assert any("tokens that the merged model will not have were cut" in said for said in cut[1])
+    assert "in other tokens" not in caplog.text
+
+
+def test_a_text_that_the_merged_model_will_read_otherwise_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """mergekit adds byte-pair tokens to a union by names that no text has."""
+    models, texts = save_languages(tmp_path)
+    merged = merge(dam(models, texts, settings={"tokenizer": {"source": "union"}}), tmp_path / "o")
+    assert f"calibration of {models[1]}: the merged model's tokenizer reads " in caplog.text
+    assert f"calibration of {models[0]}: the merged model's tokenizer reads" not in caplog.text
+    cut = merged.report["calibration"][str(models[1])]["cut"]
+    share = next(said for said in cut if "of this text in other tokens" in said)
+    assert 30 < int(re.findall("reads ([0-9]+)%", share)[0]) <= 100

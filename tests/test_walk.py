@@ -27,7 +27,7 @@ from mergekit_dam.fitting.streams import Split, Stream
 from mergekit_dam.fitting.tensors import FittedTensor, TensorSources
 from mergekit_dam.fitting.walk import walk_part
 from mergekit_dam.part import Part, block_part, output_part
-from mergekit_dam.settings import TensorSettings
+from mergekit_dam.settings import Fed, TensorSettings
 from mergekit_dam.stage import Models, Progress, Record, Stage, StageKind, TensorPlan
 from tests.models import ARCHITECTURES, VOCAB_SIZE, fine_tune, make_model, tiny_llama_config
 from tests.objective.made import run_settings
@@ -56,6 +56,7 @@ def settings_of(
     embeddings: bool = True,
     norms: bool = True,
     head: bool = True,
+    experts: Fed = "routed",
 ) -> TensorSettings:
     return TensorSettings(
         parametrisation=Parametrisation.create(
@@ -67,6 +68,7 @@ def settings_of(
         embeddings=embeddings,
         norms=norms,
         head=head,
+        experts=experts,
     )
 
 
@@ -240,13 +242,13 @@ def test_the_fitted_stream_is_nearer_to_the_teachers_than_the_averages(name: str
     assert fitted < averaged
 
 
-@pytest.mark.parametrize("name", sorted(ARCHITECTURES.keys() - {"mixtral"}))
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_data_of_one_model_alone_gives_back_that_model(name: str) -> None:
     """All targets can be met exactly, so at a tiny ridge every tensor becomes the teacher's.
 
-    Left out: the head, fitted by gradients, and experts, which are averaged. Biases are alike, for
-    weights are fitted next to the average of the biases, and make up for it; so are norms behind
-    a linear, whose average the linear makes up for.
+    Left out: the head, fitted by gradients. Biases are alike, for weights are fitted next to the
+    average of the biases, and make up for it; so are norms behind a linear, whose average the
+    linear makes up for.
     """
     config = ARCHITECTURES[name]()
     models = fine_tunes(config, 2)

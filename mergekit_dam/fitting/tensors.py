@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,12 @@ class TensorSources:
         """Coefficients fp32 `[sources, 1]` of the weighted average."""
         return self.settings.parametrisation.starting_coefficients()
 
+    def of_expert(self, expert: int) -> "TensorSources":
+        """One expert's slice of a fused tensor."""
+        return replace(
+            self, name=f"{self.name}[{expert}]", tensors=[tensor[expert] for tensor in self.tensors]
+        )
+
     @property
     def identical(self) -> bool:
         """All that are merged agree, and no coefficients of this form can change that."""
@@ -71,6 +77,7 @@ class TensorReport:
 
     Attributes:
         outcome: "fitted", or why the tensor keeps its starting coefficients.
+        experts: of a fused tensor, those that keep them: by the reason why.
     """
 
     name: str
@@ -82,6 +89,7 @@ class TensorReport:
     held_out_fitted: float | None = None
     solver: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    experts: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

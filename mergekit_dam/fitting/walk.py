@@ -99,6 +99,10 @@ def _settle_rest(walk: Walk) -> None:
             kind, reason = unit.kind, "identical in all models"
         elif unit.kind == "other":
             kind, reason = unit.kind, "averaged: neither linear, norm nor embedding"
+        elif unit.kind == "experts":
+            kind, reason = unit.kind, "averaged: of experts, linears alone are fitted"
+        elif unit.kind == "router":
+            kind, reason = unit.kind, "averaged: of a router, the weight alone is fitted"
         elif unit.parameter("weight") in fitted:
             kind, reason = unit.kind, "averaged: of the head, the weight alone is fitted"
         else:

@@ -42,7 +42,7 @@ def forward(part: PartSize, inventory: Inventory, tokens: int) -> tuple[int, int
     Args:
         tokens: in sequences of the calibration's length.
     """
-    linears = sum(2 * unit.enters * unit.leaves for unit in part.of("linear"))
+    linears = sum(unit.product for unit in part.units)
     if part.kind == "output":  # a tied head is no unit of it
         linears += 2 * inventory.hidden * inventory.vocabulary
     return tokens * (linears + attention(part, inventory)), tokens * _elements(part)
@@ -59,7 +59,12 @@ def attention(part: PartSize, inventory: Inventory) -> int:
 
 
 def _elements(part: PartSize) -> int:
-    return _PASSES * sum(unit.leaves for unit in part.units if unit.kind != "head")
+    return _PASSES * sum(leaving(unit) for unit in part.units if unit.kind != "head")
+
+
+def leaving(unit: UnitShape) -> int:
+    """Features that a unit puts out a token, those inside of experts included."""
+    return unit.leaves + unit.sent * sum(linear.leaves for linear in unit.linears)
 
 
 def merging(part: PartSize, inventory: Inventory, times: int) -> Work:
@@ -83,7 +88,9 @@ def layer_fit(part: PartSize, inventory: Inventory, *, kept: bool, sensitivity: 
     if sensitivity and part.kind == "block":
         work += gradients(part, inventory, text.first_tokens(TOKENS))
     for group in part.groups:
-        linears = [unit for unit in group if unit.kind == "linear"]
+        if group[0].kind == "experts":
+            work += experts_fit(group[0], part.unknowns, inventory, sensitivity=sensitivity)
+        linears = [unit for unit in group if unit.kind in ("linear", "router")]
         if linears:
             columns = linears[0].enters
             work["Gram matrices", "fp32"] += 2 * text.fit_tokens * columns**2
@@ -102,8 +109,8 @@ def _streams(part: PartSize, inventory: Inventory, *, kept: bool) -> Work:
     Where outputs are kept, linears run once, and teachers altogether; attention runs again.
     """
     tokens = inventory.text.tokens
-    linears = [sum(2 * u.enters * u.leaves for u in g if u.kind == "linear") for g in part.groups]
-    elements = [_PASSES * sum(u.leaves for u in g) for g in part.groups]
+    linears = [sum(unit.product for unit in group) for group in part.groups]
+    elements = [_PASSES * sum(map(leaving, group)) for group in part.groups]
     attended = attention(part, inventory)
     first = next((index for index, each in enumerate(linears) if each), len(linears))
     stages = range(len(linears))
@@ -160,6 +167,27 @@ def linear_fit(unit: UnitShape, unknowns: int, inventory: Inventory, *, sensitiv
         iterations = 1 + ITERATIONS
     work["solves", speed] += terms * iterations * (product + metric * columns)
     work["solves", "elements"] += iterations * (2 * unknowns + 2) * out * columns
+    return work
+
+
+def experts_fit(unit: UnitShape, unknowns: int, inventory: Inventory, *, sensitivity: bool) -> Work:
+    """The fits of all experts, of the tokens that are sent to each.
+
+    For every linear the expert runs anew, the teachers' and the merged one.
+    """
+    text, work = inventory.text, Work()
+    work["teachers", "fp32"] = len(unit.linears) * text.tokens * unit.product
+    work["merged stream", "fp32"] = len(unit.linears) * text.tokens * unit.product
+    if sensitivity:
+        work["backward", "fp32"] = 2 * text.first_tokens(TOKENS) * unit.product
+    for linear in unit.linears:
+        columns = linear.enters
+        work["Gram matrices", "fp32"] += unit.sent * 2 * text.fit_tokens * columns**2
+        work["Gram matrices", "elements"] += unit.experts * _chunks(text) * columns**2
+        one = linear_fit(linear, unknowns, inventory, sensitivity=sensitivity)
+        for (kind, speed), amount in one.items():
+            by_token = kind in ("Gram matrices", "metrics", "judging") and speed == "fp32"
+            work[kind, speed] += amount * (unit.sent if by_token else unit.experts)
     return work
 
 

@@ -240,9 +240,8 @@ def _part(
     decoder = stage.models.output
     part = stage.part(decoder)
     names = [plan.name for plan in stage.all_tensors if plan.tied_to is None]
-    shapes = {
-        name[len(part.prefix) :]: tuple(decoder.model.get_parameter(name).shape) for name in names
-    }
+    saved = decoder.model.state_dict()
+    shapes = {name[len(part.prefix) :]: tuple(saved[name].shape) for name in names}
     key = f"{stage.kind} {sorted(shapes)} {part.root}"
     if key not in known:
         known[key] = groups_of(part, shapes, _entering(stage), decoder.head_name)

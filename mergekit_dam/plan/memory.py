@@ -5,7 +5,7 @@ are mapped into memory (weights as they are stored), which the system takes back
 On a CPU, device and host are one memory.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from mergekit_dam.fitting.embedding import ROWS
@@ -13,6 +13,7 @@ from mergekit_dam.fitting.solver import DENSE_LIMIT, precision
 from mergekit_dam.fitting.storage import SHARE, Place
 from mergekit_dam.fitting.streams import CHUNK_TOKENS
 from mergekit_dam.network import SPARE
+from mergekit_dam.plan.flops import leaving
 from mergekit_dam.plan.inventory import Inventory, PartSize, TensorSize
 from mergekit_dam.plan.structure import Group, UnitShape
 from mergekit_dam.sensitivity import TOKENS
@@ -98,12 +99,12 @@ def tape_bytes(part: PartSize, inventory: Inventory, room: Room) -> tuple[int, i
     if part.kind != "block" or inventory.settings is None:
         return 0, 0
     tokens = inventory.text.tokens * _FLOAT
-    teachers = tokens * sum(unit.leaves for unit in part.of("linear", "norm"))
+    teachers = tokens * sum(unit.leaves for unit in part.of("linear", "norm", "experts"))
     place = outputs_place(inventory, room)
     whole = {"device": room.gpu or room.host, "host": room.host, "disk": room.disk}[place]
     if 2 * teachers > SHARE * whole:
         return 0, 0
-    groups = [group for group in part.groups if group[0].kind == "linear"]
+    groups = [group for group in part.groups if group[0].kind in ("linear", "experts")]
     return teachers, tokens * sum(unit.leaves for group in groups[:-1] for unit in group)
 
 
@@ -111,7 +112,7 @@ def chunk_bytes(part: PartSize, inventory: Inventory) -> int:
     """What a run of one chunk of sequences holds."""
     length = inventory.text.length
     tokens = max(1, CHUNK_TOKENS // length) * length
-    leaves = sum(unit.leaves for unit in part.units if unit.kind != "head")
+    leaves = sum(leaving(unit) for unit in part.units if unit.kind != "head")
     return _LIVE * _FLOAT * tokens * leaves
 
 
@@ -176,9 +177,9 @@ def fit_need(part: PartSize, inventory: Inventory, room: Room, *, metrics: bool)
         rows = 2 * _FLOAT * felt * sum(unit.leaves for unit in part.of("linear"))
         moments.append(weights)
         chunk += rows
-    for group in part.groups:
-        if group[0].kind != "linear":
-            continue
+        felt = 2 * len(part.of("experts")) * inventory.hidden
+        kept += _FLOAT * felt * text.first_tokens(TOKENS)
+    for group in _solved_together(part):
         sums = sums_bytes(group, part.unknowns, text.models, metrics=metrics)
         # Of what judges, targets are as kept on the tape; what enters is a copy.
         judging = _FLOAT * text.held_out_tokens * (group[0].enters + group[0].leaves)
@@ -187,8 +188,19 @@ def fit_need(part: PartSize, inventory: Inventory, room: Room, *, metrics: bool)
         moments.append(sums + judging + max(0 if teachers else copies, solving))
     # Chunks and gradients are in pieces so small that the process keeps what it had of them.
     need = need.plus(device=kept + chunk + max(moments) + written)
+    if part.of("experts"):  # what enters them in both models, kept as the streams are
+        need = _flowing(need, 2 * stream_bytes(inventory), inventory, room)
     tape = teachers + merged
     return need.plus(device=tape if place == "device" else 0, host=tape if place == "host" else 0)
+
+
+def _solved_together(part: PartSize) -> Iterator[Group]:
+    """Linears that share a Gram matrix; of experts, one of one of them."""
+    for group in part.groups:
+        if group[0].kind in ("linear", "router"):
+            yield group
+        for linear in group[0].linears:
+            yield (linear,)
 
 
 def _head_bytes(part: PartSize, inventory: Inventory) -> int:
