@@ -49,6 +49,7 @@ from mergekit_dam.fitting.felt import Felt
 from mergekit_dam.fitting.linear import fit_linear
 from mergekit_dam.fitting.metric import Metric
 from mergekit_dam.fitting.moments import Evidence, InputMoments, LinearMoments
+from mergekit_dam.fitting.storage import Storage
 from mergekit_dam.fitting.tensors import TensorSources
 from mergekit_dam.part import Part, block_part
 from mergekit_dam.plan import flops, memory
@@ -842,3 +843,23 @@ def test_two_processes_fit_experts_as_one_does(tmp_path: Path) -> None:
             assert found.entries[tensor]["outcome"] == entry["outcome"], (name, tensor)
             assert found.entries[tensor].get("experts") == entry.get("experts"), (name, tensor)
         assert difference(found, expected) < 1e-4
+
+
+# Where data is kept
+
+
+@pytest.mark.parametrize("metric", ["identity", "sensitivity"])
+def test_it_does_not_matter_where_streams_and_outputs_are_kept(
+    metric: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models, texts = save("qwen2-moe", tmp_path)
+    configure = partial(dam, models.models, texts, samples=16, sequence_length=24, metric=metric)
+    expected = merge(configure(), tmp_path / "host")
+    on_disk = merge(configure(stream_offload="disk"), tmp_path / "disk")
+    assert on_disk.model_bytes == expected.model_bytes
+    monkeypatch.setattr(Storage, "has_room_for_outputs", lambda *_: False)
+    again = merge(configure(), tmp_path / "again")
+    for name, rows in expected.coefficients.coefficients.items():
+        torch.testing.assert_close(
+            again.coefficients.coefficients[name], rows, rtol=1e-3, atol=1e-4, msg=name
+        )
