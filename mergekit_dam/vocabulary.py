@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from operator import itemgetter
 
 import torch
-from mergekit.common import ModelReference
+from mergekit.common import ModelReference, set_config_value
 from mergekit.config import MergeConfiguration
 from mergekit.tokenizer import TokenizerInfo
 from mergekit.tokenizer.build import build_tokenizer, get_vocab_size
 from mergekit.tokenizer.config import ModelTokenEmbedding, TokenEmbeddingConfig, ZeroEmbedding
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from mergekit_dam.calibration import load_tokenizer
 from mergekit_dam.errors import ConfigError
@@ -59,6 +59,34 @@ class Vocabulary:
         unknown[torch.tensor(known, dtype=torch.int64)] = False
         return unknown if unknown.any() else None
 
+    def tell(self, config: PretrainedConfig, key: str) -> None:
+        """Write size and special tokens into the merged model's configuration.
+
+        mergekit writes the size alone, and leaves the ids of special tokens that they have in the
+        base, or in the first model: of another model's vocabulary, these are other tokens.
+
+        Args:
+            config: that of the base, else of the first model; changed in place.
+            key: of the size.
+        """
+        set_config_value(config, key, self.size)
+        donor = next(iter(self.info.permutations.values()))
+        ids = {own: new for new, own in donor.items() if own >= 0}
+        for part in {id(own): own for own in (config, config.get_text_config())}.values():
+            for name, value in part.to_dict().items():
+                if name.endswith("_token_id") and value is not None:
+                    instead = getattr(self.info.tokenizer, name, None)
+                    setattr(part, name, _renumbered(value, ids, instead))
+
+
+def _renumbered(
+    value: int | list[int], ids: Mapping[int, int], instead: int | None
+) -> int | list[int] | None:
+    """Ids of special tokens in another vocabulary; what its tokenizer has in place of lost ones."""
+    if isinstance(value, int):
+        return ids.get(value, instead) if value >= 0 else value
+    return [ids[own] for own in value if own in ids] or instead
+
 
 def build_vocabulary(
     config: MergeConfiguration, models: Sequence[ModelReference], trust_remote_code: bool
@@ -77,8 +105,6 @@ def build_vocabulary(
     if source is None:
         return None
     overrides = (asked.tokens if asked is not None else None) or {}
-    if isinstance(source, ModelReference):
-        load_tokenizer(source, trust_remote_code)  # mergekit's own errors name no remedy
     try:
         with _listed_by_id():
             info = build_tokenizer(
@@ -89,6 +115,8 @@ def build_vocabulary(
                 add_tokens=list(overrides),
             )
     except Exception as error:  # RuntimeError, OSError, and whatever tokenizers raise
+        for model in [*models, *([source] if isinstance(source, ModelReference) else [])]:
+            load_tokenizer(model, trust_remote_code)  # one that is missing is told with a remedy
         raise ConfigError([f"tokenizer: mergekit cannot build it: {error}"]) from error
     ids = info.tokenizer.get_vocab()
     problems = [

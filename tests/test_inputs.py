@@ -224,6 +224,17 @@ class TestTokenizers:
             CalibrationError, "'lion' in one, 'cat' in the other", configuration=configuration
         )
 
+    @pytest.mark.parametrize("number", [0, 1])
+    def test_missing_of_a_union(self, case: Case, number: int) -> None:
+        model = case.own_model(number)
+        for file in model.glob("tokenizer*"):
+            file.unlink()
+        case.refused(
+            CalibrationError,
+            f"the tokenizer of {model} cannot be loaded",
+            configuration={**case.configuration(), "tokenizer": {"source": "union"}},
+        )
+
     def test_to_take_is_missing(self, case: Case) -> None:
         configuration = {
             **case.configuration(),

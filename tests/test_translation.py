@@ -1,4 +1,4 @@
-"""One model's ids as those of a merged vocabulary."""
+"""A merged vocabulary, and one model's ids as those of it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,3 +117,16 @@ def test_a_token_that_two_tokenizers_of_a_model_number_differently_is_lost(tmp_p
     assert torch.equal(adapted.translated(torch.tensor([0])), torch.tensor([0]))
     with pytest.raises(CalibrationError, match=r"3 tokens \(c, b, d\) that the merged"):
         adapted.translated(torch.tensor([0, 1, 2, 3]))
+
+
+def test_special_tokens_have_the_ids_of_the_merged_vocabulary(tmp_path: Path) -> None:
+    base, own = bpe(["a", "b", "c", "d"]), bpe(["d", "b", "a"])
+    own.add_special_tokens({"eos_token": "b"})
+    vocabulary, _ = translations(tmp_path, base, own, str(tmp_path / "other"))
+    config = tiny_llama_config(bos_token_id=0, eos_token_id=[1, 2, 3], pad_token_id=-1)
+    vocabulary.tell(config, "vocab_size")
+    assert config.vocab_size == 3
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (2, [1, 0], -1)
+    lost = tiny_llama_config(bos_token_id=2, eos_token_id=2, pad_token_id=None)
+    vocabulary.tell(lost, "vocab_size")
+    assert (lost.bos_token_id, lost.eos_token_id, lost.pad_token_id) == (None, 1, None)

@@ -35,7 +35,9 @@ from mergekit_dam.prepare import prepare
 from tests.merging import Merged, dam, merge, tensors_of, watched_reads
 from tests.models import (
     ARCHITECTURES,
+    VOCABULARY,
     WORDS,
+    Models,
     fine_tune,
     make_model,
     make_tokenizer,
@@ -271,8 +273,14 @@ class TestSources:
         )
         merged = merge(configuration, tmp_path / "out")
         vocabulary = AutoTokenizer.from_pretrained(chosen).get_vocab()
-        assert AutoTokenizer.from_pretrained(merged.path).get_vocab() == vocabulary
-        assert merged.load().config.vocab_size == len(vocabulary) == 20
+        tokenizer = AutoTokenizer.from_pretrained(merged.path)
+        assert tokenizer.get_vocab() == vocabulary
+        loaded = merged.load()
+        assert loaded.config.vocab_size == len(vocabulary) == 20
+        for special in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            expected = getattr(tokenizer, special)
+            assert getattr(loaded.config, special) == expected
+            assert getattr(loaded.generation_config, special) == expected
         for index, model in enumerate(pair.models):
             coefficients = str(one_hot(merged, index, tmp_path / f"coefficients {index}"))
             configuration["parameters"]["coefficients"] = coefficients
@@ -386,12 +394,13 @@ def distance(pair: Pair, merged: Merged) -> float:
     return found
 
 
-@pytest.mark.parametrize("multiple", [1, 16])
+@pytest.mark.parametrize(("multiple", "force"), [(1, False), (16, False), (1, True)])
 @pytest.mark.parametrize("fit", [{}, {"objective": "layer+logits", "metric": "sensitivity"}])
 def test_a_plan_counts_the_rows_that_will_be_written(
-    pair: Pair, tmp_path: Path, fit: dict[str, Any], multiple: int
+    pair: Pair, tmp_path: Path, fit: dict[str, Any], multiple: int, force: bool
 ) -> None:
-    tokenizer = {"source": "union", "pad_to_multiple_of": multiple}
+    tokens = {"aci": {"source": str(pair.models[0]), "force": force}}
+    tokenizer = {"source": "union", "pad_to_multiple_of": multiple, "tokens": tokens}
     configuration = pair.dam(tokenizer, **{**fit, "steps": 2} if fit else {})
     file = tmp_path / "dam.yaml"
     file.write_text(yaml.safe_dump(configuration), encoding="utf-8")
@@ -408,7 +417,8 @@ def test_a_plan_counts_the_rows_that_will_be_written(
     size = merged.load().config.vocab_size
     assert found.vocabulary == size
     aligned = {tensor.name: tensor.converted for tensor in found.tensors if tensor.converted}
-    assert aligned == {EMBEDDING: 2 * 4 * 16 * size, HEAD: 2 * 4 * 16 * size}
+    copies = 4 if force else 2
+    assert aligned == {EMBEDDING: copies * 4 * 16 * size, HEAD: copies * 4 * 16 * size}
 
 
 @pytest.mark.slow
@@ -725,3 +735,36 @@ def test_a_text_that_the_merged_model_will_read_otherwise_is_warned_of(
     cut = merged.report["calibration"][str(models[1])]["cut"]
     share = next(said for said in cut if "of this text in other tokens" in said)
     assert 30 < int(re.findall("reads ([0-9]+)%", share)[0]) <= 100
+
+
+@pytest.mark.parametrize("source", ["base", "union"])
+@pytest.mark.parametrize(
+    "fit",
+    [{}, {"objective": "layer+logits", "metric": "sensitivity", "steps": 2}],
+    ids=["layer", "layer+logits"],
+)
+def test_a_model_with_other_ids_for_its_tokens_is_merged_to_the_same_bytes(
+    llama_models: Models,
+    calibration: tuple[Path, Path],
+    tmp_path: Path,
+    fit: dict[str, Any],
+    source: str,
+) -> None:
+    first, second = llama_models.models
+    settings = {"tokenizer": {"source": source}}
+    same = merge(dam([first, second], calibration, settings=settings, **fit), tmp_path / "same")
+    order = torch.randperm(len(VOCABULARY), generator=torch.Generator().manual_seed(0)).tolist()
+    tokenizer = word_tokenizer([VOCABULARY[own] for own in order])
+    model = AutoModelForCausalLM.from_pretrained(second)
+    with torch.no_grad():
+        for name in (EMBEDDING, HEAD):
+            rows = model.get_parameter(name)
+            rows[: len(order)] = rows[order]
+    for special in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.config, special, getattr(tokenizer, special))
+    model.save_pretrained(tmp_path / "shuffled")
+    tokenizer.save_pretrained(tmp_path / "shuffled")
+    shuffled = [first, tmp_path / "shuffled"]
+    merged = merge(dam(shuffled, calibration, settings=settings, **fit), tmp_path / "out")
+    assert merged.model_bytes == same.model_bytes
+    assert merged.coefficients.coefficients.keys() == same.coefficients.coefficients.keys()

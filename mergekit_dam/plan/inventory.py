@@ -193,8 +193,9 @@ def _size(
     promoted = loaded[0]
     for dtype in loaded[1:]:
         promoted = torch.promote_types(promoted, dtype)
-    if tensor.aligned:  # mergekit makes new tensors for that, of one dtype
+    if tensor.copies:  # of one dtype
         loaded = [promoted] * len(loaded)
+    held = max(1, tensor.copies)
     return TensorSize(
         name=name,
         parameters=count,
@@ -202,11 +203,11 @@ def _size(
             count * dtype.itemsize if header is None else header.length
             for dtype, header in zip(stored, tensor.headers.values(), strict=True)
         ),
-        loaded=sum(count * dtype.itemsize for dtype in loaded),
+        loaded=sum(held * count * dtype.itemsize for dtype in loaded),
         converted=sum(
-            count * got.itemsize
+            held * count * got.itemsize
             for had, got in zip(stored, loaded, strict=True)
-            if had != got or tensor.aligned
+            if had != got or tensor.copies
         ),
         half=any(dtype != torch.float32 for dtype in loaded),
         written=count * (planned.out_dtype or promoted).itemsize,

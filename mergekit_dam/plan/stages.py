@@ -31,7 +31,15 @@ from mergekit_dam.headers import Header, header_of
 from mergekit_dam.method import NAME
 from mergekit_dam.prepare import Prepared, PreparedConfiguration, check, check_depth, check_length
 from mergekit_dam.stage import Stage
-from mergekit_dam.tasks import FitStage, MergedTensor, MergeKnown, Piece, Search, WriteArtifacts
+from mergekit_dam.tasks import (
+    FitStage,
+    MergedTensor,
+    MergeKnown,
+    Piece,
+    Search,
+    TeachersVocabulary,
+    WriteArtifacts,
+)
 
 
 @dataclass(frozen=True)
@@ -42,13 +50,14 @@ class PlannedTensor:
         headers: by source; None where the file's header does not tell.
         dtype: that sources are converted to as they are loaded, or None.
         rows: (the dimension of the vocabulary, its size), where it is not that of the sources.
-        aligned: sources are brought into one vocabulary, which makes copies of them.
+        copies: made of a source that is brought into one vocabulary; two, where its teacher goes by
+            other rows than those that are merged.
     """
 
     headers: Mapping[ModelReference, Header | None]
     dtype: torch.dtype | None
     rows: tuple[int, int] | None = None
-    aligned: bool = False
+    copies: int = 0
 
 
 @dataclass(frozen=True)
@@ -215,7 +224,8 @@ def _gather(task: Task[Any]) -> Task[Any]:
 
 
 def _tensor(gather: Task[Any], prepared: Prepared) -> PlannedTensor:
-    rows, aligned = None, isinstance(gather, PermutedVocabulary)
+    rows = None
+    copies = sum(isinstance(gather, k) for k in (PermutedVocabulary, TeachersVocabulary))
     if isinstance(gather, PermutedVocabulary) and prepared.vocabulary is not None:
         rows = gather.vocabulary_axis, prepared.vocabulary.size
     elif isinstance(gather, TruncatedVocabulary) and prepared.rows is not None:
@@ -227,7 +237,7 @@ def _tensor(gather: Task[Any], prepared: Prepared) -> PlannedTensor:
     infos = dict(gather.weight_info.data)
     forced = next((info.force_dtype for info in infos.values() if info.force_dtype), None)
     headers = {model: header_of(info, model) for model, info in infos.items()}
-    return PlannedTensor(headers, dtype_from_name(forced or gather.dtype), rows, aligned)
+    return PlannedTensor(headers, dtype_from_name(forced or gather.dtype), rows, copies)
 
 
 def _stages(last: FitStage | Search | None) -> list[Stage]:
