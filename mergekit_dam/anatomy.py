@@ -1,6 +1,6 @@
 """What a part of a model is made of, found by watching it run.
 
-Nothing here goes by names. Every module that owns parameters is called a unit; what it is
+Nothing here goes by names. Every module that owns weights is called a unit; what it is
 (linear, norm, embedding) is tested on what it returns, which linears share an input is seen
 from the inputs, and what a unit adds to the residual stream is measured: all units are held
 to their recorded outputs, one output is disturbed, and the effect on the part's output is
@@ -218,9 +218,11 @@ def examine(
     """
     owners = {}
     for name, module in root.named_modules():
-        own = tuple(n for n, _ in module.named_parameters(recurse=False))
-        if any((f"{name}.{n}" if name else n) in weights for n in own):
-            owners[name] = own
+        prefix = f"{name}." if name else ""
+        parameters = [n for n, _ in module.named_parameters(recurse=False)]
+        buffers = [n for n, _ in module.named_buffers(recurse=False) if prefix + n in weights]
+        if any(prefix + n in weights for n in (*parameters, *buffers)):
+            owners[name] = (*parameters, *buffers)
     records = _record(root, run, owners)
     units = {
         name: _classify(name, root.get_submodule(name), owners[name], record, weights)

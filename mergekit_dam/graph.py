@@ -217,7 +217,7 @@ def _stages(places: Sequence[Place], models: Models) -> list[PlannedStage]:
 def _tied_head(places: Sequence[Place], decoder: Decoder) -> Place | None:
     """The tensor of the input that the head is tied to."""
     name = decoder.canonical(f"{decoder.head_name}.weight")
-    return next((p for p in places if p.kind == "input" and p.plan.name == name), None)
+    return next((p for p in places if p.kind == "input" and p.plan.in_model == name), None)
 
 
 def _averages(places: Sequence[Place], order: Sequence[ModelReference]) -> Record:

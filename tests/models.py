@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -139,12 +139,19 @@ ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
 """A tiny configuration of every architecture under test, by name."""
 
 
+def weights_of(model: PreTrainedModel) -> list[Tensor]:
+    """Every parameter once, and the buffers that a checkpoint holds."""
+    saved = model.state_dict(keep_vars=True)
+    buffers = [buffer for name, buffer in model.named_buffers() if name in saved]
+    return [*model.parameters(), *(b for b in buffers if b.is_floating_point())]
+
+
 def make_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """A model in fp32 whose every parameter is random, norms and biases included."""
+    """A model in fp32 whose every weight is random, norms and biases included."""
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in weights_of(model):
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim > 1:
                 # A stream of unit size, whatever the width.
@@ -159,7 +166,7 @@ def fine_tune(model: PreTrainedModel, seed: int, scale: float) -> None:
     """Add noise to every parameter in place: `scale` of its own size, and of 1 for vectors."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in weights_of(model):
             size = parameter.square().mean().sqrt() if parameter.ndim > 1 else 1.0
             parameter.add_(scale * size * torch.randn(parameter.shape, generator=generator))
 

@@ -1,0 +1,127 @@
+"""A transformers model without weights: its class, its list of blocks, the names of its weights.
+
+Nothing here goes by names of architectures: mergekit says which of transformers' classes loads
+one, and transformers which module holds the language model, and what a checkpoint's names mean.
+"""
+
+from dataclasses import dataclass
+
+from accelerate import init_empty_weights
+from mergekit.common import get_auto_cls
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.initialization import no_init_weights
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from mergekit_dam.errors import ArchitectureError
+
+OTHER_METHODS = "Merge it with one of mergekit's other methods, such as `linear`."
+
+
+def build_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The module tree of a language model, on the meta device; buffers are real.
+
+    Raises:
+        ArchitectureError: transformers cannot build the model, or it is no causal decoder that
+            text alone can run through.
+    """
+    architecture = next(iter(config.architectures or ()), None)
+    auto = AutoModelForCausalLM if architecture is None else get_auto_cls(architecture)
+    if auto not in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        raise _no_decoder(str(architecture), config, f"it is loaded by {getattr(auto, '__name__', auto)}")
+    try:
+        # include_buffers=False: on a plain meta device rotary frequencies would be lost.
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            model = auto.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, AttributeError, ImportError) as error:
+        raise ArchitectureError(
+            f"transformers builds no causal language model from {config.architectures}: {error}"
+        ) from error
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise _no_decoder(type(model).__name__, config, "its decoder reads what an encoder made")
+    model.tie_weights()
+    built: PreTrainedModel = model.eval()
+    return built
+
+
+def _no_decoder(name: str, config: PretrainedConfig, why: str) -> ArchitectureError:
+    return ArchitectureError(
+        f"required a causal language model, or a vision-language model around one, got {name} "
+        f"(model type {config.model_type}): {why}. dam fits what a model makes of text. "
+        f"{OTHER_METHODS}"
+    )
+
+
+def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The list of decoder blocks in a model, and its path.
+
+    Raises:
+        ArchitectureError: there is no such list, or several.
+    """
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    decoder = model.get_decoder()
+    within = decoder if isinstance(decoder, PreTrainedModel) else model
+    own = {id(module) for module in within.modules()}
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and id(module) in own and len(module) == layers
+    ]
+    if len(found) > 1:
+        found = [
+            (name, module)
+            for name, module in found
+            if all(isinstance(member, GradientCheckpointingLayer) for member in module)
+        ]
+    if len(found) != 1:
+        raise ArchitectureError(
+            f"required one list of {layers} decoder blocks in {type(model).__name__}, "
+            f"found {len(found)}; dam cannot cut this architecture into blocks. {OTHER_METHODS}"
+        )
+    return found[0]
+
+
+@dataclass(frozen=True)
+class WeightNames:
+    """What the weights of a model are called: its parameters, and the buffers that it saves.
+
+    Attributes:
+        first: every name -> the first name of that weight (tied ones share it).
+    """
+
+    first: dict[str, str]
+    _renamings: tuple[WeightRenaming, ...]
+    _converters: tuple[WeightConverter, ...]
+    _prefix: str
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "WeightNames":
+        """The names of a model's weights."""
+        saved = model.state_dict(keep_vars=True)
+        first: dict[int, str] = {}
+        transforms = get_model_conversion_mapping(model)
+        return cls(
+            {name: first.setdefault(id(weight), name) for name, weight in saved.items()},
+            tuple(t for t in transforms if isinstance(t, WeightRenaming)),
+            tuple(t for t in transforms if isinstance(t, WeightConverter)),
+            model.base_model_prefix,
+        )
+
+    def in_model(self, name: str) -> str | None:
+        """The model's own name for what a checkpoint calls `name`; None if it has no such weight.
+
+        What transformers makes one weight of many (fused experts) is none of them.
+        """
+        if name in self.first:
+            return name
+        renamed, converter = rename_source_key(
+            name, list(self._renamings), list(self._converters), self._prefix, dict(self.first)
+        )
+        return renamed if converter is None and renamed in self.first else None
