@@ -32,13 +32,21 @@ from mergekit_dam.fitting.storage import choose_storage
 from mergekit_dam.fitting.streams import Stream
 from mergekit_dam.fitting.tensors import TensorReport
 from mergekit_dam.headers import check_headers
+from mergekit_dam.loadable import Planned, fused
 from mergekit_dam.network import Network
 from mergekit_dam.objective.nonlinearity import invert
-from mergekit_dam.places import Place, Planned, check_complete, place_tensors, source_decoders
+from mergekit_dam.places import (
+    Place,
+    check_complete,
+    place_tensors,
+    refuse_outside,
+    source_decoders,
+)
 from mergekit_dam.prepare import Prepared
 from mergekit_dam.readahead import spans_of
 from mergekit_dam.replay import saved_record
 from mergekit_dam.settings import RunSettings, TensorSettings
+from mergekit_dam.skeleton import WeightNames, build_model
 from mergekit_dam.stage import Models, Record, Stage, StageKind, TensorPlan
 from mergekit_dam.tasks import (
     FitStage,
@@ -85,23 +93,32 @@ def build_graph(
         ConfigError: coefficients to replay do not fit the models.
     """
     order = tuple(planned[0][1].model_order)
+    output = None
+    if prepared.replay is None:
+        output = Decoder(config, torch.device("cpu"), trust_remote_code=options.trust_remote_code)
+        planned = fused(planned, output.names)
+    elif prepared.replay.coefficients.keys() != {weight.name for weight, _ in planned}:
+        model = build_model(config, trust_remote_code=options.trust_remote_code)
+        planned = fused(planned, WeightNames.of(model))
     shapes = check_headers(planned, order)
     artifacts = partial(
         write_artifacts, prepared, order, options.trust_remote_code, parameters, out_path
     )
     plans = [_tensor_plan(weight, task, order, prepared, out_dtype) for weight, task in planned]
-    if prepared.replay is not None:
+    if output is None:
+        assert prepared.replay is not None
         known = saved_record(prepared.replay, plans, order, shapes)
         tensors: list[tuple[WeightInfo, Task[Any]]] = [
             (weight, _known(plan, task.gather_tensors, order, known))
             for (weight, task), plan in zip(planned, plans, strict=True)
         ]
         return Graph(tensors, WriteArtifacts(last=None, write=artifacts, record=known))
-    output = Decoder(config, torch.device("cpu"), trust_remote_code=options.trust_remote_code)
     models = Models(output, source_decoders(output, order, options), order, prepared.settings)
     places = place_tensors(planned, plans, output)
     for decoder in (output, *models.sources):
         check_complete(decoder, places)
+    if prepared.checked.run.other_weights == "error":
+        refuse_outside(places)
     stages = _stages(places, models)
     device = torch.device(options.device or "cpu")
     hidden = output.config.get_text_config().hidden_size

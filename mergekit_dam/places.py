@@ -6,18 +6,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
 from mergekit.graph import Task
-from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
 from mergekit_dam.decoder import Decoder
-from mergekit_dam.errors import ArchitectureError
+from mergekit_dam.errors import ArchitectureError, ConfigError
+from mergekit_dam.loadable import Planned
 from mergekit_dam.stage import StageKind, TensorPlan
-
-Planned = tuple[WeightInfo, ExecuteMergeMethodTask]
 
 
 @dataclass(frozen=True)
@@ -128,4 +125,21 @@ def check_complete(decoder: Decoder, places: Sequence[Place]) -> None:
             f"{' and others' if len(missing) > 3 else ''}, which {type(decoder.model).__name__} "
             f"needs; mergekit's definition of the architecture (that of the first model) does not "
             f"fit transformers' model, and a merge would lack them with any method"
+        )
+
+
+def refuse_outside(places: Sequence[Place]) -> None:
+    """Refuse a merge with weights that text tells nothing of.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    outside = [place.plan.name for place in places if place.kind == "outside"]
+    if outside:
+        raise ConfigError(
+            [
+                f"`other_weights: error`, but {len(outside)} tensors are outside of the decoder "
+                f"({', '.join(outside[:3])}{' and others' if len(outside) > 3 else ''}); set "
+                f"`other_weights: average` to average them"
+            ]
         )

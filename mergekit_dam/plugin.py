@@ -63,6 +63,7 @@ def _hook_planner(plan: Any) -> None:
             return stock(self, out_path)
         from mergekit_dam import distributed
         from mergekit_dam.graph import build_graph
+        from mergekit_dam.loadable import kept
         from mergekit_dam.prepare import PreparedConfiguration, prepare
 
         config = self.config
@@ -72,6 +73,9 @@ def _hook_planner(plan: Any) -> None:
             prepared = prepare(config, self.options)
         parameters = config.parameters or {}
         artifacts = []
+
+        def plan_tensor(weight: Any, weights_in: Any, models: Any, cfg_reader: Any) -> None:
+            planner.plan_tensor(self, *kept(weight, weights_in, models), models, cfg_reader)
 
         def _plan() -> None:
             planner._plan(self)
@@ -87,11 +91,12 @@ def _hook_planner(plan: Any) -> None:
             self._tensors = graph.tensors
             artifacts.append(graph.artifacts)
 
-        self._plan = _plan  # the stock method calls it, and saves what it planned
+        # The stock method calls them, and saves what was planned.
+        self._plan, self.plan_tensor = _plan, plan_tensor
         try:
             planned = [*stock(self, out_path), *artifacts]
         finally:
-            del self._plan
+            del self._plan, self.plan_tensor
         if distributed.is_first():
             return planned
         return [written.last for written in artifacts if written.last is not None]

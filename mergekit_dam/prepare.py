@@ -25,6 +25,7 @@ from mergekit_dam.calibration import (
 )
 from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.config import Checked, check_configuration
+from mergekit_dam.definitions import check_architectures
 from mergekit_dam.errors import CalibrationError, ConfigError
 from mergekit_dam.method import RunParameters
 from mergekit_dam.objective.settings import LogitsSettings
@@ -132,8 +133,10 @@ def check(
 
     Raises:
         ConfigError: the configuration is wrong; every problem is named.
+        ArchitectureError: a model is none that can be merged.
     """
     checked = check_configuration(config, source)
+    check_architectures((*checked.models, *([checked.base] if checked.base else [])), options)
     run = checked.run
     settings = run_settings(run, run.seed if run.seed is not None else options.random_seed or 0)
     if run.coefficients is not None:

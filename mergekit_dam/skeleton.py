@@ -5,6 +5,7 @@ one, and transformers which module holds the language model, and what a checkpoi
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from accelerate import init_empty_weights
 from mergekit.common import get_auto_cls
@@ -25,6 +26,20 @@ from mergekit_dam.errors import ArchitectureError
 OTHER_METHODS = "Merge it with one of mergekit's other methods, such as `linear`."
 
 
+def auto_class(config: PretrainedConfig) -> Any:
+    """The auto class of transformers that loads a model.
+
+    Raises:
+        ArchitectureError: it is not one of causal language models.
+    """
+    architecture = next(iter(config.architectures or ()), None)
+    auto = AutoModelForCausalLM if architecture is None else get_auto_cls(architecture)
+    if auto not in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        name = getattr(auto, "__name__", auto)
+        raise _no_decoder(str(architecture), config, f"{name} loads it")
+    return auto
+
+
 def build_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The module tree of a language model, on the meta device; buffers are real.
 
@@ -32,10 +47,7 @@ def build_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
         ArchitectureError: transformers cannot build the model, or it is no causal decoder that
             text alone can run through.
     """
-    architecture = next(iter(config.architectures or ()), None)
-    auto = AutoModelForCausalLM if architecture is None else get_auto_cls(architecture)
-    if auto not in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        raise _no_decoder(str(architecture), config, f"it is loaded by {getattr(auto, '__name__', auto)}")
+    auto = auto_class(config)
     try:
         # include_buffers=False: on a plain meta device rotary frequencies would be lost.
         with init_empty_weights(include_buffers=False), no_init_weights():
@@ -121,7 +133,19 @@ class WeightNames:
         """
         if name in self.first:
             return name
+        renamed, piece = self._renamed(name)
+        return renamed if not piece and renamed in self.first else None
+
+    def whole(self, name: str) -> str | None:
+        """The weight that transformers makes of what a checkpoint calls `name`, and of others."""
+        if name in self.first:
+            return None
+        renamed, piece = self._renamed(name)
+        return renamed if piece and renamed in self.first else None
+
+    def _renamed(self, name: str) -> tuple[str, bool]:
+        """A checkpoint's name by transformers' rules, and whether it is a piece of a weight."""
         renamed, converter = rename_source_key(
             name, list(self._renamings), list(self._converters), self._prefix, dict(self.first)
         )
-        return renamed if converter is None and renamed in self.first else None
+        return renamed, converter is not None

@@ -64,10 +64,11 @@ class Walk:
 
     def fittable(self, unit: Unit, kind: str | None = None) -> bool:
         """Whether coefficients of a unit are asked for and can change it."""
-        weight = self.sources[unit.parameter("weight")]
-        return weight.settings.fits(kind or unit.kind) and not all(
-            self.sources[unit.parameter(p)].identical for p in unit.parameters
-        )
+        own = [self.sources.get(unit.parameter(p)) for p in unit.parameters]
+        known = [tensor for tensor in own if tensor is not None]
+        if len(known) < len(own):  # the rest belongs to another part: a tied head's bias
+            return False
+        return known[0].settings.fits(kind or unit.kind) and not all(t.identical for t in known)
 
     def recorded_units(self, head: str | None) -> tuple[str, ...]:
         """Units whose teachers' outputs the fits will ask for; none if nothing is to be fitted."""

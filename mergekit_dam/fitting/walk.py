@@ -94,6 +94,8 @@ def _settle_rest(walk: Walk) -> None:
             kind, reason = "other", "averaged: not used by a forward pass on text"
         elif tensor.identical:
             kind, reason = unit.kind, "identical in all models"
+        elif any(unit.parameter(p) not in walk.sources for p in unit.parameters):
+            kind, reason = unit.kind, "averaged: belongs to a weight that is tied"
         elif unit.kind == "other":
             kind, reason = unit.kind, "averaged: neither linear, norm nor embedding"
         elif unit.parameter("weight") in fitted:
