@@ -295,7 +295,7 @@ def _unit_gain(module: nn.Module, x: Tensor, y: Tensor, own: Mapping[str, Tensor
     """The gain g of `y = (w + g) * n(x) + b`, or None if the module is not of this form."""
     try:
         with_zero, normalised = norm_parts(module, x, own)
-    except (RuntimeError, TypeError):  # of another form, or of more inputs than one (a gate)
+    except (RuntimeError, TypeError, AttributeError):  # it takes more than one input (a gate)
         return None
     gain = float((with_zero * normalised).sum() / normalised.square().sum().clamp_min(1e-30))
     bias = own.get("bias", x.new_zeros(()))

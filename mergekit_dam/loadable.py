@@ -7,36 +7,70 @@ pieces of a fused tensor, the fit needs the whole, which is what transformers' m
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from mergekit.architecture import WeightInfo
+from mergekit.architecture import ModelArchitecture, WeightInfo
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ImmutableMap, ModelReference
 from mergekit.io.tasks import GatherTensors, LoaderCache
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from transformers import PretrainedConfig
 
-from mergekit_dam.skeleton import WeightNames
+from mergekit_dam.skeleton import WeightNames, build_model
 
 Planned = tuple[WeightInfo, ExecuteMergeMethodTask]
 
 
-def kept(
-    weight: WeightInfo, inputs: Sequence[WeightInfo], models: Sequence[ModelReference]
-) -> tuple[WeightInfo, list[WeightInfo]]:
-    """An optional tensor is none where every model's loader can make it of other tensors."""
-    pairs = zip(models, inputs, strict=True)
-    if not weight.optional or not all(_is_made(model, info.name) for model, info in pairs):
-        return weight, list(inputs)
-    required = {"optional": False}
-    return weight.model_copy(update=required), [i.model_copy(update=required) for i in inputs]
+@dataclass(frozen=True)
+class Loadable:
+    """Which optional tensors every model's loader can bring, though no file has them by name.
 
+    Attributes:
+        architecture: what mergekit plans by.
+        config: of the merged model.
+    """
 
-def _is_made(model: ModelReference, name: str) -> bool:
-    cache = LoaderCache()
-    stored = cache.get(model).index.tensor_paths
-    if name in stored:
-        return False
-    model_type = model.config(trust_remote_code=cache.trust_remote_code).model_type
-    return bool(can_convert_checkpoint_keys(model_type, set(stored), name))
+    architecture: ModelArchitecture
+    config: PretrainedConfig
+    _renamed: dict[ModelReference, dict[str, str]] = field(default_factory=dict)
+
+    def required(
+        self, weight: WeightInfo, inputs: Sequence[WeightInfo], models: Sequence[ModelReference]
+    ) -> tuple[WeightInfo, list[WeightInfo]]:
+        """The tensor and its inputs, no longer optional where they can be loaded."""
+        pairs = zip(models, inputs, strict=True)
+        found = [self._loaded(model, info) for model, info in pairs] if weight.optional else [None]
+        brought = [info for info in found if info is not None]
+        if len(brought) < len(found):
+            return weight, list(inputs)
+        return weight.model_copy(update={"optional": False}), brought
+
+    def _loaded(self, model: ModelReference, info: WeightInfo) -> WeightInfo | None:
+        """A tensor as it can be loaded; None where it is stored by its name, or not at all."""
+        cache = LoaderCache()
+        stored = set(cache.get(model).index.tensor_paths)
+        if info.name in stored:
+            return None
+        model_type = model.config(trust_remote_code=cache.trust_remote_code).model_type
+        if can_convert_checkpoint_keys(model_type, stored, info.name):
+            return info.model_copy(update={"optional": False})
+        alias = self._aliases(model, stored).get(info.name)
+        if alias is None:
+            return None
+        return info.model_copy(update={"optional": False, "aliases": (alias,)})
+
+    def _aliases(self, model: ModelReference, stored: set[str]) -> dict[str, str]:
+        """Names of the model's weights -> what its files call them, of what mergekit lists not."""
+        if model not in self._renamed:
+            listed = {weight.name for weight in self.architecture.all_weights(self.config)}
+            left = sorted(stored - listed)
+            self._renamed[model] = {}
+            if left:
+                trusted = LoaderCache().trust_remote_code
+                names = WeightNames.of(build_model(self.config, trust_remote_code=trusted))
+                found = {names.in_model(name): name for name in left}
+                self._renamed[model] = {name: alias for name, alias in found.items() if name}
+        return self._renamed[model]
 
 
 def fused(planned: Sequence[Planned], names: WeightNames) -> list[Planned]:

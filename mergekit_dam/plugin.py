@@ -63,7 +63,7 @@ def _hook_planner(plan: Any) -> None:
             return stock(self, out_path)
         from mergekit_dam import distributed
         from mergekit_dam.graph import build_graph
-        from mergekit_dam.loadable import kept
+        from mergekit_dam.loadable import Loadable
         from mergekit_dam.prepare import PreparedConfiguration, prepare
 
         config = self.config
@@ -74,8 +74,11 @@ def _hook_planner(plan: Any) -> None:
         parameters = config.parameters or {}
         artifacts = []
 
+        loadable = Loadable(self.arch_info, self.out_model_config)
+
         def plan_tensor(weight: Any, weights_in: Any, models: Any, cfg_reader: Any) -> None:
-            planner.plan_tensor(self, *kept(weight, weights_in, models), models, cfg_reader)
+            weight, weights_in = loadable.required(weight, weights_in, models)
+            planner.plan_tensor(self, weight, weights_in, models, cfg_reader)
 
         def _plan() -> None:
             planner._plan(self)
