@@ -7,6 +7,7 @@ one, and transformers which module holds the language model, and what a checkpoi
 from dataclasses import dataclass
 from typing import Any
 
+import transformers
 from accelerate import init_empty_weights
 from mergekit.common import get_auto_cls
 from torch import nn
@@ -23,6 +24,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mergekit_dam.errors import ArchitectureError
 
+_CLASSES: dict[Any, Any] = {
+    AutoModelForCausalLM: transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForImageTextToText: transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+}
+
 OTHER_METHODS = "Merge it with one of mergekit's other methods, such as `linear`."
 
 
@@ -33,10 +39,15 @@ def auto_class(config: PretrainedConfig) -> Any:
         ArchitectureError: it is not one of causal language models.
     """
     architecture = next(iter(config.architectures or ()), None)
-    auto = AutoModelForCausalLM if architecture is None else get_auto_cls(architecture)
-    if auto not in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        name = getattr(auto, "__name__", auto)
-        raise _no_decoder(str(architecture), config, f"{name} loads it")
+    if architecture is None:
+        return AutoModelForCausalLM
+    auto: Any = get_auto_cls(architecture)
+    if auto not in _CLASSES:
+        raise _no_decoder(architecture, config, f"{getattr(auto, '__name__', auto)} loads it")
+    # mergekit takes what it does not know for a causal language model.
+    own, causal = getattr(transformers, architecture, None), _CLASSES[auto].get(type(config), None)
+    if own is not None and causal is not None and own is not causal:
+        raise _no_decoder(architecture, config, f"that would be {causal.__name__}")
     return auto
 
 

@@ -146,9 +146,16 @@ def weights_of(model: PreTrainedModel) -> list[Tensor]:
     return [*model.parameters(), *(b for b in buffers if b.is_floating_point())]
 
 
-def make_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """A model in fp32 whose every weight is random, norms and biases included."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+def make_model(
+    config: PretrainedConfig, seed: int = 0, kind: type[PreTrainedModel] | None = None
+) -> PreTrainedModel:
+    """A model in fp32 whose every weight is random, norms and biases included.
+
+    Args:
+        kind: its class; by default transformers' class of causal language models.
+    """
+    build = AutoModelForCausalLM.from_config if kind is None else kind._from_config
+    model: PreTrainedModel = build(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in weights_of(model):
@@ -196,6 +203,7 @@ def save_models(
     seed: int = 0,
     scale: float = 0.2,
     dtype: torch.dtype = torch.float32,
+    kind: type[PreTrainedModel] | None = None,
 ) -> Models:
     """Save a base and `count` fine-tunes of it, each with a tokenizer.
 
@@ -203,6 +211,7 @@ def save_models(
         folder: gets `base`, `model_0`, `model_1`, ...
         scale: size of the fine-tunes' deltas, relative to the base's weights.
         dtype: in which they are saved.
+        kind: their class; by default transformers' class of causal language models.
     """
 
     def save(name: str, model: PreTrainedModel) -> Path:
@@ -212,10 +221,10 @@ def save_models(
         make_tokenizer().save_pretrained(path)
         return path
 
-    base = save("base", make_model(config, seed))
+    base = save("base", make_model(config, seed, kind))
     models = []
     for index in range(count):
-        model = make_model(config, seed)
+        model = make_model(config, seed, kind)
         fine_tune(model, seed=1000 * (seed + 1) + index, scale=scale)
         models.append(save(f"model_{index}", model))
     return Models(base, tuple(models))
