@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --constraint constraints.txt
 # An editable install copies these two: a change of them asks for a new one.
 STARTUP := mergekit_dam/mergekit_dam_autoload.pth mergekit_dam/mergekit_dam_autoload.start
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test architectures lint
 
 setup: $(STAMP)
 
@@ -29,6 +29,10 @@ demo: $(STAMP)
 # Everything, the slow tests included. Arguments for pytest: make test ARGS="-x -k autoload"
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+
+# Merges a tiny model of every architecture, and writes the README's table of what was seen.
+architectures: $(STAMP)
+	$(BIN)/python -m tests.architectures
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

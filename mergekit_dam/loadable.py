@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mergekit.architecture import ModelArchitecture, WeightInfo
-from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ImmutableMap, ModelReference
 from mergekit.io.tasks import GatherTensors, LoaderCache
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from transformers import PretrainedConfig
 
+from mergekit_dam.headers import is_made
 from mergekit_dam.skeleton import WeightNames, build_model
 
 Planned = tuple[WeightInfo, ExecuteMergeMethodTask]
@@ -23,7 +23,7 @@ Planned = tuple[WeightInfo, ExecuteMergeMethodTask]
 
 @dataclass(frozen=True)
 class Loadable:
-    """Which optional tensors every model's loader can bring, though no file has them by name.
+    """Which tensors every model's loader can bring, though no file has them by name.
 
     Attributes:
         architecture: what mergekit plans by.
@@ -37,9 +37,9 @@ class Loadable:
     def required(
         self, weight: WeightInfo, inputs: Sequence[WeightInfo], models: Sequence[ModelReference]
     ) -> tuple[WeightInfo, list[WeightInfo]]:
-        """The tensor and its inputs, no longer optional where they can be loaded."""
+        """The tensor and its inputs, not optional where they can be loaded."""
         pairs = zip(models, inputs, strict=True)
-        found = [self._loaded(model, info) for model, info in pairs] if weight.optional else [None]
+        found = [self._loaded(model, info) for model, info in pairs]
         brought = [info for info in found if info is not None]
         if len(brought) < len(found):
             return weight, list(inputs)
@@ -47,17 +47,16 @@ class Loadable:
 
     def _loaded(self, model: ModelReference, info: WeightInfo) -> WeightInfo | None:
         """A tensor as it can be loaded; None where it is stored by its name, or not at all."""
-        cache = LoaderCache()
-        stored = set(cache.get(model).index.tensor_paths)
-        if info.name in stored:
+        paths = LoaderCache().get(model).index.tensor_paths
+        if info.name in paths:
             return None
-        model_type = model.config(trust_remote_code=cache.trust_remote_code).model_type
-        if can_convert_checkpoint_keys(model_type, stored, info.name):
-            return info.model_copy(update={"optional": False})
+        stored = set(paths)
         alias = self._aliases(model, stored).get(info.name)
-        if alias is None:
-            return None
-        return info.model_copy(update={"optional": False, "aliases": (alias,)})
+        if alias is not None:
+            return info.model_copy(update={"optional": False, "aliases": (alias,)})
+        if is_made(model, info.name, stored):
+            return info.model_copy(update={"optional": False})
+        return None
 
     def _aliases(self, model: ModelReference, stored: set[str]) -> dict[str, str]:
         """Names of the model's weights -> what its files call them, of what mergekit lists not."""

@@ -130,9 +130,16 @@ EXPERTS = "experts and routers"
 STATES = "states, convolutions, activations"
 HEAD_BIAS = "bias of the head"
 VISION = "all that sees images"
+BUFFERS = "buffers of transformers 4"
+POSITIONS = "positions"
+QK_NORMS = "norms of q and k"
+OUTSIDE = (VISION, BUFFERS)
+"""What is outside of the decoder."""
 
 _EXPERTS = {EXPERTS: r"\.experts\.|\.gate\.(weight|e_score_correction_bias)$|\.router\."}
-_MAMBA = {STATES: r"\.(A_log|D|dt_bias|conv1d\.(weight|bias)|dt_proj\.weight|mamba\.norm\.weight)$"}
+_MAMBA = {
+    STATES: r"\.(A_log|D|dt_bias|conv1d\.(weight|bias)|dt_proj\.(weight|bias)|mamba\.norm\.weight)$"
+}
 
 _VISION: dict[str, Any] = {
     "hidden_size": 16,
@@ -191,11 +198,13 @@ def _class(title: str) -> str:
 
 CASES: dict[str, Case] = {
     # Defined by mergekit
-    "afmoe": Case("AFMoE", tiny(tf.AfmoeConfig), {EXPERTS: r"\.experts\.|expert_bias|router"}),
+    "afmoe": Case("AFMoE", tiny(tf.AfmoeConfig), {EXPERTS: r"\.experts\.|expert_bias"}),
     "apertus": Case("Apertus", tiny(tf.ApertusConfig), {STATES: r"act_fn"}),
     "arcee": Case("Arcee", tiny(tf.ArceeConfig)),
     "cohere": Case("Cohere", ARCHITECTURES["cohere"], refused=_MISSING),
-    "cohere-qk-norms": Case("Cohere with q/k norms", tiny(tf.CohereConfig, use_qk_norm=True)),
+    "cohere-qk-norms": Case(
+        "Cohere with q/k norms", tiny(tf.CohereConfig, use_qk_norm=True), {QK_NORMS: r"[qk]_norm"}
+    ),
     "cohere2": Case("Cohere 2", tiny(tf.Cohere2Config, sliding_window_pattern=2)),
     "falcon": Case("Falcon", ARCHITECTURES["falcon"], refused=_MISSING),
     "falcon-40b": Case("Falcon 40B as on the Hub", ARCHITECTURES["falcon"], stored=_as_falcon_40b),
@@ -206,7 +215,12 @@ CASES: dict[str, Case] = {
     "glm4-moe": Case("GLM 4 MoE", tiny(tf.Glm4MoeConfig), _EXPERTS),
     "gpt-bigcode": Case("GPT-BigCode", tiny(tf.GPTBigCodeConfig)),
     "gpt-neox": Case("GPT-NeoX", ARCHITECTURES["gpt-neox"], refused=_MISSING),
-    "pythia": Case("GPT-NeoX as on the Hub", ARCHITECTURES["gpt-neox"], stored=_as_pythia),
+    "pythia": Case(
+        "GPT-NeoX as on the Hub",
+        ARCHITECTURES["gpt-neox"],
+        {BUFFERS: r"attention\.(masked_)?bias|inv_freq"},
+        stored=_as_pythia,
+    ),
     "gpt2": Case("GPT-2", ARCHITECTURES["gpt2"]),
     "granite": Case("Granite", ARCHITECTURES["granite"]),
     "granite4": Case(
@@ -264,12 +278,12 @@ CASES: dict[str, Case] = {
     "olmo": Case("OLMo", tiny(tf.OlmoConfig)),
     "olmo3": Case("OLMo 3", tiny(tf.Olmo3Config)),
     "olmoe": Case("OLMoE", tiny(tf.OlmoeConfig), _EXPERTS),
-    "opt": Case("OPT", tiny(tf.OPTConfig)),
+    "opt": Case("OPT", tiny(tf.OPTConfig), {POSITIONS: "embed_positions"}),
     "phimoe": Case("Phi-MoE", tiny(tf.PhimoeConfig), _EXPERTS),
     "qwen2-moe": Case(
         "Qwen 2 MoE",
         tiny(tf.Qwen2MoeConfig),
-        {EXPERTS: r"\.experts\.|mlp\.gate\.|shared_expert_gate"},
+        {EXPERTS: r"\.experts\.|mlp\.gate\."},
     ),
     "qwen3-next": Case(
         "Qwen3-Next",
@@ -279,7 +293,7 @@ CASES: dict[str, Case] = {
     "recurrent-gemma": Case(
         "RecurrentGemma",
         tiny(tf.RecurrentGemmaConfig, block_types=["recurrent", "attention"]),
-        {STATES: r"rg_lru|conv_1d|linear_y\.bias"},
+        {STATES: r"rg_lru|conv_1d"},
     ),
     "seed-oss": Case("Seed-OSS", tiny(tf.SeedOssConfig)),
     "smollm3": Case("SmolLM3", tiny(tf.SmolLM3Config)),
@@ -392,6 +406,37 @@ CASES: dict[str, Case] = {
         ),
         {VISION: "visual"},
         tf.Qwen3VLForConditionalGeneration,
+    ),
+    "qwen3-vl-moe": Case(
+        "Qwen 3 VL MoE",
+        partial(
+            tf.Qwen3VLMoeConfig,
+            text_config=sizes(tf.Qwen3MoeConfig, rope_parameters=_QWEN_ROPE),
+            vision_config={
+                **_QWEN_VISION,
+                "deepstack_visual_indexes": [0, 1, 1],
+                "num_position_embeddings": 16,
+            },
+            **_QWEN_TOKENS,
+        ),
+        {VISION: "visual", **_EXPERTS},
+        tf.Qwen3VLMoeForConditionalGeneration,
+    ),
+    "llama4": Case(
+        "Llama 4",
+        partial(
+            tf.Llama4Config,
+            text_config=sizes(tf.Llama4TextConfig),
+            vision_config={
+                **_VISION,
+                "vision_output_dim": 16,
+                "projector_input_dim": 16,
+                "projector_output_dim": 16,
+            },
+            image_token_index=60,
+        ),
+        {VISION: "vision|projector", EXPERTS: r"\.experts\.|router"},
+        tf.Llama4ForConditionalGeneration,
     ),
     # Refused: blocks hand on more than hidden states
     "gemma3n": Case(

@@ -216,7 +216,8 @@ def save_models(
 
     def save(name: str, model: PreTrainedModel) -> Path:
         path = folder / name
-        nn.Module.to(model, dtype)
+        if dtype != torch.float32:  # which they are in
+            nn.Module.to(model, dtype)
         model.save_pretrained(path)
         make_tokenizer().save_pretrained(path)
         return path

@@ -91,7 +91,7 @@ def _settle_rest(walk: Walk) -> None:
             continue
         unit = owner.get(name)
         if unit is None:
-            kind, reason = "other", "averaged: not used by a forward pass on text"
+            kind, reason = "other", "averaged: its module does not run on text"
         elif tensor.identical:
             kind, reason = unit.kind, "identical in all models"
         elif any(unit.parameter(p) not in walk.sources for p in unit.parameters):
