@@ -188,7 +188,15 @@ class Decoder:
 
     def _hidden_size(self) -> int:
         """Width of the residual stream: that of what enters the first block."""
-        return self.embed({}, torch.zeros((1, 2), dtype=torch.long, device=self.device)).shape[-1]
+        tokens = torch.zeros((1, 2), dtype=torch.long, device=self.device)
+        entering = self.embed({}, tokens)
+        if entering.shape[:-1] != tokens.shape:
+            raise ArchitectureError(
+                f"required one hidden state a token before the blocks of "
+                f"{type(self.model).__name__}, got {list(entering.shape)} of two tokens; dam "
+                f"cannot run its blocks one by one. {OTHER_METHODS}"
+            )
+        return entering.shape[-1]
 
     def _record_calls(self, tokens: Tensor, number: int) -> tuple[tuple[BlockCall, ...], int]:
         """What every block is called with, and how many are fed what the one before puts out.

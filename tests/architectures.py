@@ -452,7 +452,7 @@ CASES: dict[str, Case] = {
             activation_sparsity_pattern=[0.0] * 4,
             layer_types=["sliding_attention", "full_attention"] * 2,
         ),
-        refused="depends on the text",
+        refused="one hidden state a token",
     ),
     "gemma4": Case(
         "Gemma 4",
