@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --constraint constraints.txt
 # An editable install copies these two: a change of them asks for a new one.
 STARTUP := mergekit_dam/mergekit_dam_autoload.pth mergekit_dam/mergekit_dam_autoload.start
 
-.PHONY: setup demo test architectures lint
+.PHONY: setup demo test architectures test-mergekit lint
 
 setup: $(STAMP)
 
@@ -26,9 +26,14 @@ $(STAMP): pyproject.toml constraints.txt $(STARTUP)
 demo: $(STAMP)
 	$(BIN)/mergekit-dam demo demo
 
-# Everything, the slow tests included. Arguments for pytest: make test ARGS="-x -k autoload"
+# Everything, the slow tests included, as many files at a time as there are cores.
+# Arguments for pytest: make test ARGS="-x -k autoload"
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "slow or not slow" $(ARGS)
+
+# mergekit's own tests, with this package and without it: what goes otherwise is an error.
+test-mergekit: $(STAMP)
+	$(BIN)/python -m tests.host.suite
 
 # Merges a tiny model of every architecture, and writes the README's table of what was seen.
 architectures: $(STAMP)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from mergekit_dam.experts import FusedLinear, Routing, fused_linears, makes_logits, routing_of
+
 Run = Callable[[], Any]
 
 _ACCURACY = 1e-3
@@ -41,18 +43,22 @@ class Unit:
 
     Attributes:
         name: path of the module, relative to the part.
-        kind: "other" units are averaged, never fitted.
+        kind: "experts" own fused parameters `[experts, ., .]`, of which each token sees what it is
+            sent to; a "router" is a linear that keeps its logits to itself, and hands out to whom
+            tokens are sent; "other" units are averaged, never fitted.
         axis: input axis of a linear's weight: -1 for `[out, in]`, 0 where it is transposed.
         unit_gain: for a norm `y = (w + unit_gain) * n(x) + bias`: 1 in the Gemma family, else 0.
         write: how it writes to the residual stream, if it does.
+        linears: of each of the experts, in the order in which data passes them.
     """
 
     name: str
-    kind: Literal["linear", "norm", "embedding", "other"]
+    kind: Literal["linear", "norm", "embedding", "router", "experts", "other"]
     parameters: tuple[str, ...]
     axis: int = -1
     unit_gain: float = 0.0
     write: Write | None = None
+    linears: tuple[FusedLinear, ...] = ()
 
     def parameter(self, name: str) -> str:
         """Path of one of its parameters, relative to the part."""
@@ -92,9 +98,10 @@ class Stop(Exception):
 
 @dataclass
 class Captured:
-    """Inputs and outputs of units, by unit name, of one forward pass."""
+    """Inputs and outputs of units, by unit name, of one forward pass; of experts, the routing."""
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
+    routing: dict[str, Routing] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -108,7 +115,7 @@ def capture(
 ) -> Iterator[Captured]:
     """Capture inputs and outputs of units while the body runs the part.
 
-    They are copies: some blocks add to these tensors in place later on.
+    They are copies, fp32: some blocks add to these tensors in place later on.
 
     Args:
         stop: end the forward pass as soon as everything asked for was captured.
@@ -122,14 +129,17 @@ def capture(
 
     def before(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            captured.inputs[name] = _copy(_first_tensor((args, kwargs)))
+            captured.inputs[name] = _fp32_copy(_first_tensor((args, kwargs)))
+            routing = routing_of(args, kwargs)
+            if routing is not None:
+                captured.routing[name] = Routing(*map(_fp32_copy, routing))
             check()
 
         return hook
 
     def after(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, output: Any) -> None:
-            captured.outputs[name] = _copy(output)
+            captured.outputs[name] = _fp32_copy(output)
             check()
 
         return hook
@@ -190,6 +200,7 @@ class _Record:
     calls: int
     input: Tensor | None
     output: Any
+    call: tuple[tuple[Any, ...], Mapping[str, Any]] = ((), {})
 
 
 def scattered(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -198,7 +209,8 @@ def scattered(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for index, (name, weight) in enumerate(weights.items()):
         generator = torch.Generator(weight.device).manual_seed(index)
         noise = torch.randn(weight.shape, generator=generator, device=weight.device)
-        scattered[name] = weight + 0.1 * noise * weight.square().mean().sqrt().clamp_min(0.01)
+        size = weight.norm() / max(weight.numel(), 1) ** 0.5  # root mean square
+        scattered[name] = noise.mul_(0.1 * size.clamp_min(0.01)).add_(weight)
     return scattered
 
 
@@ -218,11 +230,10 @@ def examine(
     """
     owners = {}
     for name, module in root.named_modules():
-        prefix = f"{name}." if name else ""
-        parameters = [n for n, _ in module.named_parameters(recurse=False)]
-        buffers = [n for n, _ in module.named_buffers(recurse=False) if prefix + n in weights]
-        if any(prefix + n in weights for n in (*parameters, *buffers)):
-            owners[name] = (*parameters, *buffers)
+        own = [n for n, _ in module.named_parameters(recurse=False)]
+        own += [n for n in module._buffers if (f"{name}.{n}" if name else n) in weights]
+        if any((f"{name}.{n}" if name else n) in weights for n in own):
+            owners[name] = tuple(own)
     records = _record(root, run, owners)
     units = {
         name: _classify(name, root.get_submodule(name), owners[name], record, weights)
@@ -230,8 +241,33 @@ def examine(
     }
     residual_scale = 0.0
     if source is not None:
+        for name in _of_some_tokens(root, owners, records, source[..., 0].numel()):
+            units[name] = Unit(name, "other", owners[name])
         units, residual_scale = _measure_writes(root, run, units, records, source)
     return Anatomy(_stages(units, records), residual_scale)
+
+
+def _of_some_tokens(
+    root: nn.Module, owners: Mapping[str, Any], records: Mapping[str, _Record], tokens: int
+) -> list[str]:
+    """Units that see some tokens only, and those in one list with them: single experts.
+
+    What they are fed depends on the routing; teachers' and merged outputs are of other tokens.
+    """
+    lists = [name for name, module in root.named_modules() if isinstance(module, nn.ModuleList)]
+    partly = [
+        name
+        for name in owners
+        if name not in records
+        or not isinstance(x := records[name].input, Tensor)
+        or (x.numel() // max(1, x.shape[-1])) % tokens
+    ]
+    around = [own for own in lists if any(name.startswith(f"{own}.") for name in partly)]
+    return [
+        name
+        for name in records
+        if name in partly or any(name.startswith(f"{own}.") for own in around)
+    ]
 
 
 def _record(root: nn.Module, run: Run, owners: Mapping[str, Any]) -> dict[str, _Record]:
@@ -244,7 +280,8 @@ def _record(root: nn.Module, run: Run, owners: Mapping[str, Any]) -> dict[str, _
             if name in records:
                 records[name].calls += 1
             else:
-                records[name] = _Record(1, _copy(_first_tensor((args, kwargs))), _copy(output))
+                entered = _copy(_first_tensor((args, kwargs)))
+                records[name] = _Record(1, entered, _copy(output), (args, kwargs))
 
         return hook
 
@@ -271,8 +308,16 @@ def _classify(
     x, y = record.input, record.output
     own = {p: weights[other.parameter(p)] for p in parameters if other.parameter(p) in weights}
     weight = own.get("weight")
-    plain = set(parameters) <= {"weight", "bias"} and len(own) == len(parameters)
-    if record.calls != 1 or not plain or x is None or weight is None:
+    if record.calls != 1 or x is None or len(own) != len(parameters):
+        return other
+    routing = routing_of(*record.call)
+    if routing is not None:
+        linears = fused_linears(module, own, routing, y)
+        return replace(other, kind="experts", linears=linears) if linears else other
+    if isinstance(y, tuple) and weight is not None and x.is_floating_point():
+        routes = makes_logits(module, own, *record.call)
+        return replace(other, kind="router") if routes else other
+    if not set(parameters) <= {"weight", "bias"} or weight is None:
         return other
     if not isinstance(y, Tensor):
         return other
@@ -419,6 +464,11 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
+
+
+def _fp32_copy(value: Any) -> Any:
+    half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if half else _copy(value)
 
 
 def _first_tensor(value: Any) -> Any:

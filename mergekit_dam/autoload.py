@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any
 
-WATCHED = ("mergekit.merge_methods", "mergekit.plan", "mergekit.merge")
+WATCHED = (
+    "mergekit.merge_methods",
+    "mergekit.plan",
+    "mergekit.merge",
+    "mergekit.scripts.multimerge",
+)
 """The modules of mergekit that the plugin gets once they are executed, as mergekit orders them."""
 
 _OWN = "mergekit_dam."

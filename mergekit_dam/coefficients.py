@@ -6,7 +6,7 @@ there is one), with one coefficient per input column of each (arXiv 2410.08371).
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ LOG = logging.getLogger(__name__)
 FILE_NAME = "dam_coefficients.safetensors"
 _METADATA_KEY = "mergekit_dam"
 
-_GRADIENT_CHUNK = 2**22
-"""Elements of a weight that are worked on at a time when a gradient is turned."""
+_PIECE = 2**22
+"""Elements of a weight that are worked on at a time."""
 
 
 def merge_weights(tensors: Sequence[Tensor], coefficients: Tensor, *, axis: int = -1) -> Tensor:
@@ -33,26 +33,66 @@ def merge_weights(tensors: Sequence[Tensor], coefficients: Tensor, *, axis: int 
     Args:
         tensors: one tensor a source, all of one shape and device; borrowed.
         coefficients: fp32 `[sources, n]` with n the tensors' size along `axis`, or
-            `[sources, 1]` for one coefficient a source.
+            `[sources, 1]` for one coefficient a source. Of experts `[experts, ., .]` it may be
+            `[sources, experts * n]`: those of each expert, one after the other.
         axis: the input dimension of the weight.
 
     Returns:
         fp32 tensor of the sources' shape. A source whose coefficients are all zero is left
         out, so that one-hot coefficients give back the source bit for bit.
     """
-    shape = [1] * tensors[0].ndim
+    like = tensors[0]
+    shape = _facing(coefficients.shape[1], like.shape, axis)
+    scales = [
+        coefficient.to(device=like.device, dtype=torch.float32).reshape(shape).expand(like.shape)
+        for coefficient in coefficients
+    ]
+    taking_part = [
+        (tensor, scale)
+        for tensor, scale, coefficient in zip(tensors, scales, coefficients, strict=True)
+        if coefficient.any()
+    ]
+    merged = torch.zeros_like(like, dtype=torch.float32)
+    for rows in _pieces(like):
+        for index, (tensor, scale) in enumerate(taking_part):
+            if index == 0:
+                merged[rows] = tensor[rows].float() * scale[rows]
+            else:
+                merged[rows].addcmul_(tensor[rows].float(), scale[rows])
+    return merged
+
+
+def _pieces(tensor: Tensor) -> Iterator[Any]:
+    """Indices of rows worked on at a time, so that copies in fp32 take little memory."""
+    if tensor.ndim == 0:
+        yield ...
+        return
+    rows = max(1, _PIECE // max(1, tensor[:1].numel()))
+    for first in range(0, len(tensor), rows):
+        yield slice(first, first + rows)
+
+
+def column_counts(shape: Sequence[int], axis: int = -1) -> tuple[int, ...]:
+    """How many coefficients a source may have before a tensor: 1, one a column, one an expert's.
+
+    Args:
+        shape: of the tensor; of three dimensions, the first are experts.
+        axis: the input dimension.
+    """
+    if not shape:
+        return (1,)
+    columns = shape[axis]
+    return (1, columns, shape[0] * columns) if len(shape) == 3 else (1, columns)
+
+
+def _facing(count: int, shape: Sequence[int], axis: int) -> list[int]:
+    """The shape in which so many coefficients multiply a tensor."""
+    facing = [1] * len(shape)
     if shape:
-        shape[axis] = -1
-    merged: Tensor | None = None
-    for tensor, coefficient in zip(tensors, coefficients, strict=True):
-        if not coefficient.any():
-            continue
-        scale = coefficient.to(device=tensor.device, dtype=torch.float32).reshape(shape)
-        if merged is None:
-            merged = tensor.float() * scale
-        else:
-            merged.addcmul_(tensor.float(), scale)
-    return torch.zeros_like(tensors[0], dtype=torch.float32) if merged is None else merged
+        facing[axis] = -1
+    if len(shape) == 3 and count not in (1, shape[axis]):
+        facing[0] = shape[0]
+    return facing
 
 
 def coefficient_gradient(
@@ -66,21 +106,48 @@ def coefficient_gradient(
         tensors: one tensor a source, as `merge_weights` takes them.
         gradient: of the merged tensor, of their shape.
         axis: the input dimension of the weight.
-        per_column: one coefficient a column, else one a tensor.
+        per_column: one coefficient a column (of every expert), else one a tensor.
 
     Returns:
         fp64 `[sources, n]`, or `[sources, 1]`.
     """
+    if per_column and gradient.ndim == 3:
+        experts = zip(*tensors, gradient, strict=True)
+        return torch.cat(
+            [
+                coefficient_gradient(own, of_expert, axis=expert_axis(axis), per_column=True)
+                for *own, of_expert in experts
+            ],
+            dim=1,
+        )
     size = gradient.shape[axis] if per_column and gradient.ndim else 1
     # With the columns last, rows are added up some at a time: products take no memory.
     turned = gradient.movedim(axis, -1).reshape(-1, size) if size > 1 else gradient.reshape(-1, 1)
     result = torch.zeros(len(tensors), size, dtype=torch.float64, device=gradient.device)
     for row, tensor in zip(result, tensors, strict=True):
         facing = tensor.movedim(axis, -1).reshape(-1, size) if size > 1 else tensor.reshape(-1, 1)
-        rows = max(1, _GRADIENT_CHUNK // size)
+        rows = max(1, _PIECE // size)
         for w, g in zip(torch.split(facing, rows), torch.split(turned, rows), strict=True):
             row += (w.float() * g).sum(0)
     return result
+
+
+def expert_axis(axis: int) -> int:
+    """The dimension of one expert's slice that is `axis` of the fused tensor."""
+    return axis - 1 if axis > 0 else axis
+
+
+def rows_of_expert(coefficients: Tensor, shape: Sequence[int], axis: int, expert: int) -> Tensor:
+    """The coefficients of one expert's slice of a fused tensor: `[sources, n]` or `[sources, 1]`.
+
+    Args:
+        coefficients: of the fused tensor, as `merge_weights` takes them.
+        shape, axis: of the fused tensor.
+    """
+    columns = shape[axis]
+    if coefficients.shape[1] in (1, columns):
+        return coefficients
+    return coefficients[:, expert * columns : (expert + 1) * columns]
 
 
 @dataclass(frozen=True)
@@ -94,8 +161,9 @@ class Parametrisation:
         offset: fp64 `[S]`.
         expand: fp64 `[S, U]`.
         start: fp64 `[U]`, the unknowns of the weighted average.
-        merged: the sources that are models to merge; all but a base that is none.
-        base: index of the base among the sources, or None.
+        merged: the sources that are models to merge; all but a base that is none, and those that
+            a slice leaves out.
+        base: index of the base among the sources that take part, or None.
     """
 
     offset: Tensor
@@ -106,7 +174,13 @@ class Parametrisation:
 
     @classmethod
     def create(
-        cls, weights: Sequence[float], *, base: int | None, include_base: bool, sum_to_one: bool
+        cls,
+        weights: Sequence[float],
+        *,
+        base: int | None,
+        include_base: bool,
+        sum_to_one: bool,
+        left_out: Collection[int] = (),
     ) -> "Parametrisation":
         """The form that a configuration asks for.
 
@@ -117,29 +191,42 @@ class Parametrisation:
             include_base: the base is a model to merge too.
             sum_to_one: with a base, the task-vector form, the base taking the remainder;
                 without one, the affine form around the average. False: the free form.
+            left_out: sources whose coefficients are 0, whatever the unknowns.
         """
         count = len(weights)
-        merged = [s for s in range(count) if s != base or include_base]
+        present = [s for s in range(count) if s not in left_out]
+        # A source that nothing is merged with is taken as it is: there is no step away from it.
+        alone = len(present) == 1
+        base = base if base in present and not alone else None
+        merged = [s for s in present if s != base or include_base]
         share = torch.zeros(count, dtype=torch.float64)
-        share[merged] = torch.tensor([weights[s] for s in merged], dtype=torch.float64)
+        share[merged] = torch.tensor(
+            [1.0 if alone else weights[s] for s in merged], dtype=torch.float64
+        )
         share /= share.sum()
         identity = torch.eye(count, dtype=torch.float64)
-        if not sum_to_one:
+        if not sum_to_one and not alone:
             offset = torch.zeros(count, dtype=torch.float64)
             return cls(offset, identity[:, merged], share[merged], tuple(merged), base)
         if base is not None:
-            free = [s for s in range(count) if s != base]
+            free = [s for s in present if s != base]
             expand = identity[:, free]
             expand[base] = -1
             return cls(identity[base].clone(), expand, share[free], tuple(merged), base)
         # Affine form: the origin is the average itself, so the start is the zero vector.
-        start = torch.zeros(count, dtype=torch.float64)
-        return cls(share, identity - share[:, None], start, tuple(merged), None)
+        start = torch.zeros(len(merged), dtype=torch.float64)
+        return cls(share, (identity - share[:, None])[:, merged], start, tuple(merged), None)
 
     @property
     def sums_to_one(self) -> bool:
         """Whether coefficients of a column sum to one over the sources, whatever the unknowns."""
         return float(self.expand.sum(0).abs().max()) <= 1e-9
+
+    @property
+    def reached(self) -> tuple[int, ...]:
+        """The sources whose coefficients are not 0 whatever the unknowns."""
+        taken = (self.expand != 0).any(1) | (self.offset != 0)
+        return tuple(taken.nonzero().flatten().tolist())
 
     def coefficients(self, unknowns: Tensor) -> Tensor:
         """Coefficients fp32 `[S, n]` of unknowns `[U, n]`; computed in fp64, cast last.

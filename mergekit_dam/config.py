@@ -29,6 +29,7 @@ from mergekit_dam.method import (
     TensorParameters,
     fields,
 )
+from mergekit_dam.slices import check_slices
 
 OWNERS = {name: owner for owner, name, _ in fields()}
 _SPECS = {spec.name: spec for spec in DamMerge.spec.parameters}
@@ -46,7 +47,7 @@ class Scope:
 
     label: str
     level: Literal["top", "group", "model"]
-    settings: Mapping[str, ParameterSetting]
+    settings: dict[str, ParameterSetting]
     model: ModelReference | None = None
 
 
@@ -59,12 +60,14 @@ class Checked:
         models: the models to merge, in the order of the YAML; the base last, if included.
         base: the base model.
         calibrations: per model whose data takes part in the fit.
+        learns: there is something to learn, as two models are merged somewhere.
     """
 
     run: RunParameters
     models: tuple[ModelReference, ...]
     base: ModelReference | None
     calibrations: Mapping[ModelReference, str]
+    learns: bool = True
 
 
 def check_configuration(
@@ -83,9 +86,13 @@ def check_configuration(
         problems += _unknown_keys(source, MergeConfiguration, "the configuration")
     scopes = []
     wrong = set()
-    for scope in _scopes(config):
+    unknown: dict[str, list[str]] = {}
+    for scope in scopes_of(config):
         sound = {}
         for name, setting in scope.settings.items():
+            if name not in OWNERS:
+                unknown.setdefault(name, []).append(scope.label)
+                continue
             found = _check_setting(scope, name, setting)
             problems += found
             if found:
@@ -94,24 +101,32 @@ def check_configuration(
                 sound[name] = setting
         # What is wrong is told above; the rest is checked as if it were not there.
         scopes.append(dataclasses.replace(scope, settings=sound))
+    problems += [f"{', '.join(at)}: {_unknown_parameter(name)}" for name, at in unknown.items()]
     told = any("`calibration`" in problem for problem in problems)
     top = {k: v for scope in scopes if scope.level == "top" for k, v in scope.settings.items()}
     run = RunParameters.model_validate({k: top[k] for k in top if OWNERS[k] is RunParameters})
     listed = _listed_models(config)
     problems += _check_models(config, run, listed, scopes)
+    problems += check_slices(config)
     problems += _check_objective(config, run, scopes, wrong)
     models = tuple(m for m in listed if m != config.base_model)
     if run.include_base and config.base_model is not None:
         models = (*models, config.base_model)
-    calibrations, missing = _calibrations(models, scopes, top)
+    # A base that is to be merged too is added to lists of models, as mergekit does, not to slices.
+    meeting = any(
+        len(inputs) > 1 or (run.include_base and path.endswith("models") and inputs)
+        for path, inputs in _input_lists(config)
+    )
+    learns = len(models) > 1 and meeting
+    calibrations, missing = _calibrations(models, scopes, top, needed=learns)
     if run.coefficients is None and not told:
         problems += missing
     if problems:
         raise ConfigError(problems)
-    return Checked(run, models, config.base_model, calibrations)
+    return Checked(run, models, config.base_model, calibrations, learns)
 
 
-def _scopes(config: MergeConfiguration) -> Iterator[Scope]:
+def scopes_of(config: MergeConfiguration) -> Iterator[Scope]:
     """Every place of a configuration that may hold parameters."""
     yield Scope("parameters (top level)", "top", config.parameters or {})
     yield from _inputs("models", config.models)
@@ -148,15 +163,13 @@ def _input_lists(config: MergeConfiguration) -> Iterator[tuple[str, list[ModelRe
 
 def _listed_models(config: MergeConfiguration) -> list[ModelReference]:
     """The models that a configuration lists as inputs, in order, each once."""
-    found = [scope.model for scope in _scopes(config) if scope.model is not None]
+    found = [scope.model for scope in scopes_of(config) if scope.model is not None]
     return list(dict.fromkeys(found))
 
 
 def _check_setting(scope: Scope, name: str, setting: ParameterSetting) -> list[str]:
-    """Problems of one parameter in one scope."""
-    owner = OWNERS.get(name)
-    if owner is None:
-        return [f"{scope.label}: {_unknown_parameter(name)}"]
+    """Problems of one parameter of dam in one scope."""
+    owner = OWNERS[name]
     where = f"{scope.label}: `{name}`"
     plain = isinstance(setting, (bool, int, float, str))
     if owner is RunParameters:
@@ -258,8 +271,15 @@ def _check_models(
     """Problems with which models are merged, and with the base among them."""
     problems = []
     base = config.base_model
-    if not [model for model in listed if model != base]:
+    others = [model for model in listed if model != base]
+    if not others:
         problems.append("models: required at least one model besides the base; got none")
+    elif len(others) == 1 and base is not None and not run.include_base and not run.coefficients:
+        problems.append(
+            f"models: {others[0]} alone would be merged, as the base is no model to merge unless "
+            f"asked for; set `include_base: true` at top level and give it a `calibration` too, or "
+            f"name no `base_model`"
+        )
     if run.include_base and base is None:
         problems.append("`include_base` is true, but the configuration names no `base_model`")
     if not run.include_base:
@@ -273,20 +293,6 @@ def _check_models(
     for path, inputs in _input_lists(config):
         for model in dict.fromkeys(m for m in inputs if inputs.count(m) > 1):
             problems.append(f"{path}: {model} is listed {inputs.count(model)} times; list it once")
-    for slices in [config.slices or [], *(m.slices or [] for m in (config.modules or {}).values())]:
-        for index, entry in enumerate(slices):
-            if entry.base_model is not None and entry.base_model != base:
-                problems.append(
-                    f"slices[{index}]: `base_model` differs from that of the whole merge; dam "
-                    f"takes one base for all slices"
-                )
-            needed = [*listed, base] if base is not None and base not in listed else listed
-            absent = [m for m in needed if m not in {s.model for s in entry.sources}]
-            if absent:
-                problems.append(
-                    f"slices[{index}]: {', '.join(map(str, absent))} has no layers here; dam "
-                    f"merges layers of every model, the base included, in every slice"
-                )
     return problems
 
 
@@ -361,9 +367,17 @@ def _quoted(names: Iterable[str]) -> str:
 
 
 def _calibrations(
-    models: tuple[ModelReference, ...], scopes: list[Scope], top: Mapping[str, Any]
+    models: tuple[ModelReference, ...],
+    scopes: list[Scope],
+    top: Mapping[str, Any],
+    *,
+    needed: bool,
 ) -> tuple[dict[ModelReference, str], list[str]]:
-    """The calibration of every model that needs one, and what is missing."""
+    """The calibration of every model that needs one, and what is missing.
+
+    Args:
+        needed: there is something to learn; else none is read.
+    """
     found: dict[ModelReference, str] = {}
     problems = []
     for model in models:
@@ -375,7 +389,7 @@ def _calibrations(
             texts = {str(top["calibration"])}
         default = top.get("loss_weight", 1.0)
         weights = [settings.get("loss_weight", default) for settings in own] or [default]
-        silent = all(_is_zero(weight) for weight in weights)
+        silent = not needed or all(_is_zero(weight) for weight in weights)
         if texts and not silent:
             found[model] = texts.pop()
         elif not silent:
@@ -384,7 +398,7 @@ def _calibrations(
                 f"add `parameters: {{calibration: PATH}}` to it (`mergekit-dam` reads .txt, "
                 f".jsonl, .json, .parquet, a folder or a Hub dataset id)"
             )
-    if models and not found and not problems:
+    if needed and models and not found and not problems:
         problems.append("every model has `loss_weight: 0`; at least one must count in the fit")
     return found, problems
 

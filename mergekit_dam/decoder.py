@@ -309,7 +309,10 @@ class Decoder:
         for name, _ in self.model.named_buffers():
             if name in weights and self.block_of(name) is None:
                 given[name] = weights[name]
-        return functional_call(self.model, given, (tokens,), {"use_cache": False}, tie_weights=True)
+        flags = {"use_cache": False}
+        if getattr(self.config, "output_router_logits", False):  # for a loss of theirs, in training
+            flags["output_router_logits"] = False
+        return functional_call(self.model, given, (tokens,), flags, tie_weights=True)
 
     def part_of(self, names: frozenset[str]) -> dict[str, Literal["input", "output"]]:
         """Tell for weights outside the blocks whether they act before or after them.

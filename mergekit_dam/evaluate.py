@@ -118,8 +118,9 @@ def evaluate(
     for model in models:
         _require_model(model)
     _require_device(settings.device)
-    tokens = {model: _all_tokens(model, texts, settings) for model in models}
-    _warn_of_different_tokens(tokens)
+    read = {model: _all_tokens(model, texts, settings) for model in models}
+    _warn_of_different_tokens({model: words for model, (_, words) in read.items()})
+    tokens = {model: ids for model, (ids, _) in read.items()}
     losses: dict[str, dict[str, float]] = {}
     total = sum(len(sequences) for own in tokens.values() for sequences in own.values())
     with tqdm(total=total, desc="Evaluate", unit="sequence") as progress:
@@ -254,19 +255,28 @@ def _require_device(name: str) -> None:
         raise DamError(f"the device {name!r} cannot be used: {reason}") from error
 
 
+_Ids = dict[str, torch.Tensor]
+_Words = dict[str, list[str]]
+
+
 def _all_tokens(
     model: str, texts: dict[str, Path], settings: EvaluationSettings
-) -> dict[str, torch.Tensor]:
-    """Every text in a model's tokens."""
+) -> tuple[_Ids, _Words]:
+    """Every text in a model's ids, and in the tokens that these stand for."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
         vocab_size = AutoConfig.from_pretrained(model).get_text_config().vocab_size
     except Exception as error:  # OSError, ValueError, KeyError, ImportError
         raise _not_loaded("tokenizer", model, error) from error
-    return {
+    ids = {
         name: read_tokens(path, tokenizer, settings, vocab_size=vocab_size)
         for name, path in texts.items()
     }
+    words = {
+        name: list(tokenizer.convert_ids_to_tokens(own.flatten().tolist()))
+        for name, own in ids.items()
+    }
+    return ids, words
 
 
 def _not_loaded(what: str, model: str, error: Exception) -> DamError:
@@ -276,13 +286,10 @@ def _not_loaded(what: str, model: str, error: Exception) -> DamError:
     )
 
 
-def _warn_of_different_tokens(tokens: dict[str, dict[str, torch.Tensor]]) -> None:
-    first, *others = tokens
-    different = [
-        model
-        for model in others
-        if any(not torch.equal(tokens[model][text], tokens[first][text]) for text in tokens[first])
-    ]
+def _warn_of_different_tokens(words: dict[str, _Words]) -> None:
+    """Other ids for the same tokens, as in a merge of two vocabularies, compare."""
+    first, *others = words
+    different = [model for model in others if words[model] != words[first]]
     if different:
         LOG.warning(
             "%s: the tokenizer differs from that of %s; losses per token of different "

@@ -8,7 +8,7 @@
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -31,13 +31,16 @@ from mergekit_dam.errors import ConfigError
 from mergekit_dam.fitting.storage import choose_storage
 from mergekit_dam.fitting.streams import Stream
 from mergekit_dam.fitting.tensors import TensorReport
+from mergekit_dam.fused import Region, fuse_experts
 from mergekit_dam.headers import check_headers
-from mergekit_dam.loadable import Planned, fused
+from mergekit_dam.memory import limit_gpu
 from mergekit_dam.network import Network
 from mergekit_dam.objective.nonlinearity import invert
 from mergekit_dam.places import (
     Place,
+    Planned,
     check_complete,
+    check_shapes,
     place_tensors,
     refuse_outside,
     source_decoders,
@@ -46,17 +49,18 @@ from mergekit_dam.prepare import Prepared
 from mergekit_dam.readahead import spans_of
 from mergekit_dam.replay import saved_record
 from mergekit_dam.settings import RunSettings, TensorSettings
-from mergekit_dam.skeleton import WeightNames, build_model
 from mergekit_dam.stage import Models, Record, Stage, StageKind, TensorPlan
 from mergekit_dam.tasks import (
     FitStage,
     Known,
     MergedTensor,
     MergeKnown,
+    Piece,
     Search,
     SearchNode,
     StageGather,
     StageNode,
+    TeachersVocabulary,
     WriteArtifacts,
 )
 
@@ -78,6 +82,8 @@ def build_graph(
     out_dtype: str | None,
     parameters: Mapping[str, Any],
     out_path: Path,
+    teaching: Mapping[str, frozenset[ModelReference]],
+    stacks: Mapping[ModelReference, Sequence[int]],
 ) -> Graph:
     """Rewrite mergekit's plan of single tensors into stages.
 
@@ -87,40 +93,69 @@ def build_graph(
         out_dtype: name of the dtype that tensors are written in, if it is not the sources'.
         parameters: of the configuration, for the provenance.
         out_path: where the merged model goes.
+        teaching: by output tensor, the models that are read for it and not merged.
+        stacks: which of its layers every model has at each layer of the merged model.
 
     Raises:
         ArchitectureError: the model cannot be cut into blocks, or a tensor is missing.
         ConfigError: coefficients to replay do not fit the models.
     """
-    order = tuple(planned[0][1].model_order)
-    output = None
-    if prepared.replay is None:
-        output = Decoder(config, torch.device("cpu"), trust_remote_code=options.trust_remote_code)
-        planned = fused(planned, output.names)
-    elif prepared.replay.coefficients.keys() != {weight.name for weight, _ in planned}:
-        model = build_model(config, trust_remote_code=options.trust_remote_code)
-        planned = fused(planned, WeightNames.of(model))
+    order = tuple(dict.fromkeys(model for _, task in planned for model in task.model_order))
     shapes = check_headers(planned, order)
     artifacts = partial(
         write_artifacts, prepared, order, options.trust_remote_code, parameters, out_path
     )
-    plans = [_tensor_plan(weight, task, order, prepared, out_dtype) for weight, task in planned]
+    output = None
+    if prepared.replay is not None:
+        needed: Collection[str] = prepared.replay.coefficients.keys()
+    elif prepared.checked.learns:
+        output = _decoder(config, options)
+        needed = [name for name, _ in output.model.named_parameters()]
+    else:
+        needed = ()
+    own = {weight.name if output is None else output.in_model(weight.name) for weight, _ in planned}
+    missing = set(needed) - own
+    asked = [weight for weight, _ in planned]
+    planned, regions = fuse_experts(planned, missing, config.model_type)
+    if regions:
+        whole = {r.whole: teaching.get(name, frozenset()) for name, r in regions.items()}
+        teaching = {**teaching, **whole}
+        shapes = check_headers(planned, order)
+    plans = [
+        _tensor_plan(weight, task, order, prepared, out_dtype, teaching.get(weight.name, ()))
+        for weight, task in planned
+    ]
     if output is None:
-        assert prepared.replay is not None
-        known = saved_record(prepared.replay, plans, order, shapes)
-        tensors: list[tuple[WeightInfo, Task[Any]]] = [
-            (weight, _known(plan, task.gather_tensors, order, known))
-            for (weight, task), plan in zip(planned, plans, strict=True)
-        ]
-        return Graph(tensors, WriteArtifacts(last=None, write=artifacts, record=known))
-    models = Models(output, source_decoders(output, order, options), order, prepared.settings)
+        if prepared.replay is not None:
+            known = saved_record(prepared.replay, plans, order, shapes)
+        else:
+            known = _copies(plans)
+            if len(order) > 1:
+                check_shapes(_decoder(config, options), shapes)
+        tasks: dict[str, Task[Any]] = {
+            plan.name: _known(plan, task.gather_tensors, order, known)
+            for (_, task), plan in zip(planned, plans, strict=True)
+        }
+        return Graph(
+            _as_asked(asked, tasks, regions),
+            WriteArtifacts(last=None, write=artifacts, record=known),
+        )
+    models = Models(
+        output,
+        source_decoders(output, order, options, stacks),
+        order,
+        prepared.settings,
+        unknown=_unknown(prepared, order),
+    )
     places = place_tensors(planned, plans, output)
     for decoder in (output, *models.sources):
         check_complete(decoder, places)
+    check_shapes(output, shapes)
     if prepared.checked.run.other_weights == "error":
         refuse_outside(places)
     stages = _stages(places, models)
     device = torch.device(options.device or "cpu")
+    limit_gpu(device, prepared.settings.gpu_memory)
     hidden = output.config.get_text_config().hidden_size
     streams = partial(_streams, prepared, order, hidden, device, out_path)
     averages = _averages(places, order)
@@ -139,10 +174,34 @@ def build_graph(
         for place in places
         if place.kind == "outside"
     }
-    return Graph(
-        [(weight, tasks[weight.name]) for weight, _ in planned],
-        WriteArtifacts(last=last, write=artifacts),
-    )
+    return Graph(_as_asked(asked, tasks, regions), WriteArtifacts(last=last, write=artifacts))
+
+
+def _as_asked(
+    asked: Sequence[WeightInfo], tasks: Mapping[str, Task[Any]], regions: Mapping[str, Region]
+) -> list[tuple[WeightInfo, Task[Any]]]:
+    """The tensors that mergekit planned, those that were fused cut out of the merged ones."""
+    found: list[tuple[WeightInfo, Task[Any]]] = []
+    for weight in asked:
+        region = regions.get(weight.name)
+        if region is None:
+            found.append((weight, tasks[weight.name]))
+        else:
+            found.append((weight, Piece(whole=tasks[region.whole], region=region)))
+    return found
+
+
+def _unknown(prepared: Prepared, order: Sequence[ModelReference]) -> dict[int, torch.Tensor]:
+    """Of every source, the tokens that it does not have, if there are any."""
+    if prepared.vocabulary is None:
+        return {}
+    found = {source: prepared.vocabulary.unknown_to(model) for source, model in enumerate(order)}
+    return {source: tokens for source, tokens in found.items() if tokens is not None}
+
+
+def _decoder(config: PretrainedConfig, options: MergeOptions) -> Decoder:
+    """The merged model's."""
+    return Decoder(config, torch.device("cpu"), trust_remote_code=options.trust_remote_code)
 
 
 def _tensor_plan(
@@ -151,42 +210,65 @@ def _tensor_plan(
     order: Sequence[ModelReference],
     prepared: Prepared,
     out_dtype: str | None,
+    teaching: Collection[ModelReference],
 ) -> TensorPlan:
-    """How one tensor is fitted; `order` is that of the first slice, and others may differ."""
+    """How one tensor is fitted.
+
+    Args:
+        order: all sources; a slice has them in another order, or lists some alone.
+        teaching: those that are read here, and not merged.
+    """
     shared = task.parameters
     base = order.index(task.base_model) if task.base_model in order else None
-    own = [task.input_parameters[model] for model in order]
+    listed = [model for model in task.model_order if model not in teaching]
+    left_out = frozenset(index for index, model in enumerate(order) if model not in listed)
     include_base = prepared.checked.run.include_base
-    weights = [parameters["weight"] for parameters in own]
-    if not sum(w for i, w in enumerate(weights) if i != base or include_base):
+    weights = [_own(task, model, "weight") for model in order]
+    merged = [i for i in range(len(order)) if i not in left_out and (i != base or include_base)]
+    if len(listed) > 1 and not sum(weights[i] for i in merged):
         raise ConfigError(
             [f"{weight.name}: every model has `weight: 0`; the average to start from needs one"]
         )
-    calibrated = [task.input_parameters[model]["loss_weight"] for model in prepared.calibration]
-    if prepared.replay is None and not sum(calibrated):
+    calibrated = [_own(task, model, "loss_weight") for model in prepared.calibration]
+    if calibrated and not sum(calibrated):
         raise ConfigError(
             [f"{weight.name}: every model has `loss_weight: 0`; at least one must count in the fit"]
         )
     settings = TensorSettings(
-        parametrisation=_parametrisation(tuple(weights), base, include_base, shared["sum_to_one"]),
-        loss_weights=tuple(parameters["loss_weight"] for parameters in own),
+        parametrisation=_parametrisation(
+            tuple(weights), base, include_base, shared["sum_to_one"], left_out
+        ),
+        loss_weights=tuple(_own(task, model, "loss_weight") for model in order),
         ridge=shared["ridge"],
         granularity=shared["granularity"],
         embeddings=shared["embeddings"],
         norms=shared["norms"],
         head=shared["head"],
+        experts=shared["experts"],
     )
     written = dtype_from_name(weight.force_dtype or out_dtype)
     return TensorPlan(weight.name, settings, written)
 
 
+def _own(task: ExecuteMergeMethodTask, model: ModelReference, name: str) -> float:
+    """A model's parameter for one tensor; 0 where it has no part in it."""
+    if model not in task.model_order:
+        return 0.0
+    value: float = task.input_parameters[model][name]
+    return value
+
+
 @lru_cache(maxsize=64)
 def _parametrisation(
-    weights: tuple[float, ...], base: int | None, include_base: bool, sum_to_one: bool
+    weights: tuple[float, ...],
+    base: int | None,
+    include_base: bool,
+    sum_to_one: bool,
+    left_out: frozenset[int],
 ) -> Parametrisation:
     """One for all tensors that are asked for alike, so that none grows with the layers."""
     return Parametrisation.create(
-        weights, base=base, include_base=include_base, sum_to_one=sum_to_one
+        weights, base=base, include_base=include_base, sum_to_one=sum_to_one, left_out=left_out
     )
 
 
@@ -245,6 +327,15 @@ def _averages(places: Sequence[Place], order: Sequence[ModelReference]) -> Recor
             name = place.plan.name
             record.coefficients[name] = place.plan.settings.parametrisation.starting_coefficients()
             record.reports[name] = TensorReport(name, "other", "averaged: outside of the decoder")
+    return record
+
+
+def _copies(plans: Sequence[TensorPlan]) -> Record:
+    """Coefficients of a merge in which every tensor is one model's."""
+    record = Record()
+    for plan in plans:
+        record.coefficients[plan.name] = plan.settings.parametrisation.starting_coefficients()
+        record.reports[plan.name] = TensorReport(plan.name, "copy", "copied: of one model alone")
     return record
 
 
@@ -332,6 +423,8 @@ def _check_start(plans: Sequence[TensorPlan], start: Record, settings: RunSettin
         return
     for plan in plans:
         coefficients = start.coefficients[plan.name]
+        if len(plan.settings.parametrisation.reached) == 1:
+            continue  # copied, whatever is learned of others
         if plan.settings.granularity == "tensor" and coefficients.shape[1] > 1:
             raise ConfigError(
                 [
@@ -384,5 +477,13 @@ def _streams(
 def _labelled(task: Task[Any], label: str) -> Task[Any]:
     """The same gather, vocabulary adapters included, scheduled with its stage."""
     if isinstance(task, (PermutedVocabulary, TruncatedVocabulary)):
-        return task.model_copy(update={"gather_tensors": _labelled(task.gather_tensors, label)})
+        inner = _labelled(task.gather_tensors, label)
+        if isinstance(task, PermutedVocabulary) and _forces(task):
+            return TeachersVocabulary.model_construct(**{**dict(task), "gather_tensors": inner})
+        return task.model_copy(update={"gather_tensors": inner})
     return StageGather(**dict(task), label=label)
+
+
+def _forces(task: PermutedVocabulary) -> bool:
+    """Whether some tokens get other rows than those that models have for them."""
+    return task.tokens is not None and any(task.tokens[token].force for token in task.tokens)

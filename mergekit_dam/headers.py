@@ -15,6 +15,8 @@ from mergekit.common import ModelReference
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from mergekit.io.tasks import GatherTensors, LoaderCache
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.tokenizer import PermutedVocabulary
+from mergekit.tokenizer.truncate import TruncatedVocabulary
 from safetensors import safe_open
 
 from mergekit_dam.errors import ArchitectureError
@@ -58,8 +60,9 @@ def check_headers(
 ) -> dict[str, tuple[int, ...]]:
     """See that every source has every planned tensor, all of one shape.
 
-    Tensors that a vocabulary adapter reshapes, that a checkpoint holds in another layout, or
-    that are pickled, are left to be checked when they are loaded.
+    Vocabularies that an adapter brings into one may have any number of rows. Tensors that a
+    checkpoint holds in another layout, or that are pickled, are left to be checked when they are
+    loaded.
 
     Returns:
         output tensor's name -> shape, where headers tell it.
@@ -70,11 +73,13 @@ def check_headers(
     problems = []
     shapes: dict[str, tuple[int, ...]] = {}
     for weight, task in planned:
-        gather = task.gather_tensors
-        if not isinstance(gather, GatherTensors):
-            continue
+        gather, free = task.gather_tensors, None
+        if isinstance(gather, (PermutedVocabulary, TruncatedVocabulary)):
+            gather, free = gather.gather_tensors, weight.vocabulary_axis
+        assert isinstance(gather, GatherTensors)
         found = {}
-        for model in order:
+        # A model that a slice leaves out has no tensor here; a map's own order is that of hashes.
+        for model in (model for model in order if model in gather.weight_info.data):
             loader = LoaderCache().get(model)
             info = gather.weight_info[model]
             name = present_name(info, loader)
@@ -85,12 +90,14 @@ def check_headers(
                 have = "some models have it, " if weight.optional else ""
                 problems.append(f"{weight.name}: {have}{model} has not")
         known = {model: shape for model, shape in found.items() if shape is not None}
-        shapes.update((weight.name, shape) for shape in known.values())
-        if len(set(known.values())) > 1:
+        if free is None:
+            shapes.update((weight.name, shape) for shape in known.values())
+        if len({_without(shape, free) for shape in known.values()}) > 1:
             listed = ", ".join(f"{m} {list(s)}" for m, s in known.items())
             hint = (
-                "; align the vocabularies, for instance with `tokenizer: {source: base}`"
-                if weight.vocabulary_axis is not None
+                "; write `tokenizer: {source: union}`, or pass --unsafe-truncate-embeddings where "
+                "only the padding differs"
+                if weight.vocabulary_axis is not None and free is None
                 else ""
             )
             problems.append(f"{weight.name}: shapes differ: {listed}{hint}")
@@ -102,6 +109,10 @@ def check_headers(
             "lists them, got:\n" + "\n".join(f"  - {line}" for line in lines)
         )
     return shapes
+
+
+def _without(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
+    return shape if axis is None else shape[:axis] + shape[axis + 1 :]
 
 
 def present_name(info: WeightInfo, loader: LazyTensorLoader) -> str | None:

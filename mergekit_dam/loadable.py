@@ -1,24 +1,20 @@
-"""Tensors that mergekit can load, and would yet leave out of the merged model, or load in pieces.
+"""Tensors that mergekit can load, and would yet leave out of the merged model.
 
 Where an architecture is inferred, mergekit calls a tensor optional that one layer has and another
 has not, and skips optional tensors that no file holds by that name, though its loader would make
-them of others (experts that are fused, weights that are renamed). Where a definition lists the
-pieces of a fused tensor, the fit needs the whole, which is what transformers' model has.
+them of others (experts that are fused, weights that are renamed).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mergekit.architecture import ModelArchitecture, WeightInfo
-from mergekit.common import ImmutableMap, ModelReference
-from mergekit.io.tasks import GatherTensors, LoaderCache
-from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.common import ModelReference
+from mergekit.io.tasks import LoaderCache
 from transformers import PretrainedConfig
 
 from mergekit_dam.headers import is_made
 from mergekit_dam.skeleton import WeightNames, build_model
-
-Planned = tuple[WeightInfo, ExecuteMergeMethodTask]
 
 
 @dataclass(frozen=True)
@@ -70,24 +66,3 @@ class Loadable:
                 found = {names.in_model(name): name for name in left}
                 self._renamed[model] = {name: alias for name, alias in found.items() if name}
         return self._renamed[model]
-
-
-def fused(planned: Sequence[Planned], names: WeightNames) -> list[Planned]:
-    """Pieces of a fused tensor become that tensor, once, with the parameters of the first piece."""
-    result: dict[str, Planned] = {}
-    for weight, task in planned:
-        whole = names.whole(weight.name)
-        gather = task.gather_tensors
-        if whole is None or not isinstance(gather, GatherTensors):
-            result[weight.name] = (weight, task)
-        elif whole not in result:
-            info = {model: _renamed(i, names) for model, i in gather.weight_info.items()}
-            gather = gather.model_copy(update={"weight_info": ImmutableMap(data=info)})
-            output = WeightInfo(name=whole)
-            update = {"gather_tensors": gather, "output_weight": output}
-            result[whole] = (output, task.model_copy(update=update))
-    return list(result.values())
-
-
-def _renamed(piece: WeightInfo, names: WeightNames) -> WeightInfo:
-    return WeightInfo(name=names.whole(piece.name) or piece.name, force_dtype=piece.force_dtype)

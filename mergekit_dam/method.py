@@ -4,7 +4,7 @@ The classes below are the single source: mergekit's specification, the checks of
 configuration and the tables in the README are all made from their fields.
 """
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -18,10 +18,12 @@ from mergekit.merge_methods.base import (
     ParameterSpec,
     TensorGroup,
 )
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, InstanceOf
 from pydantic.fields import FieldInfo
 
+from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.errors import DamError
+from mergekit_dam.given import merge_average, merge_given
 
 NAME = "dam"
 PAPER = "https://arxiv.org/abs/2410.08371"
@@ -89,6 +91,12 @@ class TensorParameters(Parameters):
         default=True,
         description="Fit the output head (where untied); `false` averages it, which saves time "
         "where the vocabulary is large.",
+    )
+    experts: Literal["routed", "all"] = Field(
+        default="routed",
+        description="Calibration tokens that an expert of a mixture is fitted to: those that the "
+        "merged router sends to it, or all. `all` leaves no expert out, however short the text; "
+        "where there is enough for both, `routed` came nearer to the models.",
     )
 
 
@@ -253,6 +261,18 @@ class RunParameters(LogitsParameters):
         "`auto` fills up to a quarter of the device's memory, then of the host's, then takes files "
         "beside the output. The result is the same.",
     )
+    gpu_memory: ByteSize | None = Field(
+        default=None,
+        gt=0,
+        description="Memory of the GPU that the merge may use, such as `12GB`; less where others "
+        "use it too. Default: all of it.",
+    )
+    forward_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="Precision of the products in models' blocks: `auto` is bfloat16 on a GPU, "
+        "which is faster there, and float32 on a CPU. Hidden states, sums and solves are float32 "
+        "or better.",
+    )
     seed: int | None = Field(
         default=None,
         ge=0,
@@ -345,15 +365,33 @@ def parameter_tables() -> str:
 
 
 def _type_name(annotation: Any) -> str:
-    """`str | None` as `str`, a Literal as its values, anything else by its name."""
+    """`str | None` as `str`, a Literal as its values, bytes as a size, else by its name."""
+    if ByteSize in getattr(annotation, "__args__", ()):
+        return "size"
     arguments = [a for a in getattr(annotation, "__args__", ()) if a is not type(None)]
     if arguments and all(isinstance(a, str) for a in arguments):
         return " or ".join(f"`{a}`" for a in arguments)
     return str((arguments[0] if arguments else annotation).__name__)
 
 
+@dataclass(frozen=True)
+class Average:
+    """Stands for the coefficients of the weighted average, where tensors in memory are merged."""
+
+
+_IN_MEMORY: dict[str, Any] = {
+    "coefficients": str
+    | InstanceOf[CoefficientFile]
+    | InstanceOf[Mapping[str, torch.Tensor]]
+    | InstanceOf[torch.Tensor]
+    | InstanceOf[Average]
+    | None
+}
+"""What a caller in this process may hand over, where a YAML has text alone."""
+
+
 def _parameter_spec(owner: type[Parameters], name: str, field: FieldInfo) -> ParameterSpec:
-    value_type: Any = field.annotation
+    value_type: Any = _IN_MEMORY.get(name, field.annotation)
     for constraint in field.metadata:
         value_type = Annotated[value_type, constraint]
     return ParameterSpec(
@@ -368,8 +406,9 @@ def _parameter_spec(owner: type[Parameters], name: str, field: FieldInfo) -> Par
 class DamMerge(GroupMergeMethod):
     """The entry in mergekit's registry.
 
-    It names the parameters. The merge itself is planned over whole decoder blocks, so
-    tensors that come here one by one come from a caller that has no plan.
+    It names the parameters. The merge itself is planned over whole decoder blocks, so tensors
+    that come here one by one come from a caller that has no plan: mergekit's functions for
+    tensors in memory, and its command for raw files. Those bring the coefficients.
     """
 
     spec = MergeMethodSpec(
@@ -380,14 +419,66 @@ class DamMerge(GroupMergeMethod):
         parameters=tuple(_parameter_spec(*row) for row in fields()),
     )
 
-    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
-        """Refuse: a single tensor holds no activations to fit on.
+    def validate_inputs(
+        self,
+        input_ids: Sequence[Hashable],
+        base_id: Hashable | None = None,
+        *,
+        group_name: str | None = None,
+    ) -> None:
+        """Check how many inputs there are; a slice of one model may leave out the base."""
+        base = base_id if base_id in input_ids else None
+        super().validate_inputs(input_ids, base, group_name=group_name)
+
+    def __call__(
+        self,
+        groups: Sequence[TensorGroup],
+        /,
+        *,
+        parameters: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> tuple[torch.Tensor, ...]:
+        """Merge tensors in memory with the coefficients that `parameters` brings.
+
+        Args:
+            parameters: `coefficients`, as `given.Given` (or mergekit's PerGroupValues of those);
+                or `weight` alone, for the weighted average that a fit starts from.
+            options: `dtype`, `out_dtype` and `batch_options`, as of every method.
 
         Raises:
-            DamError: always, naming the ways in.
+            DamError: there are none, or parameters of a fit beside them.
         """
-        raise DamError(
-            f"dam fits whole models on calibration text and cannot merge the single tensor "
-            f"{group.metadata.name!r}. Run it through mergekit-yaml, mergekit-multi, "
-            f"mergekit.merge.run_merge or `mergekit-dam merge`."
-        )
+        asked = {name: value for name, value in (parameters or {}).items() if value is not None}
+        by_weight = "coefficients" not in asked and "weight" in asked
+        unread = sorted(asked.keys() - {"weight" if by_weight else "coefficients"})
+        if unread:
+            raise DamError(
+                f"dam: tensors in memory are merged with given coefficients, not fitted; "
+                f"{', '.join(unread)} would not be read: leave out what is not `coefficients` (or "
+                f"`weight`)"
+            )
+        if by_weight:
+            asked["coefficients"] = Average()
+        return super().__call__(groups, parameters=asked, **options)
+
+    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
+        """Merge one tensor of every input with given coefficients.
+
+        Raises:
+            DamError: none are given: a single tensor holds no activations to fit on.
+        """
+        given = parameters["coefficients"]
+        if given is None:
+            raise DamError(
+                f"dam fits whole models on calibration text, and cannot fit the single tensor "
+                f"{group.metadata.name!r}. For a fit, run it through mergekit-yaml, "
+                f"mergekit-multi, mergekit.merge.run_merge or `mergekit-dam merge`; to merge "
+                f"tensors with known coefficients, pass `coefficients`: the path of a "
+                f"dam_coefficients.safetensors, or a tensor with a row for each input"
+            )
+        if isinstance(given, Average):
+            base = next((i for i, entry in enumerate(group.entries) if entry.is_base), None)
+            weights = parameters["weight"].values_for(group.entries)
+            return merge_average(group.tensors, weights, base=base)
+        ids = [entry.id for entry in group.entries]
+        return merge_given(group.tensors, given, ids=ids, name=group.metadata.name)

@@ -4,26 +4,23 @@ A sweep goes through the stages in order, or in reverse, and holds one of them a
 What fits in memory stays there between sweeps (`resident`); the numbers are the same.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import psutil
 import torch
-from mergekit.common import ModelReference
 from mergekit.graph import Executor, Task
 from torch import Tensor
 
 from mergekit_dam.anatomy import Anatomy
 from mergekit_dam.fitting.tensors import TensorSources
 from mergekit_dam.heap import give_back
+from mergekit_dam.memory import free_memory_of, memory_of
 from mergekit_dam.part import Part
 from mergekit_dam.readahead import Span, read_ahead, spans_of
 from mergekit_dam.settings import Resident
-from mergekit_dam.stage import Record, Stage
-
-Loaded = Mapping[str, Mapping[ModelReference, Tensor]]
+from mergekit_dam.stage import Loaded, Record, Stage
 
 SPARE = 0.5
 """Part of the memory that stays free of weights kept between sweeps."""
@@ -62,11 +59,11 @@ class OpenStage:
 
     def teacher_part(self, source: int) -> Part:
         """The stage's part of a source's own model."""
-        return self.stage.part(self.stage.models.sources[source])
+        return self.stage.teacher_part(source)
 
     def teacher_weights(self, source: int) -> dict[str, Tensor]:
         """Weights of a source's own model, fp32, by relative names."""
-        return {name: tensor.tensors[source].float() for name, tensor in self.sources.items()}
+        return {name: tensor.teacher(source) for name, tensor in self.sources.items()}
 
     def merged_weights(self, point: Record) -> dict[str, Tensor]:
         """Weights of the merged model at some coefficients: as written, then fp32."""
@@ -179,9 +176,4 @@ class Network:
 
 
 def _has_room(device: torch.device) -> bool:
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-    else:
-        memory = psutil.virtual_memory()
-        free, total = memory.available, memory.total
-    return free > SPARE * total
+    return free_memory_of(device) > SPARE * memory_of(device)

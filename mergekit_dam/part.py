@@ -1,7 +1,7 @@
 """A part of a model as the fit walks it: its module, its input, how it runs."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,27 @@ class Part:
         label: for people.
         prefix: what precedes the names of its parameters in the whole model.
         root: the module that names are relative to.
-        run: from weights (by relative names) and what enters to what leaves.
+        forward: from weights (by relative names) and what enters to what leaves.
         residual: it adds to a stream of hidden states that passes through it.
+        dtype: of the products of a run; what enters and leaves is fp32.
     """
 
     label: str
     prefix: str
     root: nn.Module
-    run: Callable[[Mapping[str, Tensor], Tensor], Tensor]
+    forward: Callable[[Mapping[str, Tensor], Tensor], Tensor]
     residual: bool = False
+    dtype: torch.dtype = torch.float32
+
+    def run(self, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """What leaves the part, fp32.
+
+        In a half precision, products alone are in it (as `torch.autocast` has them); norms and the
+        stream of hidden states stay fp32.
+        """
+        half = self.dtype != torch.float32
+        with torch.autocast(x.device.type, dtype=self.dtype, enabled=half):
+            return self.forward(weights, x).float()
 
     def captured(
         self,
@@ -85,13 +97,13 @@ class Part:
         weights = scattered(weights)
         if not like.is_floating_point():
             tokens = torch.arange(_PROBE_TOKENS, device=like.device)[None]
-            return examine(self.root, lambda: self.run(weights, tokens), weights)
+            return examine(self.root, lambda: self.forward(weights, tokens), weights)
         generator = torch.Generator(like.device).manual_seed(0)
         hidden = torch.randn(
             1, _PROBE_TOKENS, like.shape[-1], generator=generator, device=like.device
         )
         source = hidden if self.residual else None
-        return examine(self.root, lambda: self.run(weights, hidden), weights, source)
+        return examine(self.root, lambda: self.forward(weights, hidden), weights, source)
 
 
 def input_part(decoder: Decoder) -> Part:
@@ -99,17 +111,30 @@ def input_part(decoder: Decoder) -> Part:
     return Part("input", "", decoder.model, decoder.embed)
 
 
-def block_part(decoder: Decoder, index: int) -> Part:
-    """One decoder block."""
+def block_part(decoder: Decoder, index: int, dtype: torch.dtype = torch.float32) -> Part:
+    """One decoder block; its products are computed in `dtype`."""
 
     def run(weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         return decoder.run_block(index, weights, hidden)
 
     label = f"block {index + 1}/{len(decoder.blocks)}"
     prefix = f"{decoder.block_name(index)}."
-    return Part(label, prefix, decoder.blocks[index], run, residual=True)
+    return Part(label, prefix, decoder.blocks[index], run, residual=True, dtype=dtype)
 
 
 def output_part(decoder: Decoder) -> Part:
     """From the hidden states that leave the last block to logits."""
     return Part("output", "", decoder.model, decoder.logits)
+
+
+def without_tokens(part: Part, unknown: Tensor) -> Part:
+    """The output of a model that does not have some tokens: they get no probability.
+
+    Args:
+        unknown: bool `[vocabulary]`, of the tokens.
+    """
+
+    def run(weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        return part.forward(weights, hidden).masked_fill(unknown.to(hidden.device), -torch.inf)
+
+    return replace(part, forward=run)

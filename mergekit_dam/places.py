@@ -1,20 +1,24 @@
 """Where every planned tensor acts in the decoder, and the decoders of all sources."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
 from mergekit.graph import Task
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
 from mergekit_dam.decoder import Decoder
 from mergekit_dam.errors import ArchitectureError, ConfigError
-from mergekit_dam.loadable import Planned
+from mergekit_dam.slices import stacked
 from mergekit_dam.stage import StageKind, TensorPlan
+
+Planned = tuple[WeightInfo, ExecuteMergeMethodTask]
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,16 @@ class Place:
 
 
 def source_decoders(
-    output: Decoder, order: Sequence[ModelReference], options: MergeOptions
+    output: Decoder,
+    order: Sequence[ModelReference],
+    options: MergeOptions,
+    stacks: Mapping[ModelReference, Sequence[int]],
 ) -> tuple[Decoder, ...]:
     """Every source's decoder; the merged model's own wherever the forward pass is the same.
+
+    Args:
+        stacks: which of its layers a source has at each layer of the merged model; sources that
+            have none there run nothing.
 
     Raises:
         ArchitectureError: a source has a head of its own, the merged model none.
@@ -52,9 +63,8 @@ def source_decoders(
                 f"embeddings: its configuration is that of the base, else of the first model. Name "
                 f"one with `tie_word_embeddings: false` there"
             )
-        layers = config.get_text_config().num_hidden_layers
-        # With slices a source's stack of layers is the merged model's.
-        key = _forward_key(config) if layers == len(output.blocks) else _forward_key(output.config)
+        config = stacked(config, stacks[model]) if model in stacks else output.config
+        key = _forward_key(config)
         if key not in decoders:
             decoders[key] = Decoder(
                 config, torch.device("cpu"), trust_remote_code=options.trust_remote_code
@@ -142,4 +152,30 @@ def refuse_outside(places: Sequence[Place]) -> None:
                 f"({', '.join(outside[:3])}{' and others' if len(outside) > 3 else ''}); set "
                 f"`other_weights: average` to average them"
             ]
+        )
+
+
+def check_shapes(decoder: Decoder, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Every tensor must have the shape that the merged model's configuration gives it.
+
+    Where slices stack models of different sizes, no tensor differs from another of its name.
+
+    Args:
+        shapes: of planned tensors, where headers tell them.
+
+    Raises:
+        ArchitectureError: naming the first tensors that have not.
+    """
+    own = {name: tuple(w.shape) for name, w in decoder.model.state_dict(keep_vars=True).items()}
+    expected = {name: own.get(decoder.in_model(name) or "") for name in shapes}
+    wrong = [name for name, shape in expected.items() if shape not in (None, shapes[name])]
+    if wrong:
+        listed = "; ".join(
+            f"{n}: {list(shapes[n])}, not {list(expected[n] or ())}" for n in wrong[:3]
+        )
+        raise ArchitectureError(
+            f"required tensors of the shapes that the merged model's configuration asks for (it is "
+            f"that of the base, else of the first model), got others: {listed}"
+            f"{' and more' if len(wrong) > 3 else ''}. Stack models of one size, and align "
+            f"vocabularies, for instance with `tokenizer: {{source: union}}`"
         )

@@ -1,21 +1,23 @@
 """Everything that can be known before the first weight is read.
 
-1. Check the configuration.
-2. Replay: read the coefficients. Otherwise: load every model's tokenizer, see that they
-   agree, and make every model's calibration tokens.
+1. Check the configuration, and have mergekit build the merged model's vocabulary if it asks so.
+2. Replay: read the coefficients. Otherwise: load every model's tokenizer, and make every model's
+   calibration tokens with it.
+3. Bring them into that vocabulary; where there is none, see that the tokenizers agree.
 """
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from pydantic import PrivateAttr
-from transformers import PreTrainedTokenizerBase
 
 from mergekit_dam.calibration import (
     CalibrationSet,
@@ -26,10 +28,18 @@ from mergekit_dam.calibration import (
 from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.config import Checked, check_configuration
 from mergekit_dam.definitions import check_architectures
-from mergekit_dam.errors import CalibrationError, ConfigError
+from mergekit_dam.errors import CalibrationError, ConfigError, DamError
 from mergekit_dam.method import RunParameters
 from mergekit_dam.objective.settings import LogitsSettings
 from mergekit_dam.settings import RunSettings
+from mergekit_dam.slices import check_layers
+from mergekit_dam.translation import Translation, refuse_lost
+from mergekit_dam.vocabulary import Vocabulary, build_vocabulary
+
+LOG = logging.getLogger(__name__)
+
+READ_ALIKE = 0.9
+"""Share of a text's tokens that the merged model should read as the model does, at least."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,8 @@ class Prepared:
         calibration: per model whose data takes part in the fit; empty in a replay.
         replay: the coefficients to replay, or None.
         start: the coefficients to start from, or None.
+        vocabulary: of the merged model, if mergekit builds one; calibration tokens are its ids.
+        rows: that embeddings are cut to, if they are.
     """
 
     checked: Checked
@@ -47,6 +59,8 @@ class Prepared:
     calibration: Mapping[ModelReference, CalibrationSet]
     replay: CoefficientFile | None
     start: CoefficientFile | None = None
+    vocabulary: Vocabulary | None = None
+    rows: int | None = None
 
 
 class PreparedConfiguration(MergeConfiguration):
@@ -73,8 +87,12 @@ class PreparedConfiguration(MergeConfiguration):
         mergekit's own order is that of a set, and the first gives the merged model its
         configuration and tokenizer: without a base, it would be another one in every run.
         """
-        checked = self._prepared.checked
-        return list(dict.fromkeys([*([checked.base] if checked.base else []), *checked.models]))
+        return all_models(self._prepared.checked)
+
+
+def all_models(checked: Checked) -> list[ModelReference]:
+    """The base, if there is one, and the models in the order of the YAML."""
+    return list(dict.fromkeys([*([checked.base] if checked.base else []), *checked.models]))
 
 
 def prepare(
@@ -90,20 +108,18 @@ def prepare(
         CalibrationError: a text cannot be used, or the models' tokenizers disagree.
     """
     asked = check(config, options, source)
-    if asked.replay is not None:
+    check_depth(config, asked.checked, options)
+    if asked.replay is not None or not asked.checked.learns:
         return asked
     checked, run = asked.checked, asked.checked.run
-    models = checked.models
-    if checked.base is not None and checked.base not in models:
-        models = (*models, checked.base)
-    giver = _vocabulary_giver(config, checked)
-    if giver is not None and giver not in models:
-        models = (*models, giver)
+    models = all_models(checked)
     tokenizers = {model: load_tokenizer(model, options.trust_remote_code) for model in models}
-    check_agreement({str(model): tokenizer for model, tokenizer in tokenizers.items()})
     calibration = {}
     for model, text in checked.calibrations.items():
-        calibration[model] = load_calibration(
+        translation = None
+        if asked.vocabulary is not None:
+            translation = Translation(asked.vocabulary, model, tokenizers[model])
+        own = load_calibration(
             text,
             model=str(model),
             tokenizer=tokenizers[model],
@@ -111,16 +127,36 @@ def prepare(
             sequence_length=run.sequence_length,
             vocab_size=_vocab_size(model, options),
             seed=asked.settings.seed,
+            spelled=None if translation is None else translation.spelled,
         )
+        if translation is not None:
+            own = _translated(own, translation)
+        calibration[model] = own
     check_length(checked, options)
-    if giver is not None:
-        kept = set(tokenizers[giver].get_vocab().values())
-        _check_vocabulary(calibration, tokenizers, kept, f"it gets the tokenizer of {giver}")
-    elif options.unsafe_truncate_embeddings:
-        rows = min(_vocab_size(model, options) for model in models)
-        because = f"--unsafe-truncate-embeddings leaves {rows} ids"
-        _check_vocabulary(calibration, tokenizers, set(range(rows)), because)
+    if asked.vocabulary is None:
+        used = {str(model): own.tokens for model, own in calibration.items()}
+        check_agreement({str(model): own for model, own in tokenizers.items()}, used)
+        if asked.rows is not None:
+            for model, own in calibration.items():
+                because = f"--unsafe-truncate-embeddings leaves {asked.rows} ids"
+                lost = own.tokens[own.tokens >= asked.rows].tolist()
+                refuse_lost(lost, model, tokenizers[model], because)
     return dataclasses.replace(asked, calibration=calibration)
+
+
+def _translated(own: CalibrationSet, translation: Translation) -> CalibrationSet:
+    """A model's calibration tokens as those of the merged model."""
+    share = translation.shared_reading(own.tokens)
+    provenance = own.provenance
+    if share < READ_ALIKE:
+        said = (
+            f"the merged model's tokenizer reads {1 - share:.0%} of this text in other tokens than "
+            f"the model's own, which are those of the fit; a vocabulary of one model (`tokenizer: "
+            f"{{source: base}}`) may be read better than a union"
+        )
+        LOG.warning("calibration of %s: %s", translation.model, said)
+        provenance = dataclasses.replace(provenance, cut=(*provenance.cut, said))
+    return CalibrationSet(tokens=translation.translated(own.tokens), provenance=provenance)
 
 
 def check(
@@ -138,10 +174,21 @@ def check(
     checked = check_configuration(config, source)
     check_architectures((*checked.models, *([checked.base] if checked.base else [])), options)
     run = checked.run
+
+    def with_vocabulary(prepared: Prepared) -> Prepared:
+        models = all_models(checked)
+        vocabulary = build_vocabulary(config, models, options.trust_remote_code)
+        if vocabulary is not None or not options.unsafe_truncate_embeddings:
+            return dataclasses.replace(prepared, vocabulary=vocabulary)
+        rows = min(_vocab_size(model, options) for model in models)
+        return dataclasses.replace(prepared, rows=rows)
+
     settings = run_settings(run, run.seed if run.seed is not None else options.random_seed or 0)
+    check_device(options)
     if run.coefficients is not None:
-        return Prepared(checked, settings, {}, CoefficientFile.load(run.coefficients))
-    if options.multi_gpu:
+        replay = CoefficientFile.load(run.coefficients)
+        return with_vocabulary(Prepared(checked, settings, {}, replay))
+    if options.multi_gpu and checked.learns:
         raise ConfigError(
             [
                 "--multi-gpu: a fit follows the data from one block to the next, on one device; "
@@ -159,7 +206,7 @@ def check(
                 ]
             )
         start = CoefficientFile.load(run.start, parameter="start")
-    return Prepared(checked, settings, {}, None, start)
+    return with_vocabulary(Prepared(checked, settings, {}, None, start))
 
 
 def run_settings(run: RunParameters, seed: int) -> RunSettings:
@@ -173,6 +220,8 @@ def run_settings(run: RunParameters, seed: int) -> RunSettings:
         start=run.start,
         resident=run.resident,
         stream_offload=run.stream_offload,
+        gpu_memory=run.gpu_memory,
+        forward_dtype=run.forward_dtype,
         seed=seed,
     )
 
@@ -183,31 +232,41 @@ def _vocab_size(model: ModelReference, options: MergeOptions) -> int:
     return size
 
 
-def _vocabulary_giver(config: MergeConfiguration, checked: Checked) -> ModelReference | None:
-    """The model whose tokenizer the merged model gets, if the configuration names one."""
-    source = config.tokenizer.source if config.tokenizer is not None else config.tokenizer_source
-    if source == "base":
-        return checked.base or checked.models[0]
-    return source if isinstance(source, ModelReference) else None
+def check_device(options: MergeOptions) -> None:
+    """Refuse a device that is not there, before anything is read for it.
+
+    Raises:
+        DamError: with torch's reason.
+    """
+    try:
+        torch.empty(1, device=options.device or "cpu")
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        raise DamError(
+            f"--device {options.device}: required a device of this machine (`cpu`, `cuda`, "
+            f"`cuda:1`, `mps`, or `auto` for what there is; --cuda is `cuda`); torch cannot use it "
+            f"({str(error).splitlines()[0]})"
+        ) from error
 
 
-def _check_vocabulary(
-    calibration: Mapping[ModelReference, CalibrationSet],
-    tokenizers: Mapping[ModelReference, PreTrainedTokenizerBase],
-    kept: set[int],
-    because: str,
-) -> None:
-    """Refuse text with tokens that the merged model will not have."""
-    for model, own in calibration.items():
-        lost = sorted(set(own.tokens.flatten().tolist()) - kept)
-        if lost:
-            named = ", ".join(map(str, tokenizers[model].convert_ids_to_tokens(lost[:3])))
-            raise CalibrationError(
-                f"calibration of {model}: its text has {len(lost)} tokens ({named}"
-                f"{' and others' if len(lost) > 3 else ''}) that the merged model will not have, "
-                f"as {because}; write `tokenizer: {{source: union}}`, or leave out the text that "
-                f"has them"
-            )
+def check_depth(config: MergeConfiguration, checked: Checked, options: MergeOptions) -> None:
+    """Refuse layers that a model does not have, as far as configurations can be read.
+
+    Raises:
+        ConfigError: with every such range, and with models of different depth.
+    """
+    if len(config.modules or {}) > 1:
+        return  # of other towers than that of the text, whose depth other keys tell
+    layers = {}
+    for model in {m for m in (*checked.models, checked.base) if m is not None}:
+        try:
+            text = model.config(trust_remote_code=options.trust_remote_code).get_text_config()
+        except (OSError, ValueError):
+            continue  # told with the reason when the model is loaded
+        if getattr(text, "num_hidden_layers", None):
+            layers[model] = text.num_hidden_layers
+    problems = check_layers(config, layers, checked.calibrations)
+    if problems:
+        raise ConfigError(problems)
 
 
 def check_length(checked: Checked, options: MergeOptions) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from mergekit.common import ModelReference
 
-from mergekit_dam.coefficients import CoefficientFile
+from mergekit_dam.coefficients import CoefficientFile, column_counts
 from mergekit_dam.errors import ConfigError
 from mergekit_dam.fitting.tensors import TensorReport
 from mergekit_dam.stage import Record, TensorPlan
@@ -33,7 +33,7 @@ def saved_record(
     ]
     for name in saved.coefficients.keys() & shapes.keys():
         columns, shape = saved.coefficients[name].shape[1], shapes[name]
-        if columns not in (1, shape[axes.get(name, -1)] if shape else 1):
+        if columns not in column_counts(shape, axes.get(name, -1)):
             problems.append(f"{columns} a model for {name}, of shape {list(shape)}")
     if problems:
         raise ConfigError(

@@ -11,17 +11,24 @@ gradients is the Fisher information, which is the curvature of the KL.
 
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from mergekit_dam.anatomy import Anatomy, Unit
+from mergekit_dam.anatomy import Anatomy, Unit, capture
 from mergekit_dam.backprop import Shelf, backward, chunks_of
+from mergekit_dam.coefficients import expert_axis, rows_of_expert
+from mergekit_dam.experts import Products, Routing
+from mergekit_dam.fitting.felt import Felt
 from mergekit_dam.fitting.metric import Metric
 from mergekit_dam.fitting.state import Metrics
 from mergekit_dam.fitting.streams import Stream, joined
 from mergekit_dam.network import Network, OpenStage
 from mergekit_dam.stage import Record
+
+KINDS = ("linear", "router", "experts")
+"""Units whose errors are measured in metrics."""
 
 TOKENS = 4096
 """Tokens of a model's data whose gradients make up its metrics, about."""
@@ -98,16 +105,35 @@ class Sensitivity:
         return found
 
     def metrics(self, number: int, opened: OpenStage, anatomy: Anatomy) -> Metrics:
-        """The metrics of a block's linears, by source and unit."""
-        units = tuple(unit for unit in anatomy.units if unit.kind == "linear")
+        """The metrics of a block's linears, by source and unit, and what tells those of experts."""
+        units = tuple(unit for unit in anatomy.units if unit.kind in KINDS)
         weights = opened.merged_weights(self._point)
         entered, left = self._entered.get(number), self._left.get(number)
-        streams = zip(self._sources, entered, left, strict=True)
-        return {
-            (source, name): Metric.of_gradients(rows)
-            for source, x, gradient in streams
-            for name, rows in self._output_gradients(opened, weights, units, x, gradient).items()
-        }
+        found: dict[tuple[int, str], Metric | Felt] = {}
+        for source, x, gradient in zip(self._sources, entered, left, strict=True):
+            rows, routing = self._output_gradients(opened, weights, units, x, gradient)
+            for unit in units:
+                found[source, unit.name] = (
+                    Metric.of_gradients(rows[unit.name])
+                    if unit.kind != "experts"
+                    else Felt(
+                        routing[unit.name], rows[unit.name], partial(self._expert, opened, unit)
+                    )
+                )
+        return found
+
+    def _expert(self, opened: OpenStage, unit: Unit, expert: int) -> dict[str, Tensor]:
+        """Weights of one expert at the point, by parameter, fp32."""
+        found = {}
+        for parameter in unit.parameters:
+            sources = opened.sources[unit.parameter(parameter)]
+            axis = self._point.axes.get(sources.name, -1)
+            own = sources.of_expert(expert)
+            rows = rows_of_expert(
+                self._point.coefficients[sources.name], sources.tensors[0].shape, axis, expert
+            )
+            found[parameter] = own.merged(rows, axis=expert_axis(axis)).float()
+        return found
 
     def _output_gradients(
         self,
@@ -116,23 +142,39 @@ class Sensitivity:
         units: tuple[Unit, ...],
         x: Tensor,
         gradient: Tensor,
-    ) -> dict[str, Tensor]:
-        """Gradients at the outputs of linears, fp32 `[tokens, out]` each."""
+    ) -> tuple[dict[str, Tensor], dict[str, Routing]]:
+        """Gradients at the outputs of units, fp32 `[tokens, out]` each, and how experts are fed."""
         device = self._network.device
-        names = tuple(unit.name for unit in units)
-        found: dict[str, list[Tensor]] = {name: [] for name in names}
+        names = tuple(unit.name for unit in units if unit.kind != "router")
+        routers = {u.name: weights[u.parameter("weight")] for u in units if u.kind == "router"}
+        experts = tuple(unit.name for unit in units if unit.kind == "experts")
+        found: dict[str, list[Tensor]] = {name: [] for name in (*names, *routers)}
+        fed: dict[str, list[Routing]] = {name: [] for name in experts}
         for chunk in chunks_of(x):
-            with torch.enable_grad():
+            with (
+                torch.enable_grad(),
+                capture(opened.part.root, inputs=experts, stop=False) as captured,
+                Products(routers) as logits,
+            ):
                 inner = x[chunk].to(device).requires_grad_(True)
                 leaving, seen = opened.part.watched(weights, inner, outputs=names)
-            outputs = [seen[name] for name in names]
+            seen |= {name: product.output for name, product in logits.seen.items()}
+            outputs = [seen[name] for name in found]
             got = torch.autograd.grad(
                 leaving, outputs, gradient[chunk].to(device), allow_unused=True
             )
-            for name, output, own in zip(names, outputs, got, strict=True):
+            for name, output, own in zip(found, outputs, got, strict=True):
                 rows = torch.zeros_like(output) if own is None else own
-                found[name].append(rows.reshape(-1, rows.shape[-1]))
-        return {unit.name: joined(found[unit.name], none=_no_rows(unit, weights)) for unit in units}
+                found[name].append(rows.float().reshape(-1, rows.shape[-1]))
+            for name in experts:
+                fed[name].append(Routing(*(tensor.detach() for tensor in captured.routing[name])))
+        return (
+            {
+                unit.name: joined(found[unit.name], none=_no_rows(unit, weights, x))
+                for unit in units
+            },
+            {name: Routing.joined(routings or [_nobody(x)]) for name, routings in fed.items()},
+        )
 
 
 def _seed_of(seed: int, source: int, number: int) -> int:
@@ -140,7 +182,15 @@ def _seed_of(seed: int, source: int, number: int) -> int:
     return random.Random(f"{seed} {source} {number}").getrandbits(63)
 
 
-def _no_rows(unit: Unit, weights: dict[str, Tensor]) -> Tensor:
-    """Gradients `[0, out]` at the output of a linear."""
+def _no_rows(unit: Unit, weights: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Gradients `[0, out]` at the output of a linear, or of experts."""
+    if unit.kind == "experts":
+        return x.new_empty(0, x.shape[-1])
     weight = weights[unit.parameter("weight")]
     return weight.new_empty(0, weight.shape[1 if unit.axis == 0 else 0])
+
+
+def _nobody(x: Tensor) -> Routing:
+    """No tokens on their way to experts."""
+    none = x.new_empty(0, 1)
+    return Routing(x.new_empty(0, x.shape[-1]), none.long(), none)

@@ -3,13 +3,17 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from mergekit_dam.coefficients import Parametrisation
 from mergekit_dam.fitting.storage import Offload
 from mergekit_dam.objective.settings import LogitsSettings
 
 Objective = Literal["layer", "logits", "layer+logits"]
 MetricName = Literal["identity", "sensitivity"]
+Fed = Literal["routed", "all"]
 Resident = Literal["auto", "always", "never"]
+ForwardDtype = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class TensorSettings:
         ridge: pull towards the start, relative to the mean curvature.
         granularity: "column" or "tensor".
         embeddings, norms, head: whether tensors of that kind are fitted.
+        experts: the calibration tokens that feed an expert: those "routed" to it, or "all".
     """
 
     parametrisation: Parametrisation
@@ -31,9 +36,10 @@ class TensorSettings:
     embeddings: bool
     norms: bool
     head: bool
+    experts: Fed = "routed"
 
     def fits(self, kind: str) -> bool:
-        """Whether a tensor of a kind ("linear", "norm", "embedding", "head") is fitted."""
+        """Whether a tensor of a kind ("linear", "norm", "embedding", "head", ...) is fitted."""
         switches = {"embedding": self.embeddings, "norm": self.norms, "head": self.head}
         return switches.get(kind, True)
 
@@ -50,6 +56,8 @@ class RunSettings:
         start: "average", "random" or a path.
         resident: whether weights stay in memory between sweeps.
         stream_offload: where streams are kept.
+        gpu_memory: bytes of the GPU's that may be used, or None for all.
+        forward_dtype: of products in the blocks.
         seed: of the order of sequences, and of a random start.
     """
 
@@ -60,12 +68,20 @@ class RunSettings:
     start: str
     resident: Resident
     stream_offload: Offload
+    gpu_memory: int | None
+    forward_dtype: ForwardDtype
     seed: int
 
     @property
     def one_sweep(self) -> bool:
         """One sweep of layer fits is all: nothing has to be known before tensors are written."""
         return self.objective == "layer" and self.metric == "identity"
+
+    def dtype_on(self, device: torch.device) -> torch.dtype:
+        """The dtype of products in the blocks, on a device."""
+        half = self.forward_dtype == "bfloat16"
+        half |= self.forward_dtype == "auto" and device.type == "cuda"
+        return torch.bfloat16 if half else torch.float32
 
     def held_out(self, sequences: int) -> int:
         """Sequences of a model kept out of the fit: at least one where a fraction is asked for."""

@@ -62,7 +62,10 @@ def build_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
     try:
         # include_buffers=False: on a plain meta device rotary frequencies would be lost.
         with init_empty_weights(include_buffers=False), no_init_weights():
-            model = auto.from_config(config, trust_remote_code=trust_remote_code)
+            # Experts one after the other: grouped products would take copies of all of them.
+            model = auto.from_config(
+                config, trust_remote_code=trust_remote_code, experts_implementation="eager"
+            )
     except (ValueError, KeyError, AttributeError, ImportError) as error:
         raise ArchitectureError(
             f"transformers builds no causal language model from {config.architectures}: {error}"
@@ -127,7 +130,7 @@ class WeightNames:
     @classmethod
     def of(cls, model: PreTrainedModel) -> "WeightNames":
         """The names of a model's weights."""
-        saved = model.state_dict(keep_vars=True)
+        saved = {n: w for n, w in model.state_dict(keep_vars=True).items() if w.is_floating_point()}
         first: dict[int, str] = {}
         transforms = get_model_conversion_mapping(model)
         return cls(
@@ -146,13 +149,6 @@ class WeightNames:
             return name
         renamed, piece = self._renamed(name)
         return renamed if not piece and renamed in self.first else None
-
-    def whole(self, name: str) -> str | None:
-        """The weight that transformers makes of what a checkpoint calls `name`, and of others."""
-        if name in self.first:
-            return None
-        renamed, piece = self._renamed(name)
-        return renamed if piece and renamed in self.first else None
 
     def _renamed(self, name: str) -> tuple[str, bool]:
         """A checkpoint's name by transformers' rules, and whether it is a piece of a weight."""

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from mergekit.common import ModelReference
@@ -20,8 +20,12 @@ from mergekit_dam.fitting.streams import Stream
 from mergekit_dam.fitting.tensors import FittedTensor, TensorReport, TensorSources
 from mergekit_dam.fitting.walk import FitHead, walk_part
 from mergekit_dam.heap import give_back
-from mergekit_dam.part import Part, block_part, input_part, output_part
+from mergekit_dam.part import Part, block_part, input_part, output_part, without_tokens
 from mergekit_dam.settings import RunSettings, TensorSettings
+from mergekit_dam.vocabulary import Own
+
+Loaded = Mapping[str, Mapping[Any, Tensor]]
+"""Output tensor's name -> source, or `Own` of it where other rows are forced -> tensor."""
 
 StageKind = Literal["input", "block", "output"]
 
@@ -72,8 +76,13 @@ class TensorPlan:
         """Its name in transformers' model."""
         return self.renamed or self.name
 
-    def sources(self, tensors: Sequence[Tensor]) -> TensorSources:
+    def sources(
+        self, tensors: Sequence[Tensor], teachers: Sequence[Tensor] | None = None
+    ) -> TensorSources:
         """The plan with the loaded tensors of every source.
+
+        Args:
+            teachers: what each source's own model runs on, if that is something else.
 
         Raises:
             DamError: the sources' shapes differ.
@@ -84,7 +93,18 @@ class TensorPlan:
         dtype = tensors[0].dtype
         for tensor in tensors[1:]:
             dtype = torch.promote_types(dtype, tensor.dtype)
-        return TensorSources(self.name, tensors, self.settings, self.written or dtype)
+        return TensorSources(self.name, tensors, self.settings, self.written or dtype, teachers)
+
+
+def of_all(
+    loaded: Mapping[ModelReference, Tensor], order: Sequence[ModelReference]
+) -> list[Tensor]:
+    """One tensor of every source; one that is loaded stands in for those that are not.
+
+    What is not loaded is neither merged nor a teacher's: its coefficients are 0.
+    """
+    instead = next(loaded[model] for model in order if model in loaded)
+    return [loaded.get(model, instead) for model in order]
 
 
 @dataclass(eq=False)  # tasks that carry one are hashed: by its identity
@@ -141,6 +161,7 @@ class Models:
         order: the sources.
         settings: of the fit.
         anatomies: what was found of parts that are built alike, by their printed structure.
+        unknown: tokens that a source does not have, bool `[vocabulary]`; none named if it has all.
     """
 
     output: Decoder
@@ -148,6 +169,7 @@ class Models:
     order: tuple[ModelReference, ...]
     settings: RunSettings
     anatomies: dict[str, Anatomy] = field(default_factory=dict)
+    unknown: Mapping[int, Tensor] = field(default_factory=dict)
 
     def examine(self, part: Part, weights: Mapping[str, Tensor], like: Tensor) -> Anatomy:
         """The anatomy of a part, examined once for all blocks built alike."""
@@ -184,18 +206,20 @@ class Stage:
         """Tensors that are read for the stage: its own, and those it borrows."""
         return (*self.tensors, *self.borrowed)
 
-    def sources_of_part(
-        self, loaded: Mapping[str, Mapping[ModelReference, Tensor]]
-    ) -> dict[str, TensorSources]:
+    def sources_of_part(self, loaded: Loaded) -> dict[str, TensorSources]:
         """The tensors that the part runs on, by names relative to it."""
         prefix = self.part(self.models.output).prefix
         return {
-            plan.in_model[len(prefix) :]: plan.sources(
-                [loaded[plan.name][model] for model in self.models.order]
-            )
+            plan.in_model[len(prefix) :]: self._sources(plan, loaded)
             for plan in self.all_tensors
             if plan.tied_to is None
         }
+
+    def _sources(self, plan: TensorPlan, loaded: Loaded) -> TensorSources:
+        found, order = loaded[plan.name], self.models.order
+        tensors = of_all(found, order)
+        teachers = [found.get(Own(m), tensor) for m, tensor in zip(order, tensors, strict=True)]
+        return plan.sources(tensors, teachers)
 
     @property
     def label(self) -> str:
@@ -205,12 +229,19 @@ class Stage:
     def part(self, decoder: Decoder) -> Part:
         """The stage's part of a decoder."""
         if self.kind == "block":
-            return block_part(decoder, self.index)
+            return block_part(decoder, self.index, self.models.settings.dtype_on(decoder.device))
         return input_part(decoder) if self.kind == "input" else output_part(decoder)
+
+    def teacher_part(self, source: int) -> Part:
+        """The stage's part of a source's own model."""
+        part = self.part(self.models.sources[source])
+        if self.kind != "output" or source not in self.models.unknown:
+            return part
+        return without_tokens(part, self.models.unknown[source])
 
     def run(
         self,
-        loaded: Mapping[str, Mapping[ModelReference, Tensor]],
+        loaded: Loaded,
         streams: list[Stream],
         record: Record,
         *,
@@ -230,10 +261,7 @@ class Stage:
             DamError: with the stage named.
         """
         started = time.perf_counter()
-        sources = {
-            plan.name: plan.sources([loaded[plan.name][model] for model in self.models.order])
-            for plan in self.tensors
-        }
+        sources = {plan.name: self._sources(plan, loaded) for plan in self.tensors}
         try:
             fitted = self._fit(sources, streams, show, metrics)
         except DamError as error:
@@ -279,7 +307,7 @@ class Stage:
         show(part.label)
         return walk_part(
             part,
-            [self.part(decoder) for decoder in self.models.sources],
+            [self.teacher_part(source) for source in range(len(self.models.sources))],
             {plan.in_model[len(part.prefix) :]: sources[plan.name] for plan in own},
             streams,
             examine=self.models.examine,

@@ -25,16 +25,19 @@ from mergekit.common import ModelReference
 from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors, LoadTensor
 from mergekit.merge_methods.buffers import copy_non_floating_buffer
+from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary, TokenizerInfo
 
-from mergekit_dam.coefficients import merge_weights
+from mergekit_dam.coefficients import column_counts, merge_weights
 from mergekit_dam.errors import DamError
 from mergekit_dam.fitting.streams import Stream
+from mergekit_dam.fused import Region
 from mergekit_dam.network import Network
 from mergekit_dam.progress import show
 from mergekit_dam.readahead import Span, read_ahead
 from mergekit_dam.search import search
 from mergekit_dam.settings import RunSettings
-from mergekit_dam.stage import Progress, Record, Stage, TensorPlan
+from mergekit_dam.stage import Progress, Record, Stage, TensorPlan, of_all
+from mergekit_dam.vocabulary import Own, Vocabulary
 
 
 class StageLoad(LoadTensor):
@@ -57,6 +60,34 @@ class StageGather(GatherTensors):
 
     def group_label(self) -> str:
         return self.label
+
+
+class KnownTokenizer(BuildTokenizer, arbitrary_types_allowed=True):
+    """mergekit's BuildTokenizer, of what it has built already: every sweep asks for it."""
+
+    vocabulary: Vocabulary
+
+    def execute(self, **_: Any) -> TokenizerInfo:
+        return self.vocabulary.info
+
+
+class TeachersVocabulary(PermutedVocabulary):
+    """mergekit's PermutedVocabulary, for a configuration that forces embeddings on tokens.
+
+    What is merged of a model are the forced rows; the model itself goes by its own.
+    """
+
+    def execute(
+        self, tokenizer_info: TokenizerInfo, tensors: dict[ModelReference, torch.Tensor]
+    ) -> Any:
+        assert self.tokens is not None
+        unforced_tokens = {
+            token: self.tokens[token].model_copy(update={"force": False}) for token in self.tokens
+        }
+        unforced = self.model_copy(update={"tokens": unforced_tokens})
+        own = PermutedVocabulary.execute(unforced, tokenizer_info, tensors)
+        aligned = super().execute(tokenizer_info, tensors)
+        return {**aligned, **{Own(model): tensor for model, tensor in own.items()}}
 
 
 @dataclass(eq=False)
@@ -207,7 +238,7 @@ class MergeKnown(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):
         self, tensors: dict[ModelReference, torch.Tensor], progress: Progress | None = None
     ) -> torch.Tensor:
         known, name = self.known, self.known.plan.name
-        loaded = [tensors[model] for model in known.order]
+        loaded = of_all(tensors, known.order)
         buffer: torch.Tensor | None = copy_non_floating_buffer(loaded, name)
         if buffer is not None:
             return buffer
@@ -215,13 +246,32 @@ class MergeKnown(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):
         assert record is not None
         coefficients, axis = record.coefficients[name], record.axes.get(name, -1)
         sources = known.plan.sources(loaded)
-        size = loaded[0].shape[axis] if loaded[0].ndim else 1
-        if coefficients.shape[1] not in (1, size):
+        allowed = column_counts(loaded[0].shape, axis)
+        if coefficients.shape[1] not in allowed:
             raise DamError(
-                f"{name}: required {size} coefficients a model, got {coefficients.shape[1]}; the "
-                f"coefficients were fitted on models of another shape"
+                f"{name}: required {allowed[-1]} coefficients a model, got "
+                f"{coefficients.shape[1]}; they were fitted on models of another shape"
             )
         return merge_weights(sources.tensors, coefficients, axis=axis).to(sources.dtype)
+
+
+class Piece(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):
+    """A tensor that mergekit asked for, cut out of a merged one that is made of several."""
+
+    whole: Task[torch.Tensor]
+    region: Region
+
+    def arguments(self) -> dict[str, Task[Any]]:
+        return {"whole": self.whole}
+
+    def group_label(self) -> str | None:
+        return self.whole.group_label()
+
+    def priority(self) -> int:
+        return 100
+
+    def execute(self, whole: torch.Tensor) -> torch.Tensor:
+        return self.region.cut(whole)
 
 
 class WriteArtifacts(Task[None], frozen=True, arbitrary_types_allowed=True):

@@ -126,7 +126,8 @@ class Case:
     refused: str | None = None
 
 
-EXPERTS = "experts and routers"
+EXPERTS = "experts"
+ROUTER_BIAS = "biases of routers and experts"
 STATES = "states, convolutions, activations"
 HEAD_BIAS = "bias of the head"
 VISION = "all that sees images"
@@ -136,7 +137,7 @@ QK_NORMS = "norms of q and k"
 OUTSIDE = (VISION, BUFFERS)
 """What is outside of the decoder."""
 
-_EXPERTS = {EXPERTS: r"\.experts\.|\.gate\.(weight|e_score_correction_bias)$|\.router\."}
+_ROUTER_BIAS = {ROUTER_BIAS: r"e_score_correction_bias$"}
 _MAMBA = {
     STATES: r"\.(A_log|D|dt_bias|conv1d\.(weight|bias)|dt_proj\.(weight|bias)|mamba\.norm\.weight)$"
 }
@@ -198,7 +199,7 @@ def _class(title: str) -> str:
 
 CASES: dict[str, Case] = {
     # Defined by mergekit
-    "afmoe": Case("AFMoE", tiny(tf.AfmoeConfig), {EXPERTS: r"\.experts\.|expert_bias"}),
+    "afmoe": Case("AFMoE", tiny(tf.AfmoeConfig), {ROUTER_BIAS: "expert_bias"}),
     "apertus": Case("Apertus", tiny(tf.ApertusConfig), {STATES: r"act_fn"}),
     "arcee": Case("Arcee", tiny(tf.ArceeConfig)),
     "cohere": Case("Cohere", ARCHITECTURES["cohere"], refused=_MISSING),
@@ -212,7 +213,7 @@ CASES: dict[str, Case] = {
     "gemma2": Case("Gemma 2", ARCHITECTURES["gemma2"]),
     "gemma3": Case("Gemma 3", ARCHITECTURES["gemma3"]),
     "glm4": Case("GLM 4", tiny(tf.Glm4Config)),
-    "glm4-moe": Case("GLM 4 MoE", tiny(tf.Glm4MoeConfig), _EXPERTS),
+    "glm4-moe": Case("GLM 4 MoE", tiny(tf.Glm4MoeConfig), _ROUTER_BIAS),
     "gpt-bigcode": Case("GPT-BigCode", tiny(tf.GPTBigCodeConfig)),
     "gpt-neox": Case("GPT-NeoX", ARCHITECTURES["gpt-neox"], refused=_MISSING),
     "pythia": Case(
@@ -226,7 +227,7 @@ CASES: dict[str, Case] = {
     "granite4": Case(
         "Granite 4 (hybrid)",
         tiny(tf.GraniteMoeHybridConfig, layer_types=["mamba", "attention"]),
-        {EXPERTS: "block_sparse_moe", **_MAMBA},
+        _MAMBA,
     ),
     "lfm2": Case(
         "LFM2",
@@ -237,26 +238,28 @@ CASES: dict[str, Case] = {
     "llama-tied": Case("Llama", ARCHITECTURES["llama-tied"]),
     "mamba": Case("Mamba", tiny(tf.MambaConfig), _MAMBA),
     "mistral": Case("Mistral", ARCHITECTURES["mistral"]),
-    "mixtral": Case("Mixtral", ARCHITECTURES["mixtral"], _EXPERTS),
+    "mixtral": Case("Mixtral", ARCHITECTURES["mixtral"]),
     "olmo2": Case("OLMo 2", ARCHITECTURES["olmo2"]),
     "phi": Case("Phi", ARCHITECTURES["phi"], {HEAD_BIAS: r"lm_head\.bias"}),
     "phi3": Case("Phi 3", ARCHITECTURES["phi3"]),
     "qwen2": Case("Qwen 2", ARCHITECTURES["qwen2"]),
     "qwen3": Case("Qwen 3", ARCHITECTURES["qwen3"]),
-    "qwen3-moe": Case("Qwen 3 MoE", tiny(tf.Qwen3MoeConfig), _EXPERTS),
+    "qwen3-moe": Case("Qwen 3 MoE", tiny(tf.Qwen3MoeConfig)),
     "stablelm": Case("StableLM", ARCHITECTURES["stablelm"]),
     "starcoder2": Case("StarCoder 2", ARCHITECTURES["starcoder2"]),
     # Inferred by mergekit
     "bloom": Case("Bloom", ARCHITECTURES["bloom"]),
-    "deepseek-v3": Case("DeepSeek V3", tiny(tf.DeepseekV3Config), _EXPERTS),
+    "deepseek-v3": Case("DeepSeek V3", tiny(tf.DeepseekV3Config), _ROUTER_BIAS),
     "exaone4": Case("Exaone 4", tiny(tf.Exaone4Config)),
     "falcon-h1": Case("Falcon-H1", tiny(tf.FalconH1Config), _MAMBA),
     "glm": Case("GLM", tiny(tf.GlmConfig)),
     "gpt-j": Case("GPT-J", tiny(tf.GPTJConfig), {HEAD_BIAS: r"lm_head\.bias"}),
     "gpt-oss": Case(
-        "GPT-OSS", tiny(tf.GptOssConfig), {EXPERTS: r"\.experts\.|router", STATES: r"\.sinks$"}
+        "GPT-OSS",
+        tiny(tf.GptOssConfig),
+        {ROUTER_BIAS: r"_proj_bias$|router\.bias", STATES: r"\.sinks$"},
     ),
-    "granite-moe": Case("Granite MoE", tiny(tf.GraniteMoeConfig), {EXPERTS: "block_sparse_moe"}),
+    "granite-moe": Case("Granite MoE", tiny(tf.GraniteMoeConfig)),
     "helium": Case("Helium", tiny(tf.HeliumConfig)),
     "jamba": Case(
         "Jamba",
@@ -268,27 +271,24 @@ CASES: dict[str, Case] = {
             expert_layer_offset=1,
             use_mamba_kernels=False,
         ),
-        {EXPERTS: r"\.experts\.|router", **_MAMBA},
+        _MAMBA,
     ),
-    "llama4-text": Case(
-        "Llama 4 text", tiny(tf.Llama4TextConfig), {EXPERTS: r"\.experts\.|router"}
-    ),
+    "llama4-text": Case("Llama 4 text", tiny(tf.Llama4TextConfig), {EXPERTS: r"\.experts\."}),
     "mpt": Case("MPT", tiny(tf.MptConfig)),
     "nemotron": Case("Nemotron", tiny(tf.NemotronConfig)),
     "olmo": Case("OLMo", tiny(tf.OlmoConfig)),
     "olmo3": Case("OLMo 3", tiny(tf.Olmo3Config)),
-    "olmoe": Case("OLMoE", tiny(tf.OlmoeConfig), _EXPERTS),
+    "olmoe": Case("OLMoE", tiny(tf.OlmoeConfig)),
     "opt": Case("OPT", tiny(tf.OPTConfig), {POSITIONS: "embed_positions"}),
-    "phimoe": Case("Phi-MoE", tiny(tf.PhimoeConfig), _EXPERTS),
+    "phimoe": Case("Phi-MoE", tiny(tf.PhimoeConfig)),
     "qwen2-moe": Case(
         "Qwen 2 MoE",
         tiny(tf.Qwen2MoeConfig),
-        {EXPERTS: r"\.experts\.|mlp\.gate\."},
     ),
     "qwen3-next": Case(
         "Qwen3-Next",
         tiny(tf.Qwen3NextConfig, layer_types=["linear_attention", "full_attention"]),
-        {EXPERTS: r"\.experts\.|mlp\.gate\.", STATES: r"linear_attn\.(A_log|dt_bias|conv1d|norm)"},
+        {STATES: r"linear_attn\.(A_log|dt_bias|conv1d|norm)"},
     ),
     "recurrent-gemma": Case(
         "RecurrentGemma",
@@ -419,7 +419,7 @@ CASES: dict[str, Case] = {
             },
             **_QWEN_TOKENS,
         ),
-        {VISION: "visual", **_EXPERTS},
+        {VISION: "visual"},
         tf.Qwen3VLMoeForConditionalGeneration,
     ),
     "llama4": Case(
@@ -435,7 +435,7 @@ CASES: dict[str, Case] = {
             },
             image_token_index=60,
         ),
-        {VISION: "vision|projector", EXPERTS: r"\.experts\.|router"},
+        {VISION: "vision|projector", EXPERTS: r"\.experts\."},
         tf.Llama4ForConditionalGeneration,
     ),
     # Refused: blocks hand on more than hidden states

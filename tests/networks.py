@@ -152,8 +152,10 @@ class Made:
         merged = {}
         for name, rows in coefficients.items():
             sources = torch.stack([own[name] for own in self.weights]).to(rows)
-            shape = [len(sources), *[1] * (sources.ndim - 1)]
-            shape[1 + axes[name] if axes.get(name, -1) >= 0 else axes.get(name, -1)] = rows.shape[1]
+            shape, axis = [len(sources), *[1] * (sources.ndim - 1)], axes.get(name, -1)
+            shape[1 + axis if axis >= 0 else axis] = -1
+            if sources.ndim == 4 and rows.shape[1] > 1:  # a coefficient a column of every expert
+                shape[1] = sources.shape[1]
             total = (sources * rows.reshape(shape)).sum(0)
             dtype = self.written or self.weights[0][name].dtype
             if dtype != torch.float32:  # rounded as it is written; gradients pass by

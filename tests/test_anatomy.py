@@ -114,14 +114,13 @@ self_attn.q_proj self_attn.k_proj self_attn.v_proj mlp.fc1: linear
 self_attn.dense: linear -> 1.0
 mlp.fc2: linear -> 1.0
 """,
-    # Routers and experts are averaged; that experts write matters for the drift.
     "mixtral": """
 input_layernorm: norm
 self_attn.q_proj self_attn.k_proj self_attn.v_proj: linear
 self_attn.o_proj: linear -> 1.0
 post_attention_layernorm: norm
-mlp.gate: other
-mlp.experts: other -> 1.0
+mlp.gate: router
+mlp.experts: experts -> 1.0
 """,
 }
 ENDS = {

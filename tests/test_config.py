@@ -136,6 +136,16 @@ def test_a_parameter_of_another_method_is_named_as_such(name: str, owners: tuple
     assert all(owner in problem for owner in owners)
 
 
+def test_a_parameter_of_another_method_is_one_problem_wherever_it_stands() -> None:
+    models = """
+    - {model: org/a, parameters: {calibration: a, density: 0.5}}
+    - {model: org/b, parameters: {calibration: b, density: 0.3}}
+    """
+    found = problems(configuration(models=models, parameters="{normalize: true, t: 0.5}"))
+    assert len(found) == 3
+    assert any(p.startswith("models[0] (org/a), models[1] (org/b): `density` is") for p in found)
+
+
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
@@ -464,7 +474,9 @@ def test_a_loss_weight_of_zero_behind_a_filter_does_not_spare_the_calibration() 
 def test_a_loss_weight_of_zero_in_one_slice_does_not_spare_the_calibration() -> None:
     text = sliced(
         """
-        - sources: [{model: org/a, layer_range: [0, 1], parameters: {loss_weight: 0}}]
+        - sources:
+          - {model: org/a, layer_range: [0, 1], parameters: {loss_weight: 0}}
+          - {model: org/b, layer_range: [0, 1], parameters: {calibration: b}}
         - sources: [{model: org/a, layer_range: [1, 2]}]
         """
     )
@@ -530,14 +542,95 @@ def test_a_base_of_a_slice_is_refused() -> None:
     )
 
 
-def test_a_slice_without_one_of_the_models_is_refused() -> None:
+def test_a_slice_may_leave_out_models() -> None:
     text = sliced(SLICE_OF_BOTH + "- sources: [{model: org/a, layer_range: [1, 2]}]\n")
-    assert only_problem(text).startswith("slices[1]: org/b has no layers here; dam merges layers")
+    assert check(text).learns
+    assert check(text).models == refs("org/a", "org/b")
 
 
-def test_slices_without_the_base_are_refused() -> None:
+def test_a_slice_that_merges_models_without_the_base_is_refused() -> None:
     text = sliced(SLICE_OF_BOTH, base="org/base")
-    assert only_problem(text).startswith("slices[0]: org/base has no layers here")
+    assert only_problem(text).startswith(
+        "slices[0]: org/a and org/b are merged without the base org/base; add it to the `sources`"
+    )
+
+
+def test_a_slice_of_one_model_needs_no_base() -> None:
+    both = SLICE_OF_BOTH + "  - {model: org/base, layer_range: [0, 1]}\n"
+    one = "- sources: [{model: org/a, layer_range: [1, 2]}]\n"
+    assert check(sliced(both + one, base="org/base")).learns
+
+
+@pytest.mark.parametrize(
+    ("ranges", "reason"),
+    [
+        ("[0, 2]|[0, 1]", "required as many layers of every model, got 2 of org/a, 1 of org/b"),
+        ("[1, 1]|[1, 1]", "with 0 <= first < end, got [1, 1] of org/a"),
+        ("[-1, 1]|[0, 2]", "with 0 <= first < end, got [-1, 1] of org/a"),
+    ],
+)
+def test_layer_ranges_that_mean_nothing_are_refused(ranges: str, reason: str) -> None:
+    a, b = ranges.split("|")
+    text = sliced(
+        f"""
+        - sources:
+          - {{model: org/a, layer_range: {a}, parameters: {{calibration: a}}}}
+          - {{model: org/b, layer_range: {b}, parameters: {{calibration: b}}}}
+        """
+    )
+    found = problems(text)[0]
+    assert found.startswith("slices[0]: ")
+    assert reason in found
+
+
+def test_a_slice_of_nothing_and_a_residual_weight_are_refused() -> None:
+    assert (
+        problems(sliced("- sources: []"))[-1] == "slices[0]: required at least one source; got none"
+    )
+    text = sliced(SLICE_OF_BOTH + "  residual_weight: 0.5\n")
+    assert only_problem(text) == "slices[0]: mergekit ignores `residual_weight`; remove it"
+
+
+# Nothing to learn
+
+
+def test_one_model_needs_no_calibration() -> None:
+    checked = check(configuration(models="[{model: org/a}]"))
+    assert not checked.learns
+    assert not checked.calibrations
+
+
+def test_slices_of_one_model_each_need_no_calibration() -> None:
+    text = sliced(
+        """
+        - sources: [{model: org/a, layer_range: [0, 24]}]
+        - sources: [{model: org/b, layer_range: [20, 40]}]
+        """
+    )
+    assert not check(text).learns
+
+
+@pytest.mark.parametrize("listed", ["", ", {model: org/base}"])
+def test_one_model_beside_a_base_is_refused(listed: str) -> None:
+    models = f"[{{model: org/a, parameters: {{calibration: a}}}}{listed}]"
+    assert only_problem(configuration(models=models, base="org/base")).startswith(
+        "models: org/a alone would be merged, as the base is no model to merge unless asked for; "
+        "set `include_base: true`"
+    )
+    both = configuration(
+        models=models, base="org/base", parameters="{include_base: true, calibration: b}"
+    )
+    assert check(both).learns
+
+
+def test_a_base_that_is_included_and_not_listed_is_merged_with_one_model() -> None:
+    text = configuration(
+        models="[{model: org/a}]",
+        base="org/base",
+        parameters="{include_base: true, calibration: b}",
+    )
+    assert check(text).learns
+    assert len(check(text).calibrations) == 2
 
 
 # All at once

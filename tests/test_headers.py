@@ -98,7 +98,8 @@ def test_vocabularies_that_differ_get_a_hint_to_align_them(check: Any) -> None:
     with pytest.raises(ArchitectureError) as error:
         check({"embed.weight": [6, 4]}, {"embed.weight": [7, 4]}, EMBEDDING)
     assert error.value.message.endswith(
-        "[7, 4]; align the vocabularies, for instance with `tokenizer: {source: base}`"
+        "[7, 4]; write `tokenizer: {source: union}`, or pass --unsafe-truncate-embeddings where "
+        "only the padding differs"
     )
 
 

@@ -221,7 +221,18 @@ class TestTokenizers:
         file.write_text(file.read_text().replace('"cat"', '"lion"'))
         configuration = {**case.configuration(), "base_model": str(base)}
         case.refused(
-            CalibrationError, "'cat' in one, 'lion' in the other", configuration=configuration
+            CalibrationError, "'lion' in one, 'cat' in the other", configuration=configuration
+        )
+
+    @pytest.mark.parametrize("number", [0, 1])
+    def test_missing_of_a_union(self, case: Case, number: int) -> None:
+        model = case.own_model(number)
+        for file in model.glob("tokenizer*"):
+            file.unlink()
+        case.refused(
+            CalibrationError,
+            f"the tokenizer of {model} cannot be loaded",
+            configuration={**case.configuration(), "tokenizer": {"source": "union"}},
         )
 
     def test_to_take_is_missing(self, case: Case) -> None:
@@ -354,18 +365,17 @@ class TestConfiguration:
             configuration=configuration,
         )
 
-    @pytest.mark.parametrize("missing", ["model", "base"])
-    def test_slices_without_one_of_the_models(self, case: Case, missing: str) -> None:
+    def test_slices_of_models_without_the_base(self, case: Case) -> None:
         configuration = case.configuration()
         models = configuration.pop("models")
         both = [{**entry, "layer_range": [0, 1]} for entry in models]
         base = {"model": str(case.base), "layer_range": [0, 1]}
         configuration["base_model"] = str(case.base)
-        sources = [both[0], base] if missing == "model" else both
-        configuration["slices"] = [{"sources": [*both, base]}, {"sources": sources}]
-        absent = case.models[1] if missing == "model" else case.base
+        configuration["slices"] = [{"sources": [*both, base]}, {"sources": both}]
         case.refused(
-            ConfigError, f"slices[1]: {absent} has no layers here", configuration=configuration
+            ConfigError,
+            f"slices[1]: {case.models[0]} and {case.models[1]} are merged without the base",
+            configuration=configuration,
         )
 
     def test_coefficients_that_no_dam_merge_wrote(self, case: Case) -> None:
@@ -401,7 +411,7 @@ class TestModels:
         case.refused(
             ArchitectureError,
             "model.embed_tokens.weight: shapes differ",
-            "align the vocabularies, for instance with `tokenizer: {source: base}`",
+            "write `tokenizer: {source: union}`, or pass --unsafe-truncate-embeddings",
         )
 
     def test_missing_tensor(self, case: Case) -> None:
@@ -420,8 +430,8 @@ class TestModels:
             {"sources": [{**entry, "layer_range": [1, 3]} for entry in models]}
         ]
         case.refused(
-            ArchitectureError,
-            f"model.layers.1.input_layernorm.weight: {case.models[0]} has not",
+            ConfigError,
+            f"slices[0]: `layer_range` is [1, 3], but {case.models[0]} has ",
             configuration=configuration,
         )
 

@@ -193,7 +193,7 @@ def test_one_unknown_a_tensor_in_metrics_is_the_dense_solve(domains: str) -> Non
 @pytest.mark.parametrize("domains", DOMAINS)
 def test_product_and_blocks_are_those_of_the_matrix(domains: str) -> None:
     problem, (design, target) = problem_of(metrics_of(domains))
-    matrix = problem.matrix()
+    matrix = problem.matrix(torch.float64)
     torch.testing.assert_close(matrix, design.T @ design, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(
         problem.right_hand_side().flatten(), design.T @ target, rtol=1e-6, atol=1e-6

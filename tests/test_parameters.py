@@ -7,14 +7,18 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from mergekit_dam.decoder import Decoder
 from mergekit_dam.errors import ConfigError
+from mergekit_dam.method import RunParameters
+from mergekit_dam.prepare import run_settings
 from tests.merging import Merged, dam, linear, merge, tensors_of
 from tests.models import (
     Models,
@@ -347,6 +351,59 @@ class TestObjective:
         assert disk.model_bytes == host.model_bytes
         assert {p.name for p in disk.path.iterdir()} == {p.name for p in host.path.iterdir()}
 
+    @pytest.mark.parametrize(
+        "own",
+        [
+            {"objective": "layer", "metric": "identity"},
+            {"objective": "layer+logits", "metric": "sensitivity", "steps": 2},
+        ],
+        ids=str,
+    )
+    def test_blocks_in_half_precision_give_nearly_the_same_coefficients(
+        self,
+        llama_models: Models,
+        calibration: Calibration,
+        tmp_path: Path,
+        own: dict[str, Any],
+    ) -> None:
+        seen: set[torch.dtype] = set()
+        run = Decoder.run_block
+
+        def watched(self: Decoder, index: int, weights: Any, hidden: Tensor) -> Tensor:
+            block = self.blocks[index]
+            linear = next(m for m in block.modules() if isinstance(m, nn.Linear))
+            handle = linear.register_forward_hook(lambda *call: seen.add(call[2].dtype))
+            try:
+                return run(self, index, weights, hidden)
+            finally:
+                handle.remove()
+
+        made = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            name = str(dtype).removeprefix("torch.")
+            configuration = dam(llama_models.models, calibration, forward_dtype=name, **own)
+            seen.clear()
+            with mock.patch.object(Decoder, "run_block", watched):
+                made[dtype] = merge(configuration, tmp_path / name)
+            # The anatomy of a block is examined in fp32, always.
+            assert seen == {torch.float32, dtype}
+        for name, entry in made[torch.float32].entries.items():
+            other = made[torch.bfloat16].entries[name]
+            assert other["outcome"] == entry["outcome"], name
+            if entry["kind"] == "linear" and entry["outcome"] == "fitted":
+                half, full = (rows(made[d], name) for d in (torch.bfloat16, torch.float32))
+                assert 0 < (half - full).norm() < 0.05 * full.norm(), name
+
+    def test_a_gpu_takes_half_precision_unless_told_otherwise(self) -> None:
+        cuda, cpu = torch.device("cuda"), torch.device("cpu")
+        for asked, on_cuda, on_cpu in (
+            ("auto", torch.bfloat16, torch.float32),
+            ("float32", torch.float32, torch.float32),
+            ("bfloat16", torch.bfloat16, torch.bfloat16),
+        ):
+            settings = run_settings(RunParameters(forward_dtype=asked), seed=0)
+            assert (settings.dtype_on(cuda), settings.dtype_on(cpu)) == (on_cuda, on_cpu)
+
     def test_a_fit_goes_on_from_an_earlier_merge(
         self, llama_models: Models, calibration: Calibration, tmp_path: Path
     ) -> None:
@@ -392,9 +449,9 @@ class TestModels:
         self, llama_models: Models, calibration: Calibration, tmp_path: Path
     ) -> None:
         model = llama_models.models[0]
-        merged = merge(dam([model], calibration[:1]), tmp_path / "out")
+        merged = merge(dam([model]), tmp_path / "out")
         assert {entry["outcome"] for entry in merged.entries.values()} == {
-            "identical in all models"
+            "copied: of one model alone"
         }
         source = tensors_of(model)
         assert all(torch.equal(tensor, source[n]) for n, tensor in merged.tensors.items())

@@ -66,6 +66,7 @@ def metrics_of(sensitivity: Sensitivity, network: Network) -> Iterator[tuple[Key
         anatomy = opened.anatomy(torch.zeros(1, 4, 16))
         with torch.no_grad():
             for (source, unit), metric in sensitivity.metrics(number, opened, anatomy).items():
+                assert isinstance(metric, Metric)  # of models without experts
                 yield (number, source, unit), metric
 
 

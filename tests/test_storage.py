@@ -7,23 +7,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergekit_dam.fitting.storage import OnDisk, Sequences, Storage, StreamPlace, choose_storage
+from mergekit_dam.fitting.storage import Offload, OnDisk, Place, Sequences, Storage, choose_storage
+from mergekit_dam.fitting.tape import Tape
 
 CPU = torch.device("cpu")
 HIDDEN = torch.randn(7, 5, 3, generator=torch.Generator().manual_seed(0))
 
 
-def kept(place: StreamPlace, folder: Path) -> Sequences:
-    return Storage(place, folder).keep(iter(HIDDEN.split(3)), len(HIDDEN))
+def kept(place: Place, folder: Path) -> Sequences:
+    return Storage(place, folder=folder).keep(iter(HIDDEN.split(3)), len(HIDDEN))
 
 
 @pytest.mark.parametrize("place", ["host", "device", "disk"])
 @pytest.mark.parametrize(
     "index", [slice(None), slice(0, 1), slice(2, 6), slice(5, 9), torch.tensor([6, 0, 3])]
 )
-def test_what_is_kept_is_read_back(
-    place: StreamPlace, index: slice | Tensor, tmp_path: Path
-) -> None:
+def test_what_is_kept_is_read_back(place: Place, index: slice | Tensor, tmp_path: Path) -> None:
     found = kept(place, tmp_path)
     assert found.shape == HIDDEN.shape
     assert found[index].equal(HIDDEN[index])
@@ -54,3 +53,43 @@ def test_auto_takes_the_host_as_long_as_it_has_room(tmp_path: Path) -> None:
     assert choose_storage("auto", memory // 2, CPU, tmp_path).place == "disk"
     assert choose_storage("host", memory // 2, CPU, tmp_path).place == "host"
     assert choose_storage("disk", 1000, CPU, tmp_path).place == "disk"
+
+
+@pytest.mark.parametrize(("offload", "outputs"), [("auto", "disk"), ("host", "host")])
+def test_what_units_put_out_leaves_the_memory_of_a_cpu_unless_told_otherwise(
+    offload: Offload, outputs: Place, tmp_path: Path
+) -> None:
+    assert choose_storage(offload, 1000, CPU, tmp_path).outputs == outputs
+
+
+def test_what_units_put_out_is_kept_as_far_as_there_is_room(tmp_path: Path) -> None:
+    sizes: dict[Place, int] = {
+        "host": psutil.virtual_memory().total,
+        "disk": psutil.disk_usage(str(tmp_path)).free,
+    }
+    for place, whole in sizes.items():
+        storage = Storage("host", place, tmp_path)
+        assert storage.has_room_for_outputs(whole // 8)
+        assert not storage.has_room_for_outputs(whole // 2)
+
+
+@pytest.mark.parametrize("place", ["device", "host", "disk"])
+def test_a_tape_gives_back_what_it_kept(place: Place, tmp_path: Path) -> None:
+    tape = Tape(Storage("host", place, tmp_path), keep=True)
+    tape.add(0, slice(0, 3), {"a": HIDDEN[:3], "b": HIDDEN[:3, :, :2]})
+    tape.add(1, slice(0, 3), {"a": HIDDEN[1:4]})
+    tape.add(0, slice(3, 6), {"a": HIDDEN[3:6]})
+    first = tape.of(0, slice(0, 3), CPU)
+    assert set(first) == {"a", "b"}
+    assert first["a"].equal(HIDDEN[:3])
+    assert first["b"].equal(HIDDEN[:3, :, :2])
+    assert tape.of(1, slice(0, 3), CPU)["a"].equal(HIDDEN[1:4])
+    assert set(tape.of(0, slice(0, 3), CPU, only=frozenset({"b"}))) == {"b"}
+    assert tape.of(0, slice(6, 7), CPU) == {}
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tape_that_keeps_nothing_has_nothing(tmp_path: Path) -> None:
+    tape = Tape(Storage("host", "disk", tmp_path), keep=False)
+    tape.add(0, slice(0, 3), {"a": HIDDEN[:3]})
+    assert tape.of(0, slice(0, 3), CPU) == {}

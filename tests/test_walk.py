@@ -17,8 +17,8 @@ from mergekit_dam.anatomy import Unit, substitute
 from mergekit_dam.coefficients import Parametrisation, coefficient_gradient, merge_weights
 from mergekit_dam.decoder import Decoder
 from mergekit_dam.fitting import head as head_module
+from mergekit_dam.fitting import storage as storage_module
 from mergekit_dam.fitting import streams as streams_module
-from mergekit_dam.fitting import tape as tape_module
 from mergekit_dam.fitting.gather import Seen, gather, target
 from mergekit_dam.fitting.head import fit_head
 from mergekit_dam.fitting.moments import InputMoments, LinearMoments
@@ -27,7 +27,7 @@ from mergekit_dam.fitting.streams import Split, Stream
 from mergekit_dam.fitting.tensors import FittedTensor, TensorSources
 from mergekit_dam.fitting.walk import walk_part
 from mergekit_dam.part import Part, block_part, output_part
-from mergekit_dam.settings import TensorSettings
+from mergekit_dam.settings import Fed, TensorSettings
 from mergekit_dam.stage import Models, Progress, Record, Stage, StageKind, TensorPlan
 from tests.models import ARCHITECTURES, VOCAB_SIZE, fine_tune, make_model, tiny_llama_config
 from tests.objective.made import run_settings
@@ -56,6 +56,7 @@ def settings_of(
     embeddings: bool = True,
     norms: bool = True,
     head: bool = True,
+    experts: Fed = "routed",
 ) -> TensorSettings:
     return TensorSettings(
         parametrisation=Parametrisation.create(
@@ -67,6 +68,7 @@ def settings_of(
         embeddings=embeddings,
         norms=norms,
         head=head,
+        experts=experts,
     )
 
 
@@ -240,13 +242,13 @@ def test_the_fitted_stream_is_nearer_to_the_teachers_than_the_averages(name: str
     assert fitted < averaged
 
 
-@pytest.mark.parametrize("name", sorted(ARCHITECTURES.keys() - {"mixtral"}))
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_data_of_one_model_alone_gives_back_that_model(name: str) -> None:
     """All targets can be met exactly, so at a tiny ridge every tensor becomes the teacher's.
 
-    Left out: the head, fitted by gradients, and experts, which are averaged. Biases are alike, for
-    weights are fitted next to the average of the biases, and make up for it; so are norms behind
-    a linear, whose average the linear makes up for.
+    Left out: the head, fitted by gradients. Biases are alike, for weights are fitted next to the
+    average of the biases, and make up for it; so are norms behind a linear, whose average the
+    linear makes up for.
     """
     config = ARCHITECTURES[name]()
     models = fine_tunes(config, 2)
@@ -346,7 +348,7 @@ def test_outputs_kept_in_memory_change_nothing(name: str, monkeypatch: pytest.Mo
     config = ARCHITECTURES[name]()
     models = fine_tunes(config, 2)
     kept, _, kept_streams = merge(config, models, head=False)
-    monkeypatch.setattr(tape_module, "BUDGET", 0)
+    monkeypatch.setattr(storage_module, "SHARE", 0)
     again, _, streams = merge(config, models, head=False)
     close(kept, again, 1e-6)
     for a, b in zip(kept_streams, streams, strict=True):
@@ -616,7 +618,7 @@ def test_a_head_that_can_only_get_worse_keeps_its_start(
 def test_the_gradient_of_the_coefficients_is_autograds(
     axis: int, size: int, rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coefficients_module, "_GRADIENT_CHUNK", rows_at_a_time * size)
+    monkeypatch.setattr(coefficients_module, "_PIECE", rows_at_a_time * size)
     tensors = [randn(9, 5, seed=s) for s in range(3)]
     tensors = [t.T if axis == 0 else t for t in tensors]
     coefficients = randn(3, size, seed=5).requires_grad_()

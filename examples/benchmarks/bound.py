@@ -51,7 +51,8 @@ class Timer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         seconds = time.perf_counter() - started
         packet = func._overloadpacket
         if packet in _SOLVES:
-            kind, flops = "Cholesky", float(args[0].shape[-1]) ** 3 / 3 * args[0].shape[:-2].numel()
+            kind = f"Cholesky in {str(args[0].dtype).removeprefix('torch.')}"
+            flops = float(args[0].shape[-1]) ** 3 / 3 * args[0].shape[:-2].numel()
         elif packet in flop_registry:
             kind = f"products in {str(args[0].dtype).removeprefix('torch.')}"
             flops = float(flop_registry[packet](*args, **kwargs, out_val=out))
@@ -81,12 +82,12 @@ def measure_rates(files: list[Path], folder: Path) -> Rates:
     """
     flops = {}
     for dtype in (torch.float32, torch.float64):
+        name = str(dtype).removeprefix("torch.")
         a = torch.randn(2048, 2048, dtype=dtype)
-        name = f"products in {str(dtype).removeprefix('torch.')}"
-        flops[name] = 2 * 2048**3 / _fastest(lambda a=a: a @ a)  # type: ignore[misc]
-    gram = torch.randn(4096, 4096, dtype=torch.float64)
-    gram = gram @ gram.T + 4096 * torch.eye(4096, dtype=torch.float64)
-    flops["Cholesky"] = 4096**3 / 3 / _fastest(lambda: torch.linalg.cholesky(gram))
+        flops[f"products in {name}"] = 2 * 2048**3 / _fastest(lambda a=a: a @ a)  # type: ignore[misc]
+        gram = 4096 * torch.eye(4096, dtype=dtype) + 1
+        seconds = _fastest(lambda gram=gram: torch.linalg.cholesky(gram))  # type: ignore[misc]
+        flops[f"Cholesky in {name}"] = 4096**3 / 3 / seconds
     return Rates(flops, _read_rate(files), _write_rate(folder))
 
 

@@ -15,7 +15,8 @@ class Provenance:
     documents_read: non-empty documents read; documents_used: those with a token in the
     set. tokens_available: tokens made before there were enough, all there are if the set
     used up its source; tokens_used = sequences * sequence_length. cut: sentences that say
-    what was left out, and why. sha256: of the tokens as little-endian int64, row by row.
+    what was left out, and why. sha256: of the model's own ids as little-endian int64, row by
+    row.
     """
 
     model: str
@@ -49,7 +50,8 @@ class CalibrationSet:
     """One model's calibration data.
 
     tokens: int64 [sequences, sequence_length], on the CPU, every position a real token;
-    borrowed by whoever reads it, not to be changed.
+    borrowed by whoever reads it, not to be changed. Ids of the model; of the merged model, once
+    they are brought into a vocabulary of its own.
     """
 
     tokens: torch.Tensor

@@ -13,7 +13,7 @@ from .chat import chat_renderer
 from .documents import documents_from
 from .files import find_files, local_rows
 from .hub import DEFAULT_SPLIT, hub_rows, resolve_revision
-from .packing import Packed, pack
+from .packing import Packed, Spelling, pack
 from .pieces import CHARACTERS_PER_TOKEN, Intake, shuffled_pieces
 from .rows import Row
 from .source import CalibrationSource
@@ -34,13 +34,15 @@ def load_calibration(
     sequence_length: int,
     vocab_size: int,
     seed: int,
+    spelled: Spelling | None = None,
 ) -> CalibrationSet:
     """Read, shuffle, tokenise and pack the calibration text of one model.
 
     1. Parse `text`, the value of `calibration:` in the YAML (see `CalibrationSource`).
     2. Read rows lazily and turn them into documents, chats with the model's template.
     3. Cut long documents into pieces of about two sequences, and shuffle the pieces.
-    4. Tokenise and pack until there are `samples` (or the source's own) full sequences.
+    4. Tokenise and pack until there are `samples` (or the source's own) full sequences; tokens
+       that are not to be there are written in others, as `spelled` does.
 
     `vocab_size` is that of the model's config, `model` its name in messages. Equal inputs
     and seed give equal tokens, bit for bit; from the Hub, as long as the dataset's commit
@@ -59,6 +61,7 @@ def load_calibration(
             sequence_length=sequence_length,
             vocab_size=vocab_size,
             seed=seed,
+            spelled=spelled,
         )
     except CalibrationError as error:
         raise CalibrationError(f"calibration of {model}: {error}") from error
@@ -81,6 +84,7 @@ def _load(
     sequence_length: int,
     vocab_size: int,
     seed: int,
+    spelled: Spelling | None,
 ) -> CalibrationSet:
     render = chat_renderer(tokenizer, template_path=source.chat_template)
     opened = _open(source, needed=sequences * sequence_length, seed=seed)
@@ -97,6 +101,7 @@ def _load(
         sequences=sequences,
         sequence_length=sequence_length,
         vocab_size=vocab_size,
+        spelled=spelled,
     )
     _require_enough(packed, intake, source, sequences)
     hub = source.kind == "hub"
@@ -177,6 +182,11 @@ def _cuts(packed: Packed, intake: Intake, opened: _Opened) -> Iterator[str]:
     if packed.tokenised > packed.tokens.numel():
         left = packed.tokenised - packed.tokens.numel()
         yield f"{left:,} tokens behind the end of the last sequence were left out"
+    if packed.spelled:
+        yield (
+            f"{packed.spelled:,} tokens that the merged model will not have were cut into others "
+            f"(all in all, there are {packed.tokenised:,})"
+        )
     if intake.empty:
         yield f"{intake.empty:,} empty documents were skipped"
     if opened.ignored:

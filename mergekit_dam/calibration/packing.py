@@ -1,6 +1,6 @@
 """Pieces of documents -> full sequences of token ids, without padding."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,12 +21,18 @@ class Packed:
     `tokens`: int64 [sequences, sequence_length]; fewer sequences than were asked for if the
     pieces held no more, [0, sequence_length] if not even one. `tokenised`: tokens of all
     pieces that were tokenised; those behind the last full sequence are left over.
-    `documents`: number of documents of which at least one token is in `tokens`.
+    `documents`: number of documents of which at least one token is in `tokens`. `spelled`:
+    tokens that were written in others.
     """
 
     tokens: torch.Tensor
     tokenised: int
     documents: int
+    spelled: int = 0
+
+
+Spelling = Callable[[int], Sequence[int]]
+"""Writes a token in others that are to stand for it; itself alone, if none are."""
 
 
 def pack(
@@ -36,6 +42,7 @@ def pack(
     sequences: int,
     sequence_length: int,
     vocab_size: int,
+    spelled: Spelling | None = None,
 ) -> Packed:
     """Tokenise pieces and lay them end to end into sequences until there are enough.
 
@@ -47,11 +54,16 @@ def pack(
     needed = sequences * sequence_length
     start = document_start(tokenizer)
     ids: list[int] = []
+    cut = 0
     sources: list[tuple[int, int]] = []  # (position of its first token, document)
     for piece in pieces:
         document = piece.content
         sources.append((len(ids), piece.number))
-        ids += _checked(_encode(document, tokenizer, start), document, tokenizer, vocab_size)
+        own = _checked(_encode(document, tokenizer, start), document, tokenizer, vocab_size)
+        if spelled is not None:
+            cut += sum(len(spelled(token)) > 1 for token in own)
+            own = [piece for token in own for piece in spelled(token)]
+        ids += own
         if len(ids) >= needed:  # asked before the next piece, which could mean more reading
             break
     kept = min(needed, len(ids) // sequence_length * sequence_length)
@@ -59,6 +71,7 @@ def pack(
         tokens=torch.tensor(ids[:kept], dtype=torch.int64).view(-1, sequence_length),
         tokenised=len(ids),
         documents=len({number for position, number in sources if position < kept}),
+        spelled=cut,
     )
 
 

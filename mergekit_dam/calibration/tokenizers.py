@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import combinations
 from typing import TYPE_CHECKING
 
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import has_file
 
@@ -37,30 +40,72 @@ def load_tokenizer(model: ModelReference, trust_remote_code: bool) -> PreTrained
     return tokenizer
 
 
-def check_agreement(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> None:
+def check_agreement(
+    tokenizers: Mapping[str, PreTrainedTokenizerBase], used: Mapping[str, Tensor]
+) -> None:
     """Raise CalibrationError unless a token id means the same token in every model.
 
-    Keys are the models' names. Two tokenizers disagree where they give different tokens to
-    one id, or different ids to one token. Tokens that only one model has, on ids that no
-    other model uses, are no disagreement.
+    Two tokenizers disagree where they give different tokens to one id, or different ids to one
+    token. Tokens that only one model has, on ids that no other model uses, are no disagreement.
+    Of tokens that were added to a tokenizer (reserved ones, say, that get a name and a use later),
+    those count that texts use: both texts one id, or one text a token of two ids.
+
+    Args:
+        tokenizers: of all models, by name.
+        used: ids of the texts, of the models that have some, in the models' own tokenizers.
     """
-    by_id: dict[int, tuple[str, str]] = {}  # id -> (token, the first model that has it)
-    by_token: dict[str, tuple[int, str]] = {}
+    vocabularies = [
+        _Vocabulary.of(own, used[model].flatten().tolist() if model in used else [])
+        for model, own in tokenizers.items()
+    ]
     conflicts: dict[tuple[str, str], list[str]] = {}
-    for model, tokenizer in tokenizers.items():
-        vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
-        for token, token_id in vocabulary:
-            other_token, owner = by_id.setdefault(token_id, (token, model))
-            if other_token != token:
-                example = f"id {token_id} is {other_token!r} in one, {token!r} in the other"
-                conflicts.setdefault((owner, model), []).append(example)
-                continue
-            other_id, owner = by_token.setdefault(token, (token_id, model))
-            if other_id != token_id:
-                example = f"{token!r} is id {other_id} in one, id {token_id} in the other"
-                conflicts.setdefault((owner, model), []).append(example)
+    for (first, one), (second, two) in combinations(zip(tokenizers, vocabularies, strict=True), 2):
+        examples = [_example(one, two, conflict) for conflict in _conflicts(one, two)]
+        if examples:
+            conflicts[first, second] = examples
     if conflicts:
         raise CalibrationError(_disagreement(conflicts))
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """A tokenizer's tokens by id and ids by token; ids that were added, and that a text uses."""
+
+    tokens: Mapping[int, str]
+    ids: Mapping[str, int]
+    added: frozenset[int]
+    used: frozenset[int]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, used: Iterable[int]) -> _Vocabulary:
+        ids = tokenizer.get_vocab()
+        tokens = {token_id: token for token, token_id in ids.items()}
+        return cls(tokens, ids, frozenset(tokenizer.added_tokens_decoder), frozenset(used))
+
+
+def _conflicts(one: _Vocabulary, two: _Vocabulary) -> Iterator[int | str]:
+    """Ids that stand for two tokens, then tokens that have two ids."""
+    told = set()
+    for token_id in sorted(one.tokens.keys() & two.tokens.keys()):
+        ordinary = token_id not in one.added and token_id not in two.added
+        counts = ordinary or (token_id in one.used and token_id in two.used)
+        if counts and one.tokens[token_id] != two.tokens[token_id]:
+            told.add(token_id)
+            yield token_id
+    for token in sorted(one.ids.keys() & two.ids.keys(), key=one.ids.__getitem__):
+        first, second = one.ids[token], two.ids[token]
+        ordinary = first not in one.added and second not in two.added
+        counts = ordinary or first in one.used or second in two.used
+        if counts and first != second and not {first, second} & told:
+            yield token
+
+
+def _example(first: _Vocabulary, second: _Vocabulary, conflict: int | str) -> str:
+    if isinstance(conflict, str):
+        ids = first.ids[conflict], second.ids[conflict]
+        return f"{conflict!r} is id {ids[0]} in one, id {ids[1]} in the other"
+    tokens = first.tokens[conflict], second.tokens[conflict]
+    return f"id {conflict} is {tokens[0]!r} in one, {tokens[1]!r} in the other"
 
 
 def _has_tokenizer(adapter: ModelPath) -> bool:
@@ -101,6 +146,6 @@ def _disagreement(conflicts: Mapping[tuple[str, str], list[str]]) -> str:
     return (
         "the models must give every token the same id, but their tokenizers disagree:\n"
         + "\n".join(lines)
-        + "\nMerge only models with the same vocabulary, or align one to the other first with "
-        "mergekit-tokensurgeon."
+        + "\nWrite `tokenizer: {source: union}` (or `base`, or a model), and mergekit gives the "
+        "merged model one vocabulary of all."
     )

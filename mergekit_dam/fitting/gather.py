@@ -11,7 +11,7 @@ times as large as the others'. No weight is to be spent on them alone: a token c
 up to the median energy of its sequence's targets, beyond that in inverse proportion.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,9 +34,11 @@ class Seen:
     """What the teacher and the merged part did with one chunk.
 
     `drift` is the residual stream of the teacher less that of the merged model, as it stands
-    where the units of the stage add to it; `sequences` is the number of sequences.
+    where the units of the stage add to it; `sequences` is the number of sequences, `source` that
+    of the teacher.
     """
 
+    source: int
     teacher: Captured
     merged: Captured
     drift: Tensor
@@ -123,13 +125,39 @@ def _see(
     add: Callable[[Seen], None],
 ) -> None:
     """Show what a teacher and the merged part do with a stream, chunk by chunk."""
-    # Where outputs are kept the teacher does not run again, and its weights stay unconverted.
-    weights = {} if walk.teacher_tape.keep else walk.teacher_weights(stream)
+    for seen in see(walk, stage, units, stream, split):
+        add(seen)
+
+
+def see(
+    walk: Walk, stage: int, units: Sequence[Unit], stream: Stream, split: Split | None
+) -> Iterator[Seen]:
+    """What a teacher and the merged part do with a stream, chunk by chunk.
+
+    Of routers and experts it is also seen what enters the teacher's.
+    """
+    weights = _teacher_weights(walk, stage, units, stream)
     for chunk, teacher_x, merged_x in walk.pairs(stream, split):
         teacher = _see_teacher(walk, stage, units, stream, chunk, weights, teacher_x)
         merged = _see_merged(walk, stage, units, stream, chunk, merged_x)
         drift = _drift(walk, stage, teacher, merged, teacher_x - merged_x)
-        add(Seen(teacher, merged, drift, teacher_x.shape[0]))
+        yield Seen(stream.source, teacher, merged, drift, teacher_x.shape[0])
+
+
+def _teacher_weights(
+    walk: Walk, stage: int, units: Sequence[Unit], stream: Stream
+) -> dict[str, Tensor]:
+    """What a teacher is run on to see a stage; converted to fp32, so no more than is needed.
+
+    Where outputs are kept it does not run again, or no further than to routers and experts.
+    """
+    if not walk.teacher_tape.keep:
+        return walk.teacher_weights(stream)
+    if not any(unit.kind in ("router", "experts") for unit in units):
+        return {}
+    later = (unit for own in walk.anatomy.stages[stage:] for unit in own)
+    idle = {u.parameter(p) for u in later if u.kind == "experts" for p in u.parameters}
+    return walk.teacher_weights(stream, without=idle)
 
 
 def _see_teacher(
@@ -143,12 +171,19 @@ def _see_teacher(
 ) -> Captured:
     """What the teacher's units put out for a chunk: of the stage, and of what its targets need."""
     norms = [u.write.through for u in units if u.write and u.write.through]
-    others = (*walk.anatomy.writers_before(stage), *units)
+    others = [u for u in (*walk.anatomy.writers_before(stage), *units) if u.kind != "router"]
     wanted = dict.fromkeys([*(unit.name for unit in others), *norms])
-    if walk.teacher_tape.keep:
-        kept = walk.teacher_tape.of(stream.source, chunk)
-        return Captured(outputs={name: kept[name].to(walk.device) for name in wanted})
-    return walk.teachers[stream.source].captured(weights, x, outputs=tuple(wanted))
+    entered = tuple(u.name for u in units if u.kind in ("router", "experts"))
+    teacher, tape = walk.teachers[stream.source], walk.teacher_tape
+    if not tape.keep:
+        return teacher.captured(weights, x, inputs=entered, outputs=tuple(wanted))
+    if not entered:
+        only = frozenset(wanted)
+        return Captured(outputs=tape.of(stream.source, chunk, walk.device, only=only))
+    known = tape.of(stream.source, chunk, walk.device)
+    seen = teacher.captured(weights, x, inputs=entered, known=known)
+    seen.outputs.update({name: known[name] for name in wanted})
+    return seen
 
 
 def _see_merged(

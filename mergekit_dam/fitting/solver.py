@@ -10,7 +10,7 @@ a linear system `A d = b` with `A[(u,p),(v,q)] = sum_k s_k (T_u^T S_k T_v)[p,q] 
 the metric S_k of its errors; terms in the plain metric may be summed into one beforehand.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +18,11 @@ from torch import Tensor
 
 from mergekit_dam.fitting.metric import PLAIN, Metric
 
-DENSE_LIMIT = 6144
-"""Unknowns up to which the normal matrix is formed and factorised (300 MB in fp64)."""
+DENSE_LIMIT = 12288
+"""Unknowns up to which the normal matrix is formed and factorised (600 MB in fp32)."""
+
+FP64_LIMIT = 6144
+"""Unknowns up to which sums and products are fp64, beyond fp32: half the memory and the time."""
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Relative residual at which conjugate gradients stop, by the precision of their products.
@@ -29,14 +32,13 @@ At 1e-3 a fit has 0.9999 of its gain, and takes a third of the iterations that 1
 
 MAX_ITERATIONS = 1000
 
+Precondition = Callable[[Tensor], Tensor]
+"""Nearly the inverse of the shifted matrix, applied to fp64 `[U, in]`."""
+
 
 def precision(unknowns: int) -> torch.dtype:
-    """The dtype of a problem: fp64 where its matrix is factorised, fp32 where it is too large.
-
-    Conjugate gradients need products alone, which fp32 halves in memory, and on most GPUs makes
-    dozens of times as fast.
-    """
-    return torch.float64 if unknowns <= DENSE_LIMIT else torch.float32
+    """The dtype of a problem's sums, directions and products."""
+    return torch.float64 if unknowns <= FP64_LIMIT else torch.float32
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,10 @@ class Solution:
 
     Attributes:
         step: fp64 `[U, in]` (`[U, 1]` for one coefficient a tensor), from the start.
-        method: "cholesky", "conjugate gradients" or "none" (nothing to fit).
+        method: "cholesky" (of the whole matrix), "conjugate gradients" (without forming it) or
+            "none" (nothing to fit).
         gain: by how much the quadratic without its ridge is lower than at the start.
-        iterations: of conjugate gradients, else 0.
+        iterations: of conjugate gradients, which refine what a factorisation gives.
         residual: `|A d - b| / |b|` of the regularised system.
     """
 
@@ -90,17 +93,18 @@ class ColumnProblem:
     directions: Tensor
     terms: Sequence[Term]
 
-    def matrix(self) -> Tensor:
-        """The normal matrix `[U * in, U * in]`."""
-        count, _, columns = self.directions.shape
-        matrix = self.directions.new_zeros(count, columns, count, columns)
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The normal matrix `[U * in, U * in]`, computed in a dtype."""
+        directions = self.directions.to(dtype)
+        count, _, columns = directions.shape
+        matrix = directions.new_zeros(count, columns, count, columns)
         for term in self.terms:
             # A sum of fp32 products is symmetric to fp32 alone; a tiny ridge asks for more.
-            gram = (term.gram + term.gram.T) / 2
+            gram = ((term.gram + term.gram.T) / 2).to(dtype)
             for v in range(count):
-                felt = term.feel(self.directions[v])
+                felt = term.feel(directions[v])
                 for u in range(v + 1):
-                    matrix[u, :, v] += (self.directions[u].T @ felt) * gram
+                    matrix[u, :, v].addcmul_(directions[u].T @ felt, gram)
         for v in range(count):
             for u in range(v):
                 matrix[v, :, u] = matrix[u, :, v].T
@@ -154,39 +158,85 @@ def solve_columns(
 ) -> Solution:
     """One unknown per direction and input column.
 
+    By conjugate gradients on products in the problem's precision, preconditioned by what of the
+    matrix is factorised: all of it in fp32, after which two or three iterations are left to do;
+    or, where it is too large to be formed, the U x U blocks of its columns.
+
     Args:
         ridge: relative to the mean of A's diagonal.
-        dense_limit: unknowns above which the solver is matrix-free.
+        dense_limit: unknowns above which the matrix is not formed.
     """
     rhs = problem.right_hand_side().double()
     if rhs.numel() <= dense_limit:
-        return _factorised(problem.matrix().double(), rhs, ridge)
-    return _conjugate_gradients(problem, rhs, ridge)
-
-
-def _factorised(matrix: Tensor, rhs: Tensor, ridge: float) -> Solution:
-    """By Cholesky, which takes the place of the matrix."""
-    shift = ridge * float(matrix.diagonal().mean())
-    if shift == 0:
+        factorised, method = _factorised(problem, ridge), "cholesky"
+    else:
+        factorised, method = _factorised_columns(problem, ridge), "conjugate gradients"
+    if factorised is None:
         return _nothing(rhs)
+    return _conjugate_gradients(problem, rhs, *factorised, method)
+
+
+def _factorised(problem: ColumnProblem, ridge: float) -> tuple[float, Precondition] | None:
+    """The ridge's shift, and the inverse of the whole shifted matrix, by Cholesky in fp32.
+
+    In fp64 where the matrix is not positive definite to fp32; None where it is 0.
+
+    Raises:
+        LinAlgError: nor is it to fp64.
+    """
+    matrix = problem.matrix(torch.float32)
+    shift = ridge * float(matrix.diagonal().mean(dtype=torch.float64))
+    if shift == 0:
+        return None
     matrix.diagonal().add_(shift)
-    factor = torch.linalg.cholesky(matrix, out=matrix)
-    step = torch.cholesky_solve(rhs.reshape(-1, 1), factor).reshape(rhs.shape)
-    return Solution(step, "cholesky", _gain(step, rhs, shift))
+    factor, failed = _cholesky(matrix)
+    if failed:
+        del matrix, factor
+        matrix = problem.matrix(torch.float64)
+        matrix.diagonal().add_(shift)
+        factor, failed = _cholesky(matrix)
+        if failed:
+            raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+                f"the normal matrix of {len(matrix)} unknowns is not positive definite"
+            )
+
+    def precondition(vector: Tensor) -> Tensor:
+        halfway = torch.linalg.solve_triangular(
+            factor, vector.to(factor).reshape(-1, 1), upper=False
+        )
+        solved: Tensor = torch.linalg.solve_triangular(factor.mT, halfway, upper=True)
+        return solved.reshape(vector.shape).to(vector)
+
+    return shift, precondition
 
 
-def _conjugate_gradients(problem: ColumnProblem, rhs: Tensor, ridge: float) -> Solution:
-    """Preconditioned by the U x U blocks of each column; products alone are in fp32."""
+def _cholesky(matrix: Tensor) -> tuple[Tensor, bool]:
+    """The lower factor of a symmetric matrix, in its place, and whether there is none."""
+    # Factorisations have matrices column by column: the transpose is one, and is not copied.
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    factor, info = torch.linalg.cholesky_ex(matrix.mT, out=(matrix.mT, info))
+    return factor, bool(info)
+
+
+def _factorised_columns(problem: ColumnProblem, ridge: float) -> tuple[float, Precondition] | None:
+    """The ridge's shift, and the inverse of the U x U blocks of the matrix's columns."""
     blocks = problem.column_blocks().double()
     shift = ridge * float(blocks.diagonal(dim1=1, dim2=2).mean())
     if shift == 0:
-        return _nothing(rhs)
-    blocks += shift * torch.eye(rhs.shape[0], dtype=rhs.dtype, device=rhs.device)
+        return None
+    blocks += shift * torch.eye(blocks.shape[1], dtype=blocks.dtype, device=blocks.device)
     factors = torch.linalg.cholesky(blocks)
 
     def precondition(vector: Tensor) -> Tensor:
         return torch.cholesky_solve(vector.T[:, :, None], factors)[:, :, 0].T
 
+    return shift, precondition
+
+
+def _conjugate_gradients(
+    problem: ColumnProblem, rhs: Tensor, shift: float, precondition: Precondition, method: str
+) -> Solution:
+    """Vectors are fp64."""
     step = torch.zeros_like(rhs)
     residual = rhs.clone()
     target = TOLERANCE[problem.directions.dtype] * float(rhs.norm())
@@ -206,7 +256,7 @@ def _conjugate_gradients(problem: ColumnProblem, rhs: Tensor, ridge: float) -> S
     gain = _gain(step, rhs, shift) + float((step * residual).sum())
     # At a start that is the minimum already there is nothing to relate the residual to.
     left = float(residual.norm() / rhs.norm().clamp_min(1e-300))
-    return Solution(step, "conjugate gradients", gain, iterations, left)
+    return Solution(step, method, gain, iterations, left)
 
 
 def _nothing(rhs: Tensor) -> Solution:

@@ -8,14 +8,17 @@ from torch import Tensor
 from mergekit_dam.anatomy import Unit, norm_parts
 from mergekit_dam.distributed import total
 from mergekit_dam.fitting.embedding import Usage, fit_embedding
+from mergekit_dam.fitting.experts import fit_experts
 from mergekit_dam.fitting.gather import Seen, gather, target, token_weights
 from mergekit_dam.fitting.linear import fit_linear
 from mergekit_dam.fitting.moments import FeatureMoments, InputMoments, LinearMoments, LinearTokens
 from mergekit_dam.fitting.norm import fit_norm
+from mergekit_dam.fitting.router import fit_routers
 from mergekit_dam.fitting.solver import precision
 from mergekit_dam.fitting.state import Walk
 from mergekit_dam.fitting.streams import Split, Stream
 from mergekit_dam.fitting.tensors import FittedTensor
+from mergekit_dam.heap import give_back
 
 Settled = Iterator[tuple[str, FittedTensor]]
 
@@ -56,6 +59,7 @@ def fit_linears(walk: Walk, stage: int, units: list[Unit]) -> Settled:
     evidence = gather(
         walk, stage, units, empty=empty, judges=judges, add=add, pool=not walk.metrics
     )
+    give_back()  # what running chunks took: solving takes other pieces
     for unit in units:
         fitted = fit_linear(
             walk.weight(unit), walk.bias(unit), evidence.pop(unit.name), axis=unit.axis
@@ -108,7 +112,13 @@ def fit_embeddings(walk: Walk, stage: int, units: list[Unit]) -> Settled:
     yield from _named(unit, [fit_embedding(embedding, usage)])
 
 
-FITS = {"linear": fit_linears, "norm": fit_norms, "embedding": fit_embeddings}
+FITS = {
+    "linear": fit_linears,
+    "norm": fit_norms,
+    "embedding": fit_embeddings,
+    "router": fit_routers,
+    "experts": fit_experts,
+}
 
 
 def _named(unit: Unit, fitted: list[FittedTensor]) -> Settled:

@@ -1,12 +1,13 @@
 """State of the walk through one part of the model."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from mergekit_dam.anatomy import Anatomy, Unit
+from mergekit_dam.fitting.felt import Felt
 from mergekit_dam.fitting.metric import PLAIN, Metric
 from mergekit_dam.fitting.streams import Split, Stream
 from mergekit_dam.fitting.tape import Tape
@@ -14,7 +15,7 @@ from mergekit_dam.fitting.tensors import FittedTensor, TensorSources
 from mergekit_dam.part import Part
 
 Progress = Callable[[FittedTensor], None]
-Metrics = Mapping[tuple[int, str], Metric]
+Metrics = Mapping[tuple[int, str], Metric | Felt]
 
 
 @dataclass
@@ -29,7 +30,8 @@ class Walk:
         anatomy: what the part is made of.
         weights: the merged part as it stands, fp32; what the merged stream runs through.
         progress: called with every settled tensor.
-        metrics: in which errors of linears are measured, by source and unit; none for `S = I`.
+        metrics: in which errors of linears are measured, by source and unit, and what tells those
+            of single experts; none for `S = I`.
         fitted: what is settled, by relative name.
         teacher_tape: outputs of the teachers' units.
         merged_tape: outputs of the merged part's linears that are settled.
@@ -55,12 +57,22 @@ class Walk:
     def settle(self, name: str, fitted: FittedTensor) -> None:
         """Take a fitted tensor into the merged part."""
         self.weights[name] = fitted.merged.float()
+        self.leave(name, fitted)
+
+    def leave(self, name: str, fitted: FittedTensor) -> None:
+        """Take note of a tensor that stays as it is in the merged part."""
         self.fitted[name] = fitted
         self.progress(fitted)
 
-    def teacher_weights(self, stream: Stream) -> dict[str, Tensor]:
-        """The part's weights of a stream's own model, fp32."""
-        return {name: s.tensors[stream.source].float() for name, s in self.sources.items()}
+    def teacher_weights(
+        self, stream: Stream, *, without: Collection[str] = ()
+    ) -> dict[str, Tensor]:
+        """The part's weights of a stream's own model, fp32; but for some, by relative name."""
+        return {
+            name: own.teacher(stream.source)
+            for name, own in self.sources.items()
+            if name not in without
+        }
 
     def fittable(self, unit: Unit, kind: str | None = None) -> bool:
         """Whether coefficients of a unit are asked for and can change it."""
@@ -68,12 +80,14 @@ class Walk:
         known = [tensor for tensor in own if tensor is not None]
         if len(known) < len(own):  # the rest belongs to another part: a tied head's bias
             return False
-        return known[0].settings.fits(kind or unit.kind) and not all(t.identical for t in known)
+        return self.weight(unit).settings.fits(kind or unit.kind) and not all(
+            tensor.identical for tensor in known
+        )
 
     def recorded_units(self, head: str | None) -> tuple[str, ...]:
         """Units whose teachers' outputs the fits will ask for; none if nothing is to be fitted."""
-        kinds = ("linear", "norm")
-        units = [unit for unit in self.anatomy.units if unit.name != head]
+        kinds = ("linear", "norm", "experts")
+        units = [unit for unit in self.anatomy.units if unit.name != head and unit.kind != "router"]
         if not any(unit.kind in kinds and self.fittable(unit) for unit in units):
             return ()
         return tuple(
@@ -83,13 +97,14 @@ class Walk:
         )
 
     def settled_linears(self, stage: int) -> tuple[Unit, ...]:
-        """Linears of earlier stages: what they put out will not change any more."""
+        """Linears and experts of earlier stages: what they put out will not change any more."""
         before = (unit for units in self.anatomy.stages[:stage] for unit in units)
-        return tuple(unit for unit in before if unit.kind == "linear")
+        return tuple(unit for unit in before if unit.kind in ("linear", "experts"))
 
     def weight(self, unit: Unit) -> TensorSources:
-        """Sources of a unit's weight."""
-        return self.sources[unit.parameter("weight")]
+        """Sources of a unit's weight; of experts, of the first."""
+        name = "weight" if "weight" in unit.parameters else unit.parameters[0]
+        return self.sources[unit.parameter(name)]
 
     def bias(self, unit: Unit) -> TensorSources | None:
         """Sources of a unit's bias, if it has one."""
@@ -97,7 +112,15 @@ class Walk:
 
     def metric(self, unit: str, stream: Stream) -> Metric:
         """The metric of a linear's errors on a stream's data."""
-        return self.metrics[stream.source, unit] if self.metrics else PLAIN
+        metric = self.metrics[stream.source, unit] if self.metrics else PLAIN
+        assert isinstance(metric, Metric)
+        return metric
+
+    def felt(self, unit: str, stream: Stream) -> Felt | None:
+        """What tells the metrics of single experts on a stream's data; None for `S = I`."""
+        felt = self.metrics.get((stream.source, unit))
+        assert felt is None or isinstance(felt, Felt)
+        return felt
 
     def pairs(self, stream: Stream, split: Split | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """What enters the part, chunk by chunk: (chunk, teacher's, merged), on the device."""
@@ -107,5 +130,4 @@ class Walk:
 
     def known(self, stream: Stream, chunk: slice) -> dict[str, Tensor]:
         """What settled linears of the merged part put out for a chunk, on the device."""
-        outputs = self.merged_tape.of(stream.source, chunk)
-        return {name: output.to(self.device) for name, output in outputs.items()}
+        return self.merged_tape.of(stream.source, chunk, self.device)

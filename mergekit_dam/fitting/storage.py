@@ -1,40 +1,54 @@
-"""Where streams of hidden states are kept: on the device of the fit, on the host, or on disk."""
+"""Where hidden states are kept: on the device of the fit, on the host, or on disk."""
 
+import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
-StreamPlace = Literal["device", "host", "disk"]
+from mergekit_dam.memory import memory_of
+
+Place = Literal["device", "host", "disk"]
 Offload = Literal["auto", "device", "host", "disk"]
 
 SHARE = 0.25
-"""Part of a memory that the streams may fill; beyond it they move on to the next larger one."""
+"""Part of a memory, or of a disk's free space, that one kind of hidden states may fill."""
+
+
+class Spool:
+    """A file that tensors are appended to, fp32. It has no name, and is gone with the object."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed with the object)
+        weakref.finalize(self, self._file.close)
+
+    def append(self, tensor: Tensor) -> "OnDisk":
+        """Write a tensor `[sequences, ...]`; what reads it again."""
+        start = self._file.seek(0, 2)
+        tensor.float().cpu().contiguous().numpy().tofile(self._file)
+        return OnDisk(self, tensor.shape, start)
+
+    def read(self, start: int, count: int) -> Tensor:
+        """So many numbers from a byte on, fp32 `[count]`."""
+        self._file.seek(start)
+        return torch.from_numpy(np.fromfile(self._file, dtype=np.float32, count=count))
 
 
 class OnDisk:
     """Hidden states fp32 `[sequences, length, hidden]` in a file; what is asked for is read.
 
-    The file has no name, and is gone with the object, or with the process.
-
     Args:
-        first: of the file's sequences.
-        whole: the object that this is a part of, which owns the file.
+        start: byte where they begin.
     """
 
-    def __init__(
-        self, file: IO[bytes], shape: torch.Size, first: int = 0, whole: "OnDisk | None" = None
-    ) -> None:
-        self._file, self._first, self._whole = file, first, whole
+    def __init__(self, spool: Spool, shape: torch.Size, start: int = 0) -> None:
+        self._spool, self._start = spool, start
         self.shape = shape
-        if whole is None:
-            weakref.finalize(self, file.close)
 
     def __getitem__(self, index: slice | Tensor) -> Tensor:
         """Some of the sequences: consecutive ones, or those of an int64 tensor of numbers."""
@@ -43,17 +57,17 @@ class OnDisk:
         first, last, step = index.indices(self.shape[0])
         if step != 1:
             raise IndexError(f"required consecutive sequences, got {index}")
-        size = self.shape[1:].numel()
-        self._file.seek(4 * size * (self._first + first))
-        read = np.fromfile(self._file, dtype=np.float32, count=size * max(last - first, 0))
-        return torch.from_numpy(read).reshape(-1, *self.shape[1:])
+        count = self.shape[1:].numel() * max(last - first, 0)
+        return self._spool.read(self._byte(first), count).reshape(-1, *self.shape[1:])
 
     def narrow(self, dim: int, start: int, length: int) -> "OnDisk":
         """The same file's sequences from `start`; as of a tensor, along its first dimension."""
         if dim != 0:
             raise IndexError(f"required the first dimension, got {dim}")
-        shape = torch.Size((length, *self.shape[1:]))
-        return OnDisk(self._file, shape, self._first + start, self._whole or self)
+        return OnDisk(self._spool, torch.Size((length, *self.shape[1:])), self._byte(start))
+
+    def _byte(self, sequence: int) -> int:
+        return self._start + 4 * self.shape[1:].numel() * sequence
 
 
 Sequences = Tensor | OnDisk
@@ -61,15 +75,24 @@ Sequences = Tensor | OnDisk
 
 
 class Storage:
-    """Keeps what leaves a part, chunk by chunk.
+    """Keeps what leaves a part, and what its units put out.
 
     Args:
-        place: where.
+        place: of what leaves a part, until the next part has run.
+        outputs: of what units put out, while their part is fitted.
         folder: on the disk to use.
+        device: of the fit.
     """
 
-    def __init__(self, place: StreamPlace = "host", folder: Path | None = None) -> None:
-        self.place, self._folder = place, folder
+    def __init__(
+        self,
+        place: Place = "host",
+        outputs: Place = "host",
+        folder: Path | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.place, self.outputs, self.folder = place, outputs, folder
+        self._device = device or torch.device("cpu")
 
     def keep(self, chunks: Iterable[Tensor], count: int) -> Sequences:
         """Put the chunks `[some sequences, length, hidden]` of `count` sequences together."""
@@ -88,27 +111,33 @@ class Storage:
         return kept
 
     def _write(self, chunks: Iterable[Tensor], count: int) -> OnDisk:
-        file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (closed with the object)
-        shape: torch.Size | None = None
-        for chunk in chunks:
-            shape = chunk.shape[1:]
-            chunk.float().cpu().contiguous().numpy().tofile(file)
-        assert shape is not None
-        return OnDisk(file, torch.Size((count, *shape)))
+        spool = Spool(self.folder)
+        shapes = [spool.append(chunk).shape for chunk in chunks]
+        return OnDisk(spool, torch.Size((count, *shapes[0][1:])))
+
+    def has_room_for_outputs(self, size: int) -> bool:
+        """Whether so many bytes of what units put out are to be kept."""
+        return size <= room(self.outputs, self._device, self.folder)
+
+
+def room(place: Place, device: torch.device, folder: Path | None) -> float:
+    """Bytes of one kind of hidden states that are to be kept in a place."""
+    if place == "disk":
+        return SHARE * shutil.disk_usage(folder or tempfile.gettempdir()).free
+    return SHARE * memory_of(device if place == "device" else torch.device("cpu"))
 
 
 def choose_storage(offload: Offload, size: int, device: torch.device, folder: Path) -> Storage:
     """The storage of streams of `size` bytes: the nearest to the device that has room.
 
-    Going by what memory there is, not by what is free at the moment: the same on every run.
+    Going by what memory there is, not by what is free at the moment: the same on every run. What
+    units put out stays on a GPU if it has room; computing it again is faster there than moving
+    it. From a CPU it goes to files, which the system keeps in memory that nobody else needs.
     """
     if offload != "auto":
-        return Storage(offload, folder)
-    if (
-        device.type == "cuda"
-        and size <= SHARE * torch.cuda.get_device_properties(device).total_memory
-    ):
-        return Storage("device", folder)
-    if size <= SHARE * psutil.virtual_memory().total:
-        return Storage("host", folder)
-    return Storage("disk", folder)
+        return Storage(offload, offload, folder, device)
+    outputs: Place = "device" if device.type == "cuda" else "disk"
+    if device.type == "cuda" and size <= room("device", device, folder):
+        return Storage("device", outputs, folder, device)
+    place: Place = "host" if size <= room("host", device, folder) else "disk"
+    return Storage(place, outputs, folder, device)

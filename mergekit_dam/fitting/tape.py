@@ -1,4 +1,4 @@
-"""Outputs of units that are kept while a part is walked, as far as they fit in memory.
+"""Outputs of units that are kept while a part is walked, where there is room for them.
 
 The walk comes back to the same data for every stage. What a teacher's units put out does not
 change, nor does what settled linears of the merged part put out: kept, it is computed once.
@@ -6,11 +6,12 @@ change, nor does what settled linears of the merged part put out: kept, it is co
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
-BUDGET = 4 * 2**30
-"""Bytes on the host up to which outputs are kept; beyond it, they are computed again."""
+from mergekit_dam.fitting.storage import OnDisk, Spool, Storage
 
 Outputs = dict[str, Tensor]
 
@@ -20,24 +21,41 @@ class Tape:
     """Outputs by unit name, of every chunk of every stream.
 
     Attributes:
+        storage: says where they go.
         keep: whether outputs are kept at all; decided once a part, None before.
     """
 
+    storage: Storage = field(default_factory=Storage)
     keep: bool | None = None
-    _outputs: dict[tuple[int, int], Outputs] = field(default_factory=dict)
+    _outputs: dict[tuple[int, int], dict[str, Tensor | OnDisk]] = field(default_factory=dict)
 
-    def of(self, source: int, chunk: slice) -> Outputs:
-        """What is kept of one chunk."""
-        return self._outputs.get((source, chunk.start), {})
+    def of(
+        self, source: int, chunk: slice, device: torch.device, *, only: frozenset[str] | None = None
+    ) -> Outputs:
+        """What is kept of one chunk, on a device; of some units only, if they are named."""
+        kept = self._outputs.get((source, chunk.start), {})
+        return {
+            name: output[:].to(device)
+            for name, output in kept.items()
+            if only is None or name in only
+        }
 
     def add(self, source: int, chunk: slice, outputs: Mapping[str, Tensor]) -> None:
-        """Keep a chunk's outputs on the host, if any are kept."""
+        """Keep a chunk's outputs, if any are kept."""
         if self.keep:
             own = self._outputs.setdefault((source, chunk.start), {})
-            own.update({name: output.cpu() for name, output in outputs.items()})
+            own.update({name: self._put(output) for name, output in outputs.items()})
+
+    def _put(self, output: Tensor) -> Tensor | OnDisk:
+        if self.storage.outputs == "disk":
+            return self._spool.append(output)
+        return output if self.storage.outputs == "device" else output.cpu()
+
+    @cached_property
+    def _spool(self) -> Spool:
+        return Spool(self.storage.folder)
 
 
-def fits(outputs: Mapping[str, Tensor], *, tokens: int, of_tokens: int) -> bool:
-    """Whether the outputs of teachers and merged part fit, going by those of a first chunk."""
-    size = sum(output.numel() * output.element_size() for output in outputs.values())
-    return 2 * size * of_tokens <= BUDGET * tokens
+def outputs_size(outputs: Mapping[str, Tensor]) -> int:
+    """Bytes of what units put out."""
+    return sum(output.numel() * output.element_size() for output in outputs.values())

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,27 +26,50 @@ class TensorSources:
         tensors: of each source; borrowed, of one shape and device.
         settings: how it is fitted.
         dtype: in which it is written.
+        teachers: what each source's own model runs on, where that is not what is merged of it.
     """
 
     name: str
     tensors: Sequence[Tensor]
     settings: TensorSettings
     dtype: torch.dtype
+    teachers: Sequence[Tensor] | None = None
 
     def merged(self, coefficients: Tensor, *, axis: int = -1) -> Tensor:
         """The tensor as written: `merge_weights`, then the one cast."""
         return merge_weights(self.tensors, coefficients, axis=axis).to(self.dtype)
 
+    def teacher(self, source: int) -> Tensor:
+        """The tensor that a source's own model runs on, fp32."""
+        return (self.teachers or self.tensors)[source].float()
+
     def start(self) -> Tensor:
         """Coefficients fp32 `[sources, 1]` of the weighted average."""
         return self.settings.parametrisation.starting_coefficients()
 
+    def of_expert(self, expert: int) -> "TensorSources":
+        """One expert's slice of a fused tensor."""
+        own, teachers = (
+            None if tensors is None else [tensor[expert] for tensor in tensors]
+            for tensors in (self.tensors, self.teachers)
+        )
+        assert own is not None
+        name = f"{self.name}[{expert}]"
+        return replace(self, name=name, tensors=own, teachers=teachers)
+
     @property
     def identical(self) -> bool:
-        """All sources agree, and no coefficients of this form can change what they agree on."""
-        if not self.settings.parametrisation.sums_to_one:
+        """All that are merged agree, and no coefficients of this form can change that."""
+        form = self.settings.parametrisation
+        if not form.sums_to_one:
             return False
-        return all(torch.equal(self.tensors[0], other) for other in self.tensors[1:])
+        first, *others = (self.tensors[source] for source in form.reached)
+        return all(torch.equal(first, other) for other in others)
+
+    @property
+    def alone(self) -> bool:
+        """One source is all that is merged."""
+        return len(self.settings.parametrisation.reached) == 1
 
 
 @dataclass(frozen=True)
@@ -58,6 +81,7 @@ class TensorReport:
 
     Attributes:
         outcome: "fitted", or why the tensor keeps its starting coefficients.
+        experts: of a fused tensor, those that keep them: by the reason why.
     """
 
     name: str
@@ -69,6 +93,7 @@ class TensorReport:
     held_out_fitted: float | None = None
     solver: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    experts: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,11 +113,12 @@ class FittedTensor:
     report: TensorReport
 
 
-def unfitted(sources: TensorSources, kind: str, outcome: str, *, axis: int = -1) -> FittedTensor:
-    """The weighted average, with the reason why it was not fitted."""
-    start = sources.start()
+def unfitted(
+    sources: TensorSources, merged: Tensor, kind: str, outcome: str, *, axis: int = -1
+) -> FittedTensor:
+    """The weighted average as merged before, with the reason why it was not fitted."""
     report = TensorReport(sources.name, kind, outcome)
-    return FittedTensor(sources, sources.merged(start, axis=axis), start, axis, report)
+    return FittedTensor(sources, merged, sources.start(), axis, report)
 
 
 def judged(

@@ -19,7 +19,7 @@ from mergekit_dam.fitting.stages import FITS
 from mergekit_dam.fitting.state import Metrics, Progress, Walk
 from mergekit_dam.fitting.storage import Sequences
 from mergekit_dam.fitting.streams import Stream
-from mergekit_dam.fitting.tape import fits
+from mergekit_dam.fitting.tape import Tape, outputs_size
 from mergekit_dam.fitting.tensors import FittedTensor, TensorSources, unfitted
 from mergekit_dam.part import Part
 
@@ -60,6 +60,7 @@ def walk_part(
     device = next(iter(weights.values())).device
     anatomy = examine(part, weights, streams[0].merged[:1].to(device))
     walk = Walk(part, teachers, sources, streams, anatomy, weights, progress)
+    walk.teacher_tape, walk.merged_tape = (Tape(streams[0].storage) for _ in range(2))
     if metrics is not None:
         walk.metrics = metrics(anatomy)
     leaving = _play_teachers(walk, head[0] if head else None, to_the_end=advance)
@@ -92,17 +93,24 @@ def _settle_rest(walk: Walk) -> None:
         unit = owner.get(name)
         if unit is None:
             kind, reason = "other", "averaged: its module does not run on text"
+        elif tensor.alone:
+            kind, reason = unit.kind, "copied: of one model alone"
         elif tensor.identical:
             kind, reason = unit.kind, "identical in all models"
         elif any(unit.parameter(p) not in walk.sources for p in unit.parameters):
             kind, reason = unit.kind, "averaged: belongs to a weight that is tied"
         elif unit.kind == "other":
             kind, reason = unit.kind, "averaged: neither linear, norm nor embedding"
+        elif unit.kind == "experts":
+            kind, reason = unit.kind, "averaged: of experts, linears alone are fitted"
+        elif unit.kind == "router":
+            kind, reason = unit.kind, "averaged: of a router, the weight alone is fitted"
         elif unit.parameter("weight") in fitted:
             kind, reason = unit.kind, "averaged: of the head, the weight alone is fitted"
         else:
             kind, reason = unit.kind, "averaged, as configured"
-        walk.settle(name, unfitted(tensor, kind, reason))
+        # What the part has run on is the average as it is written.
+        walk.leave(name, unfitted(tensor, walk.weights[name].to(tensor.dtype), kind, reason))
 
 
 def _play_teachers(walk: Walk, head: str | None, *, to_the_end: bool) -> list[Sequences]:
@@ -137,8 +145,9 @@ def _record(walk: Walk, stream: Stream, chunk: slice, captured: Captured) -> boo
     tape = walk.teacher_tape
     if tape.keep is None:
         tokens = (chunk.stop - chunk.start) * stream.teacher.shape[1]
-        room = fits(captured.outputs, tokens=tokens, of_tokens=_tokens(walk))
-        tape.keep = walk.merged_tape.keep = room
+        # The merged part's units put out as much.
+        size = 2 * outputs_size(captured.outputs) * _tokens(walk) // tokens
+        tape.keep = walk.merged_tape.keep = tape.storage.has_room_for_outputs(size)
     tape.add(stream.source, chunk, captured.outputs)
     return tape.keep
 

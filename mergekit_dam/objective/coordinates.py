@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.anatomy import Anatomy
-from mergekit_dam.coefficients import Parametrisation
+from mergekit_dam.coefficients import Parametrisation, column_counts
 from mergekit_dam.network import OpenStage
 from mergekit_dam.objective.nonlinearity import apply, invert
 from mergekit_dam.objective.settings import Nonlinearity
@@ -20,9 +20,9 @@ class Coordinate:
 
     Attributes:
         name: of the output tensor.
-        kind: "linear", "norm", "embedding", "head" or "bias".
+        kind: "linear", "norm", "embedding", "head", "router", "experts" or "bias".
         form: from unknowns to coefficients.
-        columns: how many unknowns a direction: those of the input axis, or 1.
+        columns: how many unknowns a direction: those of the input axis, of every expert, or 1.
         axis: the input dimension of the tensor.
     """
 
@@ -36,9 +36,9 @@ class Coordinate:
 def coordinates_of(opened: OpenStage, anatomy: Anatomy, head: str | None) -> list[Coordinate]:
     """The tensors of a stage whose coefficients are fitted.
 
-    Linears, norms and embeddings by column, biases by one scalar a model. Not among them: what
-    the configuration leaves averaged, tensors that all sources agree on, and whatever is
-    neither (experts, routers, convolutions).
+    Linears, those of every expert, norms and embeddings by column, biases by one scalar a model.
+    Not among them: what the configuration leaves averaged, tensors that all sources agree on, and
+    whatever is none of these (convolutions).
 
     Args:
         head: name of the output head's unit.
@@ -48,20 +48,23 @@ def coordinates_of(opened: OpenStage, anatomy: Anatomy, head: str | None) -> lis
         if unit.kind == "other":
             continue
         kind = "head" if unit.name == head else unit.kind
+        axes = {linear.parameter: linear.axis for linear in unit.linears} or {"weight": unit.axis}
         for parameter in unit.parameters:
             sources = opened.sources[unit.parameter(parameter)]
             settings = sources.settings
             if not settings.fits(kind) or sources.identical:
                 continue
-            by_column = parameter == "weight" and settings.granularity == "column"
-            columns = sources.tensors[0].shape[unit.axis] if by_column else 1
+            weighs = parameter in axes
+            axis = axes.get(parameter, -1)
+            by_column = weighs and settings.granularity == "column"
+            counts = column_counts(sources.tensors[0].shape, axis)
             found.append(
                 Coordinate(
                     name=sources.name,
-                    kind="bias" if parameter == "bias" else kind,
+                    kind=kind if weighs else "bias",
                     form=settings.parametrisation,
-                    columns=columns,
-                    axis=unit.axis if parameter == "weight" else -1,
+                    columns=counts[-1] if by_column else 1,
+                    axis=axis,
                 )
             )
     return found

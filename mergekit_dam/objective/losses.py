@@ -14,7 +14,8 @@ def logit_loss(
 
     KL and entropy H are of the distributions at temperature T; the squared difference is that
     of the plain logits, averaged over the vocabulary. All are nats, or squared logits, per
-    token.
+    token. Tokens that the teacher does not have (logits of -inf) get no probability by it, and
+    their logits are compared with nothing.
 
     The reference (arcee-ai/DAM) divides its KL, and only that, by the number of sequences in
     the batch as well: at more than one its `mse` and `entropy` weigh that much more. It also
@@ -23,7 +24,7 @@ def logit_loss(
     Args:
         merged: logits fp32 `[tokens, vocabulary]`, differentiable.
         teacher: logits of the same shape; borrowed. Tokens of the vocabulary may be ruled out
-            by -inf (in both, for a finite loss), which costs no nan here or in the gradient.
+            by -inf, here or in both, which costs no nan here or in the gradient.
         total_tokens: what the sum over tokens is divided by, where these are a chunk of more:
             the losses of the chunks then add up to that of the whole. None: their own number.
 
@@ -35,8 +36,7 @@ def logit_loss(
     log_teacher = log_softmax(teacher / temperature, dim=-1)
     loss = temperature**2 * _expectation(log_teacher.exp(), log_teacher - log_merged)
     if settings.mse:
-        # Equal infinities differ by nothing, not by nan.
-        difference = torch.where(merged == teacher, 0.0, merged - teacher)
+        difference = torch.where(teacher.isneginf(), 0.0, merged - teacher)
         loss = loss + settings.mse * difference.square().mean(dim=-1).sum()
     if settings.entropy:
         entropy = _expectation(log_merged.exp(), -log_merged)

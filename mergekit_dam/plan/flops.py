@@ -8,8 +8,10 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Literal
 
+import torch
+
 from mergekit_dam.fitting import head
-from mergekit_dam.fitting.solver import DENSE_LIMIT
+from mergekit_dam.fitting.solver import DENSE_LIMIT, precision
 from mergekit_dam.fitting.streams import CHUNK_TOKENS
 from mergekit_dam.objective.descend import LOOKS
 from mergekit_dam.objective.settings import LogitsSettings
@@ -17,8 +19,9 @@ from mergekit_dam.plan.inventory import Inventory, PartSize, Text
 from mergekit_dam.plan.structure import UnitShape
 from mergekit_dam.sensitivity import TOKENS
 
-Speed = Literal["fp32", "fp64", "cholesky", "elements"]
-"""Flops in a precision, flops of a factorisation in fp64, or elements that are worked through."""
+Speed = Literal["forward", "fp32", "fp64", "cholesky", "elements"]
+"""Flops of the models' blocks, flops in a precision, flops of a factorisation in fp32, or elements
+that are worked through."""
 
 Work = Counter[tuple[str, Speed]]
 """(kind of work, what its speed depends on) -> how much of it."""
@@ -39,10 +42,15 @@ def forward(part: PartSize, inventory: Inventory, tokens: int) -> tuple[int, int
     Args:
         tokens: in sequences of the calibration's length.
     """
-    linears = sum(2 * unit.enters * unit.leaves for unit in part.of("linear"))
+    linears = sum(unit.product for unit in part.units)
     if part.kind == "output":  # a tied head is no unit of it
         linears += 2 * inventory.hidden * inventory.vocabulary
     return tokens * (linears + attention(part, inventory)), tokens * _elements(part)
+
+
+def _run(part: PartSize) -> Speed:
+    """What the speed of a run of a part depends on: blocks alone have a dtype of their own."""
+    return "forward" if part.kind == "block" else "fp32"
 
 
 def attention(part: PartSize, inventory: Inventory) -> int:
@@ -51,7 +59,12 @@ def attention(part: PartSize, inventory: Inventory) -> int:
 
 
 def _elements(part: PartSize) -> int:
-    return _PASSES * sum(unit.leaves for unit in part.units if unit.kind != "head")
+    return _PASSES * sum(leaving(unit) for unit in part.units if unit.kind != "head")
+
+
+def leaving(unit: UnitShape) -> int:
+    """Features that a unit puts out a token, those inside of experts included."""
+    return unit.leaves + unit.sent * sum(linear.leaves for linear in unit.linears)
 
 
 def merging(part: PartSize, inventory: Inventory, times: int) -> Work:
@@ -75,7 +88,9 @@ def layer_fit(part: PartSize, inventory: Inventory, *, kept: bool, sensitivity: 
     if sensitivity and part.kind == "block":
         work += gradients(part, inventory, text.first_tokens(TOKENS))
     for group in part.groups:
-        linears = [unit for unit in group if unit.kind == "linear"]
+        if group[0].kind == "experts":
+            work += experts_fit(group[0], part.unknowns, inventory, sensitivity=sensitivity)
+        linears = [unit for unit in group if unit.kind in ("linear", "router")]
         if linears:
             columns = linears[0].enters
             work["Gram matrices", "fp32"] += 2 * text.fit_tokens * columns**2
@@ -94,8 +109,8 @@ def _streams(part: PartSize, inventory: Inventory, *, kept: bool) -> Work:
     Where outputs are kept, linears run once, and teachers altogether; attention runs again.
     """
     tokens = inventory.text.tokens
-    linears = [sum(2 * u.enters * u.leaves for u in g if u.kind == "linear") for g in part.groups]
-    elements = [_PASSES * sum(u.leaves for u in g) for g in part.groups]
+    linears = [sum(unit.product for unit in group) for group in part.groups]
+    elements = [_PASSES * sum(map(leaving, group)) for group in part.groups]
     attended = attention(part, inventory)
     first = next((index for index, each in enumerate(linears) if each), len(linears))
     stages = range(len(linears))
@@ -106,9 +121,9 @@ def _streams(part: PartSize, inventory: Inventory, *, kept: bool) -> Work:
     teachers += 0 if kept else scores + sum(sum(linears[: index + 1]) for index in stages)
     return Work(
         {
-            ("teachers", "fp32"): tokens * teachers,
+            ("teachers", "forward"): tokens * teachers,
             ("teachers", "elements"): tokens * (sum(elements) + (0 if kept else entering)),
-            ("merged stream", "fp32"): tokens * merged,
+            ("merged stream", "forward"): tokens * merged,
             ("merged stream", "elements"): tokens * (sum(elements) + entering),
         }
     )
@@ -136,19 +151,43 @@ def linear_fit(unit: UnitShape, unknowns: int, inventory: Inventory, *, sensitiv
     work["judging", "fp32"] = 2 * text.held_out_tokens * (2 * out * columns + metric)
     work["merging", "elements"] = 3 * inventory.sources * out * columns
     dense = unknowns * columns <= DENSE_LIMIT
-    speed: Speed = "fp64" if dense else "fp32"
+    precise = precision(unknowns * columns) == torch.float64
+    speed: Speed = "fp64" if precise else "fp32"
     product = 2 * out * columns * columns
     # The loss and the residual at the start.
     work["solves", speed] += terms * (2 * product + metric * columns)
     pairs = unknowns * (unknowns + 1) // 2
     work["solves", "elements"] = 4 * (unknowns + 2) * out * columns * inventory.sources
     if dense:
-        work["solves", speed] += terms * (pairs * product + unknowns * metric * columns)
+        work["solves", "fp32"] += terms * (pairs * product + unknowns * metric * columns)
         work["solves", "elements"] += terms * pairs * 2 * columns * columns
         work["solves", "cholesky"] = (unknowns * columns) ** 3 // 3
+        iterations = 2 if precise else 1
     else:
-        work["solves", speed] += terms * (1 + ITERATIONS) * (product + metric * columns)
-        work["solves", "elements"] += ITERATIONS * (2 * unknowns + 2) * out * columns
+        iterations = 1 + ITERATIONS
+    work["solves", speed] += terms * iterations * (product + metric * columns)
+    work["solves", "elements"] += iterations * (2 * unknowns + 2) * out * columns
+    return work
+
+
+def experts_fit(unit: UnitShape, unknowns: int, inventory: Inventory, *, sensitivity: bool) -> Work:
+    """The fits of all experts, of the tokens that are sent to each.
+
+    For every linear the expert runs anew, the teachers' and the merged one.
+    """
+    text, work = inventory.text, Work()
+    work["teachers", "fp32"] = len(unit.linears) * text.tokens * unit.product
+    work["merged stream", "fp32"] = len(unit.linears) * text.tokens * unit.product
+    if sensitivity:
+        work["backward", "fp32"] = 2 * text.first_tokens(TOKENS) * unit.product
+    for linear in unit.linears:
+        columns = linear.enters
+        work["Gram matrices", "fp32"] += unit.sent * 2 * text.fit_tokens * columns**2
+        work["Gram matrices", "elements"] += unit.experts * _chunks(text) * columns**2
+        one = linear_fit(linear, unknowns, inventory, sensitivity=sensitivity)
+        for (kind, speed), amount in one.items():
+            by_token = kind in ("Gram matrices", "metrics", "judging") and speed == "fp32"
+            work[kind, speed] += amount * (unit.sent if by_token else unit.experts)
     return work
 
 
@@ -156,7 +195,7 @@ def gradients(part: PartSize, inventory: Inventory, tokens: int) -> Work:
     """A run of a part, and back to what entered it; weights have no gradients."""
     flops, elements = forward(part, inventory, tokens)
     return Work(
-        {("backward", "fp32"): 2 * flops, ("backward", "elements"): 2 * elements}
+        {("backward", _run(part)): 2 * flops, ("backward", "elements"): 2 * elements}
     ) + merging(part, inventory, 1)
 
 
@@ -184,8 +223,8 @@ def survey(inventory: Inventory) -> Work:
     work = Work()
     for part in inventory.parts[:-1]:
         flops, elements = forward(part, inventory, inventory.text.tokens)
-        work["teachers", "fp32"] += flops
-        work["merged stream", "fp32"] += flops
+        work["teachers", "forward"] += flops
+        work["merged stream", "forward"] += flops
         work["teachers", "elements"] += elements + inventory.text.models * part.parameters
         work["merged stream", "elements"] += elements
         work += merging(part, inventory, 1)
@@ -228,10 +267,10 @@ def descent(inventory: Inventory, settings: LogitsSettings, steps: int) -> Work:
         flops, elements = forward(part, inventory, tokens)
         # Forward; forward again and back to weights and to what entered; the head runs once less.
         runs = 4 if part.kind != "output" else 3
-        work["descent", "fp32"] += steps * (runs + (part.kind == "output")) * flops
+        work["descent", _run(part)] += steps * (runs + (part.kind == "output")) * flops
         work["descent", "elements"] += steps * runs * elements
         flops, elements = forward(part, inventory, text.held_out_tokens)
-        work["descent", "fp32"] += judged * flops
+        work["descent", _run(part)] += judged * flops
         work["descent", "elements"] += judged * elements
         # Of weights: merged, turned from their gradient, and merged again at a look.
         passes = inventory.sources * (3 * steps + judged)

@@ -29,7 +29,8 @@ class TensorSize:
         parameters: of the merged tensor.
         stored: bytes in the files of all sources.
         loaded: bytes of all sources once they are loaded.
-        converted: bytes of them that are no pages of a file, since their dtype is another.
+        converted: bytes of them that are no pages of a file, since their dtype is another or
+            they are brought into one vocabulary.
         half: a source's tensor as loaded is not fp32, so that running it takes a copy.
         written: bytes.
     """
@@ -121,14 +122,14 @@ class Inventory:
     """What there is to merge.
 
     Attributes:
-        parts: in the order the data passes them; none in a replay.
-        outside: tensors that no part holds: averaged, or all of them in a replay.
+        parts: in the order the data passes them; none where nothing is fitted, as in a replay.
+        outside: tensors that no part holds: averaged, or all of them where nothing is fitted.
         sources: models, and the base where it is none of them.
         files: bytes of every file of every source, with those of one model together.
         hidden: features of the residual stream.
         attended: features of all heads of one attention, 0 if the configuration does not tell.
         vocabulary: of the logits.
-        settings: of the fit; None in a replay.
+        settings: of the fit; None where there is none.
     """
 
     parts: tuple[PartSize, ...]
@@ -164,13 +165,12 @@ def take_inventory(planned: PlannedMerge) -> Inventory:
     inside = {tensor.name for part in parts for tensor in part.tensors}
     prepared = planned.prepared
     sequences = [len(calibration.tokens) for calibration in prepared.calibration.values()]
-    replayed = prepared.replay is not None
     decoder = planned.stages[0].models.output if planned.stages else None
     text = None if decoder is None else decoder.config.get_text_config()
     return Inventory(
         parts=parts,
         outside=tuple(size for name, size in sizes.items() if name not in inside),
-        sources=len(next(iter(planned.tensors.values())).headers),
+        sources=len({model for tensor in planned.tensors.values() for model in tensor.headers}),
         files=_files(planned.tensors.values()),
         hidden=0 if text is None else text.hidden_size,
         attended=0 if text is None else _attended(text),
@@ -180,7 +180,7 @@ def take_inventory(planned: PlannedMerge) -> Inventory:
             tuple(map(prepared.settings.held_out, sequences)),
             prepared.checked.run.sequence_length,
         ),
-        settings=None if replayed else prepared.settings,
+        settings=prepared.settings if planned.stages else None,
     )
 
 
@@ -193,13 +193,21 @@ def _size(
     promoted = loaded[0]
     for dtype in loaded[1:]:
         promoted = torch.promote_types(promoted, dtype)
+    if tensor.copies:  # of one dtype
+        loaded = [promoted] * len(loaded)
+    held = max(1, tensor.copies)
     return TensorSize(
         name=name,
         parameters=count,
-        stored=sum(count * dtype.itemsize for dtype in stored),
-        loaded=sum(count * dtype.itemsize for dtype in loaded),
+        stored=sum(
+            count * dtype.itemsize if header is None else header.length
+            for dtype, header in zip(stored, tensor.headers.values(), strict=True)
+        ),
+        loaded=sum(held * count * dtype.itemsize for dtype in loaded),
         converted=sum(
-            count * got.itemsize for had, got in zip(stored, loaded, strict=True) if had != got
+            held * count * got.itemsize
+            for had, got in zip(stored, loaded, strict=True)
+            if had != got or tensor.copies
         ),
         half=any(dtype != torch.float32 for dtype in loaded),
         written=count * (planned.out_dtype or promoted).itemsize,
@@ -216,8 +224,11 @@ def _stored(model: ModelReference, header: Header | None) -> torch.dtype:
 
 def _shape_of(name: str, planned: PlannedMerge) -> tuple[int, ...]:
     """A tensor's shape, from the first header that tells it, else from the model's definition."""
-    headers = planned.tensors[name].headers.values()
+    headers, rows = planned.tensors[name].headers.values(), planned.tensors[name].rows
     found = next((header.shape for header in headers if header is not None), None)
+    if found is not None and rows is not None:
+        axis, size = rows
+        return (*found[:axis], size, *found[axis + 1 :])
     if found is not None:
         return found
     parameters = planned.stages[0].models.output.model.state_dict() if planned.stages else {}

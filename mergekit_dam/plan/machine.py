@@ -29,8 +29,9 @@ class Machine:
     """Speeds and sizes.
 
     Attributes:
+        forward: flops a second of products of matrices in the dtype of the models' blocks.
         fp32, fp64: flops a second of products of matrices.
-        cholesky: flops a second of a factorisation in fp64.
+        cholesky: flops a second of a factorisation in fp32.
         elements: weights a second that are scaled and added to others.
         read, write: bytes a second of the disk where the merged model goes.
         memory: bytes of the host, and `available` of them at the moment.
@@ -38,6 +39,7 @@ class Machine:
         gpu: bytes of the accelerator, 0 without one.
     """
 
+    forward: float
     fp32: float
     fp64: float
     cholesky: float
@@ -52,6 +54,7 @@ class Machine:
     def speed(self, of: Speed) -> float:
         """Of one kind of work, a second."""
         return {
+            "forward": self.forward,
             "fp32": self.fp32,
             "fp64": self.fp64,
             "cholesky": self.cholesky,
@@ -60,7 +63,12 @@ class Machine:
 
 
 def calibrate(
-    hidden: int, inner: int, out_path: Path, device: torch.device, clock: Clock = time.perf_counter
+    hidden: int,
+    inner: int,
+    out_path: Path,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    clock: Clock = time.perf_counter,
 ) -> Machine:
     """Measure this machine.
 
@@ -68,6 +76,7 @@ def calibrate(
         hidden, inner: features of the residual stream and of the widest linear: products of small
             matrices are slower.
         out_path: where the merged model would go; a file of 64 MB is written beside it and removed.
+        dtype: of products in the models' blocks.
         clock: seconds.
     """
     hidden, inner = min(hidden, _LARGEST), min(inner, _LARGEST)
@@ -86,14 +95,16 @@ def calibrate(
         return rate(2 * x.numel() * inner, lambda: x @ w)
 
     size = min(_FACTORISED, 3 * inner)
-    matrix = torch.eye(size, dtype=torch.float64, device=device) + 1e-3
+    matrix = torch.eye(size, device=device) + 1e-3
     half = torch.ones(_ELEMENTS, dtype=torch.bfloat16, device=device)
     total, scale = half.float(), torch.ones(_ELEMENTS, device=device)
     read, write = _disk_speed(existing_folder(out_path), clock)
     memory = psutil.virtual_memory()
     cuda = device.type == "cuda"
+    fp32 = product(torch.float32, CHUNK_TOKENS)
     return Machine(
-        fp32=product(torch.float32, CHUNK_TOKENS),
+        forward=fp32 if dtype == torch.float32 else product(dtype, CHUNK_TOKENS),
+        fp32=fp32,
         fp64=product(torch.float64, hidden),
         cholesky=rate(size**3 / 3, lambda: torch.linalg.cholesky(matrix)),
         elements=rate(_ELEMENTS, lambda: total.addcmul_(half.float(), scale)),

@@ -5,15 +5,15 @@ are mapped into memory (weights as they are stored), which the system takes back
 On a CPU, device and host are one memory.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from mergekit_dam.fitting.embedding import ROWS
 from mergekit_dam.fitting.solver import DENSE_LIMIT, precision
-from mergekit_dam.fitting.storage import SHARE, StreamPlace
+from mergekit_dam.fitting.storage import SHARE, Place
 from mergekit_dam.fitting.streams import CHUNK_TOKENS
-from mergekit_dam.fitting.tape import BUDGET
 from mergekit_dam.network import SPARE
+from mergekit_dam.plan.flops import leaving
 from mergekit_dam.plan.inventory import Inventory, PartSize, TensorSize
 from mergekit_dam.plan.structure import Group, UnitShape
 from mergekit_dam.sensitivity import TOKENS
@@ -51,6 +51,7 @@ class Room:
 
     Attributes:
         host, gpu: bytes there are; no accelerator if 0.
+        disk: bytes that are free where the merged model goes.
         baseline: bytes of the process's own before it reads a weight.
         libraries: bytes of mapped files by then.
         shard: bytes that the writer collects before it writes.
@@ -58,6 +59,7 @@ class Room:
 
     host: int
     gpu: int
+    disk: int
     baseline: int
     libraries: int
     shard: int
@@ -68,7 +70,7 @@ def stream_bytes(inventory: Inventory) -> int:
     return _FLOAT * inventory.hidden * inventory.text.tokens
 
 
-def stream_place(inventory: Inventory, room: Room) -> StreamPlace:
+def stream_place(inventory: Inventory, room: Room) -> Place:
     """Where streams are kept; as `choose_storage` does."""
     assert inventory.settings is not None
     asked = inventory.settings.stream_offload
@@ -80,18 +82,29 @@ def stream_place(inventory: Inventory, room: Room) -> StreamPlace:
     return "host" if size <= SHARE * room.host else "disk"
 
 
-def tape_bytes(part: PartSize, inventory: Inventory) -> tuple[int, int]:
+def outputs_place(inventory: Inventory, room: Room) -> Place:
+    """Where outputs of units are kept; as `choose_storage` does."""
+    assert inventory.settings is not None
+    asked = inventory.settings.stream_offload
+    if asked != "auto":
+        return asked
+    return "device" if room.gpu else "disk"
+
+
+def tape_bytes(part: PartSize, inventory: Inventory, room: Room) -> tuple[int, int]:
     """Outputs of a part's units that are kept while it is fitted: the teachers', the merged ones'.
 
-    Nothing where they are more than the budget: they are computed again.
+    Nothing where there is no room for them: they are computed again.
     """
-    if part.kind != "block":
+    if part.kind != "block" or inventory.settings is None:
         return 0, 0
     tokens = inventory.text.tokens * _FLOAT
-    teachers = tokens * sum(unit.leaves for unit in part.of("linear", "norm"))
-    if 2 * teachers > BUDGET:
+    teachers = tokens * sum(unit.leaves for unit in part.of("linear", "norm", "experts"))
+    place = outputs_place(inventory, room)
+    whole = {"device": room.gpu or room.host, "host": room.host, "disk": room.disk}[place]
+    if 2 * teachers > SHARE * whole:
         return 0, 0
-    groups = [group for group in part.groups if group[0].kind == "linear"]
+    groups = [group for group in part.groups if group[0].kind in ("linear", "experts")]
     return teachers, tokens * sum(unit.leaves for group in groups[:-1] for unit in group)
 
 
@@ -99,7 +112,7 @@ def chunk_bytes(part: PartSize, inventory: Inventory) -> int:
     """What a run of one chunk of sequences holds."""
     length = inventory.text.length
     tokens = max(1, CHUNK_TOKENS // length) * length
-    leaves = sum(unit.leaves for unit in part.units if unit.kind != "head")
+    leaves = sum(leaving(unit) for unit in part.units if unit.kind != "head")
     return _LIVE * _FLOAT * tokens * leaves
 
 
@@ -125,8 +138,9 @@ def solve_bytes(unit: UnitShape, unknowns: int, terms: int) -> int:
     work = size * weight * (unknowns + terms + 2)
     if unknowns * columns > DENSE_LIMIT:
         return work + size * weight + 3 * _DOUBLE * columns * unknowns**2
-    # The factorisation copies the matrix.
-    return work + 2 * _DOUBLE * (unknowns * columns) ** 2
+    # The factor takes the place of the matrix, which is fp32, as are copies of what it is made of.
+    copies = 0 if size == _FLOAT else _FLOAT * (unknowns * weight + columns**2)
+    return work + copies + _FLOAT * ((unknowns * columns) ** 2 + columns**2)
 
 
 def metric_bytes(units: Iterable[UnitShape], inventory: Inventory) -> int:
@@ -137,7 +151,7 @@ def metric_bytes(units: Iterable[UnitShape], inventory: Inventory) -> int:
     return text.models * sum(_FLOAT * n * u.leaves for n, u in zip(rows, tuple(units), strict=True))
 
 
-def fit_need(part: PartSize, inventory: Inventory, *, metrics: bool) -> Need:
+def fit_need(part: PartSize, inventory: Inventory, room: Room, *, metrics: bool) -> Need:
     """The fit of one part, without streams and what others keep."""
     text = inventory.text
     weights = _FLOAT * part.parameters
@@ -148,11 +162,13 @@ def fit_need(part: PartSize, inventory: Inventory, *, metrics: bool) -> Need:
     )
     if part.kind == "output":
         return need.plus(device=_head_bytes(part, inventory))
-    teachers, merged = tape_bytes(part, inventory)
+    teachers, merged = tape_bytes(part, inventory, room)
+    place = outputs_place(inventory, room)
     chunk = chunk_bytes(part, inventory)
     if part.kind == "input":
         rows = 2 * _DOUBLE * part.unknowns * ROWS * inventory.hidden
-        return need.plus(device=copies + max(chunk, rows, 2 * weights if copies else weights))
+        # A teacher runs; or rows are fitted; or the part is examined with its weights scattered.
+        return need.plus(device=max(copies + chunk, rows, weights))
     metrics = metrics and part.kind == "block"
     moments = [copies]
     kept = metric_bytes(part.of("linear"), inventory) if metrics else 0
@@ -161,9 +177,9 @@ def fit_need(part: PartSize, inventory: Inventory, *, metrics: bool) -> Need:
         rows = 2 * _FLOAT * felt * sum(unit.leaves for unit in part.of("linear"))
         moments.append(weights)
         chunk += rows
-    for group in part.groups:
-        if group[0].kind != "linear":
-            continue
+        felt = 2 * len(part.of("experts")) * inventory.hidden
+        kept += _FLOAT * felt * text.first_tokens(TOKENS)
+    for group in _solved_together(part):
         sums = sums_bytes(group, part.unknowns, text.models, metrics=metrics)
         # Of what judges, targets are as kept on the tape; what enters is a copy.
         judging = _FLOAT * text.held_out_tokens * (group[0].enters + group[0].leaves)
@@ -171,7 +187,20 @@ def fit_need(part: PartSize, inventory: Inventory, *, metrics: bool) -> Need:
         solving = max(solve_bytes(unit, part.unknowns, terms) for unit in group)
         moments.append(sums + judging + max(0 if teachers else copies, solving))
     # Chunks and gradients are in pieces so small that the process keeps what it had of them.
-    return need.plus(device=kept + chunk + max(moments) + written, host=teachers + merged)
+    need = need.plus(device=kept + chunk + max(moments) + written)
+    if part.of("experts"):  # what enters them in both models, kept as the streams are
+        need = _flowing(need, 2 * stream_bytes(inventory), inventory, room)
+    tape = teachers + merged
+    return need.plus(device=tape if place == "device" else 0, host=tape if place == "host" else 0)
+
+
+def _solved_together(part: PartSize) -> Iterator[Group]:
+    """Linears that share a Gram matrix; of experts, one of one of them."""
+    for group in part.groups:
+        if group[0].kind in ("linear", "router"):
+            yield group
+        for linear in group[0].linears:
+            yield (linear,)
 
 
 def _head_bytes(part: PartSize, inventory: Inventory) -> int:
@@ -237,7 +266,7 @@ def phases(inventory: Inventory, room: Room) -> list[Need]:
     fits = _distinct(inventory)
     if settings.one_sweep:
         needs = [
-            _flowing(fit_need(part, inventory, metrics=False), moving, inventory, room).plus(
+            _flowing(fit_need(part, inventory, room, metrics=False), moving, inventory, room).plus(
                 host=shard, mapped=mapped
             )
             for part in fits
@@ -252,7 +281,7 @@ def phases(inventory: Inventory, room: Room) -> list[Need]:
     if settings.objective != "logits":
         metrics = settings.metric == "sensitivity"
         for part in fits:
-            need = fit_need(part, inventory, metrics=metrics)
+            need = fit_need(part, inventory, room, metrics=metrics)
             needs.append(_flowing(need, 2 * one + moving, inventory, room))
         needs.append(_flowing(judge_need(inventory), 4 * one, inventory, room))
         if metrics:
@@ -279,7 +308,7 @@ def phases(inventory: Inventory, room: Room) -> list[Need]:
 
 
 def disk_bytes(inventory: Inventory, room: Room) -> int:
-    """Bytes of hidden states kept in files while a merge runs."""
+    """Bytes of hidden states, and of what units put out, kept in files while a merge runs."""
     settings = inventory.settings
     if settings is None:
         return 0
@@ -287,6 +316,8 @@ def disk_bytes(inventory: Inventory, room: Room) -> int:
     count = 0
     if stream_place(inventory, room) == "disk":
         count += (3 if settings.one_sweep else 5) * one
+    if outputs_place(inventory, room) == "disk" and settings.objective != "logits":
+        count += max(sum(tape_bytes(part, inventory, room)) for part in inventory.parts)
     depth = len(inventory.blocks)
     if settings.metric == "sensitivity" and settings.objective != "logits":
         count += 2 * depth * _FLOAT * inventory.hidden * inventory.text.first_tokens(TOKENS)

@@ -78,7 +78,7 @@ def _models(estimate: Estimate) -> str:
         f"{inventory.sources} sources of {len(inventory.blocks)} blocks, "
         f"{len(inventory.tensors)} tensors, {parameters / 1e6:,.1f}M parameters each"
         if inventory.settings is not None
-        else f"a replay: {inventory.sources} sources of {len(inventory.tensors)} tensors, "
+        else f"without a fit: {inventory.sources} sources of {len(inventory.tensors)} tensors, "
         f"{parameters / 1e6:,.1f}M parameters each"
     ]
     if inventory.settings is not None:

@@ -39,10 +39,14 @@ def run_plan(file: Path, out_path: Path, options: MergeOptions) -> Estimate:
     inventory = take_inventory(plan_merge(file, options, out_path))
     startup = time.time() - psutil.Process().create_time()
     own, mapped = _memory()
-    machine = calibrate(inventory.hidden, _widest(inventory), out_path, device)
+    settings = inventory.settings
+    dtype = torch.float32 if settings is None else settings.dtype_on(device)
+    machine = calibrate(inventory.hidden, _widest(inventory), out_path, device, dtype)
+    limit = None if settings is None else settings.gpu_memory
     room = Room(
         host=machine.memory,
-        gpu=machine.gpu,
+        gpu=min(machine.gpu, limit) if limit else machine.gpu,
+        disk=machine.disk,
         baseline=own,
         libraries=mapped,
         shard=options.out_shard_size,

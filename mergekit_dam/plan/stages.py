@@ -19,6 +19,8 @@ from mergekit.config import MergeConfiguration
 from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors, LoaderCache, SaveTensor
 from mergekit.options import MergeOptions
+from mergekit.tokenizer import PermutedVocabulary
+from mergekit.tokenizer.truncate import TruncatedVocabulary
 from pydantic import ValidationError
 
 from mergekit_dam import plugin
@@ -27,9 +29,17 @@ from mergekit_dam.calibration.source import CalibrationSource
 from mergekit_dam.errors import ConfigError, DamError
 from mergekit_dam.headers import Header, header_of
 from mergekit_dam.method import NAME
-from mergekit_dam.prepare import Prepared, PreparedConfiguration, check, check_length
+from mergekit_dam.prepare import Prepared, PreparedConfiguration, check, check_depth, check_length
 from mergekit_dam.stage import Stage
-from mergekit_dam.tasks import FitStage, MergedTensor, MergeKnown, Search, WriteArtifacts
+from mergekit_dam.tasks import (
+    FitStage,
+    MergedTensor,
+    MergeKnown,
+    Piece,
+    Search,
+    TeachersVocabulary,
+    WriteArtifacts,
+)
 
 
 @dataclass(frozen=True)
@@ -39,10 +49,15 @@ class PlannedTensor:
     Attributes:
         headers: by source; None where the file's header does not tell.
         dtype: that sources are converted to as they are loaded, or None.
+        rows: (the dimension of the vocabulary, its size), where it is not that of the sources.
+        copies: made of a source that is brought into one vocabulary; two, where its teacher goes by
+            other rows than those that are merged.
     """
 
     headers: Mapping[ModelReference, Header | None]
     dtype: torch.dtype | None
+    rows: tuple[int, int] | None = None
+    copies: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,7 +66,7 @@ class PlannedMerge:
 
     Attributes:
         tensors: by name.
-        stages: input, blocks and output of the model; none in a replay.
+        stages: input, blocks and output of the model; none where nothing is fitted.
         out_dtype: that tensors are written in, if not in that which they are loaded in.
     """
 
@@ -79,6 +94,7 @@ def plan_merge(file: Path, options: MergeOptions, out_path: Path) -> PlannedMerg
     prepared = _without_text(check(config, options, source))
     planned = PreparedConfiguration.create(config, prepared)
     _check_models(planned.referenced_models(), options)
+    check_depth(config, prepared.checked, options)
     check_length(prepared.checked, options)
     architecture = get_architecture_info(planned, options)
     LoaderCache().setup(options=options)
@@ -88,9 +104,9 @@ def plan_merge(file: Path, options: MergeOptions, out_path: Path) -> PlannedMerg
         )
         tasks = MergePlanner(planned, architecture, options, out_config).plan_to_disk(str(out_path))
         tensors = {
-            task.tensor_name: _tensor(_gather(task.tensor_task))
-            for task in tasks
-            if isinstance(task, SaveTensor)
+            name: _tensor(_gather(merged), prepared)
+            for name, merged in map(_whole, tasks)
+            if merged is not None
         }
     last = next(task.last for task in tasks if isinstance(task, WriteArtifacts))
     out_dtype = dtype_from_name(config.out_dtype)
@@ -137,7 +153,7 @@ def _check_models(models: Iterable[ModelReference], options: MergeOptions) -> No
 def _without_text(prepared: Prepared) -> Prepared:
     """Sequences of the configured number and length, of no tokens at all."""
     run = prepared.checked.run
-    if prepared.replay is not None:
+    if prepared.replay is not None or not prepared.checked.learns:
         return prepared
     calibration = {}
     for model, text in prepared.checked.calibrations.items():
@@ -188,25 +204,40 @@ def _adapters_as_their_bases(
             del loaders[model]
 
 
-def _gather(task: Task[Any]) -> GatherTensors:
-    """The task that brings a tensor of all sources, without the vocabulary adapter around it."""
+def _whole(task: Task[Any]) -> tuple[str, Task[Any] | None]:
+    """What a task writes: name, and task that merges it; of pieces, what they are cut out of."""
+    if not isinstance(task, SaveTensor):
+        return "", None
+    if isinstance(task.tensor_task, Piece):
+        return task.tensor_task.region.whole, task.tensor_task.whole
+    return task.tensor_name, task.tensor_task
+
+
+def _gather(task: Task[Any]) -> Task[Any]:
+    """The task that brings a tensor of all sources."""
     if isinstance(task, MergedTensor):
         node = task.fit.node
         names = [plan.name for plan in node.stage.tensors]
-        found = node.inputs[names.index(task.name)]
-    else:
-        assert isinstance(task, MergeKnown)
-        found = task.known.gather
-    while not isinstance(found, GatherTensors):
-        found = found.gather_tensors  # type: ignore[attr-defined]
-    return found
+        return node.inputs[names.index(task.name)]
+    assert isinstance(task, MergeKnown)
+    return task.known.gather
 
 
-def _tensor(gather: GatherTensors) -> PlannedTensor:
+def _tensor(gather: Task[Any], prepared: Prepared) -> PlannedTensor:
+    rows = None
+    copies = sum(isinstance(gather, k) for k in (PermutedVocabulary, TeachersVocabulary))
+    if isinstance(gather, PermutedVocabulary) and prepared.vocabulary is not None:
+        rows = gather.vocabulary_axis, prepared.vocabulary.size
+    elif isinstance(gather, TruncatedVocabulary) and prepared.rows is not None:
+        axis = gather.weight_info.vocabulary_axis
+        assert axis is not None  # of what is cut
+        rows = axis, prepared.rows
+    while not isinstance(gather, GatherTensors):
+        gather = gather.gather_tensors  # type: ignore[attr-defined]
     infos = dict(gather.weight_info.data)
     forced = next((info.force_dtype for info in infos.values() if info.force_dtype), None)
     headers = {model: header_of(info, model) for model, info in infos.items()}
-    return PlannedTensor(headers, dtype_from_name(forced or gather.dtype))
+    return PlannedTensor(headers, dtype_from_name(forced or gather.dtype), rows, copies)
 
 
 def _stages(last: FitStage | Search | None) -> list[Stage]:

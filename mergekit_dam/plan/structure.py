@@ -7,7 +7,7 @@ what is fed integers as an embedding.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.decoder import own_weights
+from mergekit_dam.experts import routing_of, run_expert
 from mergekit_dam.part import Part
 
-Kind = Literal["linear", "norm", "embedding", "head", "other"]
+Kind = Literal["linear", "norm", "embedding", "head", "router", "experts", "other"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class UnitShape:
         name: relative to the part.
         enters, leaves: features of what enters and leaves it; rows of an embedding enter.
         parameters: how many it has.
+        linears: of one of the experts.
+        experts: how many there are.
+        sent: to how many of them a token is sent.
     """
 
     name: str
@@ -35,6 +39,16 @@ class UnitShape:
     enters: int
     leaves: int
     parameters: int
+    linears: "tuple[UnitShape, ...]" = ()
+    experts: int = 0
+    sent: int = 0
+
+    @property
+    def product(self) -> int:
+        """Flops of its products of matrices, a token."""
+        if self.kind == "experts":
+            return self.sent * sum(linear.product for linear in self.linears)
+        return 2 * self.enters * self.leaves if self.kind in ("linear", "router") else 0
 
 
 Group = tuple[UnitShape, ...]
@@ -68,7 +82,32 @@ def groups_of(
     finally:
         for handle in handles:
             handle.remove()
-    return _grouped(seen)
+    # Once more, without hooks: an expert is run by running the module of all.
+    return _grouped([(_with_linears(part, unit, x, shapes), x) for unit, x in seen])
+
+
+def _with_linears(
+    part: Part, unit: UnitShape, x: Tensor, shapes: Mapping[str, tuple[int, ...]]
+) -> UnitShape:
+    """Experts with the linears that each of them has."""
+    if unit.kind != "experts":
+        return unit
+    module = part.root.get_submodule(unit.name)
+    own = {name: shapes[f"{unit.name}.{name}"] for name, _ in module.named_parameters()}
+    # Zeros of their own for each, by which products are told apart.
+    weights = {name: torch.zeros(()).expand(shape[1:]) for name, shape in own.items()}
+    _, products = run_expert(module, weights, x)
+    linears = tuple(
+        UnitShape(
+            f"{unit.name}.{name}",
+            "linear",
+            product.input.shape[-1],
+            product.output.shape[-1],
+            math.prod(own[name][1:]),
+        )
+        for name, product in products.items()
+    )
+    return replace(unit, linears=linears, experts=next(iter(own.values()))[0])
 
 
 def _see(
@@ -86,19 +125,24 @@ def _see(
     if x is None or any(unit.name == name for unit, _ in seen):
         return
     leaves = output.shape[-1] if isinstance(output, Tensor) else 0
-    weight = shapes[0]
+    weight, routing = shapes[0], routing_of(args, kwargs)
     if not x.is_floating_point():
         found: Kind = "embedding" if len(weight) == 2 else "other"
         enters = weight[0]
     else:
         enters = x.shape[-1]
+        routes = isinstance(output, tuple) and len(weight) == 2 and weight[1] == enters
         linear = len(weight) == 2 and sorted(weight) == sorted((enters, leaves))
         norm = len(weight) == 1 and weight[0] == enters == leaves
-        found = "linear" if linear else "norm" if norm else "other"
+        found = "linear" if linear else "norm" if norm else "router" if routes else "other"
+        leaves = weight[0] if routes else leaves
+    if routing is not None:
+        found = "experts"
     if kind is not None and found == "linear":
         found = kind
     parameters = sum(math.prod(shape) for shape in shapes)
-    seen.append((UnitShape(name, found, enters, leaves, parameters), x))
+    sent = 0 if routing is None else routing.experts.shape[1]
+    seen.append((UnitShape(name, found, enters, leaves, parameters, sent=sent), x))
 
 
 def _grouped(seen: Sequence[tuple[UnitShape, Tensor]]) -> tuple[Group, ...]:

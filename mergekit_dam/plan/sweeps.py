@@ -41,7 +41,7 @@ def sweeps(inventory: Inventory, room: Room) -> list[Sweep]:
     settings = inventory.settings
     if settings is None:
         return [last]
-    taped = all(tape_bytes(part, inventory) != (0, 0) for part in inventory.blocks)
+    taped = all(tape_bytes(part, inventory, room) != (0, 0) for part in inventory.blocks)
     if settings.one_sweep:
         work = flops.layer_sweep(inventory, kept=taped, sensitivity=False)
         return [Sweep("fit and write", every, work, written)]

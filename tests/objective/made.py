@@ -36,5 +36,7 @@ def run_settings(
         start="average",
         resident="auto",
         stream_offload="auto",
+        gpu_memory=None,
+        forward_dtype="auto",
         seed=0,
     )

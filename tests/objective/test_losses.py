@@ -141,6 +141,11 @@ def test_what_only_the_teacher_rules_out_costs_a_finite_loss() -> None:
     ).mean()
     torch.testing.assert_close(logit_loss(merged, teacher, logits_settings()), expected)
     assert gradient(merged, teacher).isfinite().all()
+    # The squared difference leaves it out, and is a mean over the whole vocabulary still.
+    squares = (merged - teacher)[:, 1:].square().sum() / merged.numel()
+    found = logit_loss(merged, teacher, logits_settings(mse=1.0))
+    torch.testing.assert_close(found, expected + squares)
+    assert gradient(merged, teacher, mse=1.0).isfinite().all()
 
 
 def test_what_only_the_merged_model_rules_out_costs_an_infinite_loss_but_no_nan() -> None:
