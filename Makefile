@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --constraint constraints.txt
 # An editable install copies these two: a change of them asks for a new one.
 STARTUP := mergekit_dam/mergekit_dam_autoload.pth mergekit_dam/mergekit_dam_autoload.start
 
-.PHONY: setup demo test test-mergekit lint
+.PHONY: setup demo test architectures test-mergekit lint
 
 setup: $(STAMP)
 
@@ -34,6 +34,10 @@ test: $(STAMP)
 # mergekit's own tests, with this package and without it: what goes otherwise is an error.
 test-mergekit: $(STAMP)
 	$(BIN)/python -m tests.host.suite
+
+# Merges a tiny model of every architecture, and writes the README's table of what was seen.
+architectures: $(STAMP)
+	$(BIN)/python -m tests.architectures
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

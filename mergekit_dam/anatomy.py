@@ -1,6 +1,6 @@
 """What a part of a model is made of, found by watching it run.
 
-Nothing here goes by names. Every module that owns parameters is called a unit; what it is
+Nothing here goes by names. Every module that owns weights is called a unit; what it is
 (linear, norm, embedding) is tested on what it returns, which linears share an input is seen
 from the inputs, and what a unit adds to the residual stream is measured: all units are held
 to their recorded outputs, one output is disturbed, and the effect on the part's output is
@@ -340,7 +340,7 @@ def _unit_gain(module: nn.Module, x: Tensor, y: Tensor, own: Mapping[str, Tensor
     """The gain g of `y = (w + g) * n(x) + b`, or None if the module is not of this form."""
     try:
         with_zero, normalised = norm_parts(module, x, own)
-    except RuntimeError:
+    except (RuntimeError, TypeError, AttributeError):  # it takes more than one input (a gate)
         return None
     gain = float((with_zero * normalised).sum() / normalised.square().sum().clamp_min(1e-30))
     bias = own.get("bias", x.new_zeros(()))

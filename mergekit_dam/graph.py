@@ -42,6 +42,7 @@ from mergekit_dam.places import (
     check_complete,
     check_shapes,
     place_tensors,
+    refuse_outside,
     source_decoders,
 )
 from mergekit_dam.prepare import Prepared
@@ -112,7 +113,8 @@ def build_graph(
         needed = [name for name, _ in output.model.named_parameters()]
     else:
         needed = ()
-    missing = set(needed) - {weight.name for weight, _ in planned}
+    own = {weight.name if output is None else output.in_model(weight.name) for weight, _ in planned}
+    missing = set(needed) - own
     asked = [weight for weight, _ in planned]
     planned, regions = fuse_experts(planned, missing, config.model_type)
     if regions:
@@ -149,6 +151,8 @@ def build_graph(
     for decoder in (output, *models.sources):
         check_complete(decoder, places)
     check_shapes(output, shapes)
+    if prepared.checked.run.other_weights == "error":
+        refuse_outside(places)
     stages = _stages(places, models)
     device = torch.device(options.device or "cpu")
     limit_gpu(device, prepared.settings.gpu_memory)
@@ -312,7 +316,7 @@ def _stages(places: Sequence[Place], models: Models) -> list[PlannedStage]:
 def _tied_head(places: Sequence[Place], decoder: Decoder) -> Place | None:
     """The tensor of the input that the head is tied to."""
     name = decoder.canonical(f"{decoder.head_name}.weight")
-    return next((p for p in places if p.kind == "input" and p.plan.name == name), None)
+    return next((p for p in places if p.kind == "input" and p.plan.in_model == name), None)
 
 
 def _averages(places: Sequence[Place], order: Sequence[ModelReference]) -> Record:

@@ -86,7 +86,7 @@ def check_headers(
             if name is not None:
                 header = _headers(loader).get(name)
                 found[model] = None if header is None else header.shape
-            elif not _convertible(model, loader, info.name):
+            elif not is_made(model, info.name, set(loader.index.tensor_paths)):
                 have = "some models have it, " if weight.optional else ""
                 problems.append(f"{weight.name}: {have}{model} has not")
         known = {model: shape for model, shape in found.items() if shape is not None}
@@ -121,10 +121,15 @@ def present_name(info: WeightInfo, loader: LazyTensorLoader) -> str | None:
     return next((name for name in names if name in loader.index.tensor_paths), None)
 
 
-def _convertible(model: ModelReference, loader: LazyTensorLoader, name: str) -> bool:
+def is_made(model: ModelReference, name: str, stored: set[str]) -> bool:
     """Whether mergekit makes the tensor of others when it loads it (fused experts, say)."""
-    model_type = model.config(trust_remote_code=LoaderCache().trust_remote_code).model_type
-    return bool(can_convert_checkpoint_keys(model_type, set(loader.index.tensor_paths), name))
+    model_type = _model_type(model, LoaderCache().trust_remote_code)
+    return bool(can_convert_checkpoint_keys(model_type, stored, name))
+
+
+@lru_cache(maxsize=64)  # mergekit parses the configuration anew each time
+def _model_type(model: ModelReference, trust_remote_code: bool) -> str:
+    return str(model.config(trust_remote_code=trust_remote_code).model_type)
 
 
 def header_of(info: WeightInfo, model: ModelReference) -> Header | None:

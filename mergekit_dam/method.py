@@ -284,6 +284,12 @@ class RunParameters(LogitsParameters):
         description="The base is a model to merge too, with a calibration and a weight of its "
         "own; where its own skills must not suffer.",
     )
+    other_weights: Literal["average", "error"] = Field(
+        default="average",
+        description="What becomes of weights outside of the decoder, such as a vision tower, which "
+        "text tells nothing of: they are averaged by `weight`, and named in the report; or the "
+        "merge is refused.",
+    )
     coefficients: str | None = Field(
         default=None,
         description="Replay a merge from its `dam_coefficients.safetensors` (or the folder that "

@@ -14,7 +14,7 @@ from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
 from mergekit_dam.decoder import Decoder
-from mergekit_dam.errors import ArchitectureError
+from mergekit_dam.errors import ArchitectureError, ConfigError
 from mergekit_dam.slices import stacked
 from mergekit_dam.stage import StageKind, TensorPlan
 
@@ -102,34 +102,56 @@ def place_tensors(
     planned: Sequence[Planned], plans: Sequence[TensorPlan], decoder: Decoder
 ) -> list[Place]:
     """Where every planned tensor acts in the decoder."""
-    names = frozenset(plan.name for plan in plans)
+    found = [decoder.in_model(plan.name) for plan in plans]
+    plans = [
+        dataclasses.replace(plan, renamed=name) if name not in (None, plan.name) else plan
+        for plan, name in zip(plans, found, strict=True)
+    ]
+    names = {name: plan.name for plan, name in zip(plans, found, strict=True) if name is not None}
     parts = decoder.part_of(frozenset(n for n in names if decoder.block_of(n) is None))
     places = []
-    for (_, task), plan in zip(planned, plans, strict=True):
-        gather, canonical = task.gather_tensors, decoder.canonical(plan.name)
-        block = decoder.block_of(plan.name) if canonical is not None else None
-        if canonical is None:
+    for (_, task), plan, name in zip(planned, plans, found, strict=True):
+        gather = task.gather_tensors
+        canonical = None if name is None else decoder.canonical(name)
+        if name is None or canonical is None:
             places.append(Place("outside", 0, plan, gather))
-        elif canonical != plan.name and canonical in names:
-            tied = dataclasses.replace(plan, tied_to=canonical)
+        elif canonical != name and canonical in names:
+            tied = dataclasses.replace(plan, tied_to=names[canonical])
             places.append(Place("output", 0, tied, gather))
-        elif block is not None:
+        elif (block := decoder.block_of(name)) is not None:
             places.append(Place("block", block, plan, gather))
         else:
-            places.append(Place(parts.get(plan.name, "outside"), 0, plan, gather))
+            places.append(Place(parts.get(name, "outside"), 0, plan, gather))
     return places
 
 
 def check_complete(decoder: Decoder, places: Sequence[Place]) -> None:
-    """Every weight that a forward pass needs must have been planned by mergekit."""
+    """Every weight that a model loads must have been planned by mergekit."""
     planned = {decoder.canonical(place.plan.name) for place in places}
-    missing = [name for name, _ in decoder.model.named_parameters() if name not in planned]
+    missing = [name for name, first in decoder.names.first.items() if first not in planned]
     if missing:
         raise ArchitectureError(
             f"mergekit plans no tensor for {', '.join(missing[:3])}"
-            f"{' and others' if len(missing) > 3 else ''}, which the forward pass of "
-            f"{type(decoder.model).__name__} needs; mergekit's definition of the architecture "
-            f"(that of the first model) does not fit transformers' model"
+            f"{' and others' if len(missing) > 3 else ''}, which {type(decoder.model).__name__} "
+            f"needs; mergekit's definition of the architecture (that of the first model) does not "
+            f"fit transformers' model, and a merge would lack them with any method"
+        )
+
+
+def refuse_outside(places: Sequence[Place]) -> None:
+    """Refuse a merge with weights that text tells nothing of.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    outside = [place.plan.name for place in places if place.kind == "outside"]
+    if outside:
+        raise ConfigError(
+            [
+                f"`other_weights: error`, but {len(outside)} tensors are outside of the decoder "
+                f"({', '.join(outside[:3])}{' and others' if len(outside) > 3 else ''}); set "
+                f"`other_weights: average` to average them"
+            ]
         )
 
 
@@ -144,11 +166,13 @@ def check_shapes(decoder: Decoder, shapes: Mapping[str, tuple[int, ...]]) -> Non
     Raises:
         ArchitectureError: naming the first tensors that have not.
     """
-    own = decoder.model.named_parameters(remove_duplicate=False)
-    expected = {name: tuple(parameter.shape) for name, parameter in own}
-    wrong = [name for name in shapes if name in expected and shapes[name] != expected[name]]
+    own = {name: tuple(w.shape) for name, w in decoder.model.state_dict(keep_vars=True).items()}
+    expected = {name: own.get(decoder.in_model(name) or "") for name in shapes}
+    wrong = [name for name, shape in expected.items() if shape not in (None, shapes[name])]
     if wrong:
-        listed = "; ".join(f"{n}: {list(shapes[n])}, not {list(expected[n])}" for n in wrong[:3])
+        listed = "; ".join(
+            f"{n}: {list(shapes[n])}, not {list(expected[n] or ())}" for n in wrong[:3]
+        )
         raise ArchitectureError(
             f"required tensors of the shapes that the merged model's configuration asks for (it is "
             f"that of the base, else of the first model), got others: {listed}"

@@ -69,6 +69,7 @@ def _hook_planner(plan: Any) -> None:
 
         from mergekit_dam import distributed
         from mergekit_dam.graph import build_graph
+        from mergekit_dam.loadable import Loadable
         from mergekit_dam.prepare import PreparedConfiguration, prepare
         from mergekit_dam.tasks import KnownTokenizer
 
@@ -89,6 +90,12 @@ def _hook_planner(plan: Any) -> None:
         parameters = config.parameters or {}
         artifacts = []
 
+        loadable = Loadable(self.arch_info, self.out_model_config)
+
+        def plan_tensor(weight: Any, weights_in: Any, models: Any, cfg_reader: Any) -> None:
+            weight, weights_in = loadable.required(weight, weights_in, models)
+            planner.plan_tensor(self, weight, weights_in, models, cfg_reader)
+
         def _plan() -> None:
             with _teachers_in_slices(self, prepared) as teaching:
                 planner._plan(self)
@@ -107,11 +114,12 @@ def _hook_planner(plan: Any) -> None:
             self._tensors = graph.tensors
             artifacts.append(graph.artifacts)
 
-        self._plan = _plan  # the stock method calls it, and saves what it planned
+        # The stock method calls them, and saves what was planned.
+        self._plan, self.plan_tensor = _plan, plan_tensor
         try:
             planned = [*stock(self, out_path), *artifacts]
         finally:
-            del self._plan
+            del self._plan, self.plan_tensor
         if distributed.is_first():
             return planned
         return [written.last for written in artifacts if written.last is not None]
@@ -162,7 +170,8 @@ def _teachers_in_slices(planner: Any, prepared: Any) -> Iterator[dict[str, froze
     try:
         yield teaching
     finally:
-        del planner.normalize_config, planner.plan_tensor
+        del planner.normalize_config
+        planner.plan_tensor = plan_tensor
 
 
 def _stacked_layers(planner: Any) -> dict[Any, tuple[int, ...]]:

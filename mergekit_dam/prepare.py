@@ -27,6 +27,7 @@ from mergekit_dam.calibration import (
 )
 from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.config import Checked, check_configuration
+from mergekit_dam.definitions import check_architectures
 from mergekit_dam.errors import CalibrationError, ConfigError, DamError
 from mergekit_dam.method import RunParameters
 from mergekit_dam.objective.settings import LogitsSettings
@@ -168,8 +169,10 @@ def check(
 
     Raises:
         ConfigError: the configuration is wrong; every problem is named.
+        ArchitectureError: a model is none that can be merged.
     """
     checked = check_configuration(config, source)
+    check_architectures((*checked.models, *([checked.base] if checked.base else [])), options)
     run = checked.run
 
     def with_vocabulary(prepared: Prepared) -> Prepared:

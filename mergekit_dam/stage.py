@@ -62,12 +62,19 @@ class TensorPlan:
         settings: how it is fitted.
         written: dtype it is written in, or None for that of the sources.
         tied_to: the tensor whose coefficients it shares, if it is the same parameter.
+        renamed: what transformers' model calls it, where a checkpoint has another name for it.
     """
 
     name: str
     settings: TensorSettings
     written: torch.dtype | None = None
     tied_to: str | None = None
+    renamed: str | None = None
+
+    @property
+    def in_model(self) -> str:
+        """Its name in transformers' model."""
+        return self.renamed or self.name
 
     def sources(
         self, tensors: Sequence[Tensor], teachers: Sequence[Tensor] | None = None
@@ -203,7 +210,7 @@ class Stage:
         """The tensors that the part runs on, by names relative to it."""
         prefix = self.part(self.models.output).prefix
         return {
-            plan.name[len(prefix) :]: self._sources(plan, loaded)
+            plan.in_model[len(prefix) :]: self._sources(plan, loaded)
             for plan in self.all_tensors
             if plan.tied_to is None
         }
@@ -283,16 +290,16 @@ class Stage:
         show: Callable[[str], None],
         metrics: Callable[[Anatomy], Metrics] | None,
     ) -> list[FittedTensor]:
-        own = [plan.name for plan in self.tensors if plan.tied_to is None]
+        own = [plan for plan in self.tensors if plan.tied_to is None]
         if not own:
             return []
-        device = sources[own[0]].tensors[0].device
+        device = sources[own[0].name].tensors[0].device
         self.models.move(device)
         part = self.part(self.models.output)
 
         def progress(fitted: FittedTensor) -> None:
             report = fitted.report
-            short = report.name[len(part.prefix) :]
+            short = report.name.removeprefix(part.prefix)
             if report.held_out_start is not None and report.held_out_fitted is not None:
                 short += f" {report.held_out_start:.3g} -> {report.held_out_fitted:.3g}"
             show(f"{part.label} {short}")
@@ -301,7 +308,7 @@ class Stage:
         return walk_part(
             part,
             [self.teacher_part(source) for source in range(len(self.models.sources))],
-            {name[len(part.prefix) :]: sources[name] for name in own},
+            {plan.in_model[len(part.prefix) :]: sources[plan.name] for plan in own},
             streams,
             examine=self.models.examine,
             progress=progress,

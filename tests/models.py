@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -139,12 +139,26 @@ ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
 """A tiny configuration of every architecture under test, by name."""
 
 
-def make_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """A model in fp32 whose every parameter is random, norms and biases included."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+def weights_of(model: PreTrainedModel) -> list[Tensor]:
+    """Every parameter once, and the buffers that a checkpoint holds."""
+    saved = model.state_dict(keep_vars=True)
+    buffers = [buffer for name, buffer in model.named_buffers() if name in saved]
+    return [*model.parameters(), *(b for b in buffers if b.is_floating_point())]
+
+
+def make_model(
+    config: PretrainedConfig, seed: int = 0, kind: type[PreTrainedModel] | None = None
+) -> PreTrainedModel:
+    """A model in fp32 whose every weight is random, norms and biases included.
+
+    Args:
+        kind: its class; by default transformers' class of causal language models.
+    """
+    build = AutoModelForCausalLM.from_config if kind is None else kind._from_config
+    model: PreTrainedModel = build(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in weights_of(model):
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim > 1:
                 # A stream of unit size, whatever the width.
@@ -159,7 +173,7 @@ def fine_tune(model: PreTrainedModel, seed: int, scale: float) -> None:
     """Add noise to every parameter in place: `scale` of its own size, and of 1 for vectors."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in weights_of(model):
             size = parameter.square().mean().sqrt() if parameter.ndim > 1 else 1.0
             parameter.add_(scale * size * torch.randn(parameter.shape, generator=generator))
 
@@ -189,6 +203,7 @@ def save_models(
     seed: int = 0,
     scale: float = 0.2,
     dtype: torch.dtype = torch.float32,
+    kind: type[PreTrainedModel] | None = None,
 ) -> Models:
     """Save a base and `count` fine-tunes of it, each with a tokenizer.
 
@@ -196,19 +211,21 @@ def save_models(
         folder: gets `base`, `model_0`, `model_1`, ...
         scale: size of the fine-tunes' deltas, relative to the base's weights.
         dtype: in which they are saved.
+        kind: their class; by default transformers' class of causal language models.
     """
 
     def save(name: str, model: PreTrainedModel) -> Path:
         path = folder / name
-        nn.Module.to(model, dtype)
+        if dtype != torch.float32:  # which they are in
+            nn.Module.to(model, dtype)
         model.save_pretrained(path)
         make_tokenizer().save_pretrained(path)
         return path
 
-    base = save("base", make_model(config, seed))
+    base = save("base", make_model(config, seed, kind))
     models = []
     for index in range(count):
-        model = make_model(config, seed)
+        model = make_model(config, seed, kind)
         fine_tune(model, seed=1000 * (seed + 1) + index, scale=scale)
         models.append(save(f"model_{index}", model))
     return Models(base, tuple(models))

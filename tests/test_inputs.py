@@ -452,7 +452,7 @@ class TestModels:
             make_tokenizer().save_pretrained(case.models[index])
         case.refused(
             ArchitectureError,
-            "transformers builds no causal language model from ['T5ForConditionalGeneration']",
+            "got T5ForConditionalGeneration (model type t5): AutoModelForSeq2SeqLM loads it",
         )
 
     def test_another_architecture_by_force(self, case: Case) -> None:
@@ -461,7 +461,7 @@ class TestModels:
         case.refused(
             ArchitectureError,
             "mergekit plans no tensor for model.layers.0.self_attn.q_norm.weight",
-            "the forward pass of Qwen3ForCausalLM needs",
+            "which Qwen3ForCausalLM needs",
         )
 
     def test_a_head_of_its_own_beside_a_tied_first_model(self, case: Case) -> None:

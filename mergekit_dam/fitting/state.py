@@ -76,8 +76,12 @@ class Walk:
 
     def fittable(self, unit: Unit, kind: str | None = None) -> bool:
         """Whether coefficients of a unit are asked for and can change it."""
+        own = [self.sources.get(unit.parameter(p)) for p in unit.parameters]
+        known = [tensor for tensor in own if tensor is not None]
+        if len(known) < len(own):  # the rest belongs to another part: a tied head's bias
+            return False
         return self.weight(unit).settings.fits(kind or unit.kind) and not all(
-            self.sources[unit.parameter(p)].identical for p in unit.parameters
+            tensor.identical for tensor in known
         )
 
     def recorded_units(self, head: str | None) -> tuple[str, ...]:

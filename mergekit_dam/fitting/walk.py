@@ -92,11 +92,13 @@ def _settle_rest(walk: Walk) -> None:
             continue
         unit = owner.get(name)
         if unit is None:
-            kind, reason = "other", "averaged: not used by a forward pass on text"
+            kind, reason = "other", "averaged: its module does not run on text"
         elif tensor.alone:
             kind, reason = unit.kind, "copied: of one model alone"
         elif tensor.identical:
             kind, reason = unit.kind, "identical in all models"
+        elif any(unit.parameter(p) not in walk.sources for p in unit.parameters):
+            kind, reason = unit.kind, "averaged: belongs to a weight that is tied"
         elif unit.kind == "other":
             kind, reason = unit.kind, "averaged: neither linear, norm nor embedding"
         elif unit.kind == "experts":

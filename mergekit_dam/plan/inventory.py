@@ -240,9 +240,9 @@ def _part(
 ) -> PartSize:
     decoder = stage.models.output
     part = stage.part(decoder)
-    names = [plan.name for plan in stage.all_tensors if plan.tied_to is None]
-    saved = decoder.model.state_dict()
-    shapes = {name[len(part.prefix) :]: tuple(saved[name].shape) for name in names}
+    names = [plan.in_model for plan in stage.all_tensors if plan.tied_to is None]
+    own = decoder.model.state_dict(keep_vars=True)
+    shapes = {name[len(part.prefix) :]: tuple(own[name].shape) for name in names}
     key = f"{stage.kind} {sorted(shapes)} {part.root}"
     if key not in known:
         known[key] = groups_of(part, shapes, _entering(stage), decoder.head_name)

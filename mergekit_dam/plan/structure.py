@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mergekit_dam.decoder import own_weights
 from mergekit_dam.experts import routing_of, run_expert
 from mergekit_dam.part import Part
 
@@ -71,7 +72,7 @@ def groups_of(
     handles = []
     for name, module in part.root.named_modules():
         prefix = f"{name}." if name else ""
-        own = [shapes.get(prefix + n) for n, _ in module.named_parameters(recurse=False)]
+        own = [shapes.get(prefix + n) for n in own_weights(module)]
         known = [shape for shape in own if shape is not None]
         if known:
             hook = partial(_see, seen, name, known, "head" if name == head else None)
