@@ -195,14 +195,17 @@ class Parametrisation:
         """
         count = len(weights)
         present = [s for s in range(count) if s not in left_out]
-        base = base if base in present else None
+        # A source that nothing is merged with is taken as it is: there is no step away from it.
+        alone = len(present) == 1
+        base = base if base in present and not alone else None
         merged = [s for s in present if s != base or include_base]
         share = torch.zeros(count, dtype=torch.float64)
-        share[merged] = torch.tensor([weights[s] for s in merged], dtype=torch.float64)
+        share[merged] = torch.tensor(
+            [1.0 if alone else weights[s] for s in merged], dtype=torch.float64
+        )
         share /= share.sum()
         identity = torch.eye(count, dtype=torch.float64)
-        # A model that nothing is merged with is taken as it is: there is no step away from it.
-        if not sum_to_one and len(present) > 1:
+        if not sum_to_one and not alone:
             offset = torch.zeros(count, dtype=torch.float64)
             return cls(offset, identity[:, merged], share[merged], tuple(merged), base)
         if base is not None:

@@ -277,7 +277,8 @@ def _check_models(
     elif len(others) == 1 and base is not None and not run.include_base and not run.coefficients:
         problems.append(
             f"models: {others[0]} alone would be merged, as the base is no model to merge unless "
-            f"asked for; set `include_base: true` at top level, or name no `base_model`"
+            f"asked for; set `include_base: true` at top level and give it a `calibration` too, or "
+            f"name no `base_model`"
         )
     if run.include_base and base is None:
         problems.append("`include_base` is true, but the configuration names no `base_model`")

@@ -13,7 +13,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mergekit_dam.coefficients import CoefficientFile, Parametrisation, merge_weights
+from mergekit_dam.coefficients import (
+    CoefficientFile,
+    Parametrisation,
+    column_counts,
+    merge_weights,
+)
 from mergekit_dam.errors import DamError
 
 Given = str | CoefficientFile | Mapping[str, Tensor] | Tensor
@@ -28,7 +33,7 @@ def merge_given(
     Args:
         tensors: of every source, of one shape and dtype.
         given: coefficients `[sources, n]`, n being 1 or the size of the tensors along their last
-            dimension (along the one that a file names).
+            dimension (along the one that a file names); of experts, as `merge_weights` has them.
         ids: of the sources: names that a file knows them by, or numbers that say nothing.
         name: of the tensor, by which coefficients are looked up.
 
@@ -40,16 +45,17 @@ def merge_given(
     """
     coefficients, axis, order = _found(given, ids, name)
     tensors = [tensors[index] for index in order or range(len(tensors))]
-    size = tensors[0].shape[axis] if tensors[0].ndim else 1
+    allowed = column_counts(tensors[0].shape, axis)
     if coefficients.ndim != 2 or coefficients.shape[0] != len(tensors):
         raise DamError(
             f"{name}: required coefficients of shape [{len(tensors)}, 1] or [{len(tensors)}, "
-            f"{size}], a row for each of the tensors, got {list(coefficients.shape)}"
+            f"{allowed[-1]}], a row for each of the tensors, got {list(coefficients.shape)}"
         )
-    if coefficients.shape[1] not in (1, size):
+    if coefficients.shape[1] not in allowed:
         raise DamError(
-            f"{name}: required {size} coefficients a tensor, or one, got {coefficients.shape[1]}; "
-            f"they belong to tensors of another shape than {list(tensors[0].shape)}"
+            f"{name}: required {allowed[-1]} coefficients a tensor, or one, got "
+            f"{coefficients.shape[1]}; they belong to tensors of another shape than "
+            f"{list(tensors[0].shape)}"
         )
     return merge_weights(tensors, coefficients.float(), axis=axis).to(tensors[0].dtype)
 

@@ -36,7 +36,14 @@ from mergekit_dam.headers import check_headers
 from mergekit_dam.memory import limit_gpu
 from mergekit_dam.network import Network
 from mergekit_dam.objective.nonlinearity import invert
-from mergekit_dam.places import Place, Planned, check_complete, place_tensors, source_decoders
+from mergekit_dam.places import (
+    Place,
+    Planned,
+    check_complete,
+    check_shapes,
+    place_tensors,
+    source_decoders,
+)
 from mergekit_dam.prepare import Prepared
 from mergekit_dam.readahead import spans_of
 from mergekit_dam.replay import saved_record
@@ -101,7 +108,7 @@ def build_graph(
     if prepared.replay is not None:
         needed: Collection[str] = prepared.replay.coefficients.keys()
     elif prepared.checked.learns:
-        output = Decoder(config, torch.device("cpu"), trust_remote_code=options.trust_remote_code)
+        output = _decoder(config, options)
         needed = [name for name, _ in output.model.named_parameters()]
     else:
         needed = ()
@@ -117,11 +124,12 @@ def build_graph(
         for weight, task in planned
     ]
     if output is None:
-        known = (
-            _copies(plans)
-            if prepared.replay is None
-            else saved_record(prepared.replay, plans, order, shapes)
-        )
+        if prepared.replay is not None:
+            known = saved_record(prepared.replay, plans, order, shapes)
+        else:
+            known = _copies(plans)
+            if len(order) > 1:
+                check_shapes(_decoder(config, options), shapes)
         tasks: dict[str, Task[Any]] = {
             plan.name: _known(plan, task.gather_tensors, order, known)
             for (_, task), plan in zip(planned, plans, strict=True)
@@ -140,6 +148,7 @@ def build_graph(
     places = place_tensors(planned, plans, output)
     for decoder in (output, *models.sources):
         check_complete(decoder, places)
+    check_shapes(output, shapes)
     stages = _stages(places, models)
     device = torch.device(options.device or "cpu")
     limit_gpu(device, prepared.settings.gpu_memory)
@@ -186,6 +195,11 @@ def _unknown(prepared: Prepared, order: Sequence[ModelReference]) -> dict[int, t
     return {source: tokens for source, tokens in found.items() if tokens is not None}
 
 
+def _decoder(config: PretrainedConfig, options: MergeOptions) -> Decoder:
+    """The merged model's."""
+    return Decoder(config, torch.device("cpu"), trust_remote_code=options.trust_remote_code)
+
+
 def _tensor_plan(
     weight: WeightInfo,
     task: ExecuteMergeMethodTask,
@@ -206,10 +220,8 @@ def _tensor_plan(
     left_out = frozenset(index for index, model in enumerate(order) if model not in listed)
     include_base = prepared.checked.run.include_base
     weights = [_own(task, model, "weight") for model in order]
-    if len(listed) == 1:
-        weights = [1.0] * len(order)  # it is taken as it is
     merged = [i for i in range(len(order)) if i not in left_out and (i != base or include_base)]
-    if not sum(weights[i] for i in merged):
+    if len(listed) > 1 and not sum(weights[i] for i in merged):
         raise ConfigError(
             [f"{weight.name}: every model has `weight: 0`; the average to start from needs one"]
         )

@@ -131,3 +131,27 @@ def check_complete(decoder: Decoder, places: Sequence[Place]) -> None:
             f"{type(decoder.model).__name__} needs; mergekit's definition of the architecture "
             f"(that of the first model) does not fit transformers' model"
         )
+
+
+def check_shapes(decoder: Decoder, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Every tensor must have the shape that the merged model's configuration gives it.
+
+    Where slices stack models of different sizes, no tensor differs from another of its name.
+
+    Args:
+        shapes: of planned tensors, where headers tell them.
+
+    Raises:
+        ArchitectureError: naming the first tensors that have not.
+    """
+    own = decoder.model.named_parameters(remove_duplicate=False)
+    expected = {name: tuple(parameter.shape) for name, parameter in own}
+    wrong = [name for name in shapes if name in expected and shapes[name] != expected[name]]
+    if wrong:
+        listed = "; ".join(f"{n}: {list(shapes[n])}, not {list(expected[n])}" for n in wrong[:3])
+        raise ArchitectureError(
+            f"required tensors of the shapes that the merged model's configuration asks for (it is "
+            f"that of the base, else of the first model), got others: {listed}"
+            f"{' and more' if len(wrong) > 3 else ''}. Stack models of one size, and align "
+            f"vocabularies, for instance with `tokenizer: {{source: union}}`"
+        )

@@ -11,7 +11,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -90,7 +90,7 @@ def _hook_planner(plan: Any) -> None:
         artifacts = []
 
         def _plan() -> None:
-            with _teachers_in_slices(self, prepared.calibration) as teaching:
+            with _teachers_in_slices(self, prepared) as teaching:
                 planner._plan(self)
             layers = _stacked_layers(self)
             graph = build_graph(
@@ -121,23 +121,27 @@ def _hook_planner(plan: Any) -> None:
 
 
 @contextmanager
-def _teachers_in_slices(
-    planner: Any, teachers: Collection[Any]
-) -> Iterator[dict[str, frozenset[Any]]]:
+def _teachers_in_slices(planner: Any, prepared: Any) -> Iterator[dict[str, frozenset[Any]]]:
     """Have a planner read, for every slice, the layers of models that teach and are not listed.
+
+    Embeddings that are aligned to a common vocabulary are read of all models: mergekit takes those
+    of a token that a model lacks from the others (or cuts all to the rows of the smallest), and a
+    replay, which has no teachers, must too.
 
     Yields:
         By output tensor, the models that are read for it and not merged; filled by the plan.
     """
+    from mergekit_dam.prepare import all_models
     from mergekit_dam.slices import TaughtSlice, taught
 
+    everybody = all_models(prepared.checked)
     normalize, plan_tensor = planner.normalize_config, planner.plan_tensor
     teaching: dict[str, frozenset[Any]] = {}
 
     def normalize_config() -> None:
         normalize()
         planner.config.modules = {
-            name: module.model_copy(update={"slices": taught(module.slices, teachers)})
+            name: module.model_copy(update={"slices": taught(module.slices, prepared.calibration)})
             for name, module in planner.config.modules.items()
         }
 
@@ -145,9 +149,14 @@ def _teachers_in_slices(
         # Outside of the layers mergekit lists a weight once per source of the first slice.
         if len(weights_in) != len(models):
             weights_in = [weights_in[0]] * len(models)
-        plan_tensor(weight, weights_in, models, cfg_reader)
         assert isinstance(cfg_reader.slice_out, TaughtSlice)
-        teaching[weight.name] = cfg_reader.slice_out.teaching
+        others = []
+        aligned = planner._tokenizer_task or planner.options.unsafe_truncate_embeddings
+        if aligned and weight.vocabulary_axis is not None:
+            others = [model for model in everybody if model not in models]
+        weights_in = [*weights_in, *weights_in[:1] * len(others)]
+        plan_tensor(weight, weights_in, [*models, *others], cfg_reader)
+        teaching[weight.name] = cfg_reader.slice_out.teaching.union(others)
 
     planner.normalize_config, planner.plan_tensor = normalize_config, plan_with_all
     try:

@@ -294,3 +294,41 @@ def test_a_file_that_dam_did_not_write_is_refused(tmp_path: Path, kind: str) -> 
         save_file(tensors, path, metadata={"format": "pt", "sources": json.dumps(["a"])})
     with pytest.raises(ConfigError, match=r"other\.safetensors was not written by a dam merge"):
         CoefficientFile.load(path)
+
+
+@pytest.mark.parametrize("include_base", [False, True])
+@pytest.mark.parametrize("sum_to_one", [False, True])
+@pytest.mark.parametrize("base", [None, 0, 3])
+def test_sources_that_are_left_out_have_no_coefficients(
+    base: int | None, sum_to_one: bool, include_base: bool
+) -> None:
+    """The others have those that they would have without them."""
+    weights, left_out = (1.0, 2.0, 5.0, 4.0), (0, 2)
+    form = Parametrisation.create(
+        weights, base=base, include_base=include_base, sum_to_one=sum_to_one, left_out=left_out
+    )
+    fewer = Parametrisation.create(
+        (2.0, 4.0),
+        base={3: 1}.get(base) if base is not None else None,
+        include_base=include_base,
+        sum_to_one=sum_to_one,
+    )
+    assert form.expand.shape[1] == fewer.expand.shape[1]
+    unknowns = torch.randn(form.expand.shape[1], 5, generator=torch.Generator().manual_seed(0))
+    coefficients = form.coefficients(unknowns)
+    assert not coefficients[[0, 2]].any()
+    assert torch.equal(coefficients[[1, 3]], fewer.coefficients(unknowns))
+    assert set(form.reached) <= {1, 3}
+    assert form.sums_to_one == fewer.sums_to_one
+
+
+@pytest.mark.parametrize("base", [None, 0, 1])
+@pytest.mark.parametrize("sum_to_one", [False, True])
+def test_a_source_that_is_left_alone_is_taken_as_it_is(base: int | None, sum_to_one: bool) -> None:
+    form = Parametrisation.create(
+        (1.0, 0.0, 1.0), base=base, include_base=False, sum_to_one=sum_to_one, left_out=(0, 2)
+    )
+    assert form.reached == (1,)
+    assert form.sums_to_one
+    unknowns = torch.full((form.expand.shape[1], 2), 7.0)
+    assert torch.equal(form.coefficients(unknowns), torch.tensor([[0.0] * 2, [1.0] * 2, [0.0] * 2]))

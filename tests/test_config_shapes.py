@@ -7,6 +7,7 @@ made of the sources' tensors by hand, and by transformers' own forward pass.
 import copy
 import json
 import re
+import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -20,9 +21,9 @@ import torch
 import yaml
 from mergekit import merge_methods
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from mergekit_dam.errors import ConfigError
+from mergekit_dam.errors import ArchitectureError, ConfigError
 from mergekit_dam.fitting.streams import Stream
 from mergekit_dam.method import DamMerge
 from mergekit_dam.stage import Stage
@@ -38,6 +39,14 @@ from tests.models import (
 )
 
 LAYERS = 3
+BOUNDED = {
+    "objective": "logits",
+    "metric": None,
+    "steps": 2,
+    "sum_to_one": False,
+    "nonlinearity": "sigmoid",
+    "overlap": 0.1,
+}
 SEARCHED = {**SMALL, "objective": "layer+logits", "metric": "sensitivity", "steps": 2}
 
 
@@ -81,7 +90,7 @@ def sliced(
         "merge_method": "dam",
         **({"base_model": str(case.models.base)} if base else {}),
         "slices": entries,
-        "parameters": {**SMALL, **parameters},
+        "parameters": {k: v for k, v in {**SMALL, **parameters}.items() if v is not None},
     }
 
 
@@ -160,7 +169,7 @@ class TestSlices:
             torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)
         assert set(found) == {0, 1}
 
-    @pytest.mark.parametrize("parameters", [SEARCHED, {"sum_to_one": False}], ids=str)
+    @pytest.mark.parametrize("parameters", [SEARCHED, {"sum_to_one": False}, BOUNDED], ids=str)
     def test_other_fits_of_it_replay(
         self, case: Case, tmp_path: Path, parameters: dict[str, Any]
     ) -> None:
@@ -190,6 +199,57 @@ class TestSlices:
         assert not any(".layers.0." in name or "embed" in name for name in names)
         assert {"lm_head.weight", "model.norm.weight"} <= names  # mergekit forgets a model here
         assert merged.coefficients.coefficients["lm_head.weight"][1].any()
+
+    def test_a_base_has_a_part_where_it_is_listed(self, case: Case, tmp_path: Path) -> None:
+        slices: list[Mapping[int | str, Range]] = [
+            {0: (0, 1)},
+            {0: (1, 2), 1: (1, 2), "base": (1, 2)},
+            {0: (2, 3), "base": (2, 3)},
+        ]
+        merged = merge(sliced(case, *slices, base=True), tmp_path / "out")
+        sources = merged.coefficients.sources
+        assert sources == (str(case[0]), str(case[1]), str(case.models.base))
+        for name, rows in merged.coefficients.coefficients.items():
+            layer = 0 if "embed" in name else int(name.split(".")[2]) if "layers" in name else 2
+            torch.testing.assert_close(rows.sum(0), torch.ones(rows.shape[1]))
+            assert rows[1].any() == (layer == 1), name
+            assert not (layer == 0 and rows[2].any()), name
+
+    @pytest.mark.parametrize("parameters", [{}, {"include_base": True}, {"sum_to_one": False}])
+    def test_layers_of_the_base_alone_are_copied(
+        self, case: Case, tmp_path: Path, parameters: dict[str, Any]
+    ) -> None:
+        ends: Mapping[int | str, Range] = {0: (2, 3), 1: (2, 3), "base": (2, 3)}
+        configuration = sliced(case, {"base": (0, 2)}, ends, base=True, **parameters)
+        if "include_base" in parameters:
+            configuration["parameters"]["calibration"] = str(case.texts[3])
+        merged = merge(configuration, tmp_path / "out")
+        own = tensors_of(case.models.base)
+        first = "model.layers.1.mlp.down_proj.weight"
+        assert torch.equal(merged.tensors[first], own[first])
+        assert len(merged.report["calibration"]) == (3 if "include_base" in parameters else 2)
+        assert "fitted" in {entry["outcome"] for entry in merged.entries.values()}
+
+    @pytest.mark.parametrize("both", [True, False])
+    def test_tokens_that_a_copied_model_lacks_come_from_the_others(
+        self, case: Case, tmp_path: Path, both: bool
+    ) -> None:
+        """As mergekit has it for models that are merged; a replay has them too."""
+        other = tmp_path / "other"
+        shutil.copytree(case[1], other)
+        tokenizer = make_tokenizer()
+        tokenizer.add_tokens(["alpha"])
+        tokenizer.save_pretrained(other)
+        ends: Mapping[int | str, Range] = {0: (1, 3), 1: (1, 3)} if both else {1: (1, 3)}
+        configuration = sliced(case, {0: (0, 1)}, ends)
+        configuration["slices"][1]["sources"][-1]["model"] = str(other)
+        configuration["tokenizer"] = {"source": "union"}
+        merged = merge(configuration, tmp_path / "out")
+        token = AutoTokenizer.from_pretrained(merged.path).convert_tokens_to_ids("alpha")
+        name, own = "model.embed_tokens.weight", tokenizer.convert_tokens_to_ids("alpha")
+        assert torch.equal(merged.tensors[name][token], tensors_of(other)[name][own])
+        configuration["parameters"]["coefficients"] = str(merged.path)
+        assert merge(configuration, tmp_path / "again").model_bytes == merged.model_bytes
 
     def test_a_stack_of_slices_of_one_model_each_is_copied_without_text(
         self, case: Case, tmp_path: Path
@@ -285,6 +345,33 @@ class TestSlices:
         configuration["slices"][0]["sources"][1]["parameters"] = {"loss_weight": 0}
         merge(configuration, tmp_path / "out").load()
 
+    @pytest.mark.parametrize("learns", [True, False])
+    def test_a_stack_of_models_of_different_sizes_is_refused(
+        self, case: Case, tmp_path: Path, learns: bool
+    ) -> None:
+        """passthrough writes it, and nothing can load what it writes."""
+        config = tiny_llama_config(num_hidden_layers=2, intermediate_size=32)
+        wide = save_models(tmp_path / "wide", config, count=1, seed=5).models[0]
+        middle: Mapping[int | str, Range] = {0: (1, 2), 1: (1, 2)} if learns else {0: (1, 2)}
+        configuration = sliced(case, {0: (0, 1)}, middle, {2: (0, 1)})
+        source = configuration["slices"][-1]["sources"][0]
+        source["model"] = str(wide)
+        source["parameters"]["loss_weight"] = 0
+        with pytest.raises(ArchitectureError, match=r"mlp.up_proj.weight: (shapes differ|\[32, )"):
+            merge(configuration, tmp_path / "out")
+
+    def test_a_stack_of_models_of_different_vocabularies(self, case: Case, tmp_path: Path) -> None:
+        config = tiny_llama_config(num_hidden_layers=2, vocab_size=80)
+        other = save_models(tmp_path / "other", config, count=1, seed=5).models[0]
+        configuration = sliced(case, {0: (0, 2)}, {1: (0, 2)})
+        configuration["slices"][1]["sources"][0]["model"] = str(other)
+        with pytest.raises(ArchitectureError, match=r"lm_head.weight: \[80, 16\], not \[64, 16\]"):
+            merge(configuration, tmp_path / "out")
+        cut = merge(configuration, tmp_path / "cut", unsafe_truncate_embeddings=True)
+        assert cut.load().config.vocab_size == 64
+        configuration["tokenizer"] = {"source": "union"}
+        assert merge(configuration, tmp_path / "out").load().config.num_hidden_layers == 4
+
     def test_models_of_different_depth_are_refused(self, case: Case, tmp_path: Path) -> None:
         short = save_models(
             tmp_path / "short", tiny_llama_config(num_hidden_layers=1), count=1
@@ -373,6 +460,14 @@ class TestModels:
         assert all(torch.equal(tensor, own[name]) for name, tensor in merged.tensors.items())
         stock = merge(linear([case[0], other]), tmp_path / "stock")
         assert all(torch.equal(tensor, stock.tensors[n]) for n, tensor in merged.tensors.items())
+
+    def test_the_same_model_by_one_name_is_refused_by_every_method(
+        self, case: Case, tmp_path: Path
+    ) -> None:
+        with pytest.raises(ConfigError, match="is listed 2 times; list it once"):
+            merge(dam_of([case[0], case[0]], case.texts), tmp_path / "out")
+        with pytest.raises(ValueError, match="Duplicate merge inputs"):
+            merge(linear([case[0], case[0]]), tmp_path / "out")
 
     def test_the_same_model_by_two_names_beside_another(self, case: Case, tmp_path: Path) -> None:
         other = tmp_path / "link"

@@ -54,6 +54,13 @@ class TestTensors:
         base = merge_tensors([A, B, A + B], "dam", parameters={"weight": 1.0}, base_index=2)
         torch.testing.assert_close(base, (A + B) / 2)
 
+    def test_coefficients_of_every_expert(self) -> None:
+        experts = [torch.stack([A, B]), torch.stack([B, A])]
+        given = torch.cat([COLUMNS, COLUMNS.flip(0)], dim=1)
+        merged = merge_tensors(experts, "dam", parameters={"coefficients": given})
+        assert torch.equal(merged[0], merge_weights([A, B], COLUMNS))
+        assert torch.equal(merged[1], merge_weights([B, A], COLUMNS.flip(0)))
+
     def test_coefficients_by_name(self) -> None:
         given = {"w": COLUMNS, "v": COLUMNS[:, :1]}
         for name, expected in (("w", COLUMNS), ("v", COLUMNS[:, :1])):
