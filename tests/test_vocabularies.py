@@ -317,6 +317,30 @@ class TestSources:
         assert not (tmp_path / "out").exists()
 
 
+class TestSlices:
+    def sliced(self, pair: Pair, second: slice) -> dict[str, Any]:
+        """The merge of layer 0 of both models, and of layer 1 of some of them."""
+        configuration = pair.dam()
+        models = configuration.pop("models")
+        configuration["slices"] = [
+            {"sources": [{**entry, "layer_range": [0, 1]} for entry in models]},
+            {"sources": [{**entry, "layer_range": [1, 2]} for entry in models[second]]},
+        ]
+        return configuration
+
+    def test_of_all_layers_are_the_whole_merge(
+        self, pair: Pair, union: Merged, tmp_path: Path
+    ) -> None:
+        merged = merge(self.sliced(pair, slice(None)), tmp_path / "out")
+        assert merged.model_bytes == union.model_bytes
+
+    def test_may_leave_a_model_out(self, pair: Pair, tmp_path: Path) -> None:
+        merged = merge(self.sliced(pair, slice(1, None)), tmp_path / "out")
+        assert merged.load().config.vocab_size == 28
+        name = "model.layers.1.mlp.down_proj.weight"
+        assert torch.equal(merged.tensors[name], tensors_of(pair.models[1])[name])
+
+
 class TestPadding:
     def test_rows_are_padded_to_a_multiple(self, pair: Pair, union: Merged, tmp_path: Path) -> None:
         merged = merge(pair.dam({"source": "union", "pad_to_multiple_of": 16}), tmp_path / "out")
