@@ -7,16 +7,16 @@ to their recorded outputs, one output is disturbed, and the effect on the part's
 compared with the disturbance.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mergekit_dam.experts import FusedLinear, Routing, fused_linears, makes_logits, routing_of
+from mergekit_dam.experts import FusedLinear, fused_linears, makes_logits, routing_of
+from mergekit_dam.hooks import copy_of, first_tensor
 
 Run = Callable[[], Any]
 
@@ -90,107 +90,6 @@ class Anatomy:
             for unit in units
             if unit.write and unit.write.through is None
         )
-
-
-class Stop(Exception):
-    """Ends a forward pass once all that was asked for is captured."""
-
-
-@dataclass
-class Captured:
-    """Inputs and outputs of units, by unit name, of one forward pass; of experts, the routing."""
-
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    routing: dict[str, Routing] = field(default_factory=dict)
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-
-
-@contextlib.contextmanager
-def capture(
-    root: nn.Module,
-    *,
-    inputs: tuple[str, ...] = (),
-    outputs: tuple[str, ...] = (),
-    stop: bool = True,
-) -> Iterator[Captured]:
-    """Capture inputs and outputs of units while the body runs the part.
-
-    They are copies, fp32: some blocks add to these tensors in place later on.
-
-    Args:
-        stop: end the forward pass as soon as everything asked for was captured.
-    """
-    captured = Captured()
-    handles = []
-
-    def check() -> None:
-        if stop and len(captured.inputs) == len(inputs) and len(captured.outputs) == len(outputs):
-            raise Stop
-
-    def before(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            captured.inputs[name] = _fp32_copy(_first_tensor((args, kwargs)))
-            routing = routing_of(args, kwargs)
-            if routing is not None:
-                captured.routing[name] = Routing(*map(_fp32_copy, routing))
-            check()
-
-        return hook
-
-    def after(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: Any, output: Any) -> None:
-            captured.outputs[name] = _fp32_copy(output)
-            check()
-
-        return hook
-
-    for name in inputs:
-        module = root.get_submodule(name)
-        handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-    for name in outputs:
-        handles.append(root.get_submodule(name).register_forward_hook(after(name)))
-    try:
-        with contextlib.suppress(Stop):
-            yield captured
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextlib.contextmanager
-def watch(root: nn.Module, outputs: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
-    """Hold on to the outputs of units, for gradients by them, while the body runs the part.
-
-    What follows gets copies, since some blocks add to these tensors in place later on.
-    """
-    seen: dict[str, Tensor] = {}
-
-    def hook_for(name: str) -> Callable[..., Tensor]:
-        def hook(_: nn.Module, args: Any, output: Tensor) -> Tensor:
-            seen[name] = output
-            return output.clone()
-
-        return hook
-
-    handles = [root.get_submodule(name).register_forward_hook(hook_for(name)) for name in outputs]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextlib.contextmanager
-def substitute(root: nn.Module, outputs: Mapping[str, Tensor]) -> Iterator[None]:
-    """While the body runs the part, units put out copies of what is known, without computing."""
-    modules = [root.get_submodule(name) for name in outputs]
-    for module, output in zip(modules, outputs.values(), strict=True):
-        module.forward = lambda *_, output=output, **__: output.clone()
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward
 
 
 @dataclass
@@ -280,8 +179,8 @@ def _record(root: nn.Module, run: Run, owners: Mapping[str, Any]) -> dict[str, _
             if name in records:
                 records[name].calls += 1
             else:
-                entered = _copy(_first_tensor((args, kwargs)))
-                records[name] = _Record(1, entered, _copy(output), (args, kwargs))
+                entered = copy_of(first_tensor((args, kwargs)))
+                records[name] = _Record(1, entered, copy_of(output), (args, kwargs))
 
         return hook
 
@@ -374,9 +273,9 @@ def _measure_writes(
             if name == disturbed:
                 value = value + by
             module = root.get_submodule(name)
-            handles.append(module.register_forward_hook(lambda *_, value=value: _copy(value)))
+            handles.append(module.register_forward_hook(lambda *_, value=value: copy_of(value)))
         try:
-            output: Tensor = _copy(_first_tensor(run()))
+            output: Tensor = copy_of(first_tensor(run()))
             return output
         finally:
             for handle in handles:
@@ -460,27 +359,3 @@ def _close(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape:
         return False
     return float((a - b).norm()) <= _ACCURACY * max(float(b.norm()), 1e-12)
-
-
-def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
-
-
-def _fp32_copy(value: Any) -> Any:
-    half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
-    return value.float() if half else _copy(value)
-
-
-def _first_tensor(value: Any) -> Any:
-    """The first tensor in nested call arguments, or None."""
-    if isinstance(value, Tensor):
-        return value
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif not isinstance(value, (tuple, list)):
-        return None
-    for item in value:
-        found = _first_tensor(item)
-        if found is not None:
-            return found
-    return None

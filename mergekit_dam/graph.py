@@ -10,32 +10,27 @@
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from mergekit.architecture import WeightInfo
-from mergekit.common import ModelReference, dtype_from_name
+from mergekit.common import ModelReference
 from mergekit.graph import Task
-from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 from mergekit.tokenizer import PermutedVocabulary
 from mergekit.tokenizer.truncate import TruncatedVocabulary
 from transformers import PretrainedConfig
 
 from mergekit_dam.artifacts import write_artifacts
-from mergekit_dam.coefficients import Parametrisation
 from mergekit_dam.decoder import Decoder
-from mergekit_dam.errors import ConfigError
 from mergekit_dam.fitting.storage import choose_storage
 from mergekit_dam.fitting.streams import Stream
-from mergekit_dam.fitting.tensors import TensorReport
 from mergekit_dam.fused import Region, fuse_experts
 from mergekit_dam.headers import check_headers
 from mergekit_dam.memory import limit_gpu
 from mergekit_dam.network import Network
-from mergekit_dam.objective.nonlinearity import invert
 from mergekit_dam.places import (
     Place,
     Planned,
@@ -48,8 +43,9 @@ from mergekit_dam.places import (
 from mergekit_dam.prepare import Prepared
 from mergekit_dam.readahead import spans_of
 from mergekit_dam.replay import saved_record
-from mergekit_dam.settings import RunSettings, TensorSettings
+from mergekit_dam.settings import RunSettings
 from mergekit_dam.stage import Models, Record, Stage, StageKind, TensorPlan
+from mergekit_dam.starts import averages, check_start, copies, search_start
 from mergekit_dam.tasks import (
     FitStage,
     Known,
@@ -63,6 +59,7 @@ from mergekit_dam.tasks import (
     TeachersVocabulary,
     WriteArtifacts,
 )
+from mergekit_dam.tensor_plans import tensor_plan
 
 
 @dataclass(frozen=True)
@@ -122,14 +119,14 @@ def build_graph(
         teaching = {**teaching, **whole}
         shapes = check_headers(planned, order)
     plans = [
-        _tensor_plan(weight, task, order, prepared, out_dtype, teaching.get(weight.name, ()))
+        tensor_plan(weight, task, order, prepared, out_dtype, teaching.get(weight.name, ()))
         for weight, task in planned
     ]
     if output is None:
         if prepared.replay is not None:
             known = saved_record(prepared.replay, plans, order, shapes)
         else:
-            known = _copies(plans)
+            known = copies(plans)
             if len(order) > 1:
                 check_shapes(_decoder(config, options), shapes)
         tasks: dict[str, Task[Any]] = {
@@ -158,19 +155,19 @@ def build_graph(
     limit_gpu(device, prepared.settings.gpu_memory)
     hidden = output.config.get_text_config().hidden_size
     streams = partial(_streams, prepared, order, hidden, device, out_path)
-    averages = _averages(places, order)
+    outside = averages(places)
     last: FitStage | Search
     if prepared.settings.one_sweep:
-        tasks, last = _chain(stages, streams, averages)
+        tasks, last = _chain(stages, streams, outside)
     else:
         saved = None
         if prepared.start is not None:
             saved = saved_record(prepared.start, plans, order, shapes)
-        start = _start(stages, prepared.settings, averages, saved)
-        _check_start(plans, start, prepared.settings)
+        start = search_start([own.stage for own in stages], prepared.settings, outside, saved)
+        check_start(plans, start, prepared.settings)
         tasks, last = _search(stages, streams, prepared.settings, start, options, out_path)
     tasks |= {
-        place.plan.name: _known(place.plan, place.gather, order, averages)
+        place.plan.name: _known(place.plan, place.gather, order, outside)
         for place in places
         if place.kind == "outside"
     }
@@ -202,74 +199,6 @@ def _unknown(prepared: Prepared, order: Sequence[ModelReference]) -> dict[int, t
 def _decoder(config: PretrainedConfig, options: MergeOptions) -> Decoder:
     """The merged model's."""
     return Decoder(config, torch.device("cpu"), trust_remote_code=options.trust_remote_code)
-
-
-def _tensor_plan(
-    weight: WeightInfo,
-    task: ExecuteMergeMethodTask,
-    order: Sequence[ModelReference],
-    prepared: Prepared,
-    out_dtype: str | None,
-    teaching: Collection[ModelReference],
-) -> TensorPlan:
-    """How one tensor is fitted.
-
-    Args:
-        order: all sources; a slice has them in another order, or lists some alone.
-        teaching: those that are read here, and not merged.
-    """
-    shared = task.parameters
-    base = order.index(task.base_model) if task.base_model in order else None
-    listed = [model for model in task.model_order if model not in teaching]
-    left_out = frozenset(index for index, model in enumerate(order) if model not in listed)
-    include_base = prepared.checked.run.include_base
-    weights = [_own(task, model, "weight") for model in order]
-    merged = [i for i in range(len(order)) if i not in left_out and (i != base or include_base)]
-    if len(listed) > 1 and not sum(weights[i] for i in merged):
-        raise ConfigError(
-            [f"{weight.name}: every model has `weight: 0`; the average to start from needs one"]
-        )
-    calibrated = [_own(task, model, "loss_weight") for model in prepared.calibration]
-    if calibrated and not sum(calibrated):
-        raise ConfigError(
-            [f"{weight.name}: every model has `loss_weight: 0`; at least one must count in the fit"]
-        )
-    settings = TensorSettings(
-        parametrisation=_parametrisation(
-            tuple(weights), base, include_base, shared["sum_to_one"], left_out
-        ),
-        loss_weights=tuple(_own(task, model, "loss_weight") for model in order),
-        ridge=shared["ridge"],
-        granularity=shared["granularity"],
-        embeddings=shared["embeddings"],
-        norms=shared["norms"],
-        head=shared["head"],
-        experts=shared["experts"],
-    )
-    written = dtype_from_name(weight.force_dtype or out_dtype)
-    return TensorPlan(weight.name, settings, written)
-
-
-def _own(task: ExecuteMergeMethodTask, model: ModelReference, name: str) -> float:
-    """A model's parameter for one tensor; 0 where it has no part in it."""
-    if model not in task.model_order:
-        return 0.0
-    value: float = task.input_parameters[model][name]
-    return value
-
-
-@lru_cache(maxsize=64)
-def _parametrisation(
-    weights: tuple[float, ...],
-    base: int | None,
-    include_base: bool,
-    sum_to_one: bool,
-    left_out: frozenset[int],
-) -> Parametrisation:
-    """One for all tensors that are asked for alike, so that none grows with the layers."""
-    return Parametrisation.create(
-        weights, base=base, include_base=include_base, sum_to_one=sum_to_one, left_out=left_out
-    )
 
 
 @dataclass(frozen=True)
@@ -319,28 +248,8 @@ def _tied_head(places: Sequence[Place], decoder: Decoder) -> Place | None:
     return next((p for p in places if p.kind == "input" and p.plan.in_model == name), None)
 
 
-def _averages(places: Sequence[Place], order: Sequence[ModelReference]) -> Record:
-    """The weights outside of the decoder: averaged, whatever is fitted."""
-    record = Record()
-    for place in places:
-        if place.kind == "outside":
-            name = place.plan.name
-            record.coefficients[name] = place.plan.settings.parametrisation.starting_coefficients()
-            record.reports[name] = TensorReport(name, "other", "averaged: outside of the decoder")
-    return record
-
-
-def _copies(plans: Sequence[TensorPlan]) -> Record:
-    """Coefficients of a merge in which every tensor is one model's."""
-    record = Record()
-    for plan in plans:
-        record.coefficients[plan.name] = plan.settings.parametrisation.starting_coefficients()
-        record.reports[plan.name] = TensorReport(plan.name, "copy", "copied: of one model alone")
-    return record
-
-
 def _chain(
-    stages: Sequence[PlannedStage], streams: Callable[[], list[Stream]], averages: Record
+    stages: Sequence[PlannedStage], streams: Callable[[], list[Stream]], outside: Record
 ) -> tuple[dict[str, Task[Any]], FitStage]:
     """One sweep, every stage behind the one before; tensors are written as they are fitted."""
     tasks: dict[str, Task[Any]] = {}
@@ -354,7 +263,7 @@ def _chain(
             planned.gathers[:own],
             previous,
             streams,
-            averages,
+            outside,
         )
         if previous is not None:
             previous.node.ahead = spans_of(node.inputs)
@@ -387,56 +296,6 @@ def _search(
         for plan, gather in zip(stage.tensors, planned.gathers, strict=False):
             tasks[plan.name] = MergeKnown(known=Known(plan, gather, stage.models.order), fit=fit)
     return tasks, fit
-
-
-def _start(
-    stages: Sequence[PlannedStage], settings: RunSettings, averages: Record, saved: Record | None
-) -> Record:
-    """The coefficients that a search starts from."""
-    if saved is not None:
-        return saved
-    generator = torch.Generator().manual_seed(settings.seed)
-    record = dataclasses.replace(averages, coefficients=dict(averages.coefficients))
-    record.reports = dict(averages.reports)
-    for plan in (plan for planned in stages for plan in planned.stage.tensors):
-        form = plan.settings.parametrisation
-        if settings.start == "random":
-            rows = form.random_coefficients(generator)
-        else:
-            rows = form.starting_coefficients()
-        record.coefficients[plan.name] = rows
-        record.reports[plan.name] = TensorReport(plan.name, "other", "start kept")
-    for planned in stages:
-        for plan in planned.stage.tensors:
-            if plan.tied_to is not None:
-                record.coefficients[plan.name] = record.coefficients[plan.tied_to]
-    return record
-
-
-def _check_start(plans: Sequence[TensorPlan], start: Record, settings: RunSettings) -> None:
-    """Refuse a start that the descent cannot begin at.
-
-    Raises:
-        ConfigError: the start's coefficients are of another form than those that are fitted.
-    """
-    if settings.objective == "layer":
-        return
-    for plan in plans:
-        coefficients = start.coefficients[plan.name]
-        if len(plan.settings.parametrisation.reached) == 1:
-            continue  # copied, whatever is learned of others
-        if plan.settings.granularity == "tensor" and coefficients.shape[1] > 1:
-            raise ConfigError(
-                [
-                    f"start: the file has one coefficient a column for {plan.name}, but "
-                    f"`granularity` is `tensor`; set `granularity: column`, or another start"
-                ]
-            )
-        try:
-            form = plan.settings.parametrisation
-            invert(settings.logits.nonlinearity, form.unknowns(coefficients))
-        except ConfigError as error:
-            raise ConfigError([f"{plan.name}: {problem}" for problem in error.problems]) from None
 
 
 def _known(

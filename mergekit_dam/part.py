@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from mergekit_dam.anatomy import Anatomy, Captured, capture, examine, scattered, substitute, watch
+from mergekit_dam.anatomy import Anatomy, examine, scattered
 from mergekit_dam.decoder import Decoder
+from mergekit_dam.hooks import Captured, capture, substitute, watch
 
 _PROBE_TOKENS = 8
 

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mergekit_dam.anatomy import Anatomy, Unit, capture
+from mergekit_dam.anatomy import Anatomy, Unit
 from mergekit_dam.backprop import Shelf, backward, chunks_of
 from mergekit_dam.coefficients import expert_axis, rows_of_expert
 from mergekit_dam.experts import Products, Routing
@@ -24,6 +24,7 @@ from mergekit_dam.fitting.felt import Felt
 from mergekit_dam.fitting.metric import Metric
 from mergekit_dam.fitting.state import Metrics
 from mergekit_dam.fitting.streams import Stream, joined
+from mergekit_dam.hooks import capture
 from mergekit_dam.network import Network, OpenStage
 from mergekit_dam.stage import Record
 

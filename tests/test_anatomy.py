@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mergekit_dam.anatomy import Anatomy, Unit, capture, examine, norm_parts, substitute
+from mergekit_dam.anatomy import Anatomy, Unit, examine, norm_parts
 from mergekit_dam.decoder import Decoder
+from mergekit_dam.hooks import capture, substitute
 from mergekit_dam.part import Part, block_part, input_part, output_part
 from tests.models import ARCHITECTURES, make_model, tiny_llama_config
 

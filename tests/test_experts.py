@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from mergekit_dam import fused as fused_module
-from mergekit_dam.anatomy import capture, examine
+from mergekit_dam.anatomy import examine
 from mergekit_dam.coefficients import (
     CoefficientFile,
     coefficient_gradient,
@@ -51,6 +51,7 @@ from mergekit_dam.fitting.metric import Metric
 from mergekit_dam.fitting.moments import Evidence, InputMoments, LinearMoments
 from mergekit_dam.fitting.storage import Storage
 from mergekit_dam.fitting.tensors import TensorSources
+from mergekit_dam.hooks import capture
 from mergekit_dam.part import Part, block_part
 from mergekit_dam.plan import flops, memory
 from mergekit_dam.plan.inventory import Inventory, take_inventory

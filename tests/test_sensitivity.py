@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from mergekit_dam.anatomy import capture, watch
 from mergekit_dam.backprop import Shelf, forward
 from mergekit_dam.fitting import streams as streams_module
 from mergekit_dam.fitting.metric import Metric
+from mergekit_dam.hooks import capture, watch
 from mergekit_dam.network import Network
 from mergekit_dam.sensitivity import Sensitivity
 from mergekit_dam.stage import Record

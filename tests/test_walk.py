@@ -13,7 +13,7 @@ from torch.nn.functional import kl_div, log_softmax
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mergekit_dam import coefficients as coefficients_module
-from mergekit_dam.anatomy import Unit, substitute
+from mergekit_dam.anatomy import Unit
 from mergekit_dam.coefficients import Parametrisation, coefficient_gradient, merge_weights
 from mergekit_dam.decoder import Decoder
 from mergekit_dam.fitting import head as head_module
@@ -26,6 +26,7 @@ from mergekit_dam.fitting.state import Walk
 from mergekit_dam.fitting.streams import Split, Stream
 from mergekit_dam.fitting.tensors import FittedTensor, TensorSources
 from mergekit_dam.fitting.walk import walk_part
+from mergekit_dam.hooks import substitute
 from mergekit_dam.part import Part, block_part, output_part
 from mergekit_dam.settings import Fed, TensorSettings
 from mergekit_dam.stage import Models, Progress, Record, Stage, StageKind, TensorPlan

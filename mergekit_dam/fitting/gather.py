@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_dam.anatomy import Captured, Unit
+from mergekit_dam.anatomy import Unit
 from mergekit_dam.fitting.judge import judging_split
 from mergekit_dam.fitting.moments import Evidence, LinearMoments, M, Sums
 from mergekit_dam.fitting.state import Walk
 from mergekit_dam.fitting.streams import Split, Stream
+from mergekit_dam.hooks import Captured
 
 _SMALLEST_GAIN = 1e-3
 """Gain of a norm, relative to its largest, under which a feature cannot be steered through it."""

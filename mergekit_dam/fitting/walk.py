@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mergekit_dam.anatomy import Anatomy, Captured, Unit
+from mergekit_dam.anatomy import Anatomy, Unit
 from mergekit_dam.fitting.stages import FITS
 from mergekit_dam.fitting.state import Metrics, Progress, Walk
 from mergekit_dam.fitting.storage import Sequences
 from mergekit_dam.fitting.streams import Stream
 from mergekit_dam.fitting.tape import Tape, outputs_size
 from mergekit_dam.fitting.tensors import FittedTensor, TensorSources, unfitted
+from mergekit_dam.hooks import Captured
 from mergekit_dam.part import Part
 
 FitHead = Callable[[Walk, Unit], Iterator[tuple[str, FittedTensor]]]
