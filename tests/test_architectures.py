@@ -42,6 +42,10 @@ MERGED = [name for name, case in CASES.items() if case.refused is None]
 REFUSED = [name for name, case in CASES.items() if case.refused is not None]
 
 
+MAY_KEEP_START = {"other", "bias", "head", "router", "experts"}
+"""Kinds that there may be one tensor of, or little text for."""
+
+
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return save_texts(tmp_path_factory.mktemp("texts"))
@@ -106,7 +110,7 @@ def test_the_merge_loads_and_every_fit_beats_the_average(
     merged = merged_of(seen(name))
     assert unfound(merged.path, CASES[name]) == {}
     fitted = [entry for entry in merged.entries.values() if entry["outcome"] == "fitted"]
-    kinds = {entry["kind"] for entry in merged.entries.values()} - {"other", "bias", "head"}
+    kinds = {entry["kind"] for entry in merged.entries.values()} - MAY_KEEP_START
     assert {entry["kind"] for entry in fitted} >= kinds >= {"embedding", "linear"}
     assert all(entry["held_out_fitted"] < entry["held_out_start"] for entry in fitted)
     assert all(entry["loss_fitted"] <= entry["loss_start"] * 1.05 for entry in fitted)
@@ -149,8 +153,12 @@ def test_coefficients_run_along_what_enters_a_module(
             entering += 1
         elif isinstance(module, nn.Embedding):
             assert (rows.shape[1], axes.get(tensor, -1)) == (module.embedding_dim, -1)
-        else:
-            assert merged.tensors[tensor].shape == (rows.shape[1],)
+        else:  # a norm, a router, or experts: coefficients of each, one after the other
+            shape, axis = model.state_dict()[parameter].shape, axes.get(tensor, -1)
+            experts = shape[0] if len(shape) == 3 else 1
+            assert rows.shape[1] == experts * shape[axis]
+            if experts > 1 and re.search("gate_up_proj|input_linear", tensor):
+                assert shape[axis] == config.get_text_config().hidden_size
     assert entering
 
 
