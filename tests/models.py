@@ -155,7 +155,10 @@ def make_model(
         kind: its class; by default transformers' class of causal language models.
     """
     build = AutoModelForCausalLM.from_config if kind is None else kind._from_config
-    model: PreTrainedModel = build(config, dtype=torch.float32).eval()
+    # What else there is for experts rounds otherwise than what models run in parts take.
+    model: PreTrainedModel = build(
+        config, dtype=torch.float32, experts_implementation="eager"
+    ).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in weights_of(model):
