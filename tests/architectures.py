@@ -7,7 +7,6 @@ a tiny random model of one; `see` merges two of them by mergekit's `linear` and 
 """
 
 import dataclasses
-import json
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from mergekit_dam.errors import DamError
 from tests.merging import Merged, dam, linear, merge, watched_reads
-from tests.models import ARCHITECTURES, VOCAB_SIZE, VOCABULARY, Models, save_calibration
+from tests.models import ARCHITECTURES, VOCAB_SIZE, Models, save_token_ids
 from tests.models import save_models as save
 
 _SIZES: dict[str, Any] = {
@@ -548,21 +547,6 @@ class Seen:
         return "refused: blocks hand on, or read, more than hidden states"
 
 
-def save_texts(folder: Path) -> list[Path]:
-    """Token ids of two kinds of text.
-
-    Ids, for what Qwen2's own tokenizer class makes of the words is one unknown word.
-    """
-    files = []
-    for index in range(2):
-        texts = save_calibration(folder / f"text_{index}.jsonl", seed=index, offset=24 * index)
-        rows = [json.loads(line)["text"].split() for line in texts.read_text("utf-8").splitlines()]
-        files.append(folder / f"ids_{index}.jsonl")
-        ids = [json.dumps({"input_ids": [VOCABULARY.index(word) for word in row]}) for row in rows]
-        files[-1].write_text("\n".join(ids), encoding="utf-8")
-    return files
-
-
 def save_case(case: Case, folder: Path) -> Models:
     """A base and two fine-tunes."""
     models = save(folder, case.config(), kind=case.kind)
@@ -633,7 +617,7 @@ def written_table() -> str:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        texts = save_texts(Path(folder))
+        texts = save_token_ids(Path(folder))
         seen = []
         for name, case in CASES.items():
             seen.append(see(case, Path(folder) / name, texts))

@@ -255,3 +255,18 @@ def save_calibration(
         for document in drawn.reshape(documents, words).tolist():
             handle.write(json.dumps({"text": " ".join(WORDS[index] for index in document)}) + "\n")
     return file
+
+
+def save_token_ids(folder: Path) -> list[Path]:
+    """Write token ids of two kinds of text; returns a path for each.
+
+    Ids, for what Qwen2's own tokenizer class makes of the words is one unknown word.
+    """
+    files = []
+    for index in range(2):
+        texts = save_calibration(folder / f"text_{index}.jsonl", seed=index, offset=24 * index)
+        rows = [json.loads(line)["text"].split() for line in texts.read_text("utf-8").splitlines()]
+        files.append(folder / f"ids_{index}.jsonl")
+        ids = [json.dumps({"input_ids": [VOCABULARY.index(word) for word in row]}) for row in rows]
+        files[-1].write_text("\n".join(ids), encoding="utf-8")
+    return files

@@ -29,14 +29,13 @@ from tests.architectures import (
     Case,
     Seen,
     save_case,
-    save_texts,
     see,
     tiny,
     unfound,
     written_table,
 )
 from tests.merging import Merged, dam, merge, tensors_of, watched_reads
-from tests.models import make_model, weights_of
+from tests.models import make_model, save_token_ids, weights_of
 
 MERGED = [name for name, case in CASES.items() if case.refused is None]
 REFUSED = [name for name, case in CASES.items() if case.refused is not None]
@@ -48,7 +47,7 @@ MAY_KEEP_START = {"other", "bias", "head", "router", "experts"}
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return save_texts(tmp_path_factory.mktemp("texts"))
+    return save_token_ids(tmp_path_factory.mktemp("texts"))
 
 
 @pytest.fixture(scope="module")

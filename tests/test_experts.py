@@ -57,7 +57,7 @@ from mergekit_dam.plan import flops, memory
 from mergekit_dam.plan.inventory import Inventory, take_inventory
 from mergekit_dam.plan.stages import PlannedMerge, plan_merge
 from tests.merging import Merged, dam, linear, merge, tensors_of
-from tests.models import VOCABULARY, Models, make_model, save_calibration, save_models
+from tests.models import Models, make_model, save_models, save_token_ids
 from tests.networks import LENGTH, make
 from tests.objective.test_gradient import check
 from tests.test_distributed import difference, torchrun
@@ -278,14 +278,7 @@ def save(what: str | PretrainedConfig, folder: Path) -> tuple[Models, list[Path]
     """Two models, and token ids for each: what Qwen's own tokenizer makes of words is one word."""
     config = CONFIGS[what]() if isinstance(what, str) else what
     models = save_models(folder, config, count=2)
-    files = []
-    for index in range(2):
-        texts = save_calibration(folder / f"text_{index}.jsonl", seed=index, offset=24 * index)
-        rows = [json.loads(line)["text"].split() for line in texts.read_text("utf-8").splitlines()]
-        files.append(folder / f"ids_{index}.jsonl")
-        ids = [json.dumps({"input_ids": [VOCABULARY.index(word) for word in row]}) for row in rows]
-        files[-1].write_text("\n".join(ids), encoding="utf-8")
-    return models, files
+    return models, save_token_ids(folder)
 
 
 def fused(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
