@@ -15,13 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mergekit_dam.experts import FusedLinear, fused_linears, makes_logits, routing_of
+from mergekit_dam.experts import (
+    ACCURACY,
+    FusedLinear,
+    close,
+    fused_linears,
+    makes_logits,
+    routing_of,
+)
 from mergekit_dam.hooks import copy_of, first_tensor
 
 Run = Callable[[], Any]
-
-_ACCURACY = 1e-3
-"""Relative deviation up to which two recorded fp32 effects count as equal."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +230,7 @@ def _classify(
     if weight.ndim == 2:
         bias = own.get("bias", weight.new_zeros(()))
         for axis, matrix in ((-1, weight.T), (0, weight)):
-            if matrix.shape == (x.shape[-1], y.shape[-1]) and _close(x @ matrix + bias, y):
+            if matrix.shape == (x.shape[-1], y.shape[-1]) and close(x @ matrix + bias, y):
                 return replace(other, kind="linear", axis=axis)
         return other
     if weight.ndim == 1 and weight.shape[0] == y.shape[-1] and y.shape == x.shape:
@@ -244,7 +248,7 @@ def _unit_gain(module: nn.Module, x: Tensor, y: Tensor, own: Mapping[str, Tensor
     gain = float((with_zero * normalised).sum() / normalised.square().sum().clamp_min(1e-30))
     bias = own.get("bias", x.new_zeros(()))
     expected = (own["weight"] + round(gain)) * normalised + bias
-    return float(round(gain)) if _close(expected, y) else None
+    return float(round(gain)) if close(expected, y) else None
 
 
 def norm_parts(module: nn.Module, x: Tensor, own: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -328,7 +332,7 @@ def _proportion(effect: Tensor, cause: Tensor) -> float:
     effect, cause = effect.reshape(-1).double(), cause.reshape(-1).double()
     scale = float(effect @ cause / (cause @ cause))
     deviation = float((effect - scale * cause).norm() / cause.norm())
-    return scale if abs(scale) > _ACCURACY and deviation < _ACCURACY * abs(scale) else 0.0
+    return scale if abs(scale) > ACCURACY and deviation < ACCURACY * abs(scale) else 0.0
 
 
 def _stages(
@@ -353,9 +357,3 @@ def _equal(a: Any, b: Any) -> bool:
     return (
         isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
     )
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape:
-        return False
-    return float((a - b).norm()) <= _ACCURACY * max(float(b.norm()), 1e-12)

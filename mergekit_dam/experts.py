@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-_ACCURACY = 1e-3
-"""Relative deviation up to which two fp32 outputs count as equal."""
+ACCURACY = 1e-3
+"""Relative deviation up to which two recorded fp32 effects count as equal."""
 
 
 class Routing(NamedTuple):
@@ -132,7 +132,7 @@ def fused_linears(
             name: FusedLinear(name, 1 if product.transposed else -1)
             for name, product in products.items()
         }
-    whole = bool(found) and _close(total, output)
+    whole = bool(found) and close(total, output)
     return tuple(found.values()) if whole else ()
 
 
@@ -191,7 +191,8 @@ class Products(TorchFunctionMode):
         return output
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def close(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are of one shape and equal but for rounding."""
     if a.shape != b.shape:
         return False
-    return float((a - b).norm()) <= _ACCURACY * max(float(b.norm()), 1e-12)
+    return float((a - b).norm()) <= ACCURACY * max(float(b.norm()), 1e-12)

@@ -36,6 +36,15 @@ HEAD = "lm_head.weight"
 
 Calibration = tuple[Path, Path]
 
+one_sweep_and_a_search = pytest.mark.parametrize(
+    "own",
+    [
+        {"objective": "layer", "metric": "identity"},
+        {"objective": "layer+logits", "metric": "sensitivity", "steps": 2},
+    ],
+    ids=str,
+)
+
 
 def rows(merged: Merged, name: str) -> Tensor:
     return merged.coefficients.coefficients[name]
@@ -326,14 +335,7 @@ class TestObjective:
         )
         assert always.model_bytes == never.model_bytes
 
-    @pytest.mark.parametrize(
-        "own",
-        [
-            {"objective": "layer", "metric": "identity"},
-            {"objective": "layer+logits", "metric": "sensitivity", "steps": 2},
-        ],
-        ids=str,
-    )
+    @one_sweep_and_a_search
     def test_streams_in_files_change_nothing_and_leave_nothing(
         self,
         llama_models: Models,
@@ -351,14 +353,7 @@ class TestObjective:
         assert disk.model_bytes == host.model_bytes
         assert {p.name for p in disk.path.iterdir()} == {p.name for p in host.path.iterdir()}
 
-    @pytest.mark.parametrize(
-        "own",
-        [
-            {"objective": "layer", "metric": "identity"},
-            {"objective": "layer+logits", "metric": "sensitivity", "steps": 2},
-        ],
-        ids=str,
-    )
+    @one_sweep_and_a_search
     def test_blocks_in_half_precision_give_nearly_the_same_coefficients(
         self,
         llama_models: Models,
