@@ -1,4 +1,4 @@
-"""Bring the plugin to mergekit: wait for its import, then call ``mergekit_dam.plugin.on_import``.
+"""Bring the plugin to mergekit: wait for its import, then call ``host.plugin.on_import``.
 
 mergekit discovers no plugins, so ``mergekit_dam_autoload.pth`` calls `install` in every Python
 process of the environment. Hence three rules for this file: it imports only what a bare interpreter
@@ -30,9 +30,9 @@ _OWN = "mergekit_dam."
 class Delivery:
     """Hands modules of mergekit to the plugin, but never while one of our own is half executed.
 
-    When ``import mergekit_dam.method`` is a process's first import, it is half-way that mergekit is
-    executed. A plugin called at that moment would import a module that is not finished; so what
-    mergekit has loaded waits until ours is.
+    When ``import mergekit_dam.request.method`` is a process's first import, mergekit is executed
+    half-way through it. A plugin called at that moment would import a module that is not finished;
+    so what mergekit has loaded waits until ours is.
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class Delivery:
             return
         try:
             # Executing plugin.py ends in a flush of its own, which may leave nothing to do here.
-            from mergekit_dam.plugin import on_import
+            from mergekit_dam.host.plugin import on_import
 
             modules, self._pending = self._pending, []
             for module in modules:

@@ -38,7 +38,7 @@ def merge(ctx: click.Context) -> None:
     For installs whose mergekit-yaml does not find plugins. Takes the same arguments and
     options.
     """
-    from mergekit_dam import plugin
+    from mergekit_dam.host import plugin
 
     plugin.install()
     from mergekit.scripts.run_yaml import main as mergekit_yaml
@@ -79,7 +79,8 @@ def plan(
     from mergekit.common import parse_kmb
     from mergekit.options import MergeOptions
 
-    from mergekit_dam.plan import report, run
+    from mergekit_dam.estimate import estimate as run
+    from mergekit_dam.estimate import report
 
     try:
         shard = parse_kmb(out_shard_size)
@@ -115,7 +116,8 @@ def demo(directory: Path, seed: int, force: bool) -> None:
     losses. The same seed gives the same table, on the same machine with the same number of
     threads.
     """
-    from mergekit_dam.demo import DemoSettings, run_demo
+    from mergekit_dam.demo.run import run_demo
+    from mergekit_dam.demo.settings import DemoSettings
 
     click.echo(run_demo(directory, settings=DemoSettings(seed=seed), force=force).table())
     click.echo("recovery: 0 is mergekit's linear, 1 each specialist on its own domain", err=True)

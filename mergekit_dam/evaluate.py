@@ -21,8 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from mergekit_dam.calibration.chat import chat_renderer
-from mergekit_dam.calibration.documents import documents_from
+from mergekit_dam.calibration.documents import chat_renderer, documents_from
 from mergekit_dam.calibration.files import find_files, local_rows
 from mergekit_dam.calibration.load import LOCAL_WINDOW, PIECE_SEQUENCES
 from mergekit_dam.calibration.packing import pack

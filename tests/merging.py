@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mergekit_dam.coefficients import FILE_NAME, CoefficientFile
+from mergekit_dam.coefficients.file import FILE_NAME, CoefficientFile
 
 SMALL: dict[str, Any] = {
     "samples": 4,

@@ -18,15 +18,17 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import PretrainedConfig, PreTrainedModel
 
-from mergekit_dam.coefficients import Parametrisation
-from mergekit_dam.decoder import Decoder
-from mergekit_dam.fitting.streams import Stream
-from mergekit_dam.network import Network
-from mergekit_dam.objective.coordinates import Coordinate, coordinates_of
-from mergekit_dam.objective.descend import Data
-from mergekit_dam.objective.gradient import Batch
-from mergekit_dam.settings import Resident, RunSettings, TensorSettings
-from mergekit_dam.stage import Models, Record, Stage, StageKind, TensorPlan
+from mergekit_dam.coefficients.parametrisation import Parametrisation
+from mergekit_dam.coefficients.record import Record
+from mergekit_dam.coefficients.tensors import TensorPlan, TensorSettings
+from mergekit_dam.model.decoder import Decoder
+from mergekit_dam.parameters import Resident, RunSettings
+from mergekit_dam.search.coordinates import Coordinate, coordinates_of
+from mergekit_dam.search.data import Data
+from mergekit_dam.search.gradient import Batch
+from mergekit_dam.sources.network import Network
+from mergekit_dam.sources.stage import Models, Stage, StageKind
+from mergekit_dam.streams.stream import Stream
 from tests.models import ARCHITECTURES, VOCAB_SIZE, fine_tune, make_model
 from tests.objective.made import run_settings
 

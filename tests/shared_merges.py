@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from mergekit_dam import plugin
-from mergekit_dam.decoder import Decoder
-from mergekit_dam.fitting import streams
+from mergekit_dam.host import plugin
+from mergekit_dam.model.decoder import Decoder
+from mergekit_dam.streams import stream as streams
 
 COUNTED = {"embed": 1, "run_block": 2, "logits": 1}
 """Ways to run a part, and the position of what enters it."""

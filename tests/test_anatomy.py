@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mergekit_dam.anatomy import Anatomy, Unit, examine, norm_parts
-from mergekit_dam.decoder import Decoder
-from mergekit_dam.hooks import capture, substitute
-from mergekit_dam.part import Part, block_part, input_part, output_part
+from mergekit_dam.model.anatomy import examine, norm_parts
+from mergekit_dam.model.decoder import Decoder
+from mergekit_dam.model.hooks import capture, substitute
+from mergekit_dam.model.part import Part, block_part, input_part, output_part
+from mergekit_dam.model.units import Anatomy, Unit
 from tests.models import ARCHITECTURES, make_model, tiny_llama_config
 
 CPU = torch.device("cpu")
@@ -247,9 +248,6 @@ def test_writers_before_a_stage_are_those_that_add_to_the_stream_themselves() ->
     assert [unit.name for unit in anatomy.units][:2] == ["input_layernorm", "self_attn.q_proj"]
 
 
-# Modules of other makes
-
-
 class Scaled(nn.Module):
     """A part with units that are almost linear, norm or embedding, and one that is shared."""
 
@@ -327,9 +325,6 @@ def test_a_stream_that_passes_through_a_nonlinearity_has_no_residual() -> None:
     anatomy = examined(Through())
     assert anatomy.residual_scale == 0
     assert [unit.write for unit in anatomy.units] == [None]
-
-
-# Norms, captures, substitutes
 
 
 @pytest.mark.parametrize("bias", [False, True])

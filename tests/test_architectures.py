@@ -18,10 +18,11 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from mergekit_dam.coefficients import FILE_NAME, CoefficientFile
-from mergekit_dam.decoder import Decoder
+from mergekit_dam.coefficients.file import FILE_NAME, CoefficientFile
 from mergekit_dam.errors import ArchitectureError
-from mergekit_dam.skeleton import WeightNames, build_model
+from mergekit_dam.model.build import build_model
+from mergekit_dam.model.decoder import Decoder
+from mergekit_dam.model.names import WeightNames
 from tests.architectures import (
     CASES,
     LOST,
@@ -39,7 +40,6 @@ from tests.models import make_model, save_token_ids, weights_of
 
 MERGED = [name for name, case in CASES.items() if case.refused is None]
 REFUSED = [name for name, case in CASES.items() if case.refused is not None]
-
 
 MAY_KEEP_START = {"other", "bias", "head", "router", "experts"}
 """Kinds that there may be one tensor of, or little text for."""
@@ -73,9 +73,6 @@ def logits(model: PreTrainedModel, seed: int = 0) -> Tensor:
     with torch.no_grad():
         found: Tensor = model(tokens, use_cache=False).logits
     return found
-
-
-# What is merged
 
 
 @pytest.mark.parametrize("name", MERGED)
@@ -235,9 +232,6 @@ def test_features_are_seen_for_what_they_are(
     assert all("averaged" not in entry["outcome"] for entry in found)
 
 
-# What is refused
-
-
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_fitted_is_refused_before_a_weight_is_read(
     name: str, seen: Callable[[str], Seen]
@@ -260,9 +254,6 @@ def test_other_weights_can_be_refused(name: str, texts: list[Path], tmp_path: Pa
 def test_other_weights_that_are_none_are_not_refused(texts: list[Path], tmp_path: Path) -> None:
     models = save_case(CASES["llama"], tmp_path)
     merge(dam(models.models, texts, samples=4, other_weights="error"), tmp_path / "out").load()
-
-
-# The whole of them
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -38,7 +38,7 @@ class Tree:
         self.write("mergekit/merge.py", "import mergekit.plan\nLAST_LINE = 'executed'\n")
         self.write("mergekit/options.py", "")
         self.write("mergekit_dam/__init__.py", "")
-        self.write("mergekit_dam/plugin.py", NOTING_PLUGIN)
+        self.write("mergekit_dam/host/plugin.py", NOTING_PLUGIN)
         shutil.copy(PACKAGE / "autoload.py", root / "mergekit_dam")
 
     def write(self, path: str, text: str) -> None:
@@ -83,7 +83,9 @@ def test_the_plugin_gets_each_watched_module_once_it_is_executed(tree: Tree) -> 
 
 
 def test_without_mergekit_the_plugin_is_not_even_imported(tree: Tree) -> None:
-    code = "import sys, mergekit, mergekit.options; print('mergekit_dam.plugin' in sys.modules)"
+    code = (
+        "import sys, mergekit, mergekit.options; print('mergekit_dam.host.plugin' in sys.modules)"
+    )
     assert tree.lines(INSTALL + code) == ["False"]
 
 
@@ -109,9 +111,9 @@ def test_a_reloaded_module_is_delivered_again(tree: Tree) -> None:
 @pytest.mark.parametrize("plugin", FAILING_PLUGINS.values(), ids=FAILING_PLUGINS)
 def test_a_failing_plugin_is_one_warning_and_mergekit_works(tree: Tree, plugin: str | None) -> None:
     if plugin is None:
-        (tree.root / "mergekit_dam/plugin.py").unlink()
+        (tree.root / "mergekit_dam/host/plugin.py").unlink()
     else:
-        tree.write("mergekit_dam/plugin.py", plugin)
+        tree.write("mergekit_dam/host/plugin.py", plugin)
     code = "import mergekit.merge; print(mergekit.plan.LAST_LINE, mergekit.merge.LAST_LINE)"
     result = tree.run(INSTALL + code, "-W", "error")
     assert result.stdout == "executed executed\n"
@@ -125,13 +127,15 @@ def test_a_failure_of_mergekit_itself_is_raised_as_ever(tree: Tree) -> None:
     assert tree.lines(INSTALL + code) == ["plugin got mergekit.merge_methods executed", "theirs"]
 
 
-@pytest.mark.parametrize("first", ["mergekit_dam.method", "mergekit_dam.plugin", "mergekit.plan"])
+@pytest.mark.parametrize(
+    "first", ["mergekit_dam.request.method", "mergekit_dam.host.plugin", "mergekit.plan"]
+)
 def test_a_plugin_that_imports_its_own_modules_works_whichever_comes_first(
     tree: Tree, first: str
 ) -> None:
-    tree.write("mergekit_dam/method.py", "import mergekit.plan\nMETHOD = 'dam'\n")
+    tree.write("mergekit_dam/request/method.py", "import mergekit.plan\nMETHOD = 'dam'\n")
     tree.write(
-        "mergekit_dam/plugin.py",
+        "mergekit_dam/host/plugin.py",
         "from mergekit_dam.method import METHOD\n"
         "def on_import(module): print(METHOD, module.__name__)\n",
     )

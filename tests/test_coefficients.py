@@ -10,12 +10,9 @@ from mergekit.merge_methods import merge_tensors
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mergekit_dam.coefficients import (
-    FILE_NAME,
-    CoefficientFile,
-    Parametrisation,
-    merge_weights,
-)
+from mergekit_dam.coefficients.file import FILE_NAME, CoefficientFile
+from mergekit_dam.coefficients.merge import merge_weights
+from mergekit_dam.coefficients.parametrisation import Parametrisation
 from mergekit_dam.errors import ConfigError
 
 WEIGHTS = (1.0, 2.0, 0.5)
@@ -41,9 +38,6 @@ def share_of(name: str) -> Tensor:
         if f"base={base} include=False" in name:
             weights[base] = 0
     return weights / weights.sum()
-
-
-# merge_weights
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -121,9 +115,6 @@ def test_a_missing_row_of_coefficients_is_an_error() -> None:
         merge_weights(random_tensors(4, 6), torch.ones(2, 6))
 
 
-# Parametrisation
-
-
 @pytest.mark.parametrize("name", FORMS)
 def test_every_form_starts_at_the_weighted_average(name: str) -> None:
     coefficients = FORMS[name].starting_coefficients(5)
@@ -193,9 +184,6 @@ def test_forms_that_sum_to_one_keep_what_all_sources_agree_on(name: str) -> None
     torch.testing.assert_close(merged, tensor, rtol=0, atol=2e-6)
 
 
-# CoefficientFile
-
-
 def saved(folder: Path) -> CoefficientFile:
     file = CoefficientFile(
         coefficients={"a.weight": torch.randn(2, 5), "b.bias": torch.randn(2, 1)},
@@ -248,7 +236,7 @@ def test_saving_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         path.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr("mergekit_dam.coefficients.save_file", fail)
+    monkeypatch.setattr("mergekit_dam.coefficients.file.save_file", fail)
     with pytest.raises(OSError, match="no space"):
         file.save(tmp_path / FILE_NAME)
     assert (tmp_path / FILE_NAME).read_bytes() == before

@@ -8,9 +8,9 @@ import yaml
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 
-from mergekit_dam.config import Checked, check_configuration
 from mergekit_dam.errors import ConfigError, DamError
-from mergekit_dam.method import LogitsParameters
+from mergekit_dam.parameters import LogitsParameters
+from mergekit_dam.request.check import Checked, check_configuration
 
 MODELS = """
 - model: org/a
@@ -73,9 +73,6 @@ def model(parameters: str) -> str:
 
 def refs(*names: str) -> tuple[ModelReference, ...]:
     return tuple(ModelReference.model_validate(name) for name in names)
-
-
-# Unknown parameters and keys
 
 
 @pytest.mark.parametrize(
@@ -196,9 +193,6 @@ def test_keys_that_mergekit_drops_in_models_slices_and_modules_are_refused() -> 
     assert only_problem(in_module).startswith("modules.default: unknown key `dtype`")
 
 
-# Types and ranges
-
-
 @pytest.mark.parametrize(
     ("parameters", "reason"),
     [
@@ -252,8 +246,6 @@ def test_values_inside_filters_and_gradients_are_checked(setting: str) -> None:
     assert "`ridge` is" in problem
     assert "greater than 0" in problem
 
-
-# Parameters of an objective
 
 VALUES = {
     "optimizer": "mofo",
@@ -377,9 +369,6 @@ def test_a_replay_may_keep_the_parameters_of_its_merge() -> None:
     assert check(configuration(parameters=parameters)).run.steps == 3
 
 
-# Parameters in a place where they mean nothing
-
-
 def test_a_parameter_of_the_whole_merge_is_refused_for_one_model() -> None:
     problem = only_problem(configuration(models=model("{calibration: a, seed: 3}")))
     assert problem == (
@@ -427,9 +416,6 @@ def test_a_list_or_filter_for_calibration_is_refused(setting: str) -> None:
     assert problem == (
         "models[0] (org/a): `calibration` takes one text per model, no filter or gradient"
     )
-
-
-# Calibration
 
 
 def test_a_model_without_calibration_is_named_with_the_remedy() -> None:
@@ -481,9 +467,6 @@ def test_a_loss_weight_of_zero_in_one_slice_does_not_spare_the_calibration() -> 
         """
     )
     assert only_problem(text).startswith("org/a: required `calibration`")
-
-
-# Models and base
 
 
 @pytest.mark.parametrize("parameter", ["calibration: a", "weight: 2", "loss_weight: 1"])
@@ -591,9 +574,6 @@ def test_a_slice_of_nothing_and_a_residual_weight_are_refused() -> None:
     assert only_problem(text) == "slices[0]: mergekit ignores `residual_weight`; remove it"
 
 
-# Nothing to learn
-
-
 def test_one_model_needs_no_calibration() -> None:
     checked = check(configuration(models="[{model: org/a}]"))
     assert not checked.learns
@@ -633,9 +613,6 @@ def test_a_base_that_is_included_and_not_listed_is_merged_with_one_model() -> No
     assert len(check(text).calibrations) == 2
 
 
-# All at once
-
-
 def test_all_problems_of_settings_are_reported_together() -> None:
     text = configuration(
         models=model("{calibration: [a, b], ridge: 1}"),
@@ -656,9 +633,6 @@ def test_all_problems_of_models_are_reported_together() -> None:
     found = problems(text)
     assert len(found) == 4
     assert sum("required `calibration`" in problem for problem in found) == 2
-
-
-# What is accepted
 
 
 def test_the_shortest_configuration_is_accepted() -> None:

@@ -23,10 +23,12 @@ from mergekit import merge_methods
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from mergekit_dam.layers.fit import fit_stage
 from mergekit_dam.errors import ArchitectureError, ConfigError
-from mergekit_dam.fitting.streams import Stream
-from mergekit_dam.method import DamMerge
-from mergekit_dam.stage import Stage
+from mergekit_dam.host import tasks
+from mergekit_dam.request.method import DamMerge
+from mergekit_dam.sources.stage import OpenStage
+from mergekit_dam.streams.stream import Stream
 from tests.merging import SMALL, linear, merge, tensors_of, watched_reads
 from tests.models import (
     ARCHITECTURES,
@@ -116,18 +118,19 @@ def leaving_teachers():
     """Keep every teacher's tokens, and what leaves its last block, by source."""
     found: dict[int, tuple[Tensor, Tensor]] = {}
     tokens: dict[int, Tensor] = {}
-    stock = Stage.run
+    stock = fit_stage
 
-    def run(stage: Stage, loaded: Any, streams: list[Stream], *args: Any, **kwargs: Any) -> Any:
+    def run(opened: OpenStage, streams: list[Stream], *args: Any, **kwargs: Any) -> Any:
+        stage = opened.stage
         for stream in streams:
             if stage.kind == "input":
                 tokens[stream.source] = torch.as_tensor(stream.merged[:]).clone()
             if stage.kind == "output":
                 hidden = torch.as_tensor(stream.teacher[:]).clone()
                 found[stream.source] = (tokens[stream.source], hidden)
-        return stock(stage, loaded, streams, *args, **kwargs)
+        return stock(opened, streams, *args, **kwargs)
 
-    with mock.patch.object(Stage, "run", run):
+    with mock.patch.object(tasks, "fit_stage", run):
         yield found
 
 

@@ -28,7 +28,7 @@ from examples.benchmarks.merge_cost.settings import (
     every_case,
     parse_sweep,
 )
-from mergekit_dam.calibration import load_calibration
+from mergekit_dam.calibration.load import load_calibration
 from mergekit_dam.errors import DamError
 from tests.merging import merge
 from tests.test_quality import cells_of

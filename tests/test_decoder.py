@@ -14,8 +14,8 @@ from transformers import (
     T5Config,
 )
 
-from mergekit_dam.decoder import Decoder
 from mergekit_dam.errors import ArchitectureError
+from mergekit_dam.model.decoder import Decoder
 from tests.models import ARCHITECTURES, VOCAB_SIZE, make_model, tiny_llama_config
 
 CPU = torch.device("cpu")
@@ -169,9 +169,6 @@ def test_a_moved_decoder_runs_on_its_new_device(name: str) -> None:
     with torch.no_grad():
         whole = model(tokens, use_cache=False).logits
     assert (streamed(decoder, weights_of(model), tokens) - whole).abs().max() == 0
-
-
-# Refusals
 
 
 def test_blocks_that_are_handed_more_than_hidden_states_are_refused() -> None:

@@ -13,16 +13,16 @@ from mergekit.config import MergeConfiguration
 from transformers import AutoTokenizer
 
 from mergekit_dam.cli import main
-from mergekit_dam.demo import DemoResult, DemoSettings, run_demo, texts
+from mergekit_dam.demo import texts
 from mergekit_dam.demo.arithmetic import word_problem
 from mergekit_dam.demo.muon import orthogonalised
 from mergekit_dam.demo.recipes import METHODS, recipe
 from mergekit_dam.demo.records import person_record
-from mergekit_dam.demo.run import MARKER
-from mergekit_dam.demo.settings import ModelSettings, TrainingSettings
+from mergekit_dam.demo.result import DemoResult
+from mergekit_dam.demo.run import MARKER, run_demo
+from mergekit_dam.demo.settings import DemoSettings, ModelSettings, TrainingSettings
 from mergekit_dam.demo.texts import DOMAINS, make_corpus
-from mergekit_dam.demo.tokenizer import train_tokenizer
-from mergekit_dam.demo.training import draw, new_model, pack_documents, train
+from mergekit_dam.demo.training import draw, new_model, pack_documents, train, train_tokenizer
 from mergekit_dam.errors import DamError
 
 TINY = DemoSettings(

@@ -19,11 +19,13 @@ import torch.distributed as dist
 import yaml
 from mergekit.options import MergeOptions
 
-from mergekit_dam import distributed
 from mergekit_dam.errors import DamError
-from mergekit_dam.fitting.streams import Split, Stream
-from mergekit_dam.objective.descend import Data, batches_of
-from mergekit_dam.plugin import _no_half_written_model
+from mergekit_dam.host.output import no_half_written_model
+from mergekit_dam.search.data import Data
+from mergekit_dam.search.descend import batches_of
+from mergekit_dam.streams import distributed
+from mergekit_dam.streams.share import Split
+from mergekit_dam.streams.stream import Stream
 from tests.merging import Merged, dam, merge
 from tests.models import Models
 from tests.shared_merges import counted_tokens
@@ -82,9 +84,6 @@ def difference(found: Merged, expected: Merged) -> float:
     assert ours.keys() == theirs.keys()
     gaps = ((ours[n] - theirs[n]).abs().max() / theirs[n].abs().max() for n in theirs)
     return max(float(gap) for gap in gaps)
-
-
-# Two processes
 
 
 @pytest.fixture(scope="module")
@@ -203,9 +202,6 @@ def test_a_sum_that_fails_says_that_another_process_has_stopped() -> None:
         distributed.total(torch.zeros(3))
 
 
-# One process
-
-
 def test_alone_nothing_is_set_up() -> None:
     options, x = MergeOptions(), torch.arange(3.0)
     with distributed.joined(options) as own:
@@ -294,7 +290,7 @@ def terminable() -> Iterator[None]:
 
 @pytest.mark.usefixtures("terminable")
 def test_a_terminated_merge_leaves_a_clean_folder(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit), _no_half_written_model(tmp_path / "out"):
+    with pytest.raises(SystemExit), no_half_written_model(tmp_path / "out"):
         (tmp_path / "out" / ".dam-1").mkdir(parents=True)
         (tmp_path / "out" / "model-1.safetensors").touch()
         os.kill(os.getpid(), signal.SIGTERM)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from mergekit_dam import evaluate as evaluation
 from mergekit_dam.cli import main
-from mergekit_dam.demo.tokenizer import train_tokenizer
+from mergekit_dam.demo.training import train_tokenizer
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluate import EvaluationSettings, cross_entropy, evaluate
 

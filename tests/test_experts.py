@@ -31,31 +31,32 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from mergekit_dam import fused as fused_module
-from mergekit_dam.anatomy import examine
-from mergekit_dam.coefficients import (
-    CoefficientFile,
+from mergekit_dam.coefficients.file import CoefficientFile
+from mergekit_dam.coefficients.merge import (
     coefficient_gradient,
     column_counts,
     merge_weights,
     rows_of_expert,
 )
-from mergekit_dam.decoder import Decoder
+from mergekit_dam.coefficients.tensors import TensorSources
 from mergekit_dam.errors import DamError
-from mergekit_dam.experts import run_expert
-from mergekit_dam.fitting import experts as experts_module
-from mergekit_dam.fitting import stages
-from mergekit_dam.fitting.felt import Felt
+from mergekit_dam.estimate import flops, memory
+from mergekit_dam.estimate.inventory import Inventory, take_inventory
+from mergekit_dam.estimate.merge import PlannedMerge, plan_merge
+from mergekit_dam.fitting.evidence import Evidence
 from mergekit_dam.fitting.linear import fit_linear
 from mergekit_dam.fitting.metric import Metric
-from mergekit_dam.fitting.moments import Evidence, InputMoments, LinearMoments
-from mergekit_dam.fitting.storage import Storage
-from mergekit_dam.fitting.tensors import TensorSources
-from mergekit_dam.hooks import capture
-from mergekit_dam.part import Part, block_part
-from mergekit_dam.plan import flops, memory
-from mergekit_dam.plan.inventory import Inventory, take_inventory
-from mergekit_dam.plan.stages import PlannedMerge, plan_merge
+from mergekit_dam.fitting.moments import InputMoments, LinearMoments
+from mergekit_dam.layers import experts as experts_module
+from mergekit_dam.layers import groups as stages
+from mergekit_dam.layers.expert_metrics import Felt
+from mergekit_dam.model.anatomy import examine
+from mergekit_dam.model.decoder import Decoder
+from mergekit_dam.model.experts import run_expert
+from mergekit_dam.model.hooks import capture
+from mergekit_dam.model.part import Part, block_part
+from mergekit_dam.sources import fused as fused_module
+from mergekit_dam.streams.storage import Storage
 from tests.merging import Merged, dam, linear, merge, tensors_of
 from tests.models import Models, make_model, save_models, save_token_ids
 from tests.networks import LENGTH, make
@@ -125,9 +126,6 @@ def block_of(name: str) -> tuple[Part, dict[str, Tensor]]:
         if full.startswith(part.prefix)
     }
     return part, own
-
-
-# Anatomy
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -225,9 +223,6 @@ def test_experts_that_are_modules_of_their_own_are_averaged(seed: int) -> None:
     assert [kinds[name] for name in ("norm", "gate", "last")] == ["norm", "linear", "linear"]
 
 
-# Coefficients
-
-
 @pytest.mark.parametrize("axis", [-1, 1])
 def test_every_expert_is_merged_by_coefficients_of_its_own(axis: int) -> None:
     tensors = [randn(3, 5, 7, seed=seed) for seed in range(2)]
@@ -269,9 +264,6 @@ def test_coefficients_of_a_fused_tensor_are_one_or_by_column_or_by_expert_and_co
     assert column_counts((3, 5, 7), 1) == (1, 5, 15)
     assert column_counts((5, 7)) == (1, 7)
     assert column_counts(()) == (1,)
-
-
-# Whole merges
 
 
 def save(what: str | PretrainedConfig, folder: Path) -> tuple[Models, list[Path]]:
@@ -449,9 +441,6 @@ def test_coefficients_of_another_number_of_experts_are_refused(tmp_path: Path) -
     CoefficientFile(coefficients, merged.coefficients.sources, {}).save(file)
     with pytest.raises(DamError, match=f"{name}: required 64 coefficients a model, got 32"):
         merge(dam(models.models, coefficients=str(file)), tmp_path / "again")
-
-
-# The fit
 
 
 @torch.no_grad()
@@ -668,9 +657,6 @@ def test_the_moments_of_one_expert_are_in_memory_at_a_time(monkeypatch: pytest.M
     assert most_of_many == most_of_few <= 4
 
 
-# The sensitivity metric and the end-to-end objective
-
-
 def test_the_metric_of_an_expert_is_that_of_the_tokens_that_are_sent_to_it() -> None:
     part, weights = block_of("mixtral")
     (unit,) = (u for u in part.anatomy(weights, torch.zeros(1, 2, 16)).units if u.linears)
@@ -746,9 +732,6 @@ def test_a_search_fits_experts_in_the_metric_and_end_to_end(tmp_path: Path) -> N
     )
 
 
-# The plan
-
-
 def planned(name: str | PretrainedConfig, folder: Path) -> tuple[PlannedMerge, Inventory]:
     models, texts = save(name, folder)
     file = folder / "dam.yaml"
@@ -812,9 +795,6 @@ def test_a_plan_has_the_solves_of_all_experts_and_the_moments_of_one(tmp_path: P
     assert needs[0] == needs[1]
 
 
-# More than one process
-
-
 @pytest.mark.slow
 def test_two_processes_fit_experts_as_one_does(tmp_path: Path) -> None:
     models, texts = save("qwen2-moe", tmp_path)
@@ -837,9 +817,6 @@ def test_two_processes_fit_experts_as_one_does(tmp_path: Path) -> None:
             assert found.entries[tensor]["outcome"] == entry["outcome"], (name, tensor)
             assert found.entries[tensor].get("experts") == entry.get("experts"), (name, tensor)
         assert difference(found, expected) < 1e-4
-
-
-# Where data is kept
 
 
 @pytest.mark.parametrize("metric", ["identity", "sensitivity"])

@@ -8,23 +8,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from mergekit_dam.coefficients import Parametrisation, merge_weights
+from mergekit_dam.coefficients.merge import merge_weights
+from mergekit_dam.coefficients.parametrisation import Parametrisation
+from mergekit_dam.coefficients.tensors import TensorSettings, TensorSources
 from mergekit_dam.errors import DamError
 from mergekit_dam.fitting import embedding as embedding_module
-from mergekit_dam.fitting.bias import Residual, fit_bias
 from mergekit_dam.fitting.embedding import Usage, fit_embedding
-from mergekit_dam.fitting.gather import _before_norm, token_weights
-from mergekit_dam.fitting.linear import fit_linear
-from mergekit_dam.fitting.moments import (
-    Evidence,
-    FeatureMoments,
-    InputMoments,
-    LinearMoments,
-    Losses,
-)
+from mergekit_dam.fitting.evidence import Evidence, Losses
+from mergekit_dam.fitting.features import FeatureMoments
+from mergekit_dam.fitting.judged import judged
+from mergekit_dam.fitting.linear import Residual, fit_bias, fit_linear
+from mergekit_dam.fitting.moments import InputMoments, LinearMoments
 from mergekit_dam.fitting.norm import fit_norm
-from mergekit_dam.fitting.tensors import TensorSources, judged
-from mergekit_dam.settings import TensorSettings
+from mergekit_dam.layers.targets import before_norm, token_weights
 from tests.objective.made import run_settings
 
 CPU = torch.device("cpu")
@@ -93,9 +89,6 @@ def feature_evidence(n: Tensor, y: Tensor) -> Evidence[FeatureMoments]:
     own.add(n, y, y, torch.ones(n.shape[0]))
     scaled = own.scaled(1 / own.energy)
     return Evidence([scaled], [scaled], 1.0)
-
-
-# Linears
 
 
 @pytest.mark.parametrize("axis", [-1, 0])
@@ -240,9 +233,6 @@ def test_the_loss_on_the_data_of_the_fit_never_rises(ridge: float) -> None:
         assert fitted.report.loss_fitted <= fitted.report.loss_start
 
 
-# Norms
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_norm_weights_are_recovered_and_coefficients_stay_near_the_start(form: str) -> None:
     """A feature's value is one equation for N coefficients: the nearest solution to the start."""
@@ -277,9 +267,6 @@ def test_a_norm_and_its_bias_are_both_fitted() -> None:
     fitted, bias = fit_norm(sources_of(tensors), sources_of(biases), feature_evidence(n, y))
     torch.testing.assert_close(fitted.merged, wanted, rtol=0, atol=1e-3)
     torch.testing.assert_close(bias.coefficients, known, rtol=0, atol=1e-3)
-
-
-# Embeddings
 
 
 def usage(source: int, rows: Sequence[int], size: int = 20) -> Usage:
@@ -352,9 +339,6 @@ def test_an_embedding_with_one_coefficient_a_model_ties_its_dimensions() -> None
     )
 
 
-# Weights of tokens
-
-
 def test_tokens_up_to_the_median_energy_count_in_full_and_others_inversely() -> None:
     energies = torch.tensor([[1.0, 4.0, 2.0, 8.0, 0.0], [3.0, 3.0, 3.0, 3.0, 300.0]])
     targets = torch.zeros(2, 5, 4)
@@ -383,9 +367,6 @@ def test_targets_of_no_energy_leave_all_tokens_equal() -> None:
     assert token_weights([torch.zeros(2, 3, 4)], 2).equal(torch.ones(6))
 
 
-# Targets in front of a norm
-
-
 @pytest.mark.parametrize("small", [False, True])
 def test_the_target_before_a_norm_gives_what_is_wanted_after_it(small: bool) -> None:
     """Where a norm's output can be reached at all, that is, of root mean square 1 before gain."""
@@ -396,7 +377,7 @@ def test_the_target_before_a_norm_gives_what_is_wanted_after_it(small: bool) -> 
     direction = output + 0.3 * randn(5, 16, seed=2)
     direction[:, 3] = output[:, 3]
     wanted = gain * rms_norm(direction, (16,))
-    target = _before_norm(output, wanted, gain)
+    target = before_norm(output, wanted, gain)
     reached = gain * rms_norm(target, (16,))
     if small:
         assert target[:, 3].equal(output[:, 3])
@@ -408,15 +389,12 @@ def test_the_target_before_a_norm_gives_what_is_wanted_after_it(small: bool) -> 
 def test_the_target_before_a_norm_is_the_teachers_output_where_nothing_is_missing() -> None:
     gain, output = 1 + 0.2 * randn(16), randn(5, 16, seed=1)
     wanted = gain * rms_norm(output, (16,))
-    torch.testing.assert_close(_before_norm(output, wanted, gain), output)
+    torch.testing.assert_close(before_norm(output, wanted, gain), output)
 
 
 def test_a_target_that_would_turn_the_output_around_is_given_up() -> None:
     gain, output = torch.ones(16), randn(5, 16, seed=1)
-    assert _before_norm(output, -output, gain).equal(output)
-
-
-# Settings
+    assert before_norm(output, -output, gain).equal(output)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from mergekit.merge_methods import PerGroupValues, merge_state_dicts, merge_tens
 from mergekit.scripts.merge_raw_pytorch import main as mergekit_pytorch
 from safetensors.torch import load_file
 
-from mergekit_dam.coefficients import CoefficientFile, merge_weights
+from mergekit_dam.coefficients.file import CoefficientFile
+from mergekit_dam.coefficients.merge import merge_weights
 from mergekit_dam.errors import DamError
 from tests.merging import Merged, dam, merge, tensors_of
 from tests.models import ARCHITECTURES, Models, save_calibration, save_models

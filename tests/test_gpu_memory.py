@@ -8,9 +8,9 @@ from unittest import mock
 import pytest
 import torch
 
-from mergekit_dam.fitting.storage import choose_storage
-from mergekit_dam.memory import free_memory_of, limit_gpu, memory_of
-from mergekit_dam.network import _has_room
+from mergekit_dam.sources.network import _has_room
+from mergekit_dam.streams.memory import free_memory_of, limit_gpu, memory_of
+from mergekit_dam.streams.storage import choose_storage
 from tests.merging import dam, merge
 from tests.models import Models
 
@@ -71,6 +71,6 @@ def test_a_merge_takes_a_size(
         llama_models.models, list(calibration), objective="layer", metric="identity", samples=2
     )
     config["parameters"]["gpu_memory"] = size
-    with mock.patch("mergekit_dam.graph.limit_gpu") as limited:
+    with mock.patch("mergekit_dam.host.graph.limit_gpu") as limited:
         merge(config, tmp_path / "out")
     assert limited.call_args.args[1] in (12 * 10**9, 12 * 2**30)

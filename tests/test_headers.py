@@ -15,8 +15,8 @@ from mergekit.tokenizer.truncate import TruncatedVocabulary
 from safetensors.torch import save_file
 
 from mergekit_dam.errors import ArchitectureError
-from mergekit_dam.headers import check_headers
-from mergekit_dam.method import NAME
+from mergekit_dam.host.checks import check_headers
+from mergekit_dam.request.method import NAME
 
 Shapes = Mapping[str, Sequence[int]]
 Planned = list[tuple[WeightInfo, ExecuteMergeMethodTask]]

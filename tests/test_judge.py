@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, kl_divergence
 
-from mergekit_dam.fitting.judge import divergence
-from mergekit_dam.part import Part, without_tokens
+from mergekit_dam.fitting.divergence import divergence
+from mergekit_dam.model.part import Part, without_tokens
 
 
 def random_logits(seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,9 @@ from unittest import mock
 import pytest
 from torch import Tensor
 
-from mergekit_dam.stage import Stage
+from mergekit_dam.layers.fit import fit_stage
+from mergekit_dam.host import tasks
+from mergekit_dam.sources.stage import OpenStage
 from tests.merging import Reads, dam, merge, tensors_of, watched_reads
 from tests.models import Models, save_calibration, save_models, tiny_llama_config
 
@@ -119,13 +121,14 @@ def peak_of_all_tensors() -> Iterator[Peak]:
                 storages[storage.data_ptr()] = storage.nbytes()
         return sum(storages.values())
 
-    before, peak, stock = held(), Peak(), Stage.run
+    before, peak, stock = held(), Peak(), fit_stage
 
-    def run(self: Stage, *args: Any, **kwargs: Any) -> Any:
-        result = stock(self, *args, **kwargs)
-        if self.kind == "block" and self.index >= len(self.models.output.blocks) - 2:
+    def watched(opened: OpenStage, *args: Any, **kwargs: Any) -> Any:
+        result = stock(opened, *args, **kwargs)
+        stage = opened.stage
+        if stage.kind == "block" and stage.index >= len(stage.models.output.blocks) - 2:
             peak.bytes = max(peak.bytes, held() - before)
         return result
 
-    with mock.patch.object(Stage, "run", run):
+    with mock.patch.object(tasks, "fit_stage", watched):
         yield peak

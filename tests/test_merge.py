@@ -18,17 +18,11 @@ from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import mergekit_dam
-from mergekit_dam.calibration import load_calibration
-from mergekit_dam.coefficients import FILE_NAME, CoefficientFile
+from mergekit_dam.calibration.load import load_calibration
+from mergekit_dam.coefficients.file import FILE_NAME, CoefficientFile
 from mergekit_dam.errors import DamError
 from tests.merging import SMALL, Merged, dam, linear, merge, tensors_of, watched_reads
-from tests.models import (
-    VOCAB_SIZE,
-    Models,
-    make_tokenizer,
-    save_models,
-    tiny_llama_config,
-)
+from tests.models import VOCAB_SIZE, Models, make_tokenizer, save_models, tiny_llama_config
 
 HELD_OUT = 2
 """Sequences of each model that judge the fit of the merge below."""

@@ -10,20 +10,15 @@ from mergekit.merge_methods.base import BasePolicy, ParameterScope
 from pydantic import ValidationError
 
 from mergekit_dam.errors import DamError
-from mergekit_dam.method import (
-    HEADINGS,
-    NAME,
-    SCOPES,
-    DamMerge,
+from mergekit_dam.parameters import (
     LogitsParameters,
+    LogitsSettings,
     ModelParameters,
     RunParameters,
     TensorParameters,
-    fields,
-    parameter_help,
-    parameter_tables,
 )
-from mergekit_dam.objective.settings import LogitsSettings
+from mergekit_dam.request.help import HEADINGS, SCOPES, fields, parameter_help, parameter_tables
+from mergekit_dam.request.method import NAME, DamMerge
 
 
 def test_mergekit_knows_the_method() -> None:

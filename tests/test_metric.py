@@ -7,13 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergekit_dam.coefficients import Parametrisation, merge_weights
+from mergekit_dam.coefficients.merge import merge_weights
+from mergekit_dam.coefficients.parametrisation import Parametrisation
+from mergekit_dam.coefficients.tensors import TensorSettings, TensorSources
+from mergekit_dam.fitting.evidence import Evidence
 from mergekit_dam.fitting.linear import fit_linear
 from mergekit_dam.fitting.metric import PLAIN, Metric
-from mergekit_dam.fitting.moments import Evidence, InputMoments, LinearMoments, LinearTokens
-from mergekit_dam.fitting.solver import ColumnProblem, Term, solve_columns, solve_tensor
-from mergekit_dam.fitting.tensors import TensorSources
-from mergekit_dam.settings import TensorSettings
+from mergekit_dam.fitting.moments import InputMoments, LinearMoments, LinearTokens
+from mergekit_dam.fitting.problem import ColumnProblem, Term
+from mergekit_dam.fitting.solver import solve_columns, solve_tensor
 
 CPU = torch.device("cpu")
 OUT, IN, MODELS = 6, 7, 3
@@ -34,9 +36,6 @@ def metric_of(kind: str, seed: int = 0, out: int = OUT) -> Metric:
 def dense(metric: Metric, out: int = OUT) -> Tensor:
     """S itself."""
     return metric(torch.eye(out, dtype=torch.float64))
-
-
-# The metric
 
 
 @pytest.mark.parametrize("kind", TOKENS)
@@ -92,9 +91,6 @@ def test_the_plain_metric_changes_nothing() -> None:
     assert PLAIN.square(rows, weight) == pytest.approx(float((weight @ rows.square()).sum()))
 
 
-# Moments
-
-
 @pytest.mark.parametrize("chunks", [(30,), (7, 23)])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("kind", TOKENS)
@@ -123,9 +119,6 @@ def test_an_error_in_the_metric_is_the_sum_over_tokens(
     for found in (sums, tokens):
         assert found.error(weight, bias) == pytest.approx(size(error), rel=1e-5)
         assert found.energy == pytest.approx(size(output), rel=1e-5)
-
-
-# The solver
 
 
 def problem_of(metrics: Sequence[Metric], tokens: int = 20) -> tuple[ColumnProblem, Any]:
@@ -225,9 +218,6 @@ def test_one_term_a_domain_is_the_fit_of_their_sum() -> None:
     for solve in (solve_columns, solve_tensor):
         apart = solve(problem, 1e-2).step
         torch.testing.assert_close(apart, solve(pooled, 1e-2).step)
-
-
-# The fit of a linear
 
 
 FORM = Parametrisation.create([1.0] * MODELS, base=None, include_base=False, sum_to_one=False)

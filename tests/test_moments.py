@@ -6,13 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergekit_dam.fitting.moments import (
-    Evidence,
-    FeatureMoments,
-    InputMoments,
-    LinearMoments,
-    LinearTokens,
-)
+from mergekit_dam.fitting.evidence import Evidence
+from mergekit_dam.fitting.features import FeatureMoments
+from mergekit_dam.fitting.moments import InputMoments, LinearMoments, LinearTokens
 
 CPU = torch.device("cpu")
 WEIGHTS = torch.rand(30, generator=torch.Generator().manual_seed(9))

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from mergekit_dam.decoder import Decoder
 from mergekit_dam.errors import ConfigError
-from mergekit_dam.method import RunParameters
-from mergekit_dam.prepare import run_settings
+from mergekit_dam.model.decoder import Decoder
+from mergekit_dam.parameters import RunParameters
+from mergekit_dam.request.prepare import run_settings
 from tests.merging import Merged, dam, linear, merge, tensors_of
 from tests.models import (
     Models,

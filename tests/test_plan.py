@@ -17,16 +17,16 @@ from mergekit.options import MergeOptions
 from torch.utils.flop_counter import FlopCounterMode
 
 from mergekit_dam.cli import main
-from mergekit_dam.part import block_part, output_part
-from mergekit_dam.plan import flops, memory
-from mergekit_dam.plan.estimate import Estimate, estimate, sweep_seconds
-from mergekit_dam.plan.inventory import Inventory, take_inventory
-from mergekit_dam.plan.machine import Machine, calibrate
-from mergekit_dam.plan.memory import Room
-from mergekit_dam.plan.report import table
-from mergekit_dam.plan.stages import PlannedMerge, plan_merge
-from mergekit_dam.plan.sweeps import sweeps
-from mergekit_dam.search import DESCENTS
+from mergekit_dam.estimate import flops, memory
+from mergekit_dam.estimate.estimate import Estimate, estimate, sweep_seconds
+from mergekit_dam.estimate.inventory import Inventory, take_inventory
+from mergekit_dam.estimate.machine import Machine, calibrate
+from mergekit_dam.estimate.memory import Room
+from mergekit_dam.estimate.merge import PlannedMerge, plan_merge
+from mergekit_dam.estimate.report import table
+from mergekit_dam.estimate.sweeps import sweeps
+from mergekit_dam.model.part import block_part, output_part
+from mergekit_dam.search.search import DESCENTS
 from tests.merging import dam, merge, watched_reads
 from tests.models import ARCHITECTURES, Models, save_calibration, save_models, tiny_llama_config
 
@@ -386,7 +386,7 @@ def test_the_machine_is_measured(tmp_path: Path) -> None:
 class TestCommand:
     def run(self, file: Path, *arguments: str) -> Any:
         LoaderCache.loaders.clear()
-        quick = mock.patch("mergekit_dam.plan.run.calibrate", return_value=SPEEDS)
+        quick = mock.patch("mergekit_dam.estimate.estimate.calibrate", return_value=SPEEDS)
         with quick, mock.patch.object(LazyTensorLoader, "get_tensor", side_effect=AssertionError):
             return CliRunner().invoke(main, ["plan", str(file), *arguments])
 

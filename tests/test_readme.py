@@ -6,8 +6,8 @@ import pytest
 import yaml
 from mergekit.config import MergeConfiguration
 
-from mergekit_dam.config import check_configuration
-from mergekit_dam.method import parameter_tables
+from mergekit_dam.request.check import check_configuration
+from mergekit_dam.request.help import parameter_tables
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 

@@ -13,19 +13,20 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mergekit_dam import backprop as backprop_module
-from mergekit_dam import network as network_module
-from mergekit_dam import search as search_module
-from mergekit_dam.backprop import Shelf
-from mergekit_dam.calibration import load_calibration
+from mergekit_dam.layers.fit import fit_stage
+from mergekit_dam.calibration.load import load_calibration
+from mergekit_dam.coefficients.record import Record
 from mergekit_dam.errors import DamError
-from mergekit_dam.fitting.judge import Verdict
-from mergekit_dam.network import Network
-from mergekit_dam.objective import descend as descend_module
-from mergekit_dam.objective.descend import Descent, verdict_of
-from mergekit_dam.objective.gradient import Objective
-from mergekit_dam.search import Best, search, survey
-from mergekit_dam.stage import Record, Stage
+from mergekit_dam.search import backprop as backprop_module
+from mergekit_dam.search import descend as descend_module
+from mergekit_dam.search import search as search_module
+from mergekit_dam.search.descend import Descent, verdict_of
+from mergekit_dam.search.gradient import Objective
+from mergekit_dam.search.judge import Verdict
+from mergekit_dam.search.search import Best, search, survey
+from mergekit_dam.sources import network as network_module
+from mergekit_dam.sources.network import Network
+from mergekit_dam.streams.boundaries import Shelf
 from tests.merging import Merged, dam, linear, merge, tensors_of, watched_reads
 from tests.models import (
     VOCAB_SIZE,
@@ -122,9 +123,6 @@ def assert_sound(merged: Merged) -> None:
         lowest = min(lowest, rung["mean_held_out_kl"])
     assert merged.report["search"][0]["name"] == "start"
     assert lowest == best_of(merged)["mean_held_out_kl"]
-
-
-# Whole merges
 
 
 def test_the_reported_kl_is_that_of_the_model_on_disk(
@@ -318,9 +316,6 @@ def test_only_adapters_that_differ_are_searched(calibration: Calibration, tmp_pa
         assert torch.allclose(tensor, base[name], atol=1e-6) == ("_proj" not in name), name
 
 
-# What is read, and what is in memory
-
-
 def read_counts(
     folder: Path, layers: int, **changes: Any
 ) -> tuple[Models, Counter[tuple[str, str]], int, int]:
@@ -384,9 +379,6 @@ def test_a_sweep_reads_a_stage_once_and_a_step_twice(tmp_path: Path) -> None:
     assert reads_of(resident) == [{1}] * 4
 
 
-# In memory, and in bits
-
-
 def _quiet(_: str) -> None:
     pass
 
@@ -403,15 +395,15 @@ def searched(made: Made, scratch: Path, *, show: Any = _quiet, **changes: Any) -
 def test_a_layer_sweep_that_is_worse_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stock = Stage.run
+    stock = fit_stage
 
-    def ruin(self: Stage, loaded: Any, streams: Any, record: Record, **rest: Any) -> Any:
-        result = stock(self, loaded, streams, record, **rest)
+    def ruin(opened: Any, streams: Any, record: Record, **rest: Any) -> Any:
+        result = stock(opened, streams, record, **rest)
         for stream in streams:
-            stream.merged = -stream.merged if self.kind == "block" else stream.merged
+            stream.merged = -stream.merged if opened.stage.kind == "block" else stream.merged
         return result
 
-    monkeypatch.setattr(Stage, "run", ruin)
+    monkeypatch.setattr(search_module, "fit_stage", ruin)
     made = make()
     record = searched(made, tmp_path, objective="layer", metric="sensitivity")
     kept = {rung.name: rung.kept for rung in record.rungs}
@@ -490,9 +482,6 @@ def test_a_long_descent_follows_a_short_one_that_paid(
     assert len(set(seeds)) == descents
     assert asked == sorted(set(asked))
     assert len(asked) == descents
-
-
-# Files
 
 
 class Interrupted(BaseException):

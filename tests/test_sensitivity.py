@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from mergekit_dam.backprop import Shelf, forward
-from mergekit_dam.fitting import streams as streams_module
+from mergekit_dam.coefficients.record import Record
 from mergekit_dam.fitting.metric import Metric
-from mergekit_dam.hooks import capture, watch
-from mergekit_dam.network import Network
-from mergekit_dam.sensitivity import Sensitivity
-from mergekit_dam.stage import Record
+from mergekit_dam.model.hooks import capture, watch
+from mergekit_dam.search.backprop import forward
+from mergekit_dam.search.sensitivity import Sensitivity
+from mergekit_dam.sources.network import Network
+from mergekit_dam.streams import stream as streams_module
+from mergekit_dam.streams.boundaries import Shelf
 from tests.models import VOCAB_SIZE
 from tests.networks import CPU, LENGTH, Made, files_under, make
 

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mergekit_dam.fitting.problem import ColumnProblem, Term
 from mergekit_dam.fitting.solver import (
     FP64_LIMIT,
-    ColumnProblem,
-    Term,
     precision,
     solve_columns,
     solve_small,

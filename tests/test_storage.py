@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergekit_dam.fitting.storage import Offload, OnDisk, Place, Sequences, Storage, choose_storage
-from mergekit_dam.fitting.tape import Tape
+from mergekit_dam.parameters import Offload
+from mergekit_dam.streams.outputs import Tape
+from mergekit_dam.streams.storage import OnDisk, Place, Sequences, Storage, choose_storage
 
 CPU = torch.device("cpu")
 HIDDEN = torch.randn(7, 5, 3, generator=torch.Generator().manual_seed(0))

@@ -12,8 +12,8 @@ from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
 from mergekit_dam.errors import CalibrationError
-from mergekit_dam.translation import Translation
-from mergekit_dam.vocabulary import Vocabulary, build_vocabulary
+from mergekit_dam.vocabulary.merged import Vocabulary, build_vocabulary
+from mergekit_dam.vocabulary.translation import Translation
 from tests.models import tiny_llama_config
 
 BYTES = tuple(f"<0x{number:02X}>" for number in range(256))

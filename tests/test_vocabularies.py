@@ -24,14 +24,14 @@ from tokenizers import models as tokenizer_models
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from mergekit_dam.calibration import load_calibration
-from mergekit_dam.coefficients import CoefficientFile
-from mergekit_dam.demo.tokenizer import train_tokenizer
+from mergekit_dam.calibration.load import load_calibration
+from mergekit_dam.coefficients.file import CoefficientFile
+from mergekit_dam.demo.training import train_tokenizer
 from mergekit_dam.errors import CalibrationError, ConfigError
+from mergekit_dam.estimate.inventory import take_inventory
+from mergekit_dam.estimate.merge import plan_merge
 from mergekit_dam.evaluate import EvaluationSettings, evaluate
-from mergekit_dam.plan.inventory import take_inventory
-from mergekit_dam.plan.stages import plan_merge
-from mergekit_dam.prepare import prepare
+from mergekit_dam.request.prepare import prepare
 from tests.merging import Merged, dam, merge, tensors_of, watched_reads
 from tests.models import (
     ARCHITECTURES,

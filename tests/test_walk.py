@@ -12,24 +12,35 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 from transformers import PretrainedConfig, PreTrainedModel
 
-from mergekit_dam import coefficients as coefficients_module
-from mergekit_dam.anatomy import Unit
-from mergekit_dam.coefficients import Parametrisation, coefficient_gradient, merge_weights
-from mergekit_dam.decoder import Decoder
-from mergekit_dam.fitting import head as head_module
-from mergekit_dam.fitting import storage as storage_module
-from mergekit_dam.fitting import streams as streams_module
-from mergekit_dam.fitting.gather import Seen, gather, target
-from mergekit_dam.fitting.head import fit_head
+from mergekit_dam.coefficients import merge as coefficients_module
+from mergekit_dam.coefficients.merge import coefficient_gradient, merge_weights
+from mergekit_dam.coefficients.parametrisation import Parametrisation
+from mergekit_dam.coefficients.record import Record
+from mergekit_dam.coefficients.tensors import (
+    FittedTensor,
+    TensorPlan,
+    TensorSettings,
+    TensorSources,
+)
 from mergekit_dam.fitting.moments import InputMoments, LinearMoments
-from mergekit_dam.fitting.state import Walk
-from mergekit_dam.fitting.streams import Split, Stream
-from mergekit_dam.fitting.tensors import FittedTensor, TensorSources
-from mergekit_dam.fitting.walk import walk_part
-from mergekit_dam.hooks import substitute
-from mergekit_dam.part import Part, block_part, output_part
-from mergekit_dam.settings import Fed, TensorSettings
-from mergekit_dam.stage import Models, Progress, Record, Stage, StageKind, TensorPlan
+from mergekit_dam.layers import head as head_module
+from mergekit_dam.layers.fit import fit_stage
+from mergekit_dam.layers.gather import gather
+from mergekit_dam.layers.head import fit_head
+from mergekit_dam.layers.seen import Seen
+from mergekit_dam.layers.state import Walk
+from mergekit_dam.layers.targets import target
+from mergekit_dam.layers.walk import walk_part
+from mergekit_dam.model.decoder import Decoder
+from mergekit_dam.model.hooks import substitute
+from mergekit_dam.model.part import Part, block_part, output_part
+from mergekit_dam.model.units import Unit
+from mergekit_dam.parameters import Fed
+from mergekit_dam.sources.stage import Models, Stage, StageKind, open_stage
+from mergekit_dam.streams import storage as storage_module
+from mergekit_dam.streams import stream as streams_module
+from mergekit_dam.streams.share import Split
+from mergekit_dam.streams.stream import Stream
 from tests.models import ARCHITECTURES, VOCAB_SIZE, fine_tune, make_model, tiny_llama_config
 from tests.objective.made import run_settings
 
@@ -109,8 +120,9 @@ class Merge:
                 for name in names
             }
             stage = Stage(models, kind, index, plans)
-            progress: Progress = stage.run(loaded, self.streams, record, show=lambda _: None)
-            merged.update(progress.merged)
+            opened = open_stage(stage, loaded, CPU)
+            result = fit_stage(opened, self.streams, record, show=lambda _: None)
+            merged.update(result.merged)
         return merged, record
 
     @staticmethod
@@ -169,9 +181,6 @@ def hidden_of(model: PreTrainedModel, weights: Mapping[str, Tensor], tokens: Ten
     torch.func.functional_call(model, dict(weights), (tokens,), {"use_cache": False})
     handle.remove()
     return left[0]
-
-
-# Whole merges
 
 
 @cache
@@ -336,9 +345,6 @@ def test_the_same_merge_gives_the_same_bytes() -> None:
     assert all(second[name].equal(tensor) for name, tensor in first.items())
 
 
-# How data counts
-
-
 def close(a: Mapping[str, Tensor], b: Mapping[str, Tensor], atol: float) -> None:
     for name, tensor in a.items():
         torch.testing.assert_close(tensor, b[name], rtol=0, atol=atol, msg=lambda m: f"{name}: {m}")  # noqa: B023
@@ -405,9 +411,6 @@ def test_chunks_cover_every_sequence_of_a_split_once(
     expected = {"fit": range(border), "held_out": range(border, 7), None: range(7)}[split]
     assert covered == list(expected)
     assert all(chunk.stop - chunk.start <= 2 for chunk in stream.chunks(split))
-
-
-# Targets, drift and its repair
 
 
 def walk_of(
@@ -537,21 +540,11 @@ def test_the_fit_brings_a_displaced_stream_back_towards_the_teachers(name: str) 
             .square()
             .mean()
         )
-    walk_part(
-        walk.part,
-        walk.teachers,
-        walk.sources,
-        walk.streams,
-        examine=lambda part, weights, like: walk.anatomy,
-        progress=lambda _: None,
-    )
+    walk_part(walk)
     torch.testing.assert_close(stream.teacher, teacher)
     fitted = (stream.merged[:] - teacher).square().mean()
     assert fitted < 0.5 * at_start
     assert fitted < own  # better than the teacher's own weights are on the displaced stream
-
-
-# The head
 
 
 def kl(walk: Walk, head: Tensor, temperature: float) -> float:

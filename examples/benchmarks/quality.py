@@ -213,8 +213,8 @@ def _demo(folder: Path) -> "tuple[Models, dict[str, Sources]]":
     """The demo's models and texts, made if they are not there."""
     from examples.benchmarks.measuring.models import Models
     from examples.benchmarks.merge_quality.documents import Sources
-    from mergekit_dam.demo import run_demo
     from mergekit_dam.demo.recipes import text_path
+    from mergekit_dam.demo.run import run_demo
     from mergekit_dam.demo.texts import DOMAINS
 
     if not (folder / "losses.json").is_file():  # written last: what is there is whole

@@ -9,10 +9,10 @@ load        these steps in a row; calibration_set is what comes out
 tokenizers  each model's tokenizer, and whether those of all models agree
 """
 
-from .calibration_set import CalibrationSet, Provenance
-from .load import load_calibration
-from .source import CalibrationSource
-from .tokenizers import check_agreement, load_tokenizer
+from mergekit_dam.calibration.load import load_calibration
+from mergekit_dam.calibration.sets import CalibrationSet, Provenance
+from mergekit_dam.calibration.source import CalibrationSource
+from mergekit_dam.vocabulary.tokenizers import check_agreement, load_tokenizer
 
 __all__ = [
     "CalibrationSet",

@@ -5,14 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mergekit_dam.calibration.rows import STANDARD_COLUMNS, Row, permutation, require
+from mergekit_dam.calibration.source import SUFFIXES, CalibrationSource
 from mergekit_dam.errors import CalibrationError
 
-from .extras import require
-from .order import permutation
-from .rows import Row
-from .source import SUFFIXES, CalibrationSource
-
-STANDARD_COLUMNS = ("text", "messages", "input_ids")
 TEXT_BLOCK = 64 * 2**20  # characters; a larger .txt file is several documents of that size
 _PARQUET_BATCH = 256  # rows
 

@@ -3,11 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
+from mergekit_dam.calibration.rows import Row, require
+from mergekit_dam.calibration.source import CalibrationSource
 from mergekit_dam.errors import CalibrationError
-
-from .extras import require
-from .rows import Row
-from .source import CalibrationSource
 
 DEFAULT_SPLIT = "train"
 SHUFFLE_BUFFER = 1000  # documents; the shards are shuffled too

@@ -6,17 +6,15 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from mergekit_dam.calibration.documents import chat_renderer, documents_from
+from mergekit_dam.calibration.files import find_files, local_rows
+from mergekit_dam.calibration.hub import DEFAULT_SPLIT, hub_rows, resolve_revision
+from mergekit_dam.calibration.packing import Packed, Spelling, pack
+from mergekit_dam.calibration.pieces import CHARACTERS_PER_TOKEN, Intake, shuffled_pieces
+from mergekit_dam.calibration.rows import Row
+from mergekit_dam.calibration.sets import CalibrationSet, Provenance, tokens_sha256
+from mergekit_dam.calibration.source import CalibrationSource
 from mergekit_dam.errors import CalibrationError
-
-from .calibration_set import CalibrationSet, Provenance, tokens_sha256
-from .chat import chat_renderer
-from .documents import documents_from
-from .files import find_files, local_rows
-from .hub import DEFAULT_SPLIT, hub_rows, resolve_revision
-from .packing import Packed, Spelling, pack
-from .pieces import CHARACTERS_PER_TOKEN, Intake, shuffled_pieces
-from .rows import Row
-from .source import CalibrationSource
 
 LOG = logging.getLogger(__name__)
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from mergekit_dam.calibration.documents import Document
+from mergekit_dam.calibration.pieces import Piece
 from mergekit_dam.errors import CalibrationError
-
-from .documents import Document
-from .pieces import Piece
 
 _PROBE = "Hello 0"
 

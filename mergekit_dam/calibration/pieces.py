@@ -11,8 +11,8 @@ A source that fits in one window, which is the rule, is thereby shuffled as a wh
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from .documents import Document
-from .order import permutation
+from mergekit_dam.calibration.documents import Document
+from mergekit_dam.calibration.rows import permutation
 
 CHARACTERS_PER_TOKEN = 4  # English, roughly; only lengths in characters are derived from it
 

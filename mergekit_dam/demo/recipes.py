@@ -1,11 +1,17 @@
 """The YAML files of the demo's merges."""
 
+import shlex
+import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
+import click
 import yaml
 
 from mergekit_dam.demo.settings import DemoSettings
 from mergekit_dam.demo.texts import DOMAINS
+from mergekit_dam.errors import DamError
 
 METHODS = ("linear", "task_arithmetic", "ties", "dam")
 
@@ -52,3 +58,25 @@ def text_path(directory: Path, domain: str, part: str) -> Path:
 def _named(path: Path) -> str:
     """A path for the YAML; mergekit asks the Hub about `a/b`, but never about `./a/b`."""
     return path.as_posix() if path.is_absolute() else f"./{path.as_posix()}"
+
+
+def merge(config: Path, out: Path) -> None:
+    """Merge with `mergekit-yaml`, in a process of its own; all its output goes to stderr.
+
+    Raises:
+        DamError: if the command fails; what it said stands above.
+    """
+    arguments = [config.as_posix(), out.as_posix()]
+    click.echo("$ " + shlex.join(["mergekit-yaml", *arguments]), err=True)
+    done = subprocess.run([*_command(), *arguments], stdout=2, check=False)  # 2: stderr
+    if done.returncode:
+        raise DamError(f"mergekit-yaml {config} failed with status {done.returncode}")
+
+
+def _command() -> list[str]:
+    """`mergekit-yaml` of the environment that runs us, whatever PATH says."""
+    script = Path(sysconfig.get_path("scripts"), "mergekit-yaml")
+    for path in (script, script.with_suffix(".exe")):
+        if path.is_file():
+            return [str(path)]
+    return [sys.executable, "-m", "mergekit.scripts.run_yaml"]

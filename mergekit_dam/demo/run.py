@@ -20,13 +20,11 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from mergekit_dam import __version__
-from mergekit_dam.demo.merging import merge
-from mergekit_dam.demo.recipes import METHODS, recipe, text_path
+from mergekit_dam.demo.recipes import METHODS, merge, recipe, text_path
 from mergekit_dam.demo.result import DemoResult
 from mergekit_dam.demo.settings import DemoSettings
 from mergekit_dam.demo.texts import DOMAINS, Corpus, make_corpus
-from mergekit_dam.demo.tokenizer import train_tokenizer
-from mergekit_dam.demo.training import draw, new_model, pack_documents, train
+from mergekit_dam.demo.training import draw, new_model, pack_documents, train, train_tokenizer
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluate import EvaluationSettings, evaluate
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_dam.fitting.moments import Losses
+from mergekit_dam.coefficients.tensors import FittedTensor, TensorSources
+from mergekit_dam.fitting.evidence import Losses
+from mergekit_dam.fitting.judged import judged_solution
 from mergekit_dam.fitting.solver import solve_small
-from mergekit_dam.fitting.tensors import FittedTensor, TensorSources, judged_solution
 
 ROWS = 4096
 """Rows of an embedding worked on at a time."""

@@ -2,19 +2,55 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from mergekit_dam.fitting.bias import Residual, fit_bias
-from mergekit_dam.fitting.moments import Evidence, LinearMoments, Losses
-from mergekit_dam.fitting.solver import (
-    ColumnProblem,
-    Solution,
-    Term,
-    solve_columns,
-    solve_tensor,
-)
-from mergekit_dam.fitting.tensors import FittedTensor, TensorSources, judged
+from mergekit_dam.coefficients.tensors import FittedTensor, TensorSources
+from mergekit_dam.fitting.evidence import Evidence, Losses, M
+from mergekit_dam.fitting.judged import judged, judged_solution
+from mergekit_dam.fitting.metric import PLAIN, Metric
+from mergekit_dam.fitting.moments import LinearMoments
+from mergekit_dam.fitting.problem import ColumnProblem, Term
+from mergekit_dam.fitting.solver import Solution, solve_columns, solve_small, solve_tensor
+
+
+@dataclass(frozen=True)
+class Residual:
+    """Targets less the weight's output, summed over the weighted tokens, fp64 `[n]`."""
+
+    total: Tensor
+    count: float
+    metric: Metric = PLAIN
+    scale: float = 1.0
+
+
+def fit_bias(
+    bias: TensorSources, residuals: Sequence[Residual], weight: Tensor, evidence: Evidence[M]
+) -> FittedTensor:
+    """Fit the bias of a linear or of a norm.
+
+    Args:
+        residuals: one for each of the evidence's moments.
+        weight: the merged weight, in the form that the evidence judges.
+    """
+    started = time.perf_counter()
+    form = bias.settings.parametrisation
+    directions, average = form.directions(bias.tensors), form.average(bias.tensors)
+    matrix = directions.new_zeros(len(directions), len(directions))
+    rhs = directions.new_zeros(len(directions))
+    for left in residuals:
+        felt = left.scale * left.metric(directions.T)
+        matrix += left.count * directions @ felt
+        rhs += felt.T @ (left.total - left.count * average)
+    solution = solve_small(matrix[None], rhs[None], bias.settings.ridge)
+    return judged_solution(
+        bias,
+        "bias",
+        solution,
+        lambda merged: evidence.losses(weight, merged),
+        started=started,
+    )
 
 
 def fit_linear(

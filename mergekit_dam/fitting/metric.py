@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_dam.distributed import gathered, total, totals
+from mergekit_dam.streams.distributed import gathered, total, totals
 
 DAMPING = 1.0
 """What is added to S, in units of its mean diagonal: gradients of few tokens are not all."""

@@ -5,23 +5,13 @@ are fp32, sums over chunks fp64 (fp32 for matrices too large to be factorised). 
 held out to judge the fit is so little that it is kept token by token.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from mergekit_dam.distributed import total, totals
 from mergekit_dam.fitting.metric import PLAIN, Metric
-
-
-@dataclass(frozen=True)
-class Losses:
-    """A loss on the data of the fit and on held-out data."""
-
-    fit: float
-    held_out: float
+from mergekit_dam.streams.distributed import total, totals
 
 
 @dataclass
@@ -201,129 +191,3 @@ class LinearTokens:
                 left += bias.float()
             own += self.metric.square(left, counted)
         return self.scale * totals([own])[0]
-
-
-@dataclass
-class FeatureMoments:
-    """Sums over tokens, per feature, of a scale `y = w * n + o` to fit.
-
-    Attributes:
-        n_square: `sum n^2`, `[features]`, n being the normalised input.
-        n_y: `sum n * (y - o)`, with o the part of the output that the weight does not touch.
-        n_sum: `sum n`.
-        y_sum: `sum (y - o)`.
-        y_square: `sum (y - o)^2`, per feature.
-        energy: `sum |teacher's own output|^2`.
-        count: sum of the tokens' weights.
-        scale: of all of these sums.
-    """
-
-    n_square: Tensor
-    n_y: Tensor
-    n_sum: Tensor
-    y_sum: Tensor
-    y_square: Tensor
-    energy: float = 0.0
-    count: float = 0.0
-    scale: float = 1.0
-
-    @classmethod
-    def zeros(cls, features: int, device: torch.device) -> "FeatureMoments":
-        """Empty sums."""
-        n_square, n_y, n_sum, y_sum, y_square = torch.zeros(
-            5, features, dtype=torch.float64, device=device
-        )
-        return cls(n_square, n_y, n_sum, y_sum, y_square)
-
-    def add(self, n: Tensor, target: Tensor, output: Tensor, weight: Tensor) -> None:
-        """Add a chunk: fp32 `[tokens, features]` each, and the tokens' weights `[tokens]`.
-
-        The target comes without the part of the output that the norm's weight does not touch.
-        """
-        n, target, output, weight = n.double(), target.double(), output.double(), weight.double()
-        self.n_square += weight @ n.square()
-        self.n_y += weight @ (n * target)
-        self.n_sum += weight @ n
-        self.y_sum += weight @ target
-        self.y_square += weight @ target.square()
-        self.energy += float((weight @ output.square()).sum())
-        self.count += float(weight.sum())
-
-    def add_up(self) -> None:
-        """Take in the sums of the other processes."""
-        sums = (self.n_square, self.n_y, self.n_sum, self.y_sum, self.y_square)
-        self.n_square, self.n_y, self.n_sum, self.y_sum, self.y_square = map(total, sums)
-        self.energy, self.count = totals([self.energy, self.count])
-
-    def scaled(self, factor: float) -> "FeatureMoments":
-        """A copy with its tokens weighted by `factor`."""
-        copy = FeatureMoments.zeros(len(self.n_square), self.n_square.device)
-        copy.add_scaled(self, factor)
-        return copy
-
-    def add_scaled(self, other: "FeatureMoments", factor: float) -> None:
-        """Add another set of sums with its tokens weighted by `factor`."""
-        self.n_square.add_(other.n_square, alpha=factor)
-        self.n_y.add_(other.n_y, alpha=factor)
-        self.n_sum.add_(other.n_sum, alpha=factor)
-        self.y_sum.add_(other.y_sum, alpha=factor)
-        self.y_square.add_(other.y_square, alpha=factor)
-        self.energy += factor * other.energy
-        self.count += factor * other.count
-
-    def error(self, weight: Tensor, bias: Tensor | None) -> float:
-        """`scale * sum |w n + b - y|^2` of a weight and a bias `[features]`."""
-        weight, bias = weight.double(), None if bias is None else bias.double()
-        squared = self.n_square * weight.square() - 2 * weight * self.n_y + self.y_square
-        if bias is not None:
-            squared = squared + 2 * bias * (weight * self.n_sum - self.y_sum)
-            squared = squared + self.count * bias.square()
-        return self.scale * max(float(squared.sum()), 0.0)
-
-
-class Sums(Protocol):
-    """What judges a fit: sums over tokens, or the tokens."""
-
-    energy: float
-    scale: float
-
-    @property
-    def count(self) -> float:
-        """Sum of the tokens' weights."""
-
-    def add_up(self) -> None:
-        """Take in what other processes have."""
-
-    def error(self, weight: Tensor, bias: Tensor | None) -> float:
-        """Of a merged weight and bias, in any dtype."""
-
-
-M = TypeVar("M", LinearMoments, FeatureMoments)
-
-
-@dataclass(frozen=True)
-class Evidence(Generic[M]):
-    """Data of the fit and held-out data of one tensor, and the weight they add up to.
-
-    Attributes:
-        fit: all models' sums in one, or one a model where each has a metric of its own.
-        held_out: one a model. Every model's tokens are weighted by its loss weight over the
-            energy of its teacher's output, or over their number.
-        total: sum of the loss weights; losses are given as fractions of it.
-    """
-
-    fit: Sequence[M]
-    held_out: Sequence[Sums]
-    total: float
-
-    def fit_loss(self, weight: Tensor, bias: Tensor | None) -> float:
-        """Loss on the data of the fit, as a fraction of the teachers' energy."""
-        return sum(sums.error(weight, bias) for sums in self.fit) / self.total
-
-    def held_out_loss(self, weight: Tensor, bias: Tensor | None) -> float:
-        """Loss on held-out data, as a fraction of the teachers' energy."""
-        return sum(sums.error(weight, bias) for sums in self.held_out) / self.total
-
-    def losses(self, weight: Tensor, bias: Tensor | None) -> Losses:
-        """Both losses of a weight and a bias, in any dtype."""
-        return Losses(self.fit_loss(weight, bias), self.held_out_loss(weight, bias))

@@ -4,10 +4,12 @@ import time
 
 import torch
 
-from mergekit_dam.fitting.bias import Residual, fit_bias
-from mergekit_dam.fitting.moments import Evidence, FeatureMoments
+from mergekit_dam.coefficients.tensors import FittedTensor, TensorSources
+from mergekit_dam.fitting.evidence import Evidence
+from mergekit_dam.fitting.features import FeatureMoments
+from mergekit_dam.fitting.judged import judged_solution
+from mergekit_dam.fitting.linear import Residual, fit_bias
 from mergekit_dam.fitting.solver import solve_small
-from mergekit_dam.fitting.tensors import FittedTensor, TensorSources, judged_solution
 
 
 def fit_norm(

@@ -9,7 +9,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mergekit_dam.calibration import CalibrationSet, load_calibration
+from mergekit_dam.calibration.load import load_calibration
+from mergekit_dam.calibration.sets import CalibrationSet
 
 WORDS = "the quick brown fox jumps over a lazy dog while numbers 0 1 2 3 add up to sums "
 CHAT = (

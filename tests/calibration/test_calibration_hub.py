@@ -9,8 +9,8 @@ import huggingface_hub
 import pytest
 import torch
 
-from mergekit_dam.calibration import CalibrationSource
 from mergekit_dam.calibration.hub import resolve_revision
+from mergekit_dam.calibration.source import CalibrationSource
 from mergekit_dam.errors import CalibrationError
 
 

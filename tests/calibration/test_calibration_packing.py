@@ -12,9 +12,9 @@ import torch
 
 from mergekit_dam.calibration import load as load_module
 from mergekit_dam.calibration.documents import Document
-from mergekit_dam.calibration.order import permutation
 from mergekit_dam.calibration.packing import document_start, pack
 from mergekit_dam.calibration.pieces import Intake, Piece, shuffled_pieces, text_stops
+from mergekit_dam.calibration.rows import permutation
 from mergekit_dam.errors import CalibrationError
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mergekit_dam.calibration import CalibrationSource
+from mergekit_dam.calibration.source import CalibrationSource
 from mergekit_dam.errors import CalibrationError
 
 parse = CalibrationSource.parse

@@ -9,8 +9,8 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from mergekit_dam.calibration import check_agreement, load_tokenizer
 from mergekit_dam.errors import CalibrationError
+from mergekit_dam.vocabulary.tokenizers import check_agreement, load_tokenizer
 
 # mergekit's unpickler names numpy.core, which numpy 2 warns of; it is no fault of ours.
 pytestmark = pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning")

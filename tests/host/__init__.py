@@ -1,0 +1,1 @@
+"""TODO tests/host/__init__.py."""

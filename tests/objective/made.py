@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from mergekit_dam.objective.settings import LogitsSettings
-from mergekit_dam.settings import Objective, RunSettings
+from mergekit_dam.parameters import LogitsSettings, Objective, RunSettings
 
 PLAIN: dict[str, Any] = {
     "nonlinearity": "none",

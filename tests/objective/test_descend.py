@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergekit_dam.backprop import Shelf
+from mergekit_dam.coefficients.record import Record
 from mergekit_dam.errors import ConfigError
-from mergekit_dam.fitting.judge import Verdict
-from mergekit_dam.objective import descend as descend_module
-from mergekit_dam.objective.coordinates import coefficients_of, starting_unknowns
-from mergekit_dam.objective.descend import Data, Descent, batches_of, descend, verdict_of
-from mergekit_dam.objective.gradient import Batch, Objective
-from mergekit_dam.objective.regularisers import column_weights
-from mergekit_dam.objective.settings import LogitsSettings
-from mergekit_dam.settings import Resident
-from mergekit_dam.stage import Record
+from mergekit_dam.parameters import LogitsSettings, Resident
+from mergekit_dam.search import descend as descend_module
+from mergekit_dam.search.coordinates import coefficients_of, starting_unknowns
+from mergekit_dam.search.data import Data
+from mergekit_dam.search.descend import Descent, batches_of, descend, verdict_of
+from mergekit_dam.search.gradient import Batch, Objective
+from mergekit_dam.search.judge import Verdict
+from mergekit_dam.search.regularisers import column_weights
+from mergekit_dam.streams.boundaries import Shelf
 from tests.networks import CPU, Made, make
 from tests.objective.made import logits_settings
 from tests.objective.test_gradient import plain_loss
@@ -71,9 +71,6 @@ def ever_better(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         descend_module, "verdict_of", lambda *_: Verdict((1 / (1 + next(count)),), (1.0,))
     )
-
-
-# The plain descent
 
 
 @dataclass
@@ -263,9 +260,6 @@ def test_the_weighted_overlap_is_that_of_the_models_without_the_base(tmp_path: P
     assert not penalised.coefficients[name].equal(free.coefficients[name])
 
 
-# What a descent ends with
-
-
 def test_the_best_look_is_the_result_and_the_start_is_one_of_them(tmp_path: Path) -> None:
     made = make()
     data, start = made.data(32, held_out=12), made.average()
@@ -340,9 +334,6 @@ def test_a_start_that_the_nonlinearity_cannot_reach_is_refused(tmp_path: Path) -
     made = make()  # the affine form starts at zero
     with pytest.raises(ConfigError, match="sigmoid can only give coefficients between 0 and 1"):
         run(made, tmp_path, logits_settings(nonlinearity="sigmoid"))
-
-
-# Batches
 
 
 def numbered(count: int, held_out: int, source: int = 0) -> Data:

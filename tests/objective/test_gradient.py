@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from mergekit_dam.backprop import Shelf
-from mergekit_dam.fitting import streams as streams_module
-from mergekit_dam.objective.gradient import Batch, Objective
-from mergekit_dam.objective.settings import LogitsSettings
-from mergekit_dam.stage import Record
+from mergekit_dam.coefficients.record import Record
+from mergekit_dam.parameters import LogitsSettings
+from mergekit_dam.search.gradient import Batch, Objective
+from mergekit_dam.streams import stream as streams_module
+from mergekit_dam.streams.boundaries import Shelf
 from tests.models import tiny_llama_config
 from tests.networks import LENGTH, Made, files_under, make
 from tests.objective.made import logits_settings

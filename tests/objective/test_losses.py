@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 from torch.nn.functional import kl_div, log_softmax, mse_loss, softmax
 
-from mergekit_dam.objective.losses import logit_loss
+from mergekit_dam.search.losses import logit_loss
 from tests.objective.made import logits_settings
 
 INF = math.inf

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mergekit_dam.errors import ConfigError
-from mergekit_dam.objective.nonlinearity import apply, invert
-from mergekit_dam.objective.settings import Nonlinearity
+from mergekit_dam.parameters import Nonlinearity
+from mergekit_dam.search.coordinates import apply, invert
 
 NAMES: tuple[Nonlinearity, ...] = get_args(Nonlinearity)
 BY_HAND = {

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mergekit_dam.objective.optimizers import MoFO, make_optimizer, make_schedule
-from mergekit_dam.objective.settings import Schedule
+from mergekit_dam.parameters import Schedule
+from mergekit_dam.search.optimizers import MoFO, make_optimizer, make_schedule
 from tests.objective.made import logits_settings
 
 STEPS = 10
@@ -122,9 +122,6 @@ def test_mofo_leaves_a_parameter_without_gradient_and_returns_the_loss() -> None
     assert float(optimizer.step(closure)) == 3
     assert torch.equal(unused.detach(), torch.ones(3))
     torch.testing.assert_close(used.detach(), torch.full((3,), 0.9))
-
-
-# schedules
 
 
 def rates(**changes: Any) -> list[float]:

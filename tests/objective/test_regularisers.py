@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from mergekit_dam.objective import regularisers
-from mergekit_dam.objective.regularisers import (
+from mergekit_dam.search import regularisers
+from mergekit_dam.search.regularisers import (
     column_weights,
     l1,
     l2,
@@ -117,9 +117,6 @@ def test_one_model_has_no_pairs(name: str) -> None:
     assert not gradient(ALL[name], coefficients).any()
 
 
-# penalty
-
-
 def test_the_penalty_sums_all_that_is_on_over_the_tensors() -> None:
     coefficients = {"a": random(3, 5), "b": random(3, 2, seed=1)}
     weights = {"a": random(3, 5, seed=2).abs()}
@@ -154,9 +151,6 @@ def test_each_penalty_is_switched_by_its_own_weight(name: str) -> None:
 def test_nothing_on_and_no_tensors_cost_nothing() -> None:
     assert float(penalty({"a": random(3, 5)}, logits_settings(), {})) == 0
     assert float(penalty({}, logits_settings(l1=1.0), {})) == 0
-
-
-# column_weights
 
 
 def test_columns_weigh_by_their_angle() -> None:

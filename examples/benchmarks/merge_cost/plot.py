@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-from .results import Curves
+from examples.benchmarks.merge_cost.results import Curves
 
 _LINES = ("-", "--", ":")
 

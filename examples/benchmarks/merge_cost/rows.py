@@ -7,8 +7,7 @@ from typing import Any
 
 from examples.benchmarks.measuring.merges import Point
 from examples.benchmarks.measuring.rows import chosen, refuse_repeated
-
-from .results import LINEAR
+from examples.benchmarks.merge_cost.results import LINEAR
 
 REPLAY = "replay"
 

@@ -22,13 +22,19 @@ from examples.benchmarks.measuring.machine import machine
 from examples.benchmarks.measuring.merges import Point, configuration, merge_command
 from examples.benchmarks.measuring.models import resolve_all
 from examples.benchmarks.measuring.processes import Measured, Runner, failure, run_measured
-from mergekit_dam.coefficients import FILE_NAME
+from examples.benchmarks.merge_cost import page_cache, plot, synthetic
+from examples.benchmarks.merge_cost.results import LINEAR, Comparison, Report, Row
+from examples.benchmarks.merge_cost.rows import ANY_FIT, REPLAY, Choices, Merge, select
+from examples.benchmarks.merge_cost.settings import (
+    Given,
+    Settings,
+    Shape,
+    Source,
+    Sweep,
+    every_case,
+)
+from mergekit_dam.coefficients.file import FILE_NAME
 from mergekit_dam.errors import DamError
-
-from . import page_cache, plot, synthetic
-from .results import LINEAR, Comparison, Report, Row
-from .rows import ANY_FIT, REPLAY, Choices, Merge, select
-from .settings import Given, Settings, Shape, Source, Sweep, every_case
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from examples.benchmarks.measuring.models import Models
-
-from .settings import Given, Shape
-from .texts import make_tokenizer, write_text
+from examples.benchmarks.merge_cost.settings import Given, Shape
+from examples.benchmarks.merge_cost.texts import make_tokenizer, write_text
 
 _HEAD_DIM = 64
 _POSITIONS = 2**15  # rotary: no weight depends on it

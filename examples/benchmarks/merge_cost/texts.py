@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mergekit_dam.demo.arithmetic import word_problem
 from mergekit_dam.demo.records import person_record
-from mergekit_dam.demo.tokenizer import train_tokenizer
+from mergekit_dam.demo.training import train_tokenizer
 
 _KINDS: tuple[Callable[[random.Random], str], ...] = (word_problem, person_record)
 _TRAINED_ON = 2000  # documents of each kind; they make some thousand tokens

@@ -11,8 +11,7 @@ from typing import Any
 
 from examples.benchmarks.measuring.merges import Point
 from examples.benchmarks.measuring.rows import chosen, refuse_repeated
-
-from .results import BASE, LINEAR, OWN
+from examples.benchmarks.merge_quality.results import BASE, LINEAR, OWN
 
 REGMEAN = "regmean"
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mergekit_dam.calibration import load_calibration
+from mergekit_dam.calibration.load import load_calibration
 
 _RIDGE = 1e-6  # of the mean diagonal, toward the average: inputs that are always 0 leave it there
 _BATCH = 4  # sequences per forward pass

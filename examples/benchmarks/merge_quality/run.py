@@ -25,13 +25,23 @@ from examples.benchmarks.measuring.merges import Point, configuration, merge_com
 from examples.benchmarks.measuring.models import Models, resolve_all
 from examples.benchmarks.measuring.processes import Runner, failure, run_measured
 from examples.benchmarks.measuring.tables import named
-from mergekit_dam.calibration import load_calibration
+from examples.benchmarks.merge_quality import documents, regmean
+from examples.benchmarks.merge_quality.documents import Shares, Sources, part_path
+from examples.benchmarks.merge_quality.methods import REGMEAN, Choices, Method, select
+from examples.benchmarks.merge_quality.results import (
+    BASE,
+    LINEAR,
+    OWN,
+    Losses,
+    Report,
+    Row,
+    Trial,
+    best,
+    mean,
+    recovery,
+)
+from mergekit_dam.calibration.load import load_calibration
 from mergekit_dam.evaluate import EvaluationSettings, cross_entropy, load_model, read_tokens
-
-from . import documents, regmean
-from .documents import Shares, Sources, part_path
-from .methods import REGMEAN, Choices, Method, select
-from .results import BASE, LINEAR, OWN, Losses, Report, Row, Trial, best, mean, recovery
 
 JUDGED = ("validation", "test")
 

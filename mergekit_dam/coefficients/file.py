@@ -1,0 +1,102 @@
+"""TODO mergekit_dam/coefficients/file.py."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mergekit_dam.errors import ConfigError
+
+LOG = logging.getLogger(__name__)
+
+FILE_NAME = "dam_coefficients.safetensors"
+_METADATA_KEY = "mergekit_dam"
+
+
+@dataclass(frozen=True)
+class CoefficientFile:
+    """A saved set of coefficients.
+
+    Attributes:
+        coefficients: output tensor's name -> fp32 `[sources, n]`.
+        sources: the models in the order of the rows, as written in the configuration.
+        metadata: provenance: versions, revisions, parameters, digests of the calibration.
+        parameter: of the configuration, which named the file: problems begin with it.
+    """
+
+    coefficients: Mapping[str, Tensor]
+    sources: tuple[str, ...]
+    metadata: Mapping[str, Any]
+    parameter: str = "coefficients"
+
+    def rows_of(self, sources: Sequence[str]) -> list[int]:
+        """The rows of the coefficients that belong to some sources, in their order.
+
+        Models are found by name; if their names changed (a CI job elsewhere), by position.
+
+        Raises:
+            ConfigError: the file was made from another number of models.
+        """
+        if set(sources) == set(self.sources):
+            return [self.sources.index(source) for source in sources]
+        if len(sources) != len(self.sources):
+            raise ConfigError(
+                [
+                    f"{self.parameter}: made from {len(self.sources)} models "
+                    f"({', '.join(self.sources)}), got {len(sources)} ({', '.join(sources)})"
+                ]
+            )
+        pairs = ", ".join(f"{a} as {b}" for a, b in zip(sources, self.sources, strict=True))
+        LOG.warning("%s: models go by other names now; taking %s", self.parameter, pairs)
+        return list(range(len(sources)))
+
+    def save(self, path: Path) -> None:
+        """Write atomically: a reader sees the whole file or none."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        # Under one key: safetensors writes several in an order that differs from run to run.
+        provenance = json.dumps({**self.metadata, "sources": self.sources}, sort_keys=True)
+        # Tied tensors share their coefficients, which safetensors refuses to write.
+        tensors = {
+            name: tensor.clone(memory_format=torch.contiguous_format)
+            for name, tensor in self.coefficients.items()
+        }
+        save_file(tensors, temporary, metadata={_METADATA_KEY: provenance})
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path, *, parameter: str = "coefficients") -> "CoefficientFile":
+        """Read a file, or the file of that name in a folder.
+
+        Args:
+            parameter: of the configuration, which names the file.
+
+        Raises:
+            ConfigError: no such file, or not one that this package wrote.
+        """
+        path = Path(path)
+        file = path / FILE_NAME if path.is_dir() else path
+        if not file.is_file():
+            raise ConfigError(
+                [
+                    f"{parameter}: no file at {file}; give the path of a {FILE_NAME} "
+                    f"that an earlier dam merge wrote, or of its folder"
+                ]
+            )
+        try:
+            with safe_open(file, framework="pt") as handle:
+                metadata = json.loads((handle.metadata() or {})[_METADATA_KEY])
+                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            sources = tuple(metadata.pop("sources"))
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ConfigError(
+                [f"{parameter}: {file} was not written by a dam merge ({error!r})"]
+            ) from error
+        return cls(tensors, sources, metadata, parameter)

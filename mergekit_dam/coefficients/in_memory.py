@@ -1,0 +1,119 @@
+"""Tensors that are handed in, merged with coefficients that are handed in too.
+
+What `mergekit.merge_methods.merge_tensors` and `merge_state_dicts` do with the method `dam`, and
+`mergekit-pytorch` with raw files: no model, no text, no fit.
+
+    merge_state_dicts({"a": a, "b": b}, "dam", parameters={"coefficients": "./out"})
+    merge_tensors([a, b], "dam", parameters={"coefficients": torch.tensor([[0.3], [0.7]])})
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from torch import Tensor
+
+from mergekit_dam.coefficients.file import CoefficientFile
+from mergekit_dam.coefficients.merge import column_counts, merge_weights
+from mergekit_dam.coefficients.parametrisation import Parametrisation
+from mergekit_dam.errors import DamError
+
+Given = str | CoefficientFile | Mapping[str, Tensor] | Tensor
+"""A path, what lies there, coefficients by the name of a tensor, or those of one tensor."""
+
+
+def merge_given(
+    tensors: Sequence[Tensor], given: Given, *, ids: Sequence[Hashable], name: str | None
+) -> Tensor:
+    """Merge one tensor of every source.
+
+    Args:
+        tensors: of every source, of one shape and dtype.
+        given: coefficients `[sources, n]`, n being 1 or the size of the tensors along their last
+            dimension (along the one that a file names); of experts, as `merge_weights` has them.
+        ids: of the sources: names that a file knows them by, or numbers that say nothing.
+        name: of the tensor, by which coefficients are looked up.
+
+    Returns:
+        A tensor of the sources' shape and dtype.
+
+    Raises:
+        DamError: there are none for this tensor, or they do not fit it.
+    """
+    coefficients, axis, order = _found(given, ids, name)
+    tensors = [tensors[index] for index in order or range(len(tensors))]
+    allowed = column_counts(tensors[0].shape, axis)
+    if coefficients.ndim != 2 or coefficients.shape[0] != len(tensors):
+        raise DamError(
+            f"{name}: required coefficients of shape [{len(tensors)}, 1] or [{len(tensors)}, "
+            f"{allowed[-1]}], a row for each of the tensors, got {list(coefficients.shape)}"
+        )
+    if coefficients.shape[1] not in allowed:
+        raise DamError(
+            f"{name}: required {allowed[-1]} coefficients a tensor, or one, got "
+            f"{coefficients.shape[1]}; they belong to tensors of another shape than "
+            f"{list(tensors[0].shape)}"
+        )
+    return merge_weights(tensors, coefficients.float(), axis=axis).to(tensors[0].dtype)
+
+
+def merge_average(
+    tensors: Sequence[Tensor], weights: Sequence[float], *, base: int | None
+) -> Tensor:
+    """The weighted average that a fit starts from; a base has no part in it.
+
+    Raises:
+        DamError: no tensor has a weight.
+    """
+    merged = [w for index, w in enumerate(weights) if index != base]
+    if not sum(merged):
+        raise DamError("every tensor has `weight: 0`; an average needs one that has not")
+    form = Parametrisation.create(weights, base=base, include_base=False, sum_to_one=True)
+    return merge_weights(tensors, form.starting_coefficients()).to(tensors[0].dtype)
+
+
+def _found(
+    given: Given, ids: Sequence[Hashable], name: str | None
+) -> tuple[Tensor, int, Sequence[int] | None]:
+    """The coefficients of one tensor, their dimension, and the sources in the order of the rows."""
+    known = opened(given)
+    if isinstance(known, Tensor):
+        return known, -1, None
+    by_name = known.coefficients if isinstance(known, CoefficientFile) else known
+    if name is None or name not in by_name:
+        raise DamError(
+            f"required coefficients for the tensor {name!r}, got those of {len(by_name)} others "
+            f"({', '.join(list(by_name)[:3])}); tensors are known by their names in the state dict"
+        )
+    if not isinstance(known, CoefficientFile):
+        return by_name[name], -1, None
+    rows = _rows(known.sources, tuple(ids))
+    # Sums in another order are rounded differently: the file's own gives the bytes of its merge.
+    order = sorted(range(len(rows)), key=rows.__getitem__)
+    return by_name[name], known.metadata.get("axes", {}).get(name, -1), order
+
+
+def opened(given: Given) -> CoefficientFile | Mapping[str, Tensor] | Tensor:
+    """What is given, read from its file if it is a path.
+
+    Raises:
+        ConfigError: no such file, or not one that this package wrote.
+    """
+    if not isinstance(given, str):
+        return given
+    path = Path(given)
+    return _load(given, path.stat().st_mtime_ns if path.exists() else 0)
+
+
+@lru_cache(maxsize=2)
+def _load(path: str, _: int) -> CoefficientFile:
+    """A file, once for all tensors, as long as it is not written anew."""
+    return CoefficientFile.load(path)
+
+
+@lru_cache(maxsize=2)
+def _rows(sources: tuple[str, ...], ids: tuple[Hashable, ...]) -> tuple[int, ...]:
+    """The row of each source; a warning that they go by other names comes once."""
+    if ids == tuple(range(len(sources))):
+        return tuple(range(len(sources)))
+    return tuple(CoefficientFile({}, sources, {}).rows_of([str(i) for i in ids]))

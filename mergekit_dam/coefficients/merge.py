@@ -1,0 +1,133 @@
+"""TODO mergekit_dam/coefficients/merge.py."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PIECE = 2**22
+"""Elements of a weight that are worked on at a time."""
+
+
+def merge_weights(tensors: Sequence[Tensor], coefficients: Tensor, *, axis: int = -1) -> Tensor:
+    """Merge one tensor of every source; the fit and the writer both call this.
+
+    Args:
+        tensors: one tensor a source, all of one shape and device; borrowed.
+        coefficients: fp32 `[sources, n]` with n the tensors' size along `axis`, or
+            `[sources, 1]` for one coefficient a source. Of experts `[experts, ., .]` it may be
+            `[sources, experts * n]`: those of each expert, one after the other.
+        axis: the input dimension of the weight.
+
+    Returns:
+        fp32 tensor of the sources' shape. A source whose coefficients are all zero is left
+        out, so that one-hot coefficients give back the source bit for bit.
+    """
+    like = tensors[0]
+    shape = _facing(coefficients.shape[1], like.shape, axis)
+    scales = [
+        coefficient.to(device=like.device, dtype=torch.float32).reshape(shape).expand(like.shape)
+        for coefficient in coefficients
+    ]
+    taking_part = [
+        (tensor, scale)
+        for tensor, scale, coefficient in zip(tensors, scales, coefficients, strict=True)
+        if coefficient.any()
+    ]
+    merged = torch.zeros_like(like, dtype=torch.float32)
+    for rows in _pieces(like):
+        for index, (tensor, scale) in enumerate(taking_part):
+            if index == 0:
+                merged[rows] = tensor[rows].float() * scale[rows]
+            else:
+                merged[rows].addcmul_(tensor[rows].float(), scale[rows])
+    return merged
+
+
+def _pieces(tensor: Tensor) -> Iterator[Any]:
+    """Indices of rows worked on at a time, so that copies in fp32 take little memory."""
+    if tensor.ndim == 0:
+        yield ...
+        return
+    rows = max(1, _PIECE // max(1, tensor[:1].numel()))
+    for first in range(0, len(tensor), rows):
+        yield slice(first, first + rows)
+
+
+def column_counts(shape: Sequence[int], axis: int = -1) -> tuple[int, ...]:
+    """How many coefficients a source may have before a tensor: 1, one a column, one an expert's.
+
+    Args:
+        shape: of the tensor; of three dimensions, the first are experts.
+        axis: the input dimension.
+    """
+    if not shape:
+        return (1,)
+    columns = shape[axis]
+    return (1, columns, shape[0] * columns) if len(shape) == 3 else (1, columns)
+
+
+def _facing(count: int, shape: Sequence[int], axis: int) -> list[int]:
+    """The shape in which so many coefficients multiply a tensor."""
+    facing = [1] * len(shape)
+    if shape:
+        facing[axis] = -1
+    if len(shape) == 3 and count not in (1, shape[axis]):
+        facing[0] = shape[0]
+    return facing
+
+
+def coefficient_gradient(
+    tensors: Sequence[Tensor], gradient: Tensor, *, axis: int = -1, per_column: bool
+) -> Tensor:
+    """Turn the gradient of a merged tensor into that of its coefficients.
+
+    `dL/dc_s = sum over rows of W_s * dL/dW`: no autograd graph holds N models.
+
+    Args:
+        tensors: one tensor a source, as `merge_weights` takes them.
+        gradient: of the merged tensor, of their shape.
+        axis: the input dimension of the weight.
+        per_column: one coefficient a column (of every expert), else one a tensor.
+
+    Returns:
+        fp64 `[sources, n]`, or `[sources, 1]`.
+    """
+    if per_column and gradient.ndim == 3:
+        experts = zip(*tensors, gradient, strict=True)
+        return torch.cat(
+            [
+                coefficient_gradient(own, of_expert, axis=expert_axis(axis), per_column=True)
+                for *own, of_expert in experts
+            ],
+            dim=1,
+        )
+    size = gradient.shape[axis] if per_column and gradient.ndim else 1
+    # With the columns last, rows are added up some at a time: products take no memory.
+    turned = gradient.movedim(axis, -1).reshape(-1, size) if size > 1 else gradient.reshape(-1, 1)
+    result = torch.zeros(len(tensors), size, dtype=torch.float64, device=gradient.device)
+    for row, tensor in zip(result, tensors, strict=True):
+        facing = tensor.movedim(axis, -1).reshape(-1, size) if size > 1 else tensor.reshape(-1, 1)
+        rows = max(1, _PIECE // size)
+        for w, g in zip(torch.split(facing, rows), torch.split(turned, rows), strict=True):
+            row += (w.float() * g).sum(0)
+    return result
+
+
+def expert_axis(axis: int) -> int:
+    """The dimension of one expert's slice that is `axis` of the fused tensor."""
+    return axis - 1 if axis > 0 else axis
+
+
+def rows_of_expert(coefficients: Tensor, shape: Sequence[int], axis: int, expert: int) -> Tensor:
+    """The coefficients of one expert's slice of a fused tensor: `[sources, n]` or `[sources, 1]`.
+
+    Args:
+        coefficients: of the fused tensor, as `merge_weights` takes them.
+        shape, axis: of the fused tensor.
+    """
+    columns = shape[axis]
+    if coefficients.shape[1] in (1, columns):
+        return coefficients
+    return coefficients[:, expert * columns : (expert + 1) * columns]

@@ -1,0 +1,67 @@
+"""TODO mergekit_dam/coefficients/record.py."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from torch import Tensor
+
+from mergekit_dam.coefficients.tensors import FittedTensor, TensorReport
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One step of the search for the best coefficients, judged on held-out data.
+
+    Attributes:
+        name: what was tried.
+        kept: it became the best so far.
+        held_out_kl: from each model that has calibration data, in nats per token.
+        mean_held_out_kl: their mean, by the models' loss weights.
+        seconds: wall time.
+        details: such as the number of steps.
+    """
+
+    name: str
+    kept: bool
+    held_out_kl: tuple[float, ...]
+    mean_held_out_kl: float
+    seconds: float
+    details: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(eq=False)  # tasks that carry one are hashed: by its identity
+class Record:
+    """What is known of the merge so far: small, and handed from stage to stage.
+
+    Attributes:
+        coefficients: fp32 `[sources, n]` or `[sources, 1]` by output tensor.
+        axes: the dimension they run along, where it is not the last.
+        reports: by output tensor.
+        seconds: by stage.
+        rungs: of the search, where the whole model was judged.
+    """
+
+    coefficients: dict[str, Tensor] = field(default_factory=dict)
+    axes: dict[str, int] = field(default_factory=dict)
+    reports: dict[str, TensorReport] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    rungs: list[Rung] = field(default_factory=list)
+
+    def without(self, names: Collection[str]) -> "Record":
+        """What is known of all other tensors."""
+
+        def rest(known: dict[str, T]) -> dict[str, T]:
+            return {name: value for name, value in known.items() if name not in names}
+
+        return Record(rest(self.coefficients), rest(self.axes), rest(self.reports))
+
+    def add(self, fitted: FittedTensor) -> None:
+        """Record a settled tensor."""
+        name = fitted.sources.name
+        self.coefficients[name] = fitted.coefficients.cpu()
+        self.reports[name] = fitted.report
+        if fitted.axis != -1:
+            self.axes[name] = fitted.axis

@@ -1,0 +1,251 @@
+"""The merge as mergekit would run it, planned from headers and configurations alone.
+
+1. The configuration is checked. Calibration sequences have a shape, and no text is read for them.
+2. mergekit's planner plans, and its plan is turned into stages, as for a merge.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from mergekit.architecture import get_architecture_info
+from mergekit.common import ModelReference, dtype_from_name
+from mergekit.config import MergeConfiguration
+from mergekit.graph import Task
+from mergekit.io.tasks import GatherTensors, LoaderCache, SaveTensor
+from mergekit.options import MergeOptions
+from mergekit.tokenizer import PermutedVocabulary
+from mergekit.tokenizer.truncate import TruncatedVocabulary
+from pydantic import ValidationError
+
+from mergekit_dam.calibration.sets import CalibrationSet, Provenance
+from mergekit_dam.calibration.source import CalibrationSource
+from mergekit_dam.errors import ConfigError, DamError
+from mergekit_dam.host import plugin
+from mergekit_dam.host.tasks import (
+    FitStage,
+    MergedTensor,
+    MergeKnown,
+    Piece,
+    Search,
+    WriteArtifacts,
+)
+from mergekit_dam.request.method import NAME
+from mergekit_dam.request.models import check_depth, check_length
+from mergekit_dam.request.prepare import Prepared, PreparedConfiguration, check
+from mergekit_dam.sources.gathers import TeachersVocabulary
+from mergekit_dam.sources.headers import Header, header_of
+from mergekit_dam.sources.stage import Stage
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One output tensor.
+
+    Attributes:
+        headers: by source; None where the file's header does not tell.
+        dtype: that sources are converted to as they are loaded, or None.
+        rows: (the dimension of the vocabulary, its size), where it is not that of the sources.
+        copies: made of a source that is brought into one vocabulary; two, where its teacher goes by
+            other rows than those that are merged.
+    """
+
+    headers: Mapping[ModelReference, Header | None]
+    dtype: torch.dtype | None
+    rows: tuple[int, int] | None = None
+    copies: int = 0
+
+
+@dataclass(frozen=True)
+class PlannedMerge:
+    """What mergekit would run.
+
+    Attributes:
+        tensors: by name.
+        stages: input, blocks and output of the model; none where nothing is fitted.
+        out_dtype: that tensors are written in, if not in that which they are loaded in.
+    """
+
+    prepared: Prepared
+    tensors: Mapping[str, PlannedTensor]
+    stages: tuple[Stage, ...]
+    out_dtype: torch.dtype | None
+
+
+def plan_merge(file: Path, options: MergeOptions, out_path: Path) -> PlannedMerge:
+    """Plan a merge.
+
+    Args:
+        file: the YAML.
+        out_path: where the merged model would go; nothing is written there.
+
+    Raises:
+        DamError: what a merge would refuse, but for what it would find in text or weights.
+    """
+    plugin.install()
+    from mergekit.merge import _model_out_config  # as run_merge does
+    from mergekit.plan import MergePlanner
+
+    config, source = read_configuration(file)
+    prepared = _without_text(check(config, options, source))
+    planned = PreparedConfiguration.create(config, prepared)
+    _check_models(planned.referenced_models(), options)
+    check_depth(config, prepared.checked, options)
+    check_length(prepared.checked, options)
+    architecture = get_architecture_info(planned, options)
+    LoaderCache().setup(options=options)
+    with _adapters_as_their_bases(planned.referenced_models(), options):
+        out_config = _model_out_config(
+            planned, architecture, trust_remote_code=options.trust_remote_code
+        )
+        tasks = MergePlanner(planned, architecture, options, out_config).plan_to_disk(str(out_path))
+        tensors = {
+            name: _tensor(_gather(merged), prepared)
+            for name, merged in map(_whole, tasks)
+            if merged is not None
+        }
+    last = next(task.last for task in tasks if isinstance(task, WriteArtifacts))
+    out_dtype = dtype_from_name(config.out_dtype)
+    return PlannedMerge(prepared, tensors, tuple(_stages(last)), out_dtype)
+
+
+def read_configuration(file: Path) -> tuple[MergeConfiguration, dict[str, Any]]:
+    """A configuration, and the YAML as parsed.
+
+    Raises:
+        ConfigError: it cannot be read, or is of another method.
+    """
+    try:
+        source = yaml.safe_load(file.read_text(encoding="utf-8"))
+        config: MergeConfiguration = MergeConfiguration.model_validate(source)
+    except (yaml.YAMLError, UnicodeDecodeError, ValidationError, RuntimeError) as error:
+        raise ConfigError([f"{file}: mergekit cannot read it ({error})"]) from error
+    if config.merge_method != NAME:
+        raise ConfigError(
+            [
+                f"{file}: required `merge_method: {NAME}`, got `{config.merge_method}`; the plan "
+                "is of this method's fit"
+            ]
+        )
+    return config, source
+
+
+def _check_models(models: Iterable[ModelReference], options: MergeOptions) -> None:
+    """See that every model has a configuration that transformers can read.
+
+    Raises:
+        DamError: naming the model.
+    """
+    for model in models:
+        try:
+            model.config(trust_remote_code=options.trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise DamError(
+                f"{model}: required a folder with a model, or the id of one on the Hub; its "
+                f"configuration cannot be read ({str(error).splitlines()[0]})"
+            ) from error
+
+
+def _without_text(prepared: Prepared) -> Prepared:
+    """Sequences of the configured number and length, of no tokens at all."""
+    run = prepared.checked.run
+    if prepared.replay is not None or not prepared.checked.learns:
+        return prepared
+    calibration = {}
+    for model, text in prepared.checked.calibrations.items():
+        samples = CalibrationSource.parse(text).samples or run.samples
+        tokens = torch.empty(samples, run.sequence_length, dtype=torch.long, device="meta")
+        calibration[model] = CalibrationSet(
+            tokens=tokens, provenance=_provenance(str(model), text, samples, run.sequence_length)
+        )
+    return dataclasses.replace(prepared, calibration=calibration)
+
+
+def _provenance(model: str, text: str, sequences: int, length: int) -> Provenance:
+    """Of sequences that nobody has read."""
+    return Provenance(
+        model=model,
+        source=text,
+        files=(),
+        dataset=None,
+        revision=None,
+        split=None,
+        seed=0,
+        documents_read=0,
+        documents_used=0,
+        empty_skipped=0,
+        tokens_available=0,
+        tokens_used=sequences * length,
+        sequences=sequences,
+        sequence_length=length,
+        cut=(),
+        sha256="",
+    )
+
+
+@contextlib.contextmanager
+def _adapters_as_their_bases(
+    models: Iterable[ModelReference], options: MergeOptions
+) -> Iterator[None]:
+    """Have mergekit's loaders find an adapter's base: merging the adapter would read weights."""
+    loaders = LoaderCache().loaders
+    replaced = [model for model in models if model.lora is not None and model not in loaders]
+    for model in replaced:
+        base = ModelReference(model=model.model)
+        loaders[model] = base.lazy_loader(options.transformers_cache, options.lazy_unpickle)
+    try:
+        yield
+    finally:
+        for model in replaced:
+            del loaders[model]
+
+
+def _whole(task: Task[Any]) -> tuple[str, Task[Any] | None]:
+    """What a task writes: name, and task that merges it; of pieces, what they are cut out of."""
+    if not isinstance(task, SaveTensor):
+        return "", None
+    if isinstance(task.tensor_task, Piece):
+        return task.tensor_task.region.whole, task.tensor_task.whole
+    return task.tensor_name, task.tensor_task
+
+
+def _gather(task: Task[Any]) -> Task[Any]:
+    """The task that brings a tensor of all sources."""
+    if isinstance(task, MergedTensor):
+        node = task.fit.node
+        names = [plan.name for plan in node.stage.tensors]
+        return node.inputs[names.index(task.name)]
+    assert isinstance(task, MergeKnown)
+    return task.known.gather
+
+
+def _tensor(gather: Task[Any], prepared: Prepared) -> PlannedTensor:
+    rows = None
+    copies = sum(isinstance(gather, k) for k in (PermutedVocabulary, TeachersVocabulary))
+    if isinstance(gather, PermutedVocabulary) and prepared.vocabulary is not None:
+        rows = gather.vocabulary_axis, prepared.vocabulary.size
+    elif isinstance(gather, TruncatedVocabulary) and prepared.rows is not None:
+        axis = gather.weight_info.vocabulary_axis
+        assert axis is not None  # of what is cut
+        rows = axis, prepared.rows
+    while not isinstance(gather, GatherTensors):
+        gather = gather.gather_tensors  # type: ignore[attr-defined]
+    infos = dict(gather.weight_info.data)
+    forced = next((info.force_dtype for info in infos.values() if info.force_dtype), None)
+    headers = {model: header_of(info, model) for model, info in infos.items()}
+    return PlannedTensor(headers, dtype_from_name(forced or gather.dtype), rows, copies)
+
+
+def _stages(last: FitStage | Search | None) -> list[Stage]:
+    """The stages of a fit, in the order the data passes them."""
+    if last is None:
+        return []
+    if isinstance(last, Search):
+        return list(last.node.network.stages)
+    before = last.node.previous
+    return [*_stages(before), last.node.stage]

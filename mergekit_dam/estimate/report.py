@@ -1,0 +1,164 @@
+"""An estimate for people, as a table of text, and for programs, as JSON."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from mergekit_dam.estimate.estimate import Estimate, work_of
+from mergekit_dam.estimate.flops import total
+
+_MEANING = (
+    "Memory is the process's own; with mapped files, also pages of weights that the system\n"
+    "takes back when it must. Times are for this machine as busy as it was just now."
+)
+
+
+def to_json(estimate: Estimate) -> dict[str, Any]:
+    """Everything, in bytes, flops and seconds."""
+    inventory = estimate.inventory
+    works = work_of([sweep for sweep in estimate.sweeps if sweep.certain])
+    return {
+        "sources": inventory.sources,
+        "blocks": len(inventory.blocks),
+        "tensors": len(inventory.tensors),
+        "parameters": sum(tensor.parameters for tensor in inventory.tensors),
+        "calibration": asdict(inventory.text),
+        "startup_seconds": estimate.startup,
+        "sweeps": [
+            {
+                "name": sweep.name,
+                "condition": sweep.condition,
+                "read_bytes": sweep.read,
+                "write_bytes": sweep.write,
+                "flops": total(sweep.work),
+                "seconds": seconds,
+            }
+            for sweep, seconds in zip(estimate.sweeps, estimate.seconds, strict=True)
+        ],
+        "seconds": {"least": estimate.least_seconds, "most": estimate.most_seconds},
+        "work": [
+            {
+                "kind": kind,
+                "of": "elements" if speed == "elements" else "flops",
+                "speed": speed,
+                "count": count,
+                "seconds": count / estimate.machine.speed(speed),
+            }
+            for (kind, speed), count in works.items()
+        ],
+        "memory": [
+            {
+                "phase": need.phase,
+                "host_bytes": estimate.own(need),
+                "host_bytes_with_mapped_files": estimate.resident(need),
+                "gpu_bytes": need.device if estimate.room.gpu else 0,
+            }
+            for need in estimate.needs
+        ],
+        "peak_host_bytes": estimate.own(estimate.host),
+        "peak_host_bytes_with_mapped_files": estimate.resident_bytes,
+        "peak_gpu_bytes": estimate.gpu.device if estimate.room.gpu else 0,
+        "streams": estimate.streams,
+        "scratch_bytes": estimate.scratch,
+        "machine": asdict(estimate.machine),
+        "problems": list(estimate.problems),
+    }
+
+
+def table(estimate: Estimate) -> str:
+    """The same in a few tables."""
+    parts = [_models(estimate), _sweeps(estimate), _work(estimate), _memory(estimate)]
+    return "\n\n".join([*parts, _verdict(estimate), _MEANING])
+
+
+def _models(estimate: Estimate) -> str:
+    inventory, text = estimate.inventory, estimate.inventory.text
+    parameters = sum(tensor.parameters for tensor in inventory.tensors)
+    lines = [
+        f"{inventory.sources} sources of {len(inventory.blocks)} blocks, "
+        f"{len(inventory.tensors)} tensors, {parameters / 1e6:,.1f}M parameters each"
+        if inventory.settings is not None
+        else f"without a fit: {inventory.sources} sources of {len(inventory.tensors)} tensors, "
+        f"{parameters / 1e6:,.1f}M parameters each"
+    ]
+    if inventory.settings is not None:
+        counts = " + ".join(map(str, text.sequences))
+        lines.append(
+            f"{counts} sequences of {text.length} tokens, {sum(text.held_out)} of them held out; "
+            f"hidden states: {_size(estimate.scratch)} in files, streams on the {estimate.streams}"
+        )
+    return "\n".join(lines)
+
+
+def _sweeps(estimate: Estimate) -> str:
+    rows = [["start", "", "", "", _time(estimate.startup)]]
+    for sweep, seconds in zip(estimate.sweeps, estimate.seconds, strict=True):
+        name = sweep.name if sweep.certain else f"{sweep.name}, {sweep.condition}"
+        flops = f"{total(sweep.work) / 1e12:,.2f}"
+        rows.append([name, _size(sweep.read), _size(sweep.write), flops, _time(seconds)])
+    read = sum(sweep.read for sweep in estimate.sweeps if sweep.certain)
+    written = sum(sweep.write for sweep in estimate.sweeps if sweep.certain)
+    work = work_of([sweep for sweep in estimate.sweeps if sweep.certain])
+    flops = f"{total(work) / 1e12:,.2f}"
+    rows.append(["in all", _size(read), _size(written), flops, _time(estimate.least_seconds)])
+    if estimate.most_seconds > estimate.least_seconds:
+        rows.append(["at most", "", "", "", _time(estimate.most_seconds)])
+    return _aligned(["sweep", "reads", "writes", "Tflop", "time"], rows)
+
+
+def _work(estimate: Estimate) -> str:
+    """Kinds of work of what is certain, the longest first."""
+    found: dict[str, tuple[float, float]] = {}
+    work = work_of([sweep for sweep in estimate.sweeps if sweep.certain])
+    for (kind, speed), count in work.items():
+        flops, seconds = found.get(kind, (0.0, 0.0))
+        own = 0 if speed == "elements" else count
+        found[kind] = (flops + own, seconds + count / estimate.machine.speed(speed))
+    ordered = sorted(found.items(), key=lambda item: -item[1][1])
+    rows = [[kind, f"{flops / 1e12:,.2f}", _time(seconds)] for kind, (flops, seconds) in ordered]
+    return _aligned(["work", "Tflop", "time"], rows)
+
+
+def _memory(estimate: Estimate) -> str:
+    head = ["memory at most", "host", "with mapped files"]
+    rows = []
+    for need in estimate.needs:
+        own = estimate.own(need)
+        rows.append([need.phase, _size(own), _size(estimate.resident(need))])
+        if estimate.room.gpu:
+            rows[-1].append(_size(need.device))
+    last = ["peak", _size(estimate.own(estimate.host)), _size(estimate.resident_bytes)]
+    if estimate.room.gpu:
+        head.append("GPU")
+        last.append(_size(estimate.gpu.device))
+    return _aligned(head, [*rows, last])
+
+
+def _verdict(estimate: Estimate) -> str:
+    if not estimate.problems:
+        return "Everything fits."
+    return "\n".join(["What would not fit:", *(f"  - {each}" for each in estimate.problems)])
+
+
+def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text: the first to the left, numbers to the right."""
+    every = [head, *rows]
+    widths = [max(len(row[index]) for row in every) for index in range(len(head))]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in every
+    )
+
+
+def _size(count: float) -> str:
+    """Bytes, in units of thousands."""
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if count >= unit:
+            return f"{count / unit:.2f} {name}"
+    return f"{count / 1e3:.0f} kB" if count else "0"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,86 @@
+"""TODO mergekit_dam/fitting/features.py."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_dam.streams.distributed import total, totals
+
+
+@dataclass
+class FeatureMoments:
+    """Sums over tokens, per feature, of a scale `y = w * n + o` to fit.
+
+    Attributes:
+        n_square: `sum n^2`, `[features]`, n being the normalised input.
+        n_y: `sum n * (y - o)`, with o the part of the output that the weight does not touch.
+        n_sum: `sum n`.
+        y_sum: `sum (y - o)`.
+        y_square: `sum (y - o)^2`, per feature.
+        energy: `sum |teacher's own output|^2`.
+        count: sum of the tokens' weights.
+        scale: of all of these sums.
+    """
+
+    n_square: Tensor
+    n_y: Tensor
+    n_sum: Tensor
+    y_sum: Tensor
+    y_square: Tensor
+    energy: float = 0.0
+    count: float = 0.0
+    scale: float = 1.0
+
+    @classmethod
+    def zeros(cls, features: int, device: torch.device) -> "FeatureMoments":
+        """Empty sums."""
+        n_square, n_y, n_sum, y_sum, y_square = torch.zeros(
+            5, features, dtype=torch.float64, device=device
+        )
+        return cls(n_square, n_y, n_sum, y_sum, y_square)
+
+    def add(self, n: Tensor, target: Tensor, output: Tensor, weight: Tensor) -> None:
+        """Add a chunk: fp32 `[tokens, features]` each, and the tokens' weights `[tokens]`.
+
+        The target comes without the part of the output that the norm's weight does not touch.
+        """
+        n, target, output, weight = n.double(), target.double(), output.double(), weight.double()
+        self.n_square += weight @ n.square()
+        self.n_y += weight @ (n * target)
+        self.n_sum += weight @ n
+        self.y_sum += weight @ target
+        self.y_square += weight @ target.square()
+        self.energy += float((weight @ output.square()).sum())
+        self.count += float(weight.sum())
+
+    def add_up(self) -> None:
+        """Take in the sums of the other processes."""
+        sums = (self.n_square, self.n_y, self.n_sum, self.y_sum, self.y_square)
+        self.n_square, self.n_y, self.n_sum, self.y_sum, self.y_square = map(total, sums)
+        self.energy, self.count = totals([self.energy, self.count])
+
+    def scaled(self, factor: float) -> "FeatureMoments":
+        """A copy with its tokens weighted by `factor`."""
+        copy = FeatureMoments.zeros(len(self.n_square), self.n_square.device)
+        copy.add_scaled(self, factor)
+        return copy
+
+    def add_scaled(self, other: "FeatureMoments", factor: float) -> None:
+        """Add another set of sums with its tokens weighted by `factor`."""
+        self.n_square.add_(other.n_square, alpha=factor)
+        self.n_y.add_(other.n_y, alpha=factor)
+        self.n_sum.add_(other.n_sum, alpha=factor)
+        self.y_sum.add_(other.y_sum, alpha=factor)
+        self.y_square.add_(other.y_square, alpha=factor)
+        self.energy += factor * other.energy
+        self.count += factor * other.count
+
+    def error(self, weight: Tensor, bias: Tensor | None) -> float:
+        """`scale * sum |w n + b - y|^2` of a weight and a bias `[features]`."""
+        weight, bias = weight.double(), None if bias is None else bias.double()
+        squared = self.n_square * weight.square() - 2 * weight * self.n_y + self.y_square
+        if bias is not None:
+            squared = squared + 2 * bias * (weight * self.n_sum - self.y_sum)
+            squared = squared + self.count * bias.square()
+        return self.scale * max(float(squared.sum()), 0.0)

@@ -1,0 +1,93 @@
+"""TODO mergekit_dam/fitting/problem.py."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_dam.fitting.metric import PLAIN, Metric
+
+
+@dataclass(frozen=True)
+class Term:
+    """One domain's part of the quadratic: Gram matrix `[in, in]`, residual `[out, in]`.
+
+    The residual is `sum (y - W_start x) x^T`; `scale` weights the term.
+    """
+
+    gram: Tensor
+    residual: Tensor
+    metric: Metric = PLAIN
+    scale: float = 1.0
+
+    def feel(self, x: Tensor) -> Tensor:
+        """`s S x`."""
+        return self.scale * self.metric(x)
+
+
+@dataclass(frozen=True)
+class ColumnProblem:
+    """The quadratic of one linear: directions `[U, out, in]` and its terms, all of one dtype."""
+
+    directions: Tensor
+    terms: Sequence[Term]
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The normal matrix `[U * in, U * in]`, computed in a dtype."""
+        directions = self.directions.to(dtype)
+        count, _, columns = directions.shape
+        matrix = directions.new_zeros(count, columns, count, columns)
+        for term in self.terms:
+            # A sum of fp32 products is symmetric to fp32 alone; a tiny ridge asks for more.
+            gram = ((term.gram + term.gram.T) / 2).to(dtype)
+            for v in range(count):
+                felt = term.feel(directions[v])
+                for u in range(v + 1):
+                    matrix[u, :, v].addcmul_(directions[u].T @ felt, gram)
+        for v in range(count):
+            for u in range(v):
+                matrix[v, :, u] = matrix[u, :, v].T
+        return matrix.reshape(count * columns, count * columns)
+
+    def product(self, step: Tensor) -> Tensor:
+        """`A d` for d `[U, in]`, without forming A: `2 * out * in^2` flops a term, and S's."""
+        deviation = torch.zeros_like(self.directions[0])
+        for direction, own in zip(self.directions, step.to(deviation), strict=True):
+            deviation.addcmul_(direction, own)
+        return sum_rows(self.directions, self.reaction(deviation)).to(step)
+
+    def reaction(self, deviation: Tensor) -> Tensor:
+        """`sum_k s_k S_k V G_k` of V `[out, in]`."""
+        total = torch.zeros_like(deviation)
+        for term in self.terms:
+            total += term.feel(deviation @ term.gram)
+        return total
+
+    def right_hand_side(self) -> Tensor:
+        """`b`, `[U, in]`."""
+        total = torch.zeros_like(self.directions[0])
+        for term in self.terms:
+            total += term.feel(term.residual)
+        return sum_rows(self.directions, total)
+
+    def column_blocks(self) -> Tensor:
+        """The U x U diagonal blocks of A, one per input column: `[in, U, U]`."""
+        count, _, columns = self.directions.shape
+        blocks = self.directions.new_zeros(columns, count, count)
+        for term in self.terms:
+            gram = term.gram.diagonal()
+            for v in range(count):
+                felt = term.feel(self.directions[v])
+                for u in range(v + 1):
+                    # Pair by pair: one einsum over all runs as many tiny products, slowly.
+                    blocks[:, u, v] += (self.directions[u] * felt).sum(0) * gram
+        for v in range(count):
+            for u in range(v):
+                blocks[:, v, u] = blocks[:, u, v]
+        return blocks
+
+
+def sum_rows(directions: Tensor, other: Tensor) -> Tensor:
+    """`(T_u * other)` summed over rows, `[U, in]`, without a `[U, out, in]` product."""
+    return torch.stack([(direction * other).sum(0) for direction in directions])

@@ -1,0 +1,69 @@
+"""What a dam merge leaves beside the merged model: coefficients, and a report."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mergekit.common import ModelReference
+from mergekit.config import ParameterSetting
+from pydantic import TypeAdapter
+
+from mergekit_dam.coefficients.file import FILE_NAME, CoefficientFile
+from mergekit_dam.coefficients.record import Record
+from mergekit_dam.host import report
+from mergekit_dam.request.prepare import Prepared
+
+_PARAMETERS = TypeAdapter(dict[str, ParameterSetting])
+"""To plain values: a filter is parsed into an object, which JSON does not know."""
+
+
+def write_artifacts(
+    prepared: Prepared,
+    order: Sequence[ModelReference],
+    trust_remote_code: bool,
+    parameters: Mapping[str, Any],
+    out_path: Path,
+    record: Record,
+) -> None:
+    """Write `dam_coefficients.safetensors` and `dam_report.json`."""
+    sources = [str(model) for model in order]
+    if prepared.replay is not None:
+        provenance = {k: v for k, v in prepared.replay.metadata.items() if k != "axes"}
+    else:
+        provenance = {
+            "versions": report.versions(),
+            "revisions": {str(m): _revision(m, trust_remote_code) for m in order},
+            "parameters": _PARAMETERS.dump_python(dict(parameters), mode="json", exclude_none=True),
+            "calibration_sha256": {
+                str(m): c.provenance.sha256 for m, c in prepared.calibration.items()
+            },
+        }
+    CoefficientFile(record.coefficients, tuple(sources), {**provenance, "axes": record.axes}).save(
+        out_path / FILE_NAME
+    )
+    report.write(
+        out_path / report.FILE_NAME,
+        {
+            **provenance,
+            "sources": sources,
+            "replayed": prepared.replay is not None,
+            "calibration": {
+                str(m): dataclasses.asdict(c.provenance) for m, c in prepared.calibration.items()
+            },
+            "search": [dataclasses.asdict(rung) for rung in record.rungs],
+            "seconds": record.seconds,
+            "peak_memory_bytes": report.peak_memory(),
+            "tensors": [
+                report.tensor_entry(entry, record.coefficients[name], sources)
+                for name, entry in record.reports.items()
+            ],
+        },
+    )
+
+
+def _revision(model: ModelReference, trust_remote_code: bool) -> str | None:
+    """The commit that a Hub model was loaded at, or None for a local one."""
+    config = model.config(trust_remote_code=trust_remote_code)
+    revision: str | None = getattr(config, "_commit_hash", None) or model.model.revision
+    return revision

@@ -1,0 +1,133 @@
+"""TODO mergekit_dam/host/checks.py."""
+
+from collections.abc import Mapping, Sequence
+
+from mergekit.architecture import WeightInfo
+from mergekit.common import ModelReference
+from mergekit.io.tasks import GatherTensors, LoaderCache
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.tokenizer import PermutedVocabulary
+from mergekit.tokenizer.truncate import TruncatedVocabulary
+
+from mergekit_dam.errors import ArchitectureError, ConfigError
+from mergekit_dam.host.places import Place
+from mergekit_dam.model.decoder import Decoder
+from mergekit_dam.sources.headers import file_headers, is_made, present_name
+
+_SHOWN = 5
+
+
+def check_headers(
+    planned: Sequence[tuple[WeightInfo, ExecuteMergeMethodTask]], order: Sequence[ModelReference]
+) -> dict[str, tuple[int, ...]]:
+    """See that every source has every planned tensor, all of one shape.
+
+    Vocabularies that an adapter brings into one may have any number of rows. Tensors that a
+    checkpoint holds in another layout, or that are pickled, are left to be checked when they are
+    loaded.
+
+    Returns:
+        output tensor's name -> shape, where headers tell it.
+
+    Raises:
+        ArchitectureError: naming the first tensors that are missing or differ.
+    """
+    problems = []
+    shapes: dict[str, tuple[int, ...]] = {}
+    for weight, task in planned:
+        gather, free = task.gather_tensors, None
+        if isinstance(gather, (PermutedVocabulary, TruncatedVocabulary)):
+            gather, free = gather.gather_tensors, weight.vocabulary_axis
+        assert isinstance(gather, GatherTensors)
+        found = {}
+        # A model that a slice leaves out has no tensor here; a map's own order is that of hashes.
+        for model in (model for model in order if model in gather.weight_info.data):
+            loader = LoaderCache().get(model)
+            info = gather.weight_info[model]
+            name = present_name(info, loader)
+            if name is not None:
+                header = file_headers(loader).get(name)
+                found[model] = None if header is None else header.shape
+            elif not is_made(model, info.name, set(loader.index.tensor_paths)):
+                have = "some models have it, " if weight.optional else ""
+                problems.append(f"{weight.name}: {have}{model} has not")
+        known = {model: shape for model, shape in found.items() if shape is not None}
+        if free is None:
+            shapes.update((weight.name, shape) for shape in known.values())
+        if len({_without(shape, free) for shape in known.values()}) > 1:
+            listed = ", ".join(f"{m} {list(s)}" for m, s in known.items())
+            hint = (
+                "; write `tokenizer: {source: union}`, or pass --unsafe-truncate-embeddings where "
+                "only the padding differs"
+                if weight.vocabulary_axis is not None and free is None
+                else ""
+            )
+            problems.append(f"{weight.name}: shapes differ: {listed}{hint}")
+    if problems:
+        more = len(problems) - _SHOWN
+        lines = [*problems[:_SHOWN], *([f"and {more} more"] if more > 0 else [])]
+        raise ArchitectureError(
+            "required the same tensors in all models, as mergekit's definition of the architecture "
+            "lists them, got:\n" + "\n".join(f"  - {line}" for line in lines)
+        )
+    return shapes
+
+
+def _without(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
+    return shape if axis is None else shape[:axis] + shape[axis + 1 :]
+
+
+def check_complete(decoder: Decoder, places: Sequence[Place]) -> None:
+    """Every weight that a model loads must have been planned by mergekit."""
+    planned = {decoder.canonical(place.plan.name) for place in places}
+    missing = [name for name, first in decoder.names.first.items() if first not in planned]
+    if missing:
+        raise ArchitectureError(
+            f"mergekit plans no tensor for {', '.join(missing[:3])}"
+            f"{' and others' if len(missing) > 3 else ''}, which {type(decoder.model).__name__} "
+            f"needs; mergekit's definition of the architecture (that of the first model) does not "
+            f"fit transformers' model, and a merge would lack them with any method"
+        )
+
+
+def refuse_outside(places: Sequence[Place]) -> None:
+    """Refuse a merge with weights that text tells nothing of.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    outside = [place.plan.name for place in places if place.kind == "outside"]
+    if outside:
+        raise ConfigError(
+            [
+                f"`other_weights: error`, but {len(outside)} tensors are outside of the decoder "
+                f"({', '.join(outside[:3])}{' and others' if len(outside) > 3 else ''}); set "
+                f"`other_weights: average` to average them"
+            ]
+        )
+
+
+def check_shapes(decoder: Decoder, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Every tensor must have the shape that the merged model's configuration gives it.
+
+    Where slices stack models of different sizes, no tensor differs from another of its name.
+
+    Args:
+        shapes: of planned tensors, where headers tell them.
+
+    Raises:
+        ArchitectureError: naming the first tensors that have not.
+    """
+    own = {name: tuple(w.shape) for name, w in decoder.model.state_dict(keep_vars=True).items()}
+    expected = {name: own.get(decoder.in_model(name) or "") for name in shapes}
+    wrong = [name for name, shape in expected.items() if shape not in (None, shapes[name])]
+    if wrong:
+        listed = "; ".join(
+            f"{n}: {list(shapes[n])}, not {list(expected[n] or ())}" for n in wrong[:3]
+        )
+        raise ArchitectureError(
+            f"required tensors of the shapes that the merged model's configuration asks for (it is "
+            f"that of the base, else of the first model), got others: {listed}"
+            f"{' and more' if len(wrong) > 3 else ''}. Stack models of one size, and align "
+            f"vocabularies, for instance with `tokenizer: {{source: union}}`"
+        )

@@ -1,0 +1,68 @@
+"""`dam_report.json`: what a merge was made from and how every fit went."""
+
+import dataclasses
+import importlib.metadata
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mergekit_dam
+from mergekit_dam.coefficients.tensors import TensorReport
+
+FILE_NAME = "dam_report.json"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what takes part in a merge."""
+    packages = ("mergekit", "torch", "transformers", "safetensors")
+    found = {package: importlib.metadata.version(package) for package in packages}
+    return {"mergekit-dam": mergekit_dam.__version__, **found}
+
+
+def coefficient_statistics(
+    coefficients: Tensor, sources: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Mean, least and greatest coefficient of every source, of fp32 `[sources, n]`."""
+    return {
+        source: {
+            "mean": float(row.double().mean()),
+            "min": float(row.min()),
+            "max": float(row.max()),
+        }
+        for source, row in zip(sources, coefficients, strict=True)
+    }
+
+
+def tensor_entry(
+    report: TensorReport, coefficients: Tensor, sources: Sequence[str]
+) -> dict[str, Any]:
+    """One tensor's entry."""
+    entry = {k: v for k, v in dataclasses.asdict(report).items() if v not in (None, {})}
+    return {**entry, "coefficients": coefficient_statistics(coefficients, sources)}
+
+
+def peak_memory() -> dict[str, int]:
+    """Peak bytes of this process so far, on the host and on every GPU it used."""
+    peak: dict[str, int] = {}
+    if sys.platform != "win32":
+        import resource  # there is none on Windows
+
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak["host"] = host if sys.platform == "darwin" else host * 1024
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            peak[f"cuda:{index}"] = torch.cuda.max_memory_allocated(index)
+    return peak
+
+
+def write(path: Path, report: Mapping[str, Any]) -> None:
+    """Write atomically: a reader sees the whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,84 @@
+"""How every tensor is fitted, from the parameters that mergekit evaluated for it."""
+
+from collections.abc import Collection, Sequence
+from functools import lru_cache
+
+from mergekit.architecture import WeightInfo
+from mergekit.common import ModelReference, dtype_from_name
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+
+from mergekit_dam.coefficients.parametrisation import Parametrisation
+from mergekit_dam.coefficients.tensors import TensorPlan, TensorSettings
+from mergekit_dam.errors import ConfigError
+from mergekit_dam.request.prepare import Prepared
+
+
+def tensor_plan(
+    weight: WeightInfo,
+    task: ExecuteMergeMethodTask,
+    order: Sequence[ModelReference],
+    prepared: Prepared,
+    out_dtype: str | None,
+    teaching: Collection[ModelReference],
+) -> TensorPlan:
+    """How one tensor is fitted.
+
+    Args:
+        order: all sources; a slice has them in another order, or lists some alone.
+        teaching: those that are read here, and not merged.
+
+    Raises:
+        ConfigError: no model has a weight, or none a loss weight.
+    """
+    shared = task.parameters
+    base = order.index(task.base_model) if task.base_model in order else None
+    listed = [model for model in task.model_order if model not in teaching]
+    left_out = frozenset(index for index, model in enumerate(order) if model not in listed)
+    include_base = prepared.checked.run.include_base
+    weights = [_own(task, model, "weight") for model in order]
+    merged = [i for i in range(len(order)) if i not in left_out and (i != base or include_base)]
+    if len(listed) > 1 and not sum(weights[i] for i in merged):
+        raise ConfigError(
+            [f"{weight.name}: every model has `weight: 0`; the average to start from needs one"]
+        )
+    calibrated = [_own(task, model, "loss_weight") for model in prepared.calibration]
+    if calibrated and not sum(calibrated):
+        raise ConfigError(
+            [f"{weight.name}: every model has `loss_weight: 0`; at least one must count in the fit"]
+        )
+    settings = TensorSettings(
+        parametrisation=_parametrisation(
+            tuple(weights), base, include_base, shared["sum_to_one"], left_out
+        ),
+        loss_weights=tuple(_own(task, model, "loss_weight") for model in order),
+        ridge=shared["ridge"],
+        granularity=shared["granularity"],
+        embeddings=shared["embeddings"],
+        norms=shared["norms"],
+        head=shared["head"],
+        experts=shared["experts"],
+    )
+    written = dtype_from_name(weight.force_dtype or out_dtype)
+    return TensorPlan(weight.name, settings, written)
+
+
+def _own(task: ExecuteMergeMethodTask, model: ModelReference, name: str) -> float:
+    """A model's parameter for one tensor; 0 where it has no part in it."""
+    if model not in task.model_order:
+        return 0.0
+    value: float = task.input_parameters[model][name]
+    return value
+
+
+@lru_cache(maxsize=64)
+def _parametrisation(
+    weights: tuple[float, ...],
+    base: int | None,
+    include_base: bool,
+    sum_to_one: bool,
+    left_out: frozenset[int],
+) -> Parametrisation:
+    """One for all tensors that are asked for alike, so that none grows with the layers."""
+    return Parametrisation.create(
+        weights, base=base, include_base=include_base, sum_to_one=sum_to_one, left_out=left_out
+    )

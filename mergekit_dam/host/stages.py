@@ -1,0 +1,94 @@
+"""TODO mergekit_dam/host/stages.py."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mergekit.common import ModelReference
+from mergekit.graph import Task
+
+from mergekit_dam.host.places import Place
+from mergekit_dam.model.decoder import Decoder
+from mergekit_dam.request.prepare import Prepared
+from mergekit_dam.sources.gathers import labelled
+from mergekit_dam.sources.stage import Models, Stage, StageKind
+from mergekit_dam.streams.storage import choose_storage
+from mergekit_dam.streams.stream import Stream
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage, and the tasks that bring its tensors.
+
+    Attributes:
+        label: orders the stages among the tasks.
+        gathers: one task an output tensor, in the order of the stage; then those it borrows.
+    """
+
+    stage: Stage
+    label: str
+    gathers: tuple[Task[Any], ...]
+
+
+def planned_stages(places: Sequence[Place], models: Models) -> list[PlannedStage]:
+    """Stages in the order the data passes them."""
+    kinds: list[tuple[StageKind, int]] = [("input", 0)]
+    kinds += [("block", index) for index in range(len(models.output.blocks))]
+    kinds += [("output", 0)]
+    tied = _tied_head(places, models.output)
+    stages = []
+    for number, (kind, index) in enumerate(kinds):
+        own = [place for place in places if (place.kind, place.index) == (kind, index)]
+        borrowed = [tied] if kind == "output" and tied is not None else []
+        label = f"dam {number:05d}"
+        stages.append(
+            PlannedStage(
+                Stage(
+                    models,
+                    kind,
+                    index,
+                    [place.plan for place in own],
+                    [place.plan for place in borrowed],
+                ),
+                label,
+                tuple(labelled(place.gather, label) for place in [*own, *borrowed]),
+            )
+        )
+    return stages
+
+
+def _tied_head(places: Sequence[Place], decoder: Decoder) -> Place | None:
+    """The tensor of the input that the head is tied to."""
+    name = decoder.canonical(f"{decoder.head_name}.weight")
+    return next((p for p in places if p.kind == "input" and p.plan.in_model == name), None)
+
+
+def calibration_streams(
+    prepared: Prepared,
+    order: Sequence[ModelReference],
+    hidden: int,
+    device: torch.device,
+    out_path: Path,
+) -> list[Stream]:
+    """This process's share of the calibration tokens of every model that has some.
+
+    Args:
+        hidden: size of a hidden state.
+        out_path: where streams are kept that are kept on disk.
+    """
+    # Two streams a model, in fp32, and room for what leaves a part while it is still entered.
+    tokens = sum(calibration.tokens.numel() for calibration in prepared.calibration.values())
+    size = 4 * hidden * 3 * tokens
+    storage = choose_storage(prepared.settings.stream_offload, size, device, out_path)
+    return [
+        Stream.of_tokens(
+            order.index(model),
+            calibration.tokens,
+            prepared.settings.held_out(calibration.tokens.shape[0]),
+            storage,
+            turn=turn,
+        )
+        for turn, (model, calibration) in enumerate(prepared.calibration.items())
+    ]

@@ -1,0 +1,251 @@
+"""The tasks that mergekit's executor runs for a dam merge.
+
+    one sweep:
+    loads -> gathers -> FitStage (input) -> FitStage (block 0) -> ... -> FitStage (output)
+                           |                  |                            |
+                        MergedTensor ...   MergedTensor ...            WriteArtifacts
+    a search:
+    Search -> WriteArtifacts
+       |
+    loads -> gathers -> MergeKnown ...
+
+Labels are zero-padded stage numbers: the executor works through labels in the order of their
+text, so that the tensors of one stage are loaded, fitted, saved and released before the next
+stage's are loaded. (With mergekit's own labels, names of tensors, `layers.10` would come
+before `layers.2`, and several blocks would be in memory at a time.)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from mergekit.common import ModelReference
+from mergekit.graph import Task
+from mergekit.merge_methods.buffers import copy_non_floating_buffer
+
+from mergekit_dam.coefficients.merge import column_counts, merge_weights
+from mergekit_dam.coefficients.record import Record
+from mergekit_dam.coefficients.tensors import TensorPlan
+from mergekit_dam.errors import DamError
+from mergekit_dam.layers.fit import StageResult, fit_stage
+from mergekit_dam.parameters import RunSettings
+from mergekit_dam.search.search import search
+from mergekit_dam.sources.fused import Region
+from mergekit_dam.sources.network import Network
+from mergekit_dam.sources.readahead import Span, read_ahead
+from mergekit_dam.sources.stage import Stage, of_all, open_stage
+from mergekit_dam.streams.progress import show
+from mergekit_dam.streams.stream import Stream
+
+
+@dataclass(eq=False)
+class StageNode:
+    """A stage's place in the graph; compared by identity, since hashing tasks recurses.
+
+    Attributes:
+        label: orders the stages.
+        inputs: tensors of every source, one task an output tensor, in the order of the stage.
+        previous: the stage before, or None.
+        streams: makes the streams at the entrance, for the first stage.
+        record: what is known from planning, for the first stage.
+        ahead: what the next stage will read.
+    """
+
+    stage: Stage
+    label: str
+    inputs: tuple[Task[Any], ...]
+    previous: "FitStage | None"
+    streams: Callable[[], list[Stream]]
+    record: Record = field(default_factory=Record)
+    ahead: tuple[Span, ...] = ()
+
+
+class FitStage(Task[Any], frozen=True, arbitrary_types_allowed=True):
+    """Fits the input, one block, or the output of the model."""
+
+    node: StageNode
+
+    def arguments(self) -> dict[str, Task[Any]]:
+        arguments = {f"tensor_{i}": task for i, task in enumerate(self.node.inputs)}
+        if self.node.previous is not None:
+            arguments["previous"] = self.node.previous
+        return arguments
+
+    def group_label(self) -> str:
+        return self.node.label
+
+    def uses_accelerator(self) -> bool:
+        return True
+
+    def execute(self, previous: StageResult | None = None, **tensors: Any) -> StageResult:
+        read_ahead(self.node.ahead)
+        stage = self.node.stage
+        loaded = {plan.name: tensors[f"tensor_{index}"] for index, plan in enumerate(stage.tensors)}
+        streams = previous.streams if previous else self.node.streams()
+        record = previous.record if previous else self.node.record
+        device = next(
+            (own.device for tensor in loaded.values() for own in tensor.values()),
+            stage.models.output.device,
+        )
+        opened = open_stage(stage, loaded, device)
+        return fit_stage(opened, streams, record, show=show)
+
+
+class MergedTensor(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):
+    """Hands one merged tensor of a stage to whoever writes it."""
+
+    fit: FitStage
+    name: str
+
+    def arguments(self) -> dict[str, Task[Any]]:
+        return {"result": self.fit}
+
+    def group_label(self) -> str:
+        return self.fit.group_label()
+
+    def priority(self) -> int:
+        return 100
+
+    def execute(self, result: StageResult) -> torch.Tensor:
+        # Handed over, not shared: the stage's result lives on until the next stage has run.
+        return result.merged.pop(self.name)
+
+
+@dataclass(eq=False)
+class SearchNode:
+    """All that a search needs; compared by identity, since hashing tasks recurses.
+
+    Attributes:
+        streams: makes the streams at the entrance.
+        start: coefficients of every tensor to start from.
+        scratch: where hidden states are kept on disk.
+    """
+
+    network: Network
+    streams: Callable[[], list[Stream]]
+    settings: RunSettings
+    start: Record
+    scratch: Path
+
+
+class Search(Task[Any], frozen=True, arbitrary_types_allowed=True):
+    """Finds the coefficients of all tensors, before any tensor is merged."""
+
+    node: SearchNode
+
+    def arguments(self) -> dict[str, Task[Any]]:
+        return {}
+
+    def group_label(self) -> str:
+        return ""  # before all stages
+
+    def main_thread_only(self) -> bool:
+        return True  # it reads models through mergekit's loaders, which each thread has anew
+
+    def execute(self) -> StageResult:
+        node = self.node
+        record = search(
+            node.network,
+            node.streams(),
+            node.settings,
+            node.start,
+            scratch=node.scratch,
+            show=show,
+        )
+        return StageResult([], record)
+
+
+@dataclass(eq=False)
+class Known:
+    """A tensor that is merged once its coefficients are known.
+
+    Attributes:
+        gather: brings the tensors of all sources.
+        order: the sources, in the order of the rows of the coefficients.
+        record: holds the coefficients, where they are known from planning.
+    """
+
+    plan: TensorPlan
+    gather: Task[Any]
+    order: tuple[ModelReference, ...]
+    record: Record | None = None
+
+
+class MergeKnown(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):
+    """Merges one tensor by coefficients: of a replay, of a search, or an average."""
+
+    known: Known
+    fit: Search | None = None
+
+    def arguments(self) -> dict[str, Task[Any]]:
+        tensors = {"tensors": self.known.gather}
+        return tensors if self.fit is None else {**tensors, "result": self.fit}
+
+    def group_label(self) -> str | None:
+        return self.known.gather.group_label()
+
+    def uses_accelerator(self) -> bool:
+        return True
+
+    def execute(
+        self, tensors: dict[ModelReference, torch.Tensor], result: StageResult | None = None
+    ) -> torch.Tensor:
+        known, name = self.known, self.known.plan.name
+        loaded = of_all(tensors, known.order)
+        buffer: torch.Tensor | None = copy_non_floating_buffer(loaded, name)
+        if buffer is not None:
+            return buffer
+        record = known.record if result is None else result.record
+        assert record is not None
+        coefficients, axis = record.coefficients[name], record.axes.get(name, -1)
+        sources = known.plan.sources(loaded)
+        allowed = column_counts(loaded[0].shape, axis)
+        if coefficients.shape[1] not in allowed:
+            raise DamError(
+                f"{name}: required {allowed[-1]} coefficients a model, got "
+                f"{coefficients.shape[1]}; they were fitted on models of another shape"
+            )
+        return merge_weights(sources.tensors, coefficients, axis=axis).to(sources.dtype)
+
+
+class Piece(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):
+    """A tensor that mergekit asked for, cut out of a merged one that is made of several."""
+
+    whole: Task[torch.Tensor]
+    region: Region
+
+    def arguments(self) -> dict[str, Task[Any]]:
+        return {"whole": self.whole}
+
+    def group_label(self) -> str | None:
+        return self.whole.group_label()
+
+    def priority(self) -> int:
+        return 100
+
+    def execute(self, whole: torch.Tensor) -> torch.Tensor:
+        return self.region.cut(whole)
+
+
+class WriteArtifacts(Task[None], frozen=True, arbitrary_types_allowed=True):
+    """Writes coefficients and report beside the merged model, once the last stage is through."""
+
+    last: FitStage | Search | None
+    write: Callable[[Record], None]
+    record: Record | None = None
+
+    def arguments(self) -> dict[str, Task[Any]]:
+        return {} if self.last is None else {"result": self.last}
+
+    def group_label(self) -> str:
+        return "" if self.last is None else self.last.group_label()
+
+    def main_thread_only(self) -> bool:
+        return True
+
+    def execute(self, result: StageResult | None = None) -> None:
+        record = result.record if result is not None else self.record
+        assert record is not None
+        self.write(record)

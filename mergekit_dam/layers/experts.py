@@ -1,0 +1,243 @@
+"""The fit of experts, one after the other: each to what the teacher's own makes of its tokens.
+
+1. Both parts run up to the experts; who is sent where is the merged model's own routing.
+2. For each expert in turn, every linear is fitted, in the order in which data passes them, to
+   what that linear puts out in the teacher's own expert, given the same token in the teacher's
+   stream. What enters the next one is seen through the fitted one.
+3. An expert that too few tokens are sent to keeps the average, and the report says so.
+
+At any time one linear of one expert is worked on: there are as many Gram matrices as domains.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mergekit_dam.coefficients.merge import expert_axis
+from mergekit_dam.coefficients.tensors import FittedTensor, TensorReport, TensorSources
+from mergekit_dam.fitting.evidence import Evidence
+from mergekit_dam.fitting.linear import fit_linear
+from mergekit_dam.fitting.metric import PLAIN, Metric
+from mergekit_dam.fitting.moments import InputMoments, LinearMoments, LinearTokens
+from mergekit_dam.fitting.solver import precision
+from mergekit_dam.layers.expert_tokens import Routed, observe
+from mergekit_dam.layers.state import Walk
+from mergekit_dam.model.experts import FusedLinear, run_expert
+from mergekit_dam.model.units import Unit
+from mergekit_dam.parameters import Fed
+from mergekit_dam.streams.share import Split, judging_split
+
+FEWEST = 64
+"""Calibration tokens that an expert has to be sent to be fitted.
+
+With fewer, fits were worse than the average on text that nobody had seen, whether an expert is 64
+or 768 wide: the ridge holds what few tokens say nothing of, and held-out text of which an expert
+sees a handful of tokens does not tell a good fit from a bad one.
+"""
+
+
+@dataclass
+class _Fused:
+    """What became of one linear, expert by expert.
+
+    Attributes:
+        rows: coefficients `[sources, columns]` of each expert, on the host.
+        kept: experts that keep the average, by reason.
+        losses: at the start and fitted, on the data of the fit and on what is held out, summed
+            over the experts; then the energy that they are fractions of, on both.
+    """
+
+    sources: TensorSources
+    linear: FusedLinear
+    rows: list[Tensor] = field(default_factory=list)
+    kept: dict[str, list[int]] = field(default_factory=dict)
+    losses: Tensor = field(default_factory=lambda: torch.zeros(6, dtype=torch.float64))
+
+    @property
+    def columns(self) -> int:
+        return self.sources.tensors[0].shape[self.linear.axis]
+
+    def keep(self, expert: int, reason: str) -> None:
+        """An expert keeps the average."""
+        self.rows.append(self.sources.start().expand(-1, self.columns))
+        self.kept.setdefault(reason, []).append(expert)
+
+    def add(self, expert: int, fitted: FittedTensor, evidence: Evidence[LinearMoments]) -> None:
+        """An expert's fit, or why it keeps the average."""
+        report = fitted.report
+        self.rows.append(fitted.coefficients.cpu().expand(-1, self.columns))
+        if report.outcome != "fitted":
+            self.kept.setdefault(report.outcome, []).append(expert)
+        start = (report.loss_start, report.held_out_start)
+        ended = (report.loss_fitted, report.held_out_fitted)
+        energies = [
+            sum(sums.scale * sums.energy for sums in every) / evidence.total
+            for every in (evidence.fit, evidence.held_out)
+        ]
+        values = [*start, *(ended if report.outcome == "fitted" else start), *energies]
+        self.losses += torch.tensor(values, dtype=torch.float64)
+
+    def settled(self, seconds: float) -> FittedTensor:
+        """The whole tensor."""
+        linear, sources = self.linear, self.sources
+        fitted = len(self.rows) - sum(map(len, self.kept.values()))
+        coefficients = torch.cat(self.rows, dim=1) if fitted else sources.start()
+        reasons = list(self.kept)
+        kept = reasons[0] if len(reasons) == 1 else "start kept by all experts"
+        losses = [
+            float(loss / energy) if energy else None
+            for loss, energy in zip(self.losses[:4], self.losses[[4, 5, 4, 5]], strict=True)
+        ]
+        report = TensorReport(
+            sources.name,
+            "experts",
+            "fitted" if fitted else kept,
+            loss_start=losses[0],
+            held_out_start=losses[1],
+            loss_fitted=losses[2],
+            held_out_fitted=losses[3],
+            solver={"experts": fitted},
+            seconds=seconds,
+            experts=self.kept,
+        )
+        merged = sources.merged(coefficients, axis=linear.axis)
+        return FittedTensor(sources, merged, coefficients, linear.axis, report)
+
+
+def fit_experts(walk: Walk, stage: int, units: list[Unit]) -> Iterator[tuple[str, FittedTensor]]:
+    """Fit the experts of a stage; biases keep the average.
+
+    Yields:
+        (name relative to the part, fitted tensor) of every fused weight.
+    """
+    (unit,) = units
+    started = time.perf_counter()
+    streams = [observe(walk, stage, unit, stream) for stream in walk.streams]
+    fused = [
+        _Fused(walk.sources[unit.parameter(linear.parameter)], linear) for linear in unit.linears
+    ]
+    for expert in range(fused[0].sources.tensors[0].shape[0]):
+        _fit_expert(walk, unit, expert, streams, fused)
+    seconds = (time.perf_counter() - started) / len(fused)
+    for own in fused:
+        yield unit.parameter(own.linear.parameter), own.settled(seconds)
+
+
+def _fit_expert(
+    walk: Walk, unit: Unit, expert: int, streams: list[Routed], fused: list[_Fused]
+) -> None:
+    """Fit the linears of one expert, and have the merged part go on with them."""
+    few = _too_few(walk, streams, expert, walk.weight(unit).settings.experts)
+    metrics = [] if few else _metrics(walk, unit, expert, streams)
+    for own in fused:
+        name = unit.parameter(own.linear.parameter)
+        sources = own.sources.of_expert(expert)
+        if sources.identical:
+            own.keep(expert, "identical in all models")
+        elif few:
+            own.keep(expert, few)
+        else:
+            evidence = _evidence(walk, unit, own.linear, expert, streams, metrics)
+            (fitted,) = fit_linear(sources, None, evidence, axis=expert_axis(own.linear.axis))
+            own.add(expert, fitted, evidence)
+            walk.weights[name][expert] = fitted.merged.float()
+
+
+def _too_few(walk: Walk, streams: list[Routed], expert: int, fed: Fed) -> str | None:
+    """Why an expert has too few tokens to be fitted, if it has."""
+    if fed == "all":
+        return None
+    splits: tuple[Split, ...] = ("fit", judging_split(walk.streams))
+    fit, judging = (sum(int(s.sums[split].sent[expert]) for s in streams) for split in splits)
+    if fit < FEWEST:
+        return f"start kept: fewer than {FEWEST} calibration tokens were sent to it"
+    return None if judging else "start kept: no held-out token was sent to it"
+
+
+def _metrics(
+    walk: Walk, unit: Unit, expert: int, streams: list[Routed]
+) -> list[Mapping[str, Metric]]:
+    """The metrics of an expert's linears, of every stream."""
+    module = walk.part.root.get_submodule(unit.name)
+    found: list[Mapping[str, Metric]] = []
+    for routed in streams:
+        felt = walk.felt(unit.name, routed.stream)
+        plain = dict.fromkeys((linear.parameter for linear in unit.linears), PLAIN)
+        found.append(plain if felt is None else felt.metrics(module, expert))
+    return found
+
+
+def _evidence(
+    walk: Walk,
+    unit: Unit,
+    linear: FusedLinear,
+    expert: int,
+    streams: list[Routed],
+    metrics: list[Mapping[str, Metric]],
+) -> Evidence[LinearMoments]:
+    """The moments of one linear of one expert.
+
+    Streams are weighted as those of a linear outside of experts are, by what all experts of a
+    domain put out: that one of them is hardly used there is no reason to weigh that use up.
+    """
+    sources = walk.sources[unit.parameter(linear.parameter)]
+    shape = list(sources.tensors[0].shape[1:])
+    columns = shape.pop(expert_axis(linear.axis))
+    dtype = precision(columns * sources.settings.parametrisation.expand.shape[1])
+    judged_on = judging_split(walk.streams)
+    fit: list[LinearMoments] = []
+    held_out: list[LinearTokens] = []
+    for routed, metric in zip(streams, metrics, strict=True):
+        weight = sources.settings.loss_weights[routed.stream.source]
+
+        def scale(split: Split, routed: Routed = routed, weight: float = weight) -> float:
+            sums = routed.sums[split]
+            return weight / max(sums.count if walk.metrics else sums.energy, 1e-30)
+
+        inputs = InputMoments.zeros(columns, walk.device, dtype)
+        sums = LinearMoments.zeros(shape[0], inputs, metric[linear.parameter])
+        _show(walk, unit, linear, expert, routed, "fit", sums)
+        inputs.add_up()
+        sums.add_up()
+        if walk.metrics:
+            sums.scale = scale("fit")
+            fit.append(sums)
+        elif fit:
+            fit[0].add_scaled(sums, scale("fit"))
+        else:
+            fit.append(sums.scaled(scale("fit")))
+        if judged_on == "held_out":
+            tokens = LinearTokens(metric[linear.parameter])
+            _show(walk, unit, linear, expert, routed, "held_out", tokens)
+            tokens.add_up()
+            tokens.scale = scale("held_out")
+            held_out.append(tokens)
+    whole = sum(sources.settings.loss_weights[routed.stream.source] for routed in streams)
+    return Evidence(fit, held_out or fit, whole)
+
+
+def _show(
+    walk: Walk,
+    unit: Unit,
+    linear: FusedLinear,
+    expert: int,
+    routed: Routed,
+    split: Split,
+    sums: LinearMoments | LinearTokens,
+) -> None:
+    """Add what teacher and merged model do with an expert's tokens."""
+    source, name = routed.stream.source, linear.parameter
+    names = {parameter: unit.parameter(parameter) for parameter in unit.parameters}
+    theirs = {p: walk.sources[n].of_expert(expert).teacher(source) for p, n in names.items()}
+    ours = {p: walk.weights[n][expert] for p, n in names.items()}
+    teacher = walk.teachers[source].root.get_submodule(unit.name)
+    merged = walk.part.root.get_submodule(unit.name)
+    for sent in routed.sent(expert, split, walk.sources[names[name]].settings.experts, walk.device):
+        output = run_expert(teacher, theirs, sent.teacher)[1][name].output
+        x = run_expert(merged, ours, sent.merged)[1][name].input
+        if isinstance(sums, LinearMoments):
+            sums.inputs.add(x, sent.weight)
+        sums.add(x, output, output, sent.weight)

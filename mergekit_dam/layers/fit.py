@@ -1,0 +1,120 @@
+"""The fit of one stage: its tensors merged, and the streams moved on."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from mergekit_dam.coefficients.record import Record
+from mergekit_dam.coefficients.tensors import FittedTensor, TensorReport, TensorSources
+from mergekit_dam.errors import DamError
+from mergekit_dam.layers.state import Metrics, Walk
+from mergekit_dam.layers.walk import walk_part
+from mergekit_dam.model.units import Anatomy
+from mergekit_dam.sources.stage import OpenStage
+from mergekit_dam.streams.memory import give_back
+from mergekit_dam.streams.outputs import Tape
+from mergekit_dam.streams.stream import Stream
+
+Show: TypeAlias = Callable[[str], None]
+FindMetrics: TypeAlias = Callable[[Anatomy], Metrics]
+
+
+@dataclass
+class StageResult:
+    """What a stage leaves behind for the next one, and the merged tensors to be written."""
+
+    streams: list[Stream]
+    record: Record
+    merged: dict[str, Tensor] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def fit_stage(
+    opened: OpenStage,
+    streams: list[Stream],
+    record: Record,
+    *,
+    show: Show,
+    metrics: FindMetrics | None = None,
+) -> StageResult:
+    """Fit the tensors of a stage and move the streams on.
+
+    Args:
+        streams: moved on in place.
+        record: added to in place.
+        show: shows a line of progress.
+        metrics: finds the metrics of the stage's linears; None measures plain errors.
+
+    Raises:
+        DamError: with the stage named.
+    """
+    started = time.perf_counter()
+    stage, merged = opened.stage, dict[str, Tensor]()
+    try:
+        fitted = _fit(opened, streams, show, metrics)
+    except DamError as error:
+        raise error.inside(stage.label) from error
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise DamError(
+            f"{stage.label}: the fit has no solution ({error}); either `ridge` is too small, or "
+            f"a model's weights, or what it makes of its calibration text, are not finite"
+        ) from error
+    for tensor in fitted:
+        record.add(tensor)
+        merged[tensor.sources.name] = tensor.merged
+    for plan in stage.tensors:
+        if plan.tied_to is not None:
+            tied = _tied(opened.sources_of(plan), plan.tied_to, record)
+            record.add(tied)
+            merged[plan.name] = tied.merged
+    give_back()
+    record.seconds[stage.label] = time.perf_counter() - started
+    return StageResult(streams, record, merged)
+
+
+def _fit(
+    opened: OpenStage, streams: Sequence[Stream], show: Show, metrics: FindMetrics | None
+) -> list[FittedTensor]:
+    """Walk through the part; nothing where all of its tensors are tied to others."""
+    if not opened.own:
+        return []
+    part = opened.part
+
+    def on_settled(fitted: FittedTensor) -> None:
+        report = fitted.report
+        short = report.name.removeprefix(part.prefix)
+        if report.held_out_start is not None and report.held_out_fitted is not None:
+            short += f" {report.held_out_start:.3g} -> {report.held_out_fitted:.3g}"
+        show(f"{part.label} {short}")
+
+    show(part.label)
+    models = opened.stage.models
+    weights = opened.starting_weights()
+    like = streams[0].merged[:1].to(next(iter(weights.values())).device)
+    anatomy = models.examine(part, weights, like)
+    walk = Walk(
+        part,
+        [opened.teacher_part(source) for source in range(len(models.sources))],
+        opened.own,
+        streams,
+        anatomy,
+        weights,
+        on_settled,
+        metrics={} if metrics is None else metrics(anatomy),
+        head=models.output.head_name if opened.stage.kind == "output" else None,
+        temperature=models.settings.logits.temperature,
+        teacher_tape=Tape(streams[0].storage),
+        merged_tape=Tape(streams[0].storage),
+    )
+    return walk_part(walk, advance=opened.stage.kind != "output")
+
+
+def _tied(sources: TensorSources, tied_to: str, record: Record) -> FittedTensor:
+    """A tensor that is the same parameter as an earlier one: same coefficients, same bytes."""
+    coefficients = record.coefficients[tied_to]
+    report = TensorReport(sources.name, "head", f"tied to {tied_to}")
+    return FittedTensor(sources, sources.merged(coefficients), coefficients, -1, report)

@@ -1,0 +1,177 @@
+"""The fit of one stage of a part, by the kind of its units."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mergekit_dam.coefficients.tensors import FittedTensor
+from mergekit_dam.fitting.embedding import Usage, fit_embedding
+from mergekit_dam.fitting.features import FeatureMoments
+from mergekit_dam.fitting.linear import fit_linear
+from mergekit_dam.fitting.moments import InputMoments, LinearMoments, LinearTokens
+from mergekit_dam.fitting.norm import fit_norm
+from mergekit_dam.fitting.solver import precision
+from mergekit_dam.layers.experts import fit_experts
+from mergekit_dam.layers.gather import gather
+from mergekit_dam.layers.seen import Seen
+from mergekit_dam.layers.state import Walk
+from mergekit_dam.layers.targets import target, token_weights
+from mergekit_dam.model.anatomy import norm_parts
+from mergekit_dam.model.units import Unit
+from mergekit_dam.streams.distributed import total
+from mergekit_dam.streams.memory import give_back
+from mergekit_dam.streams.share import Split
+from mergekit_dam.streams.stream import Stream
+
+
+def fit_routers(walk: Walk, stage: int, units: list[Unit]) -> Iterator[tuple[str, FittedTensor]]:
+    """Fit the weight of the one router of a stage; a bias keeps the average.
+
+    Yields:
+        (name relative to the part, fitted tensor).
+    """
+    (unit,) = units
+    weight = walk.weight(unit)
+    experts, columns = weight.tensors[0].shape
+    dtype = precision(columns * weight.settings.parametrisation.expand.shape[1])
+
+    def empty(stream: Stream) -> dict[str, LinearMoments]:
+        inputs = InputMoments.zeros(columns, walk.device, dtype)
+        return {unit.name: LinearMoments.zeros(experts, inputs, walk.metric(unit.name, stream))}
+
+    def judges(stream: Stream) -> dict[str, LinearTokens]:
+        return {unit.name: LinearTokens(walk.metric(unit.name, stream))}
+
+    def add(sums: Mapping[str, LinearMoments] | Mapping[str, LinearTokens], seen: Seen) -> None:
+        x, own = (_flat(c.inputs[unit.name]) for c in (seen.merged, seen.teacher))
+        logits = own @ weight.teacher(seen.source).T
+        counted = token_weights([logits], seen.sequences)
+        moments = sums[unit.name]
+        if isinstance(moments, LinearMoments):
+            moments.inputs.add(x, counted)
+        moments.add(x, logits, logits, counted)
+
+    evidence = gather(
+        walk, stage, units, empty=empty, judges=judges, add=add, pool=not walk.metrics
+    )
+    (fitted,) = fit_linear(weight, None, evidence[unit.name], axis=unit.axis)
+    report = replace(fitted.report, kind="router")
+    yield unit.parameter("weight"), replace(fitted, report=report)
+
+
+Settled = Iterator[tuple[str, FittedTensor]]
+
+
+def fit_linears(walk: Walk, stage: int, units: list[Unit]) -> Settled:
+    """Fit linears that share an input, from one pass over the data.
+
+    Yields:
+        (name relative to the part, fitted tensor) for weights and biases.
+    """
+    shapes = {unit.name: _out_in(walk, unit) for unit in units}
+    columns = shapes[units[0].name][1]
+
+    dtype = precision(columns * walk.weight(units[0]).settings.parametrisation.expand.shape[1])
+
+    def empty(stream: Stream) -> dict[str, LinearMoments]:
+        inputs = InputMoments.zeros(columns, walk.device, dtype)
+        return {
+            name: LinearMoments.zeros(out, inputs, walk.metric(name, stream))
+            for name, (out, _) in shapes.items()
+        }
+
+    def judges(stream: Stream) -> dict[str, LinearTokens]:
+        return {name: LinearTokens(walk.metric(name, stream)) for name in shapes}
+
+    def add(sums: Mapping[str, LinearMoments] | Mapping[str, LinearTokens], seen: Seen) -> None:
+        x = _flat(seen.merged.inputs[units[0].name])
+        targets = {unit.name: target(walk, unit, seen) for unit in units}
+        weight = token_weights(list(targets.values()), seen.sequences)
+        first = sums[units[0].name]
+        if isinstance(first, LinearMoments):
+            first.inputs.add(x, weight)  # shared by the units
+        for name, wanted in targets.items():
+            output = _flat(seen.teacher.outputs[name])
+            own = output if wanted is seen.teacher.outputs[name] else _flat(wanted)
+            sums[name].add(x, own, output, weight)
+
+    evidence = gather(
+        walk, stage, units, empty=empty, judges=judges, add=add, pool=not walk.metrics
+    )
+    give_back()  # what running chunks took: solving takes other pieces
+    for unit in units:
+        fitted = fit_linear(
+            walk.weight(unit), walk.bias(unit), evidence.pop(unit.name), axis=unit.axis
+        )
+        yield from _named(unit, fitted)
+
+
+def fit_norms(walk: Walk, stage: int, units: list[Unit]) -> Settled:
+    """Fit the one norm of a stage."""
+    (unit,) = units
+    module = walk.part.root.get_submodule(unit.name)
+    own = {p: walk.weights[unit.parameter(p)] for p in unit.parameters}
+    features = own["weight"].shape[0]
+
+    def empty(_: Stream) -> dict[str, FeatureMoments]:
+        return {unit.name: FeatureMoments.zeros(features, walk.device)}
+
+    def add(sums: Mapping[str, FeatureMoments], seen: Seen) -> None:
+        _, normalised = norm_parts(module, seen.merged.inputs[unit.name], own)
+        wanted = target(walk, unit, seen)
+        weight = token_weights([wanted], seen.sequences)
+        scaled = wanted - unit.unit_gain * normalised
+        output = seen.teacher.outputs[unit.name]
+        sums[unit.name].add(_flat(normalised), _flat(scaled), _flat(output), weight)
+
+    evidence = gather(walk, stage, units, empty=empty, judges=empty, add=add, pool=True)[unit.name]
+    yield from _named(unit, fit_norm(walk.weight(unit), walk.bias(unit), evidence))
+
+
+def fit_embeddings(walk: Walk, stage: int, units: list[Unit]) -> Settled:
+    """Fit an embedding to the rows that each model's data looks up."""
+    (unit,) = units
+    embedding = walk.weight(unit)
+    rows = embedding.tensors[0].shape[0]
+
+    def count(stream: Stream, split: Split) -> Tensor:
+        counts = torch.zeros(rows, dtype=torch.float64, device=walk.device)
+        for _, _, tokens in walk.pairs(stream, split):
+            seen = walk.part.captured(walk.weights, tokens, inputs=(unit.name,))
+            # Positions are looked up once for all sequences of a chunk.
+            ids = seen.inputs[unit.name].expand(tokens.shape[0], -1)
+            counts += torch.bincount(ids.reshape(-1), minlength=rows)
+        return total(counts)
+
+    usage = []
+    for stream in walk.streams:
+        fit = count(stream, "fit")
+        held_out = count(stream, "held_out") if stream.held_out else fit
+        usage.append(Usage(stream.source, fit, held_out))
+    yield from _named(unit, [fit_embedding(embedding, usage)])
+
+
+FITS = {
+    "linear": fit_linears,
+    "norm": fit_norms,
+    "embedding": fit_embeddings,
+    "router": fit_routers,
+    "experts": fit_experts,
+}
+
+
+def _named(unit: Unit, fitted: list[FittedTensor]) -> Settled:
+    for parameter, tensor in zip(("weight", "bias"), fitted, strict=False):
+        yield unit.parameter(parameter), tensor
+
+
+def _out_in(walk: Walk, unit: Unit) -> tuple[int, int]:
+    rows, columns = walk.weight(unit).tensors[0].shape
+    return (columns, rows) if unit.axis == 0 else (rows, columns)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """`[..., features]` as `[tokens, features]`."""
+    return x.reshape(-1, x.shape[-1])

@@ -1,0 +1,119 @@
+"""TODO mergekit_dam/layers/seen.py."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_dam.layers.state import Walk
+from mergekit_dam.model.hooks import Captured
+from mergekit_dam.model.units import Unit
+from mergekit_dam.streams.share import Split
+from mergekit_dam.streams.stream import Stream
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the teacher and the merged part did with one chunk.
+
+    `drift` is the residual stream of the teacher less that of the merged model, as it stands
+    where the units of the stage add to it; `sequences` is the number of sequences, `source` that
+    of the teacher.
+    """
+
+    source: int
+    teacher: Captured
+    merged: Captured
+    drift: Tensor
+    sequences: int
+
+
+def see(
+    walk: Walk, stage: int, units: Sequence[Unit], stream: Stream, split: Split | None
+) -> Iterator[Seen]:
+    """What a teacher and the merged part do with a stream, chunk by chunk.
+
+    Of routers and experts it is also seen what enters the teacher's.
+    """
+    weights = _teacher_weights(walk, stage, units, stream)
+    for chunk, teacher_x, merged_x in walk.pairs(stream, split):
+        teacher = _see_teacher(walk, stage, units, stream, chunk, weights, teacher_x)
+        merged = _see_merged(walk, stage, units, stream, chunk, merged_x)
+        drift = _drift(walk, stage, teacher, merged, teacher_x - merged_x)
+        yield Seen(stream.source, teacher, merged, drift, teacher_x.shape[0])
+
+
+def _teacher_weights(
+    walk: Walk, stage: int, units: Sequence[Unit], stream: Stream
+) -> dict[str, Tensor]:
+    """What a teacher is run on to see a stage; converted to fp32, so no more than is needed.
+
+    Where outputs are kept it does not run again, or no further than to routers and experts.
+    """
+    if not walk.teacher_tape.keep:
+        return walk.teacher_weights(stream)
+    if not any(unit.kind in ("router", "experts") for unit in units):
+        return {}
+    later = (unit for own in walk.anatomy.stages[stage:] for unit in own)
+    idle = {u.parameter(p) for u in later if u.kind == "experts" for p in u.parameters}
+    return walk.teacher_weights(stream, without=idle)
+
+
+def _see_teacher(
+    walk: Walk,
+    stage: int,
+    units: Sequence[Unit],
+    stream: Stream,
+    chunk: slice,
+    weights: dict[str, Tensor],
+    x: Tensor,
+) -> Captured:
+    """What the teacher's units put out for a chunk: of the stage, and of what its targets need."""
+    norms = [u.write.through for u in units if u.write and u.write.through]
+    others = [u for u in (*walk.anatomy.writers_before(stage), *units) if u.kind != "router"]
+    wanted = dict.fromkeys([*(unit.name for unit in others), *norms])
+    entered = tuple(u.name for u in units if u.kind in ("router", "experts"))
+    teacher, tape = walk.teachers[stream.source], walk.teacher_tape
+    if not tape.keep:
+        return teacher.captured(weights, x, inputs=entered, outputs=tuple(wanted))
+    if not entered:
+        only = frozenset(wanted)
+        return Captured(outputs=tape.of(stream.source, chunk, walk.device, only=only))
+    known = tape.of(stream.source, chunk, walk.device)
+    seen = teacher.captured(weights, x, inputs=entered, known=known)
+    seen.outputs.update({name: known[name] for name in wanted})
+    return seen
+
+
+def _see_merged(
+    walk: Walk, stage: int, units: Sequence[Unit], stream: Stream, chunk: slice, x: Tensor
+) -> Captured:
+    """What enters the stage in the merged part, and what the writers before it put out."""
+    known = walk.known(stream, chunk)
+    writers = [unit.name for unit in walk.anatomy.writers_before(stage)]
+    settled = [unit.name for unit in walk.settled_linears(stage)] if walk.merged_tape.keep else []
+    wanted = [name for name in dict.fromkeys([*writers, *settled]) if name not in known]
+    seen = walk.part.captured(
+        walk.weights, x, inputs=(units[0].name,), outputs=tuple(wanted), known=known
+    )
+    new = {name: seen.outputs[name] for name in settled if name in seen.outputs}
+    walk.merged_tape.add(stream.source, chunk, new)
+    seen.outputs.update(known)
+    return seen
+
+
+def _drift(walk: Walk, stage: int, teacher: Captured, merged: Captured, entering: Tensor) -> Tensor:
+    """The residual stream of the teacher less that of the merged model, before the stage.
+
+    Args:
+        entering: the same difference where the part begins.
+    """
+    if not walk.part.residual:
+        return torch.zeros((), device=walk.device)
+    drift = walk.anatomy.residual_scale * entering
+    for writer in walk.anatomy.writers_before(stage):
+        assert writer.write is not None
+        added = teacher.outputs[writer.name] - merged.outputs[writer.name]
+        drift = drift + writer.write.scale * added.reshape(drift.shape)
+    return drift

@@ -1,0 +1,140 @@
+"""State of the walk through one part of the model."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mergekit_dam.coefficients.tensors import FittedTensor, TensorSources
+from mergekit_dam.fitting.metric import PLAIN, Metric
+from mergekit_dam.layers.expert_metrics import Felt
+from mergekit_dam.model.part import Part
+from mergekit_dam.model.units import Anatomy, Unit
+from mergekit_dam.streams.outputs import Tape
+from mergekit_dam.streams.share import Split
+from mergekit_dam.streams.stream import Stream
+
+Progress = Callable[[FittedTensor], None]
+Metrics = Mapping[tuple[int, str], Metric | Felt]
+
+
+@dataclass
+class Walk:
+    """One part, its data, and how far its tensors are settled.
+
+    Attributes:
+        part: the part of the merged model.
+        teachers: the same part of each source's own model.
+        sources: tensors of the part by names relative to it.
+        streams: one per model with calibration data.
+        anatomy: what the part is made of.
+        weights: the merged part as it stands, fp32; what the merged stream runs through.
+        progress: called with every settled tensor.
+        metrics: in which errors of linears are measured, by source and unit, and what tells those
+            of single experts; none for `S = I`.
+        fitted: what is settled, by relative name.
+        head: name of the output head's unit, in the part that has it.
+        temperature: of the logits that the head is fitted to.
+        teacher_tape: outputs of the teachers' units.
+        merged_tape: outputs of the merged part's linears that are settled.
+    """
+
+    part: Part
+    teachers: Sequence[Part]
+    sources: Mapping[str, TensorSources]
+    streams: Sequence[Stream]
+    anatomy: Anatomy
+    weights: dict[str, Tensor]
+    progress: Progress
+    metrics: Metrics = field(default_factory=dict)
+    fitted: dict[str, FittedTensor] = field(default_factory=dict)
+    head: str | None = None
+    temperature: float = 1.0
+    teacher_tape: Tape = field(default_factory=Tape)
+    merged_tape: Tape = field(default_factory=Tape)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the part runs."""
+        return next(iter(self.weights.values())).device
+
+    def settle(self, name: str, fitted: FittedTensor) -> None:
+        """Take a fitted tensor into the merged part."""
+        self.weights[name] = fitted.merged.float()
+        self.leave(name, fitted)
+
+    def leave(self, name: str, fitted: FittedTensor) -> None:
+        """Take note of a tensor that stays as it is in the merged part."""
+        self.fitted[name] = fitted
+        self.progress(fitted)
+
+    def teacher_weights(
+        self, stream: Stream, *, without: Collection[str] = ()
+    ) -> dict[str, Tensor]:
+        """The part's weights of a stream's own model, fp32; but for some, by relative name."""
+        return {
+            name: own.teacher(stream.source)
+            for name, own in self.sources.items()
+            if name not in without
+        }
+
+    def fittable(self, unit: Unit, kind: str | None = None) -> bool:
+        """Whether coefficients of a unit are asked for and can change it."""
+        own = [self.sources.get(unit.parameter(p)) for p in unit.parameters]
+        known = [tensor for tensor in own if tensor is not None]
+        if len(known) < len(own):  # the rest belongs to another part: a tied head's bias
+            return False
+        return self.weight(unit).settings.fits(kind or unit.kind) and not all(
+            tensor.identical for tensor in known
+        )
+
+    def recorded_units(self) -> tuple[str, ...]:
+        """Units whose teachers' outputs the fits will ask for; none if nothing is to be fitted."""
+        kinds = ("linear", "norm", "experts")
+        units = [
+            unit for unit in self.anatomy.units if unit.name != self.head and unit.kind != "router"
+        ]
+        if not any(unit.kind in kinds and self.fittable(unit) for unit in units):
+            return ()
+        return tuple(
+            unit.name
+            for unit in units
+            if unit.write or (unit.kind in kinds and self.fittable(unit))
+        )
+
+    def settled_linears(self, stage: int) -> tuple[Unit, ...]:
+        """Linears and experts of earlier stages: what they put out will not change any more."""
+        before = (unit for units in self.anatomy.stages[:stage] for unit in units)
+        return tuple(unit for unit in before if unit.kind in ("linear", "experts"))
+
+    def weight(self, unit: Unit) -> TensorSources:
+        """Sources of a unit's weight; of experts, of the first."""
+        name = "weight" if "weight" in unit.parameters else unit.parameters[0]
+        return self.sources[unit.parameter(name)]
+
+    def bias(self, unit: Unit) -> TensorSources | None:
+        """Sources of a unit's bias, if it has one."""
+        return self.sources.get(unit.parameter("bias"))
+
+    def metric(self, unit: str, stream: Stream) -> Metric:
+        """The metric of a linear's errors on a stream's data."""
+        metric = self.metrics[stream.source, unit] if self.metrics else PLAIN
+        assert isinstance(metric, Metric)
+        return metric
+
+    def felt(self, unit: str, stream: Stream) -> Felt | None:
+        """What tells the metrics of single experts on a stream's data; None for `S = I`."""
+        felt = self.metrics.get((stream.source, unit))
+        assert felt is None or isinstance(felt, Felt)
+        return felt
+
+    def pairs(self, stream: Stream, split: Split | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """What enters the part, chunk by chunk: (chunk, teacher's, merged), on the device."""
+        for chunk in stream.chunks(split):
+            teacher = stream.teacher[chunk].to(self.device)
+            yield chunk, teacher, stream.merged[chunk].to(self.device)
+
+    def known(self, stream: Stream, chunk: slice) -> dict[str, Tensor]:
+        """What settled linears of the merged part put out for a chunk, on the device."""
+        return self.merged_tape.of(stream.source, chunk, self.device)

@@ -1,0 +1,111 @@
+"""A transformers model without weights: its class, its list of blocks, the names of its weights.
+
+Nothing here goes by names of architectures: mergekit says which of transformers' classes loads
+one, and transformers which module holds the language model, and what a checkpoint's names mean.
+"""
+
+from typing import Any
+
+import transformers
+from accelerate import init_empty_weights
+from mergekit.common import get_auto_cls
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.initialization import no_init_weights
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from mergekit_dam.errors import ArchitectureError
+
+_CLASSES: dict[Any, Any] = {
+    AutoModelForCausalLM: transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForImageTextToText: transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+}
+
+OTHER_METHODS = "Merge it with one of mergekit's other methods, such as `linear`."
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The auto class of transformers that loads a model.
+
+    Raises:
+        ArchitectureError: it is not one of causal language models.
+    """
+    architecture = next(iter(config.architectures or ()), None)
+    if architecture is None:
+        return AutoModelForCausalLM
+    auto: Any = get_auto_cls(architecture)
+    if auto not in _CLASSES:
+        raise _no_decoder(architecture, config, f"{getattr(auto, '__name__', auto)} loads it")
+    # mergekit takes what it does not know for a causal language model.
+    own, causal = getattr(transformers, architecture, None), _CLASSES[auto].get(type(config), None)
+    if own is not None and causal is not None and own is not causal:
+        raise _no_decoder(architecture, config, f"that would be {causal.__name__}")
+    return auto
+
+
+def build_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The module tree of a language model, on the meta device; buffers are real.
+
+    Raises:
+        ArchitectureError: transformers cannot build the model, or it is no causal decoder that
+            text alone can run through.
+    """
+    auto = auto_class(config)
+    try:
+        # include_buffers=False: on a plain meta device rotary frequencies would be lost.
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            # Experts one after the other: grouped products would take copies of all of them.
+            model = auto.from_config(
+                config, trust_remote_code=trust_remote_code, experts_implementation="eager"
+            )
+    except (ValueError, KeyError, AttributeError, ImportError) as error:
+        raise ArchitectureError(
+            f"transformers builds no causal language model from {config.architectures}: {error}"
+        ) from error
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise _no_decoder(type(model).__name__, config, "its decoder reads what an encoder made")
+    model.tie_weights()
+    built: PreTrainedModel = model.eval()
+    return built
+
+
+def _no_decoder(name: str, config: PretrainedConfig, why: str) -> ArchitectureError:
+    return ArchitectureError(
+        f"required a causal language model, or a vision-language model around one, got {name} "
+        f"(model type {config.model_type}): {why}. dam fits what a model makes of text. "
+        f"{OTHER_METHODS}"
+    )
+
+
+def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The list of decoder blocks in a model, and its path.
+
+    Raises:
+        ArchitectureError: there is no such list, or several.
+    """
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    decoder = model.get_decoder()
+    within = decoder if isinstance(decoder, PreTrainedModel) else model
+    own = {id(module) for module in within.modules()}
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and id(module) in own and len(module) == layers
+    ]
+    if len(found) > 1:
+        found = [
+            (name, module)
+            for name, module in found
+            if all(isinstance(member, GradientCheckpointingLayer) for member in module)
+        ]
+    if len(found) != 1:
+        raise ArchitectureError(
+            f"required one list of {layers} decoder blocks in {type(model).__name__}, "
+            f"found {len(found)}; dam cannot cut this architecture into blocks. {OTHER_METHODS}"
+        )
+    return found[0]

@@ -1,0 +1,142 @@
+"""A part of a model as the fit walks it: its module, its input, how it runs."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from mergekit_dam.model.anatomy import examine, scattered
+from mergekit_dam.model.decoder import Decoder
+from mergekit_dam.model.hooks import Captured, capture, substitute, watch
+from mergekit_dam.model.units import Anatomy
+
+_PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Part:
+    """The input, one block, or the output of a model.
+
+    Attributes:
+        label: for people.
+        prefix: what precedes the names of its parameters in the whole model.
+        root: the module that names are relative to.
+        forward: from weights (by relative names) and what enters to what leaves.
+        residual: it adds to a stream of hidden states that passes through it.
+        dtype: of the products of a run; what enters and leaves is fp32.
+    """
+
+    label: str
+    prefix: str
+    root: nn.Module
+    forward: Callable[[Mapping[str, Tensor], Tensor], Tensor]
+    residual: bool = False
+    dtype: torch.dtype = torch.float32
+
+    def run(self, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """What leaves the part, fp32.
+
+        In a half precision, products alone are in it (as `torch.autocast` has them); norms and the
+        stream of hidden states stay fp32.
+        """
+        half = self.dtype != torch.float32
+        with torch.autocast(x.device.type, dtype=self.dtype, enabled=half):
+            return self.forward(weights, x).float()
+
+    def captured(
+        self,
+        weights: Mapping[str, Tensor],
+        x: Tensor,
+        *,
+        inputs: tuple[str, ...] = (),
+        outputs: tuple[str, ...] = (),
+        known: Mapping[str, Tensor] | None = None,
+    ) -> Captured:
+        """Run until the inputs and outputs of the named units are captured.
+
+        Args:
+            known: outputs of units that need not be computed again.
+        """
+        with (
+            capture(self.root, inputs=inputs, outputs=outputs) as captured,
+            substitute(self.root, known or {}),
+        ):
+            self.run(weights, x)
+        return captured
+
+    def through(
+        self,
+        weights: Mapping[str, Tensor],
+        x: Tensor,
+        *,
+        outputs: tuple[str, ...] = (),
+        known: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Captured]:
+        """Run to the end; what leaves the part, and the outputs of the named units."""
+        with (
+            capture(self.root, outputs=outputs, stop=False) as captured,
+            substitute(self.root, known or {}),
+        ):
+            leaving = self.run(weights, x)
+        return leaving, captured
+
+    def watched(
+        self, weights: Mapping[str, Tensor], x: Tensor, *, outputs: tuple[str, ...]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run to the end; what leaves the part, and the named outputs on the way of gradients."""
+        with watch(self.root, outputs) as seen:
+            leaving = self.run(weights, x)
+        return leaving, seen
+
+    def anatomy(self, weights: Mapping[str, Tensor], like: Tensor) -> Anatomy:
+        """Examine the part on a few random tokens.
+
+        Args:
+            weights: of the part, by relative names, fp32.
+            like: what enters the part, for its kind and width: token ids or hidden states.
+        """
+        weights = scattered(weights)
+        if not like.is_floating_point():
+            tokens = torch.arange(_PROBE_TOKENS, device=like.device)[None]
+            return examine(self.root, lambda: self.forward(weights, tokens), weights)
+        generator = torch.Generator(like.device).manual_seed(0)
+        hidden = torch.randn(
+            1, _PROBE_TOKENS, like.shape[-1], generator=generator, device=like.device
+        )
+        source = hidden if self.residual else None
+        return examine(self.root, lambda: self.forward(weights, hidden), weights, source)
+
+
+def input_part(decoder: Decoder) -> Part:
+    """From token ids to the hidden states that enter the first block."""
+    return Part("input", "", decoder.model, decoder.embed)
+
+
+def block_part(decoder: Decoder, index: int, dtype: torch.dtype = torch.float32) -> Part:
+    """One decoder block; its products are computed in `dtype`."""
+
+    def run(weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        return decoder.run_block(index, weights, hidden)
+
+    label = f"block {index + 1}/{len(decoder.blocks)}"
+    prefix = f"{decoder.block_name(index)}."
+    return Part(label, prefix, decoder.blocks[index], run, residual=True, dtype=dtype)
+
+
+def output_part(decoder: Decoder) -> Part:
+    """From the hidden states that leave the last block to logits."""
+    return Part("output", "", decoder.model, decoder.logits)
+
+
+def without_tokens(part: Part, unknown: Tensor) -> Part:
+    """The output of a model that does not have some tokens: they get no probability.
+
+    Args:
+        unknown: bool `[vocabulary]`, of the tokens.
+    """
+
+    def run(weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        return part.forward(weights, hidden).masked_fill(unknown.to(hidden.device), -torch.inf)
+
+    return replace(part, forward=run)

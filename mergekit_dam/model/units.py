@@ -1,0 +1,89 @@
+"""TODO mergekit_dam/model/units.py."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from mergekit_dam.model.experts import FusedLinear
+
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Write:
+    """How a unit's output reaches the residual stream.
+
+    Attributes:
+        scale: the factor it is added with.
+        through: name of the norm that stands between, or None.
+    """
+
+    scale: float
+    through: str | None = None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A module that owns parameters.
+
+    Attributes:
+        name: path of the module, relative to the part.
+        kind: "experts" own fused parameters `[experts, ., .]`, of which each token sees what it is
+            sent to; a "router" is a linear that keeps its logits to itself, and hands out to whom
+            tokens are sent; "other" units are averaged, never fitted.
+        axis: input axis of a linear's weight: -1 for `[out, in]`, 0 where it is transposed.
+        unit_gain: for a norm `y = (w + unit_gain) * n(x) + bias`: 1 in the Gemma family, else 0.
+        write: how it writes to the residual stream, if it does.
+        linears: of each of the experts, in the order in which data passes them.
+    """
+
+    name: str
+    kind: Literal["linear", "norm", "embedding", "router", "experts", "other"]
+    parameters: tuple[str, ...]
+    axis: int = -1
+    unit_gain: float = 0.0
+    write: Write | None = None
+    linears: tuple[FusedLinear, ...] = ()
+
+    def parameter(self, name: str) -> str:
+        """Path of one of its parameters, relative to the part."""
+        return f"{self.name}.{name}" if self.name else name
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The units of a part in the order the data passes them.
+
+    Attributes:
+        stages: units that see the same input form one stage.
+        residual_scale: the factor with which the part's input reaches its output directly.
+    """
+
+    stages: tuple[tuple[Unit, ...], ...]
+    residual_scale: float
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """All units, in call order."""
+        return tuple(unit for stage in self.stages for unit in stage)
+
+    def writers_before(self, stage: int) -> tuple[Unit, ...]:
+        """Units of earlier stages that add to the residual stream themselves."""
+        return tuple(
+            unit
+            for units in self.stages[:stage]
+            for unit in units
+            if unit.write and unit.write.through is None
+        )
+
+
+@dataclass
+class UnitCall:
+    """What one unit did in the recorded forward."""
+
+    calls: int
+    input: Tensor | None
+    output: Any
+    call: tuple[tuple[Any, ...], Mapping[str, Any]] = ((), {})

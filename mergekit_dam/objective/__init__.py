@@ -1,1 +1,0 @@
-"""The end-to-end objective: losses between logits, penalties of coefficients, and the descent."""

@@ -1,0 +1,275 @@
+"""Checks of a dam configuration: everything wrong with it, before any work, in one error."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mergekit import merge_methods
+from mergekit.common import ModelReference
+from mergekit.config import (
+    ConditionalParameter,
+    InputModelDefinition,
+    InputSliceDefinition,
+    MergeConfiguration,
+    OutputModuleDefinition,
+    OutputSliceDefinition,
+    ParameterSetting,
+)
+from pydantic import BaseModel, ValidationError
+
+from mergekit_dam.errors import ConfigError
+from mergekit_dam.parameters import ModelParameters, RunParameters, TensorParameters
+from mergekit_dam.request.method import NAME
+from mergekit_dam.request.objective import check_objective, quoted
+from mergekit_dam.request.scopes import (
+    OWNERS,
+    SPECS,
+    Scope,
+    input_lists,
+    listed_models,
+    scalars,
+    scopes_of,
+)
+from mergekit_dam.request.slices import check_slices
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a valid configuration says about the whole merge.
+
+    Attributes:
+        run: parameters of the whole merge.
+        models: the models to merge, in the order of the YAML; the base last, if included.
+        base: the base model.
+        calibrations: per model whose data takes part in the fit.
+        learns: there is something to learn, as two models are merged somewhere.
+    """
+
+    run: RunParameters
+    models: tuple[ModelReference, ...]
+    base: ModelReference | None
+    calibrations: Mapping[ModelReference, str]
+    learns: bool = True
+
+
+def check_configuration(
+    config: MergeConfiguration, source: Mapping[str, Any] | None = None
+) -> Checked:
+    """Check everything that the YAML alone can tell.
+
+    Args:
+        source: the YAML as parsed, to find keys that mergekit drops silently.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    problems: list[str] = []
+    if source is not None:
+        problems += _unknown_keys(source, MergeConfiguration, "the configuration")
+    scopes = []
+    wrong = set()
+    unknown: dict[str, list[str]] = {}
+    for scope in scopes_of(config):
+        sound = {}
+        for name, setting in scope.settings.items():
+            if name not in OWNERS:
+                unknown.setdefault(name, []).append(scope.label)
+                continue
+            found = _check_setting(scope, name, setting)
+            problems += found
+            if found:
+                wrong.add(name)
+            else:
+                sound[name] = setting
+        # What is wrong is told above; the rest is checked as if it were not there.
+        scopes.append(dataclasses.replace(scope, settings=sound))
+    problems += [f"{', '.join(at)}: {_unknown_parameter(name)}" for name, at in unknown.items()]
+    told = any("`calibration`" in problem for problem in problems)
+    top = {k: v for scope in scopes if scope.level == "top" for k, v in scope.settings.items()}
+    run = RunParameters.model_validate({k: top[k] for k in top if OWNERS[k] is RunParameters})
+    listed = listed_models(config)
+    problems += _check_models(config, run, listed, scopes)
+    problems += check_slices(config)
+    problems += check_objective(config, run, scopes, wrong)
+    models = tuple(m for m in listed if m != config.base_model)
+    if run.include_base and config.base_model is not None:
+        models = (*models, config.base_model)
+    # A base that is to be merged too is added to lists of models, as mergekit does, not to slices.
+    meeting = any(
+        len(inputs) > 1 or (run.include_base and path.endswith("models") and inputs)
+        for path, inputs in input_lists(config)
+    )
+    learns = len(models) > 1 and meeting
+    calibrations, missing = _calibrations(models, scopes, top, needed=learns)
+    if run.coefficients is None and not told:
+        problems += missing
+    if problems:
+        raise ConfigError(problems)
+    return Checked(run, models, config.base_model, calibrations, learns)
+
+
+def _check_setting(scope: Scope, name: str, setting: ParameterSetting) -> list[str]:
+    """Problems of one parameter of dam in one scope."""
+    owner = OWNERS[name]
+    where = f"{scope.label}: `{name}`"
+    plain = isinstance(setting, (bool, int, float, str))
+    if owner is RunParameters:
+        if scope.level != "top":
+            hint = (
+                "; for one model's sequences write `calibration: SOURCE:samples=N`"
+                if name == "samples"
+                else ""
+            )
+            return [
+                f"{where} holds for the whole merge; set it under `parameters` at top level{hint}"
+            ]
+        if not plain:
+            return [f"{where} takes one value for the whole merge, no filter or gradient"]
+    if owner is TensorParameters and scope.level == "model":
+        return [
+            f"{where} belongs to the merged tensor, not to one model; set it at top level "
+            f"or for a slice"
+        ]
+    if name == "calibration":
+        if scope.level == "group":
+            return [f"{where} belongs to a model (or to all, at top level), not to a slice"]
+        if not plain:
+            return [f"{where} takes one text per model, no filter or gradient"]
+    problems = []
+    for value in scalars(setting):
+        try:
+            SPECS[name].validate(value)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            problems.append(f"{where} is {value!r}: {reason[0].lower()}{reason[1:]}")
+    return problems
+
+
+def _unknown_parameter(name: str) -> str:
+    """Say what an unknown parameter may have been meant to be."""
+    others = sorted(
+        method.spec.name
+        for method in merge_methods.registered_methods()
+        if method.spec.name != NAME and any(p.name == name for p in method.spec.parameters)
+    )
+    if others:
+        return f"`{name}` is a parameter of {', '.join(others)}, not of dam; remove it"
+    close = difflib.get_close_matches(name, OWNERS, n=1)
+    hint = f"; did you mean `{close[0]}`?" if close else f"; dam knows {', '.join(sorted(OWNERS))}"
+    return f"unknown parameter `{name}`{hint}"
+
+
+def _unknown_keys(source: Any, schema: type[BaseModel], where: str) -> list[str]:
+    """Keys of the YAML that mergekit would drop without a word."""
+    if not isinstance(source, Mapping):
+        return []
+    problems = []
+    for key in source:
+        if key in schema.model_fields:
+            continue
+        if key in OWNERS:
+            problems.append(f"{where}: `{key}` stands outside of `parameters:`; move it inside")
+            continue
+        close = difflib.get_close_matches(str(key), schema.model_fields, n=1)
+        hint = f"did you mean `{close[0]}`?" if close else "mergekit would ignore it"
+        problems.append(f"{where}: unknown key `{key}`; {hint}")
+    nested: dict[str, type[BaseModel]] = {
+        "models": InputModelDefinition,
+        "slices": OutputSliceDefinition,
+        "sources": InputSliceDefinition,
+    }
+    for key, inner in nested.items():
+        entries = source.get(key)
+        for index, entry in enumerate(entries if isinstance(entries, list) else ()):
+            problems += _unknown_keys(entry, inner, _join(where, f"{key}[{index}]"))
+    modules = source.get("modules")
+    for name, entry in modules.items() if isinstance(modules, Mapping) else ():
+        problems += _unknown_keys(entry, OutputModuleDefinition, _join(where, f"modules.{name}"))
+    return problems
+
+
+def _join(where: str, key: str) -> str:
+    return key if where == "the configuration" else f"{where}.{key}"
+
+
+def _check_models(
+    config: MergeConfiguration,
+    run: RunParameters,
+    listed: list[ModelReference],
+    scopes: list[Scope],
+) -> list[str]:
+    """Problems with which models are merged, and with the base among them."""
+    problems = []
+    base = config.base_model
+    others = [model for model in listed if model != base]
+    if not others:
+        problems.append("models: required at least one model besides the base; got none")
+    elif len(others) == 1 and base is not None and not run.include_base and not run.coefficients:
+        problems.append(
+            f"models: {others[0]} alone would be merged, as the base is no model to merge unless "
+            f"asked for; set `include_base: true` at top level and give it a `calibration` too, or "
+            f"name no `base_model`"
+        )
+    if run.include_base and base is None:
+        problems.append("`include_base` is true, but the configuration names no `base_model`")
+    if not run.include_base:
+        for scope in scopes:
+            extra = [n for n in scope.settings if OWNERS[n] is ModelParameters]
+            if scope.model is not None and scope.model == base and extra:
+                problems.append(
+                    f"{scope.label}: the base takes no {quoted(extra)}; set "
+                    f"`include_base: true` at top level to merge it like the other models"
+                )
+    for path, inputs in input_lists(config):
+        for model in dict.fromkeys(m for m in inputs if inputs.count(m) > 1):
+            problems.append(f"{path}: {model} is listed {inputs.count(model)} times; list it once")
+    return problems
+
+
+def _calibrations(
+    models: tuple[ModelReference, ...],
+    scopes: list[Scope],
+    top: Mapping[str, Any],
+    *,
+    needed: bool,
+) -> tuple[dict[ModelReference, str], list[str]]:
+    """The calibration of every model that needs one, and what is missing.
+
+    Args:
+        needed: there is something to learn; else none is read.
+    """
+    found: dict[ModelReference, str] = {}
+    problems = []
+    for model in models:
+        own = [scope.settings for scope in scopes if scope.model == model]
+        texts = {str(s["calibration"]) for s in own if s.get("calibration") is not None}
+        if len(texts) > 1:
+            problems.append(f"{model}: several calibrations ({', '.join(sorted(texts))}); give one")
+        if not texts and top.get("calibration") is not None:
+            texts = {str(top["calibration"])}
+        default = top.get("loss_weight", 1.0)
+        weights = [settings.get("loss_weight", default) for settings in own] or [default]
+        silent = not needed or all(_is_zero(weight) for weight in weights)
+        if texts and not silent:
+            found[model] = texts.pop()
+        elif not silent:
+            problems.append(
+                f"{model}: required `calibration`, text of the kind that this model is good at; "
+                f"add `parameters: {{calibration: PATH}}` to it (`mergekit-dam` reads .txt, "
+                f".jsonl, .json, .parquet, a folder or a Hub dataset id)"
+            )
+    if needed and models and not found and not problems:
+        problems.append("every model has `loss_weight: 0`; at least one must count in the fit")
+    return found, problems
+
+
+def _is_zero(weight: ParameterSetting) -> bool:
+    """Whether a loss weight is 0 for every tensor; a filter leaves others at the default."""
+    if isinstance(weight, ConditionalParameter):
+        return False
+    if isinstance(weight, list) and any(isinstance(w, ConditionalParameter) for w in weight):
+        return False
+    values = [SPECS["loss_weight"].validate(value) for value in scalars(weight)]
+    return bool(values) and not any(values)

@@ -1,0 +1,141 @@
+"""Every YAML parameter of the merge method `dam`: its type, default, help and where it is set.
+
+The classes below are the single source: mergekit's specification, the checks of a
+configuration and the tables in the README are all made from their fields.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    GroupMergeMethod,
+    InputContract,
+    MergeMethodSpec,
+    ParameterScope,
+    ParameterSpec,
+    TensorGroup,
+)
+from pydantic import InstanceOf
+from pydantic.fields import FieldInfo
+
+from mergekit_dam.coefficients.file import CoefficientFile
+from mergekit_dam.coefficients.in_memory import merge_average, merge_given
+from mergekit_dam.errors import DamError
+from mergekit_dam.parameters import ModelParameters, Parameters
+from mergekit_dam.request.help import fields
+
+NAME = "dam"
+PAPER = "https://arxiv.org/abs/2410.08371"
+
+
+@dataclass(frozen=True)
+class Average:
+    """Stands for the coefficients of the weighted average, where tensors in memory are merged."""
+
+
+_IN_MEMORY: dict[str, Any] = {
+    "coefficients": str
+    | InstanceOf[CoefficientFile]
+    | InstanceOf[Mapping[str, torch.Tensor]]
+    | InstanceOf[torch.Tensor]
+    | InstanceOf[Average]
+    | None
+}
+"""What a caller in this process may hand over, where a YAML has text alone."""
+
+
+def _parameter_spec(owner: type[Parameters], name: str, field: FieldInfo) -> ParameterSpec:
+    value_type: Any = _IN_MEMORY.get(name, field.annotation)
+    for constraint in field.metadata:
+        value_type = Annotated[value_type, constraint]
+    return ParameterSpec(
+        name=name,
+        value_type=value_type,
+        scope=ParameterScope.INPUT if owner is ModelParameters else ParameterScope.SHARED,
+        default=field.default,
+        description=field.description,
+    )
+
+
+class DamMerge(GroupMergeMethod):
+    """The entry in mergekit's registry.
+
+    It names the parameters. The merge itself is planned over whole decoder blocks, so tensors
+    that come here one by one come from a caller that has no plan: mergekit's functions for
+    tensors in memory, and its command for raw files. Those bring the coefficients.
+    """
+
+    spec = MergeMethodSpec(
+        name=NAME,
+        pretty_name="Differentiable Adaptive Merging",
+        reference_url=PAPER,
+        contract=InputContract(base=BasePolicy.OPTIONAL, min_inputs=1),
+        parameters=tuple(_parameter_spec(*row) for row in fields()),
+    )
+
+    def validate_inputs(
+        self,
+        input_ids: Sequence[Hashable],
+        base_id: Hashable | None = None,
+        *,
+        group_name: str | None = None,
+    ) -> None:
+        """Check how many inputs there are; a slice of one model may leave out the base."""
+        base = base_id if base_id in input_ids else None
+        super().validate_inputs(input_ids, base, group_name=group_name)
+
+    def __call__(
+        self,
+        groups: Sequence[TensorGroup],
+        /,
+        *,
+        parameters: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> tuple[torch.Tensor, ...]:
+        """Merge tensors in memory with the coefficients that `parameters` brings.
+
+        Args:
+            parameters: `coefficients`, as `given.Given` (or mergekit's PerGroupValues of those);
+                or `weight` alone, for the weighted average that a fit starts from.
+            options: `dtype`, `out_dtype` and `batch_options`, as of every method.
+
+        Raises:
+            DamError: there are none, or parameters of a fit beside them.
+        """
+        asked = {name: value for name, value in (parameters or {}).items() if value is not None}
+        by_weight = "coefficients" not in asked and "weight" in asked
+        unread = sorted(asked.keys() - {"weight" if by_weight else "coefficients"})
+        if unread:
+            raise DamError(
+                f"dam: tensors in memory are merged with given coefficients, not fitted; "
+                f"{', '.join(unread)} would not be read: leave out what is not `coefficients` (or "
+                f"`weight`)"
+            )
+        if by_weight:
+            asked["coefficients"] = Average()
+        return super().__call__(groups, parameters=asked, **options)
+
+    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
+        """Merge one tensor of every input with given coefficients.
+
+        Raises:
+            DamError: none are given: a single tensor holds no activations to fit on.
+        """
+        given = parameters["coefficients"]
+        if given is None:
+            raise DamError(
+                f"dam fits whole models on calibration text, and cannot fit the single tensor "
+                f"{group.metadata.name!r}. For a fit, run it through mergekit-yaml, "
+                f"mergekit-multi, mergekit.merge.run_merge or `mergekit-dam merge`; to merge "
+                f"tensors with known coefficients, pass `coefficients`: the path of a "
+                f"dam_coefficients.safetensors, or a tensor with a row for each input"
+            )
+        if isinstance(given, Average):
+            base = next((i for i, entry in enumerate(group.entries) if entry.is_base), None)
+            weights = parameters["weight"].values_for(group.entries)
+            return merge_average(group.tensors, weights, base=base)
+        ids = [entry.id for entry in group.entries]
+        return merge_given(group.tensors, given, ids=ids, name=group.metadata.name)

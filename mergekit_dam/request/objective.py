@@ -1,0 +1,78 @@
+"""TODO mergekit_dam/request/objective.py."""
+
+from collections.abc import Collection, Iterable
+
+from mergekit.config import MergeConfiguration
+
+from mergekit_dam.parameters import LogitsParameters, RunParameters
+from mergekit_dam.request.scopes import SPECS, Scope, scalars
+
+
+def check_objective(
+    config: MergeConfiguration, run: RunParameters, scopes: list[Scope], wrong: Collection[str]
+) -> list[str]:
+    """Problems with how parameters of the objective go together.
+
+    Args:
+        wrong: parameters whose own value is refused, of which nothing follows for others.
+    """
+    if "objective" in wrong:
+        return []
+    where = "parameters (top level)"
+    given = {name: None for scope in scopes if scope.level == "top" for name in scope.settings}
+    unread = [name for name in given if name in LogitsParameters.model_fields]
+    if run.objective == "layer":
+        if not unread:
+            return []
+        return [
+            f"{where}: `objective: layer` takes no {quoted(unread)}; set `objective: logits` or "
+            f"`objective: layer+logits`, or remove {'it' if len(unread) == 1 else 'them'}"
+        ]
+    problems = []
+    if run.objective == "logits" and "metric" in given:
+        problems.append(
+            f"{where}: `objective: logits` takes no `metric`, as it fits no layers; set "
+            f"`objective: layer+logits`, or remove it"
+        )
+    if "mofo_fraction" in given and run.optimizer != "mofo" and "optimizer" not in wrong:
+        problems.append(
+            f"{where}: `optimizer: {run.optimizer}` takes no `mofo_fraction`; set `optimizer: "
+            f"mofo`, or remove it"
+        )
+    if run.weighted_overlap and config.base_model is None:
+        problems.append(
+            f"{where}: `weighted_overlap` is {run.weighted_overlap:g}, but the configuration names "
+            f"no `base_model` to take task vectors from; name one, or set `overlap`"
+        )
+    if run.nonlinearity != "none":
+        problems += [f"{where}: {p}" for p in _check_nonlinearity(config, run, scopes)]
+    return problems
+
+
+def _check_nonlinearity(
+    config: MergeConfiguration, run: RunParameters, scopes: list[Scope]
+) -> list[str]:
+    """Problems with a nonlinearity that some start is out of the reach of.
+
+    What depends on weights, on filters or on a file is left to the plan of the tensors.
+    """
+    if run.objective == "layer+logits":
+        return [
+            f"`nonlinearity: {run.nonlinearity}` cannot give every coefficient that layers may be "
+            f"fitted to, where `objective: layer+logits` goes on from; set `objective: logits`, or "
+            f"`nonlinearity: none`"
+        ]
+    settings = [s.settings["sum_to_one"] for s in scopes if "sum_to_one" in s.settings]
+    values = [SPECS["sum_to_one"].validate(v) for setting in settings for v in scalars(setting)]
+    # Deviations from the average cancel each other: some are 0 or less, wherever they start.
+    if config.base_model is None and all(values) and run.nonlinearity in ("sigmoid", "relu"):
+        return [
+            f"`nonlinearity: {run.nonlinearity}` has no start: with `sum_to_one` and no "
+            f"`base_model`, what is learned are deviations from the average, which start at 0; set "
+            f"`sum_to_one: false`, name a `base_model`, or take `tanh` or `none`"
+        ]
+    return []
+
+
+def quoted(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

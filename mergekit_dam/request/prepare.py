@@ -1,0 +1,237 @@
+"""Everything that can be known before the first weight is read.
+
+1. Check the configuration, and have mergekit build the merged model's vocabulary if it asks so.
+2. Replay: read the coefficients. Otherwise: load every model's tokenizer, and make every model's
+   calibration tokens with it.
+3. Bring them into that vocabulary; where there is none, see that the tokenizers agree.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+from pydantic import PrivateAttr
+
+from mergekit_dam.calibration.load import load_calibration
+from mergekit_dam.calibration.sets import CalibrationSet
+from mergekit_dam.coefficients.file import CoefficientFile
+from mergekit_dam.errors import ConfigError, DamError
+from mergekit_dam.parameters import LogitsSettings, RunParameters, RunSettings
+from mergekit_dam.request.architectures import check_architectures
+from mergekit_dam.request.check import Checked, check_configuration
+from mergekit_dam.request.models import check_depth, check_length, vocab_size_of
+from mergekit_dam.vocabulary.merged import Vocabulary, build_vocabulary
+from mergekit_dam.vocabulary.tokenizers import check_agreement, load_tokenizer
+from mergekit_dam.vocabulary.translation import Translation, refuse_lost
+
+LOG = logging.getLogger(__name__)
+
+READ_ALIKE = 0.9
+"""Share of a text's tokens that the merged model should read as the model does, at least."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked configuration with the data of its fit, or the coefficients to replay.
+
+    Attributes:
+        calibration: per model whose data takes part in the fit; empty in a replay.
+        replay: the coefficients to replay, or None.
+        start: the coefficients to start from, or None.
+        vocabulary: of the merged model, if mergekit builds one; calibration tokens are its ids.
+        rows: that embeddings are cut to, if they are.
+    """
+
+    checked: Checked
+    settings: RunSettings
+    calibration: Mapping[ModelReference, CalibrationSet]
+    replay: CoefficientFile | None
+    start: CoefficientFile | None = None
+    vocabulary: Vocabulary | None = None
+    rows: int | None = None
+
+
+class PreparedConfiguration(MergeConfiguration):
+    """mergekit's configuration, carrying what was prepared for it to the planner."""
+
+    _prepared: Prepared = PrivateAttr()
+
+    @classmethod
+    def create(cls, config: MergeConfiguration, prepared: Prepared) -> "PreparedConfiguration":
+        """The same configuration with its preparation."""
+        values = {name: getattr(config, name) for name in MergeConfiguration.model_fields}
+        result = cls.model_construct(_fields_set=set(config.model_fields_set), **values)
+        result._prepared = prepared
+        return result
+
+    @property
+    def prepared(self) -> Prepared:
+        """What was prepared."""
+        return self._prepared
+
+    def referenced_models(self) -> list[ModelReference]:
+        """The base and the models in the order of the YAML.
+
+        mergekit's own order is that of a set, and the first gives the merged model its
+        configuration and tokenizer: without a base, it would be another one in every run.
+        """
+        return all_models(self._prepared.checked)
+
+
+def all_models(checked: Checked) -> list[ModelReference]:
+    """The base, if there is one, and the models in the order of the YAML."""
+    return list(dict.fromkeys([*([checked.base] if checked.base else []), *checked.models]))
+
+
+def prepare(
+    config: MergeConfiguration, options: MergeOptions, source: Mapping[str, Any] | None = None
+) -> Prepared:
+    """Check a configuration and make its calibration tokens.
+
+    Args:
+        source: the YAML as parsed, where it is at hand.
+
+    Raises:
+        ConfigError: the configuration is wrong; every problem is named.
+        CalibrationError: a text cannot be used, or the models' tokenizers disagree.
+    """
+    asked = check(config, options, source)
+    check_depth(config, asked.checked, options)
+    if asked.replay is not None or not asked.checked.learns:
+        return asked
+    checked, run = asked.checked, asked.checked.run
+    models = all_models(checked)
+    tokenizers = {model: load_tokenizer(model, options.trust_remote_code) for model in models}
+    calibration = {}
+    for model, text in checked.calibrations.items():
+        translation = None
+        if asked.vocabulary is not None:
+            translation = Translation(asked.vocabulary, model, tokenizers[model])
+        own = load_calibration(
+            text,
+            model=str(model),
+            tokenizer=tokenizers[model],
+            samples=run.samples,
+            sequence_length=run.sequence_length,
+            vocab_size=vocab_size_of(model, options),
+            seed=asked.settings.seed,
+            spelled=None if translation is None else translation.spelled,
+        )
+        if translation is not None:
+            own = _translated(own, translation)
+        calibration[model] = own
+    check_length(checked, options)
+    if asked.vocabulary is None:
+        used = {str(model): own.tokens for model, own in calibration.items()}
+        check_agreement({str(model): own for model, own in tokenizers.items()}, used)
+        if asked.rows is not None:
+            for model, own in calibration.items():
+                because = f"--unsafe-truncate-embeddings leaves {asked.rows} ids"
+                lost = own.tokens[own.tokens >= asked.rows].tolist()
+                refuse_lost(lost, model, tokenizers[model], because)
+    return dataclasses.replace(asked, calibration=calibration)
+
+
+def _translated(own: CalibrationSet, translation: Translation) -> CalibrationSet:
+    """A model's calibration tokens as those of the merged model."""
+    share = translation.shared_reading(own.tokens)
+    provenance = own.provenance
+    if share < READ_ALIKE:
+        said = (
+            f"the merged model's tokenizer reads {1 - share:.0%} of this text in other tokens than "
+            f"the model's own, which are those of the fit; a vocabulary of one model (`tokenizer: "
+            f"{{source: base}}`) may be read better than a union"
+        )
+        LOG.warning("calibration of %s: %s", translation.model, said)
+        provenance = dataclasses.replace(provenance, cut=(*provenance.cut, said))
+    return CalibrationSet(tokens=translation.translated(own.tokens), provenance=provenance)
+
+
+def check(
+    config: MergeConfiguration, options: MergeOptions, source: Mapping[str, Any] | None = None
+) -> Prepared:
+    """Everything that is known without reading text: a preparation with no calibration yet.
+
+    Args:
+        source: the YAML as parsed, where it is at hand.
+
+    Raises:
+        ConfigError: the configuration is wrong; every problem is named.
+        ArchitectureError: a model is none that can be merged.
+    """
+    checked = check_configuration(config, source)
+    check_architectures((*checked.models, *([checked.base] if checked.base else [])), options)
+    run = checked.run
+
+    def with_vocabulary(prepared: Prepared) -> Prepared:
+        models = all_models(checked)
+        vocabulary = build_vocabulary(config, models, options.trust_remote_code)
+        if vocabulary is not None or not options.unsafe_truncate_embeddings:
+            return dataclasses.replace(prepared, vocabulary=vocabulary)
+        rows = min(vocab_size_of(model, options) for model in models)
+        return dataclasses.replace(prepared, rows=rows)
+
+    settings = run_settings(run, run.seed if run.seed is not None else options.random_seed or 0)
+    check_device(options)
+    if run.coefficients is not None:
+        replay = CoefficientFile.load(run.coefficients)
+        return with_vocabulary(Prepared(checked, settings, {}, replay))
+    if options.multi_gpu and checked.learns:
+        raise ConfigError(
+            [
+                "--multi-gpu: a fit follows the data from one block to the next, on one device; "
+                "leave the option out (in place of --gpu-rich: --cuda --low-cpu-memory "
+                "--read-to-gpu). Coefficients that are known, as in a replay, can be merged so"
+            ]
+        )
+    start = None
+    if run.start not in ("average", "random"):
+        if not Path(run.start).exists():
+            raise ConfigError(
+                [
+                    f"start: required `average`, `random`, or the path of the coefficients of an "
+                    f"earlier dam merge, got {run.start!r}, where there is no file"
+                ]
+            )
+        start = CoefficientFile.load(run.start, parameter="start")
+    return with_vocabulary(Prepared(checked, settings, {}, None, start))
+
+
+def run_settings(run: RunParameters, seed: int) -> RunSettings:
+    """What the parameters of the whole merge ask for."""
+    names = [field.name for field in dataclasses.fields(LogitsSettings)]
+    return RunSettings(
+        holdout=run.holdout,
+        objective=run.objective,
+        metric=run.metric,
+        logits=LogitsSettings(**{name: getattr(run, name) for name in names}),
+        start=run.start,
+        resident=run.resident,
+        stream_offload=run.stream_offload,
+        gpu_memory=run.gpu_memory,
+        forward_dtype=run.forward_dtype,
+        seed=seed,
+    )
+
+
+def check_device(options: MergeOptions) -> None:
+    """Refuse a device that is not there, before anything is read for it.
+
+    Raises:
+        DamError: with torch's reason.
+    """
+    try:
+        torch.empty(1, device=options.device or "cpu")
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        raise DamError(
+            f"--device {options.device}: required a device of this machine (`cpu`, `cuda`, "
+            f"`cuda:1`, `mps`, or `auto` for what there is; --cuda is `cuda`); torch cannot use it "
+            f"({str(error).splitlines()[0]})"
+        ) from error

@@ -1,0 +1,90 @@
+"""TODO mergekit_dam/request/scopes.py."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mergekit.common import ModelReference
+from mergekit.config import (
+    ConditionalParameter,
+    InputModelDefinition,
+    InputSliceDefinition,
+    MergeConfiguration,
+    OutputModuleDefinition,
+    OutputSliceDefinition,
+    ParameterSetting,
+)
+
+from mergekit_dam.request.help import fields
+from mergekit_dam.request.method import DamMerge
+
+OWNERS = {name: owner for owner, name, _ in fields()}
+SPECS = {spec.name: spec for spec in DamMerge.spec.parameters}
+
+
+@dataclass(frozen=True)
+class Scope:
+    """A place in the YAML where parameters stand.
+
+    Attributes:
+        label: the place as a user would point at it.
+        level: what it holds for.
+        model: the model it holds for, if it is one model's.
+    """
+
+    label: str
+    level: Literal["top", "group", "model"]
+    settings: dict[str, ParameterSetting]
+    model: ModelReference | None = None
+
+
+def scopes_of(config: MergeConfiguration) -> Iterator[Scope]:
+    """Every place of a configuration that may hold parameters."""
+    yield Scope("parameters (top level)", "top", config.parameters or {})
+    yield from _inputs("models", config.models)
+    yield from _slices("slices", config.slices)
+    for name, module in (config.modules or {}).items():
+        yield Scope(f"modules.{name}", "group", module.parameters or {})
+        yield from _inputs(f"modules.{name}.models", module.models)
+        yield from _slices(f"modules.{name}.slices", module.slices)
+
+
+def _inputs(
+    path: str, inputs: Sequence[InputModelDefinition | InputSliceDefinition] | None
+) -> Iterator[Scope]:
+    for index, entry in enumerate(inputs or ()):
+        label = f"{path}[{index}] ({entry.model})"
+        yield Scope(label, "model", entry.parameters or {}, entry.model)
+
+
+def _slices(path: str, slices: list[OutputSliceDefinition] | None) -> Iterator[Scope]:
+    for index, entry in enumerate(slices or ()):
+        yield Scope(f"{path}[{index}]", "group", entry.parameters or {})
+        yield from _inputs(f"{path}[{index}].sources", entry.sources)
+
+
+def input_lists(config: MergeConfiguration) -> Iterator[tuple[str, list[ModelReference]]]:
+    """Every list of inputs, each of which must name a model once."""
+    groups: dict[str, MergeConfiguration | OutputModuleDefinition] = {"": config}
+    groups |= {f"modules.{name}.": module for name, module in (config.modules or {}).items()}
+    for path, group in groups.items():
+        yield f"{path}models", [entry.model for entry in group.models or ()]
+        for index, entry in enumerate(group.slices or ()):
+            yield f"{path}slices[{index}].sources", [source.model for source in entry.sources]
+
+
+def listed_models(config: MergeConfiguration) -> list[ModelReference]:
+    """The models that a configuration lists as inputs, in order, each once."""
+    found = [scope.model for scope in scopes_of(config) if scope.model is not None]
+    return list(dict.fromkeys(found))
+
+
+def scalars(setting: ParameterSetting) -> Iterator[Any]:
+    """The values inside a setting, without filters and gradients."""
+    if isinstance(setting, ConditionalParameter):
+        yield from scalars(setting.value)
+    elif isinstance(setting, list):
+        for entry in setting:
+            yield from scalars(entry)
+    else:
+        yield setting

@@ -1,0 +1,71 @@
+"""The judge: how far the merged model's distribution is from each teacher's.
+
+`KL(teacher k || merged)` on model k's data at temperature 1, in nats per token: what every
+fit is after, measured on sequences that took no part in it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_dam.fitting.divergence import divergence
+from mergekit_dam.streams.distributed import totals
+from mergekit_dam.streams.share import judging_split
+from mergekit_dam.streams.stream import Stream
+
+Logits = Callable[[Tensor], Tensor]
+"""From hidden states that leave the last block to logits."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Divergences of a merged model from its teachers, in nats per token.
+
+    Attributes:
+        losses: per stream.
+        weights: loss weight of each stream.
+    """
+
+    losses: tuple[float, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean over the streams, by their loss weights."""
+        pairs = zip(self.losses, self.weights, strict=True)
+        return sum(loss * weight for loss, weight in pairs) / sum(self.weights)
+
+
+@torch.no_grad()
+def judge(
+    streams: Sequence[Stream],
+    merged: Logits,
+    teachers: Mapping[int, Logits],
+    weights: Sequence[float],
+    device: torch.device,
+) -> Verdict:
+    """Judge a merged model by what left its last block and its teachers' last blocks.
+
+    Args:
+        merged: logits of the merged model.
+        teachers: logits of each stream's teacher, by source.
+        weights: loss weight of each stream.
+    """
+    split = judging_split(streams)
+    sums = []
+    for stream in streams:
+        teacher = teachers[stream.source]
+        first, last = stream.border(split)
+        total = sum(
+            # One sequence at a time: logits are large.
+            divergence(
+                merged(stream.merged[i : i + 1].to(device)),
+                teacher(stream.teacher[i : i + 1].to(device)),
+            ).mean(dtype=torch.float64)
+            for i in range(first, last)
+        )
+        sums.append(float(total))
+    pairs = zip(totals(sums), streams, strict=True)
+    return Verdict(tuple(total / own.count(split) for total, own in pairs), tuple(weights))

@@ -1,0 +1,253 @@
+"""The search for the best coefficients: one rung after the other, each judged on held-out data.
+
+1. Survey: every teacher and the model at the start run on the calibration data once.
+2. The rungs of the configured objective: a sweep of layer fits in the sensitivity metric; one in
+   the plain metric, where the first is not asked for or was no good; descents of the end-to-end
+   objective from the best so far, a long one if a short one paid.
+3. A rung is kept if the merged model as a whole comes nearer to its teachers on held-out data.
+
+So the result is never worse there than the start, nor than a shorter ladder's.
+"""
+
+import dataclasses
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mergekit_dam.coefficients.record import Record, Rung
+from mergekit_dam.errors import DamError
+from mergekit_dam.layers.fit import fit_stage
+from mergekit_dam.parameters import RunSettings
+from mergekit_dam.search.backprop import run
+from mergekit_dam.search.coordinates import Coordinate, coordinates_of
+from mergekit_dam.search.data import Data
+from mergekit_dam.search.descend import descend, judged_at_output
+from mergekit_dam.search.gradient import Objective
+from mergekit_dam.search.judge import Verdict
+from mergekit_dam.search.regularisers import column_weights
+from mergekit_dam.search.sensitivity import Sensitivity, felt_tokens
+from mergekit_dam.sources.network import Network
+from mergekit_dam.sources.stage import OpenStage
+from mergekit_dam.streams.boundaries import Shelf
+from mergekit_dam.streams.stream import Stream
+
+Show = Callable[[str], None]
+
+DESCENTS = (20, 400)
+"""Steps of one descent after the other, where no number is asked for: the first is a trial."""
+
+WORTHWHILE = 0.1
+"""A descent is followed by a longer one if it lowered the held-out KL by this fraction."""
+
+
+@dataclasses.dataclass
+class Best:
+    """The best coefficients so far, and how the search came to them."""
+
+    record: Record
+    verdict: Verdict
+    rungs: list[Rung]
+
+    @property
+    def climbed(self) -> bool:
+        """Something better than the start was found."""
+        return any(rung.kept for rung in self.rungs[1:])
+
+    def try_(
+        self,
+        name: str,
+        record: Record,
+        verdict: Verdict,
+        started: float,
+        **details: float,
+    ) -> None:
+        """Keep a candidate if the judge prefers it."""
+        kept = verdict.mean < self.verdict.mean
+        seconds = time.perf_counter() - started
+        self.rungs.append(Rung(name, kept, verdict.losses, verdict.mean, seconds, details))
+        if kept:
+            self.record, self.verdict = record, verdict
+
+
+@torch.no_grad()
+def search(
+    network: Network,
+    streams: Sequence[Stream],
+    settings: RunSettings,
+    start: Record,
+    *,
+    scratch: Path,
+    show: Show,
+) -> Record:
+    """Find the coefficients of every tensor.
+
+    Args:
+        streams: every model's calibration tokens, at the entrance of the model.
+        start: coefficients of every tensor to start from.
+        scratch: a folder on a disk with room for the hidden states of every block.
+        show: shows a line of progress.
+
+    Returns:
+        The best record, with the rungs of the search.
+    """
+    scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".dam-", dir=scratch) as folder:
+        shelf = Shelf(Path(folder) / "entered")
+        felt = settings.objective != "logits" and settings.metric == "sensitivity"
+        best, data, moved = survey(network, streams, start, shelf if felt else None, show=show)
+        if felt:
+            left = Shelf(Path(folder) / "left")
+            sensitivity = Sensitivity(
+                network, start, moved, entered=shelf, left=left, seed=settings.seed, show=show
+            )
+            layer_rung(network, streams, best, data, sensitivity, show=show)
+        if settings.objective != "logits" and not best.climbed:
+            layer_rung(network, streams, best, data, None, show=show)
+        if settings.objective != "layer":
+            logits_rung(network, settings, best, data, shelf, show=show)
+    network.release()
+    return dataclasses.replace(best.record, rungs=best.rungs)
+
+
+def survey(
+    network: Network, streams: Sequence[Stream], start: Record, shelf: Shelf | None, *, show: Show
+) -> tuple[Best, list[Data], list[Stream]]:
+    """Run every teacher on its data, and the model at the start on all data.
+
+    Args:
+        shelf: for what enters each block of the model at the start, as far as metrics need it.
+
+    Returns:
+        The start, the data with what leaves the teachers' last blocks, and the streams there.
+    """
+    started = time.perf_counter()
+    weights = network.stages[0].tensors[0].settings.loss_weights
+    moving = [dataclasses.replace(stream) for stream in streams]
+    for number, opened in network.forward():
+        show(f"start {opened.part.label}")
+        if number > 0 and shelf is not None:
+            shelf.put(number, [felt_tokens(stream) for stream in moving])
+        own = opened.merged_weights(start)
+        for stream in moving:
+            left = run(opened.part, own, stream.merged, network.device)
+            stream.merged = stream.keep(_finite(left, opened))
+            part = opened.teacher_part(stream.source)
+            # In line: a name for these weights would outlive the stage.
+            left = run(part, opened.teacher_weights(stream.source), stream.teacher, network.device)
+            stream.teacher = stream.keep(_finite(left, opened))
+    data = []
+    for stream, moved in zip(streams, moving, strict=True):
+        source, tokens = stream.source, stream.merged
+        assert isinstance(tokens, Tensor)
+        data.append(
+            Data(source, weights[source], tokens, moved.teacher, stream.held_out, stream.numbers)
+        )
+    verdict = judged_at_output(network, start, data, [stream.merged for stream in moving])
+    if not math.isfinite(verdict.mean):
+        raise _not_finite(network.output())
+    seconds = time.perf_counter() - started
+    rung = Rung("start", True, verdict.losses, verdict.mean, seconds)
+    return Best(start, verdict, [rung]), data, moving
+
+
+def _finite(leaving: Iterable[Tensor], opened: OpenStage) -> Iterator[Tensor]:
+    for chunk in leaving:
+        if not chunk.isfinite().all():
+            raise _not_finite(opened)
+        yield chunk
+
+
+def _not_finite(opened: OpenStage) -> DamError:
+    return DamError(
+        f"{opened.part.label}: what leaves it is not finite; a model's weights, or what it makes "
+        f"of its calibration text, are not"
+    )
+
+
+def layer_rung(
+    network: Network,
+    streams: Sequence[Stream],
+    best: Best,
+    data: Sequence[Data],
+    sensitivity: Sensitivity | None,
+    *,
+    show: Show,
+) -> None:
+    """One sweep of layer fits on the merged stream, in a metric or the plain one."""
+    started = time.perf_counter()
+    moving = [dataclasses.replace(stream) for stream in streams]
+    record = best.record.without(network.tensor_names)
+    for number in range(len(network.stages)):
+        opened = network.open(number)
+        metrics = None
+        if sensitivity is not None and opened.stage.kind == "block":
+            metrics = partial(sensitivity.metrics, number, opened)
+        fit_stage(opened, moving, record, show=show, metrics=metrics)
+    verdict = judged_at_output(network, record, data, [stream.merged for stream in moving])
+    name = "layer, identity" if sensitivity is None else "layer, sensitivity"
+    best.try_(name, record, verdict, started)
+
+
+def logits_rung(
+    network: Network,
+    settings: RunSettings,
+    best: Best,
+    data: Sequence[Data],
+    shelf: Shelf,
+    *,
+    show: Show,
+) -> None:
+    """Descend the end-to-end objective from the best so far, as long as that pays."""
+    coordinates, weights = _coordinates(network, settings, data)
+    if not coordinates:
+        return
+    objective = Objective(network, coordinates, settings.logits, shelf)
+    asked = settings.logits.steps
+    for number, steps in enumerate(DESCENTS if asked is None else (asked,)):
+        started, before = time.perf_counter(), best.verdict.mean
+        ended = descend(
+            objective,
+            data,
+            best.record,
+            best.verdict,
+            steps=steps,
+            column_weights=weights,
+            seed=settings.seed + number,
+            show=show,
+        )
+        name = f"logits, {steps} steps"
+        best.try_(name, ended.record, ended.verdict, started, best_step=ended.steps)
+        if best.verdict.mean > (1 - WORTHWHILE) * before:
+            break
+
+
+def _coordinates(
+    network: Network, settings: RunSettings, data: Sequence[Data]
+) -> tuple[dict[str, Coordinate], dict[str, Tensor]]:
+    """The fitted tensors of all stages, and the weights of their columns where those are asked."""
+    found: dict[str, Coordinate] = {}
+    weights: dict[str, Tensor] = {}
+    head = network.stages[0].models.output.head_name
+    for number in range(len(network.stages)):
+        opened = network.open(number)
+        last = number == len(network.stages) - 1
+        like = data[0].tokens[:1] if number == 0 else data[0].teacher[:1]
+        anatomy = opened.anatomy(like.to(network.device))
+        for coordinate in coordinates_of(opened, anatomy, head if last else None):
+            found[coordinate.name] = coordinate
+            if settings.logits.weighted_overlap and coordinate.kind == "linear":
+                weights[coordinate.name] = _column_weights(opened, coordinate)
+    return found, weights
+
+
+def _column_weights(opened: OpenStage, coordinate: Coordinate) -> Tensor:
+    tensors, base = opened.by_name(coordinate.name).tensors, coordinate.form.base
+    assert base is not None  # the configuration was refused otherwise
+    models = [tensors[source] for source in coordinate.form.merged]
+    return column_weights(models, tensors[base], axis=coordinate.axis)

@@ -1,0 +1,199 @@
+"""How much each domain's loss feels the outputs of every linear, one stage in memory at a time.
+
+1. A model at some coefficients has run forward, and what entered each block was kept.
+2. Backward, keeping the gradient of what leaves each block: as large as what enters it.
+3. When a block is fitted, it is run once more on what entered it, with autograd seeded by that
+   gradient, which gives the gradients at the outputs of its linears, and so their metrics.
+
+The loss is `-log p(y)` of labels y drawn from the model's own distribution: the covariance of its
+gradients is the Fisher information, which is the curvature of the KL.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mergekit_dam.coefficients.merge import expert_axis, rows_of_expert
+from mergekit_dam.coefficients.record import Record
+from mergekit_dam.fitting.metric import Metric
+from mergekit_dam.layers.expert_metrics import Felt
+from mergekit_dam.layers.state import Metrics
+from mergekit_dam.model.experts import Products, Routing
+from mergekit_dam.model.hooks import capture
+from mergekit_dam.model.units import Anatomy, Unit
+from mergekit_dam.search.backprop import backward, chunks_of
+from mergekit_dam.sources.network import Network
+from mergekit_dam.sources.stage import OpenStage
+from mergekit_dam.streams.boundaries import Shelf
+from mergekit_dam.streams.stream import Stream, joined
+
+KINDS = ("linear", "router", "experts")
+"""Units whose errors are measured in metrics."""
+
+TOKENS = 4096
+"""Tokens of a model's data whose gradients make up its metrics, about."""
+
+
+def felt_tokens(stream: Stream) -> Tensor:
+    """The merged stream's sequences that metrics are made of: some of those of the fit."""
+    return stream.merged[: len(_felt(stream))]
+
+
+def _felt(stream: Stream) -> range:
+    """Numbers of this process's sequences among the first of all that metrics are made of."""
+    count = min(stream.count("fit"), max(1, TOKENS // stream.merged.shape[1]))
+    return range(stream.own.start, count, stream.own.step)
+
+
+class Sensitivity:
+    """Metrics of all linears of a model at some coefficients.
+
+    Args:
+        point: the coefficients.
+        streams: at the end of the last block.
+        entered: `felt_tokens` of what enters each block.
+        left: keeps the gradient of what leaves each block.
+        seed: of the labels that are drawn.
+        show: shows a line of progress.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        point: Record,
+        streams: Sequence[Stream],
+        *,
+        entered: Shelf,
+        left: Shelf,
+        seed: int,
+        show: Callable[[str], None],
+    ) -> None:
+        self._network, self._point = network, point
+        self._entered, self._left = entered, left
+        self._sources = [stream.source for stream in streams]
+        flowing = self._label_gradients(streams, seed)
+        for number, opened in network.backward():
+            show(f"backward {opened.part.label}")
+            self._left.put(number, flowing)
+            if number > 1:
+                weights = opened.merged_weights(point)
+                flowing = [
+                    backward(opened.part, weights, x, gradient, network.device, sums={})
+                    for x, gradient in zip(entered.get(number), flowing, strict=True)
+                ]
+
+    def _label_gradients(self, streams: Sequence[Stream], seed: int) -> list[Tensor]:
+        """Gradients of what left the last block, of `-log p(y)` summed over the tokens."""
+        opened = self._network.output()
+        weights = opened.merged_weights(self._point)
+        device = self._network.device
+        generator = torch.Generator(device)
+        found = []
+        for stream in streams:
+            hidden, gradients = felt_tokens(stream), []
+            for index, number in enumerate(_felt(stream)):  # logits of one sequence at a time
+                generator.manual_seed(_seed_of(seed, stream.source, number))
+                x = hidden[index : index + 1].to(device).requires_grad_(True)
+                with torch.enable_grad():
+                    logits = opened.part.run(weights, x)[0].float()
+                    labels = torch.multinomial(
+                        logits.detach().softmax(-1), 1, generator=generator
+                    ).squeeze(1)
+                    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+                gradients.append(torch.autograd.grad(loss, x)[0].cpu())
+            found.append(joined(gradients, none=hidden))
+        return found
+
+    def metrics(self, number: int, opened: OpenStage, anatomy: Anatomy) -> Metrics:
+        """The metrics of a block's linears, by source and unit, and what tells those of experts."""
+        units = tuple(unit for unit in anatomy.units if unit.kind in KINDS)
+        weights = opened.merged_weights(self._point)
+        entered, left = self._entered.get(number), self._left.get(number)
+        found: dict[tuple[int, str], Metric | Felt] = {}
+        for source, x, gradient in zip(self._sources, entered, left, strict=True):
+            rows, routing = self._output_gradients(opened, weights, units, x, gradient)
+            for unit in units:
+                found[source, unit.name] = (
+                    Metric.of_gradients(rows[unit.name])
+                    if unit.kind != "experts"
+                    else Felt(
+                        routing[unit.name], rows[unit.name], partial(self._expert, opened, unit)
+                    )
+                )
+        return found
+
+    def _expert(self, opened: OpenStage, unit: Unit, expert: int) -> dict[str, Tensor]:
+        """Weights of one expert at the point, by parameter, fp32."""
+        found = {}
+        for parameter in unit.parameters:
+            sources = opened.sources[unit.parameter(parameter)]
+            axis = self._point.axes.get(sources.name, -1)
+            own = sources.of_expert(expert)
+            rows = rows_of_expert(
+                self._point.coefficients[sources.name], sources.tensors[0].shape, axis, expert
+            )
+            found[parameter] = own.merged(rows, axis=expert_axis(axis)).float()
+        return found
+
+    def _output_gradients(
+        self,
+        opened: OpenStage,
+        weights: dict[str, Tensor],
+        units: tuple[Unit, ...],
+        x: Tensor,
+        gradient: Tensor,
+    ) -> tuple[dict[str, Tensor], dict[str, Routing]]:
+        """Gradients at the outputs of units, fp32 `[tokens, out]` each, and how experts are fed."""
+        device = self._network.device
+        names = tuple(unit.name for unit in units if unit.kind != "router")
+        routers = {u.name: weights[u.parameter("weight")] for u in units if u.kind == "router"}
+        experts = tuple(unit.name for unit in units if unit.kind == "experts")
+        found: dict[str, list[Tensor]] = {name: [] for name in (*names, *routers)}
+        fed: dict[str, list[Routing]] = {name: [] for name in experts}
+        for chunk in chunks_of(x):
+            with (
+                torch.enable_grad(),
+                capture(opened.part.root, inputs=experts, stop=False) as captured,
+                Products(routers) as logits,
+            ):
+                inner = x[chunk].to(device).requires_grad_(True)
+                leaving, seen = opened.part.watched(weights, inner, outputs=names)
+            seen |= {name: product.output for name, product in logits.seen.items()}
+            outputs = [seen[name] for name in found]
+            got = torch.autograd.grad(
+                leaving, outputs, gradient[chunk].to(device), allow_unused=True
+            )
+            for name, output, own in zip(found, outputs, got, strict=True):
+                rows = torch.zeros_like(output) if own is None else own
+                found[name].append(rows.float().reshape(-1, rows.shape[-1]))
+            for name in experts:
+                fed[name].append(Routing(*(tensor.detach() for tensor in captured.routing[name])))
+        return (
+            {
+                unit.name: joined(found[unit.name], none=_no_rows(unit, weights, x))
+                for unit in units
+            },
+            {name: Routing.joined(routings or [_nobody(x)]) for name, routings in fed.items()},
+        )
+
+
+def _seed_of(seed: int, source: int, number: int) -> int:
+    """Of the labels of one sequence: the same, whichever process draws them."""
+    return random.Random(f"{seed} {source} {number}").getrandbits(63)
+
+
+def _no_rows(unit: Unit, weights: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Gradients `[0, out]` at the output of a linear, or of experts."""
+    if unit.kind == "experts":
+        return x.new_empty(0, x.shape[-1])
+    weight = weights[unit.parameter("weight")]
+    return weight.new_empty(0, weight.shape[1 if unit.axis == 0 else 0])
+
+
+def _nobody(x: Tensor) -> Routing:
+    """No tokens on their way to experts."""
+    none = x.new_empty(0, 1)
+    return Routing(x.new_empty(0, x.shape[-1]), none.long(), none)

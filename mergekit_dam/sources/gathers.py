@@ -1,0 +1,77 @@
+"""TODO mergekit_dam/sources/gathers.py."""
+
+from typing import Any
+
+import torch
+from mergekit.common import ModelReference
+from mergekit.graph import Task
+from mergekit.io.tasks import GatherTensors, LoadTensor
+from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary, TokenizerInfo
+from mergekit.tokenizer.truncate import TruncatedVocabulary
+
+from mergekit_dam.vocabulary.merged import Own, Vocabulary
+
+
+def labelled(task: Task[Any], label: str) -> Task[Any]:
+    """The same gather, vocabulary adapters included, scheduled with its stage."""
+    if isinstance(task, (PermutedVocabulary, TruncatedVocabulary)):
+        inner = labelled(task.gather_tensors, label)
+        if isinstance(task, PermutedVocabulary) and _forces(task):
+            return TeachersVocabulary.model_construct(**{**dict(task), "gather_tensors": inner})
+        return task.model_copy(update={"gather_tensors": inner})
+    return StageGather(**dict(task), label=label)
+
+
+def _forces(task: PermutedVocabulary) -> bool:
+    """Whether some tokens get other rows than those that models have for them."""
+    return task.tokens is not None and any(task.tokens[token].force for token in task.tokens)
+
+
+class StageLoad(LoadTensor):
+    """mergekit's LoadTensor, scheduled with its stage."""
+
+    label: str
+
+    def group_label(self) -> str:
+        return self.label
+
+
+class StageGather(GatherTensors):
+    """mergekit's GatherTensors, scheduled with its stage."""
+
+    label: str
+
+    def arguments(self) -> dict[str, Task[Any]]:
+        stock = super().arguments()
+        return {key: StageLoad(**dict(load), label=self.label) for key, load in stock.items()}
+
+    def group_label(self) -> str:
+        return self.label
+
+
+class KnownTokenizer(BuildTokenizer, arbitrary_types_allowed=True):
+    """mergekit's BuildTokenizer, of what it has built already: every sweep asks for it."""
+
+    vocabulary: Vocabulary
+
+    def execute(self, **_: Any) -> TokenizerInfo:
+        return self.vocabulary.info
+
+
+class TeachersVocabulary(PermutedVocabulary):
+    """mergekit's PermutedVocabulary, for a configuration that forces embeddings on tokens.
+
+    What is merged of a model are the forced rows; the model itself goes by its own.
+    """
+
+    def execute(
+        self, tokenizer_info: TokenizerInfo, tensors: dict[ModelReference, torch.Tensor]
+    ) -> Any:
+        assert self.tokens is not None
+        unforced_tokens = {
+            token: self.tokens[token].model_copy(update={"force": False}) for token in self.tokens
+        }
+        unforced = self.model_copy(update={"tokens": unforced_tokens})
+        own = PermutedVocabulary.execute(unforced, tokenizer_info, tensors)
+        aligned = super().execute(tokenizer_info, tensors)
+        return {**aligned, **{Own(model): tensor for model, tensor in own.items()}}

@@ -1,0 +1,29 @@
+"""TODO mergekit_dam/streams/boundaries.py."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+class Shelf:
+    """Tensors of every stage and stream, kept in files: depth costs disk, not memory.
+
+    Args:
+        folder: where the files go; whoever made it removes it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def put(self, number: int, tensors: Sequence[Tensor]) -> None:
+        """Keep one tensor a stream for a stage."""
+        named = {str(index): tensor.contiguous().cpu() for index, tensor in enumerate(tensors)}
+        save_file(named, self._folder / f"{number:05d}.safetensors")
+
+    def get(self, number: int) -> list[Tensor]:
+        """What was kept for a stage, on the host."""
+        named = load_file(self._folder / f"{number:05d}.safetensors")
+        return [named[str(index)] for index in range(len(named))]

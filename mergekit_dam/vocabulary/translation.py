@@ -1,0 +1,137 @@
+"""From a model's ids to those of the merged model, where that has a vocabulary of its own."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from mergekit.common import ModelReference
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mergekit_dam.errors import CalibrationError
+from mergekit_dam.vocabulary.merged import LOST, Vocabulary
+
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
+"""A token that stands for a byte, in tokenizers that fall back to bytes."""
+
+
+@dataclass(frozen=True)
+class Translation:
+    """One model's tokens in the merged model's vocabulary.
+
+    Attributes:
+        tokenizer: of the model's text; an adapter's may know more tokens than its base's.
+    """
+
+    vocabulary: Vocabulary
+    model: ModelReference
+    tokenizer: PreTrainedTokenizerBase
+
+    @cached_property
+    def _own(self) -> dict[str, int]:
+        return self.tokenizer.get_vocab()
+
+    @cached_property
+    def _ids(self) -> dict[int, int]:
+        """The model's id -> the merged model's, of every token that both have."""
+        new = self.vocabulary.info.tokenizer.get_vocab()
+        permutation = self.vocabulary.info.permutations[self.model]
+        return {
+            number: new[token]
+            for token, number in self._own.items()
+            if token in new and permutation[new[token]] == number
+        }
+
+    @cached_property
+    def _spellings(self) -> dict[int, tuple[int, ...]]:
+        return {}
+
+    def spelled(self, own: int) -> tuple[int, ...]:
+        """A token in tokens that the merged model has too; itself, if there is no such way.
+
+        It is cut as the merged model's tokenizer cuts it. Tokens that were added to a tokenizer
+        stand for more than their letters, and are not cut.
+
+        Args:
+            own: the model's id of it.
+
+        Returns:
+            The model's ids.
+        """
+        if own in self._ids:
+            return (own,)
+        if own not in self._spellings:
+            self._spellings[own] = self._spell(own)
+        return self._spellings[own]
+
+    def _spell(self, own: int) -> tuple[int, ...]:
+        backend = getattr(self.vocabulary.info.tokenizer, "backend_tokenizer", None)
+        token = str(self.tokenizer.convert_ids_to_tokens(own))
+        if backend is None or own in self.tokenizer.added_tokens_decoder:
+            return (own,)
+        pieces = [piece.value for piece in backend.model.tokenize(token)]
+        ids = [self._own.get(piece, LOST) for piece in pieces]
+        whole = b"".join(map(_bytes_of, pieces)) == token.encode()
+        return tuple(ids) if whole and all(number in self._ids for number in ids) else (own,)
+
+    def translated(self, tokens: Tensor) -> Tensor:
+        """A text's ids in the merged model's vocabulary, int64 of the same shape.
+
+        Args:
+            tokens: the model's ids, int64 of any shape.
+
+        Raises:
+            CalibrationError: the merged model will not have some of them.
+        """
+        flat: list[int] = tokens.flatten().tolist()
+        because = f"it gets the tokenizer of {self.vocabulary.giver}"
+        if self.vocabulary.giver == "union":
+            because = "mergekit finds them in no tokenizer with an id below `vocab_size`"
+        lost = [own for own in flat if own not in self._ids]
+        refuse_lost(lost, self.model, self.tokenizer, because)
+        ids = torch.tensor([self._ids[own] for own in flat], dtype=torch.int64)
+        return ids.view(tokens.shape)
+
+    def shared_reading(self, tokens: Tensor) -> float:
+        """The share of a text's tokens that the merged model's tokenizer finds in it, too.
+
+        Args:
+            tokens: the model's ids, int64 `[sequences, length]`, all of which can be translated.
+        """
+        tokenizer = self.vocabulary.info.tokenizer
+        common = 0
+        for row, ids in zip(tokens, self.translated(tokens).tolist(), strict=True):
+            text = self.tokenizer.decode(row, clean_up_tokenization_spaces=False)
+            read = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            common += (Counter(read) & Counter(ids)).total()
+        return common / tokens.numel()
+
+
+def refuse_lost(
+    lost: Sequence[int], model: ModelReference, tokenizer: PreTrainedTokenizerBase, because: str
+) -> None:
+    """Refuse text with tokens that the merged model will not have.
+
+    Args:
+        lost: the model's own ids of them, as often as they occur.
+
+    Raises:
+        CalibrationError: if there are any.
+    """
+    ids = sorted(set(lost))
+    if ids:
+        named = ", ".join(map(str, tokenizer.convert_ids_to_tokens(ids[:3])))
+        raise CalibrationError(
+            f"calibration of {model}: its text has {len(ids)} tokens ({named}"
+            f"{' and others' if len(ids) > 3 else ''}) that the merged model will not have, "
+            f"as {because}; write `tokenizer: {{source: union}}`, or leave out the text that "
+            f"has them"
+        )
+
+
+def _bytes_of(piece: str) -> bytes:
+    found = _BYTE.fullmatch(piece)
+    return bytes([int(found[1], 16)]) if found else piece.encode()
