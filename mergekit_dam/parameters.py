@@ -55,7 +55,7 @@ class LogitsSettings:
 
 Objective = Literal["layer", "logits", "layer+logits"]
 MetricName = Literal["identity", "sensitivity"]
-Fed = Literal["routed", "all"]
+ExpertFeed = Literal["routed", "all"]
 Resident = Literal["auto", "always", "never"]
 ForwardDtype = Literal["auto", "float32", "bfloat16"]
 

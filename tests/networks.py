@@ -19,8 +19,8 @@ from torch.func import functional_call
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mergekit_dam.coefficients.parametrisation import Parametrisation
-from mergekit_dam.coefficients.record import Record
-from mergekit_dam.coefficients.tensors import TensorPlan, TensorSettings
+from mergekit_dam.coefficients.record import MergeRecord
+from mergekit_dam.coefficients.tensors import TensorSettings, TensorSpec
 from mergekit_dam.model.decoder import Decoder
 from mergekit_dam.parameters import Resident, RunSettings
 from mergekit_dam.search.coordinates import Coordinate, coordinates_of
@@ -103,10 +103,10 @@ class Made:
         name = self.decoder.canonical(f"{self.decoder.head_name}.weight")
         return name if name != f"{self.decoder.head_name}.weight" else None
 
-    def _plan(self, name: str) -> TensorPlan:
-        return TensorPlan(name, self.settings, self.written)
+    def _plan(self, name: str) -> TensorSpec:
+        return TensorSpec(name, self.settings, self.written)
 
-    def _given(self, plan: TensorPlan, order: Sequence[ModelReference]) -> Tensors:
+    def _given(self, plan: TensorSpec, order: Sequence[ModelReference]) -> Tensors:
         return Tensors(
             {model: own[plan.name] for model, own in zip(order, self.weights, strict=True)}
         )
@@ -115,7 +115,7 @@ class Made:
         block = self.decoder.block_of(name)
         if block is not None:
             return "block", block
-        return self.decoder.part_of(frozenset([name]))[name], 0
+        return self.decoder.input_or_output(frozenset([name]))[name], 0
 
     @cached_property
     def coordinates(self) -> dict[str, Coordinate]:
@@ -131,12 +131,12 @@ class Made:
                 found[coordinate.name] = coordinate
         return found
 
-    def average(self) -> Record:
+    def average(self) -> MergeRecord:
         """The start of every tensor."""
         start = self.settings.parametrisation.starting_coefficients()
-        return Record({name: start.clone() for name in self.weights[0]})
+        return MergeRecord({name: start.clone() for name in self.weights[0]})
 
-    def point(self, seed: int = 0, scale: float = 0.2) -> Record:
+    def point(self, seed: int = 0, scale: float = 0.2) -> MergeRecord:
         """Random coefficients around the average for every fitted tensor."""
         generator = torch.Generator().manual_seed(seed)
         record = self.average()

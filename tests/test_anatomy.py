@@ -140,7 +140,7 @@ ENDS = {
 
 
 def describe(anatomy: Anatomy) -> str:
-    return "\n".join(_stage(stage) for stage in anatomy.stages)
+    return "\n".join(_stage(stage) for stage in anatomy.groups)
 
 
 def _stage(stage: tuple[Unit, ...]) -> str:
@@ -170,7 +170,7 @@ def part_and_weights(name: str, make: Callable[[Decoder], Part]) -> tuple[Part, 
         if (decoder.block_of(full) is None if outside else full.startswith(part.prefix))
     }
     if outside:
-        places = decoder.part_of(frozenset(weights))
+        places = decoder.input_or_output(frozenset(weights))
         weights = {n: w for n, w in weights.items() if places[n] == part.label}
     return part, weights
 

@@ -23,9 +23,9 @@ from mergekit import merge_methods
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from mergekit_dam.layers.fit import fit_stage
 from mergekit_dam.errors import ArchitectureError, ConfigError
 from mergekit_dam.host import tasks
+from mergekit_dam.layers.fit import fit_stage
 from mergekit_dam.request.method import DamMerge
 from mergekit_dam.sources.stage import OpenStage
 from mergekit_dam.streams.stream import Stream

@@ -77,7 +77,7 @@ def test_every_parameter_acts_in_one_place(name: str) -> None:
     decoder = decoder_of(ARCHITECTURES[name]())
     names = [n for n, _ in decoder.model.named_parameters()]
     outside = frozenset(n for n in names if decoder.block_of(n) is None)
-    parts = decoder.part_of(outside)
+    parts = decoder.input_or_output(outside)
     assert parts.keys() == outside
     for full, part in parts.items():
         at_the_end = "final" in full or "lm_head" in full or full.split(".")[1] in ("norm", "ln_f")
@@ -100,7 +100,7 @@ def test_the_head_is_found_and_known_to_be_tied_or_not(name: str) -> None:
 def test_parts_of_names_that_no_forward_uses_are_absent() -> None:
     decoder = decoder_of(tiny_llama_config())
     names = frozenset({"model.embed_tokens.weight", "model.norm.weight", "model.rotary.weight"})
-    assert decoder.part_of(names) == {
+    assert decoder.input_or_output(names) == {
         "model.embed_tokens.weight": "input",
         "model.norm.weight": "output",
     }

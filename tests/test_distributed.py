@@ -199,19 +199,19 @@ def test_a_sum_that_fails_says_that_another_process_has_stopped() -> None:
         mock.patch.object(dist, "all_reduce", broken),
         pytest.raises(DamError, match="another process of this merge has stopped"),
     ):
-        distributed.total(torch.zeros(3))
+        distributed.all_sum(torch.zeros(3))
 
 
 def test_alone_nothing_is_set_up() -> None:
     options, x = MergeOptions(), torch.arange(3.0)
-    with distributed.joined(options) as own:
+    with distributed.joined_processes(options) as own:
         assert own is options
         assert not dist.is_initialized()
         assert distributed.is_first()
         assert (distributed.rank(), distributed.size()) == (0, 1)
-        assert distributed.total(x) is x
-        assert distributed.gathered(x) is x
-        assert distributed.totals([1.0, 2.0]) == [1.0, 2.0]
+        assert distributed.all_sum(x) is x
+        assert distributed.all_rows(x) is x
+        assert distributed.all_sums([1.0, 2.0]) == [1.0, 2.0]
         assert distributed.from_first(lambda: 5) == 5
 
 

@@ -49,7 +49,7 @@ from mergekit_dam.fitting.metric import Metric
 from mergekit_dam.fitting.moments import InputMoments, LinearMoments
 from mergekit_dam.layers import experts as experts_module
 from mergekit_dam.layers import groups as stages
-from mergekit_dam.layers.expert_metrics import Felt
+from mergekit_dam.layers.expert_metrics import ExpertGradients
 from mergekit_dam.model.anatomy import examine
 from mergekit_dam.model.decoder import Decoder
 from mergekit_dam.model.experts import run_expert
@@ -663,7 +663,9 @@ def test_the_metric_of_an_expert_is_that_of_the_tokens_that_are_sent_to_it() -> 
     routing = part.captured(weights, randn(4, 9, 16), inputs=(unit.name,)).routing[unit.name]
     gradients = randn(36, 16, seed=3)
     own = {p: weights[unit.parameter(p)] for p in unit.parameters}
-    felt = Felt(routing, gradients, lambda e: {p: weight[e] for p, weight in own.items()})
+    felt = ExpertGradients(
+        routing, gradients, lambda e: {p: weight[e] for p, weight in own.items()}
+    )
     module = part.root.get_submodule(unit.name)
     for expert in range(EXPERTS):
         rows = (routing.experts == expert).any(1)
@@ -687,7 +689,9 @@ def test_an_expert_that_no_token_is_sent_to_has_the_metric_of_all_tokens() -> No
     own = {p: weights[unit.parameter(p)] for p in unit.parameters}
     gradients = randn(36, 16, seed=3)
     elsewhere = routing._replace(experts=torch.zeros_like(routing.experts))
-    felt = Felt(elsewhere, gradients, lambda e: {p: weight[e] for p, weight in own.items()})
+    felt = ExpertGradients(
+        elsewhere, gradients, lambda e: {p: weight[e] for p, weight in own.items()}
+    )
     found = felt.metrics(part.root.get_submodule(unit.name), 2)["down_proj"]
     expected = Metric.of_gradients(gradients)
     assert expected.factors is not None
@@ -720,15 +724,15 @@ def test_a_search_fits_experts_in_the_metric_and_end_to_end(tmp_path: Path) -> N
     )
     merged = merge(configuration, tmp_path / "out")
     merged.load()
-    rungs = {rung["name"]: rung for rung in merged.report["search"]}
-    assert rungs["layer, sensitivity"]["kept"]
+    trials = {trial["name"]: trial for trial in merged.report["search"]}
+    assert trials["layer, sensitivity"]["kept"]
     replay = dam(models.models, base=models.base, coefficients=str(merged.path))
     assert merge(replay, tmp_path / "again").model_bytes == merged.model_bytes
     go_on = dam(models.models, texts, base=models.base, objective="logits", steps=1)
     go_on["parameters"] |= {"start": str(merged.path), "samples": 16, "sequence_length": 24}
     again = merge(go_on, tmp_path / "on")
     assert again.report["search"][0]["mean_held_out_kl"] == pytest.approx(
-        min(rung["mean_held_out_kl"] for rung in rungs.values()), rel=1e-4
+        min(trial["mean_held_out_kl"] for trial in trials.values()), rel=1e-4
     )
 
 

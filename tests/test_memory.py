@@ -12,8 +12,8 @@ from unittest import mock
 import pytest
 from torch import Tensor
 
-from mergekit_dam.layers.fit import fit_stage
 from mergekit_dam.host import tasks
+from mergekit_dam.layers.fit import fit_stage
 from mergekit_dam.sources.stage import OpenStage
 from tests.merging import Reads, dam, merge, tensors_of, watched_reads
 from tests.models import Models, save_calibration, save_models, tiny_llama_config

@@ -150,7 +150,7 @@ class TestInventory:
             anatomy = part.anatomy(
                 weights, like if stage.kind == "input" else torch.zeros(1, 2, 16)
             )
-            expected = [[(unit.name, unit.kind) for unit in own] for own in anatomy.stages]
+            expected = [[(unit.name, unit.kind) for unit in own] for own in anatomy.groups]
             got = [
                 [(unit.name, "linear" if unit.kind == "head" else unit.kind) for unit in own]
                 for own in size.groups
@@ -318,20 +318,20 @@ class TestMemory:
     def test_files_take_the_streams(self, take: Any) -> None:
         host, disk = (take(stream_offload=place, samples=400) for place in ("host", "disk"))
         assert self.peak(disk) < self.peak(host)
-        outputs = sum(memory.tape_bytes(disk.blocks[0], disk, ROOM))
+        outputs = sum(memory.output_cache_bytes(disk.blocks[0], disk, ROOM))
         assert memory.disk_bytes(host, ROOM) == 0
         assert memory.disk_bytes(disk, ROOM) == 3 * memory.stream_bytes(disk) + outputs
 
     @pytest.mark.parametrize("place", ["host", "disk"])
     def test_outputs_are_kept_up_to_a_share_of_where_they_are(self, take: Any, place: str) -> None:
         found = take(stream_offload=place)
-        teachers, merged = memory.tape_bytes(found.blocks[0], found, ROOM)
+        teachers, merged = memory.output_cache_bytes(found.blocks[0], found, ROOM)
         leaves = 2 * 16 + 16 + 8 + 8 + 16 + 24 + 24 + 16  # norms, q, k, v, o, gate, up, down
         assert teachers == 4 * found.text.tokens * leaves
         assert merged == 4 * found.text.tokens * (16 + 8 + 8 + 16 + 24 + 24)
         for size, kept in ((8 * teachers, True), (8 * teachers - 4, False)):
             room = replace(ROOM, **{place: size})
-            assert (memory.tape_bytes(found.blocks[0], found, room) != (0, 0)) == kept
+            assert (memory.output_cache_bytes(found.blocks[0], found, room) != (0, 0)) == kept
 
     def test_on_a_gpu_the_fit_is_there_and_the_shard_is_not(self, take: Any) -> None:
         found = take(stream_offload="host")

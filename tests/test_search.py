@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mergekit_dam.layers.fit import fit_stage
 from mergekit_dam.calibration.load import load_calibration
-from mergekit_dam.coefficients.record import Record
+from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.errors import DamError
+from mergekit_dam.layers.fit import fit_stage
 from mergekit_dam.search import backprop as backprop_module
 from mergekit_dam.search import descend as descend_module
 from mergekit_dam.search import search as search_module
@@ -26,7 +26,7 @@ from mergekit_dam.search.judge import Verdict
 from mergekit_dam.search.search import Best, search, survey
 from mergekit_dam.sources import network as network_module
 from mergekit_dam.sources.network import Network
-from mergekit_dam.streams.boundaries import Shelf
+from mergekit_dam.streams.boundaries import BoundaryStates
 from tests.merging import Merged, dam, linear, merge, tensors_of, watched_reads
 from tests.models import (
     VOCAB_SIZE,
@@ -106,21 +106,21 @@ def divergences(
 
 def rungs_of(merged: Merged) -> dict[str, dict[str, Any]]:
     """By what they begin with: "start", "layer" or "logits"; the last of each."""
-    return {rung["name"].split(",")[0]: rung for rung in merged.report["search"]}
+    return {trial["name"].split(",")[0]: trial for trial in merged.report["search"]}
 
 
 def best_of(merged: Merged) -> dict[str, Any]:
     """The last rung that was kept."""
-    rung: dict[str, Any] = [rung for rung in merged.report["search"] if rung["kept"]][-1]
-    return rung
+    trial: dict[str, Any] = [trial for trial in merged.report["search"] if trial["kept"]][-1]
+    return trial
 
 
 def assert_sound(merged: Merged) -> None:
     """A rung is kept where it is better than all before it, and the result is the best of them."""
     lowest = math.inf
-    for rung in merged.report["search"]:
-        assert rung["kept"] == (rung["mean_held_out_kl"] < lowest), rung
-        lowest = min(lowest, rung["mean_held_out_kl"])
+    for trial in merged.report["search"]:
+        assert trial["kept"] == (trial["mean_held_out_kl"] < lowest), trial
+        lowest = min(lowest, trial["mean_held_out_kl"])
     assert merged.report["search"][0]["name"] == "start"
     assert lowest == best_of(merged)["mean_held_out_kl"]
 
@@ -150,7 +150,7 @@ def test_each_rung_is_judged_and_the_best_is_the_result(merged: Merged) -> None:
     assert_sound(merged)
     assert best_of(merged)["name"].startswith("logits")
     assert best_of(merged)["mean_held_out_kl"] < rungs_of(merged)["start"]["mean_held_out_kl"]
-    assert all(rung["seconds"] > 0 for rung in merged.report["search"])
+    assert all(trial["seconds"] > 0 for trial in merged.report["search"])
     (best_step,) = rungs_of(merged)["logits"]["details"].values()
     assert 0 < best_step <= POLISH["steps"]
 
@@ -240,7 +240,7 @@ def test_the_sensitivity_metric(
     changes = {"metric": "sensitivity", "objective": objective}
     merged = polished(llama_models, calibration, tmp_path / "out", changes)
     assert_sound(merged)
-    assert any("sensitivity" in rung["name"] for rung in merged.report["search"])
+    assert any("sensitivity" in trial["name"] for trial in merged.report["search"])
     assert ("logits" in rungs_of(merged)) == (objective == "layer+logits")
     expected = divergences(merged.load(), llama_models, calibration)
     assert best_of(merged)["held_out_kl"] == pytest.approx(expected, rel=1e-4)
@@ -363,17 +363,17 @@ def reads_of(network: Network) -> list[set[int]]:
 def test_a_sweep_reads_a_stage_once_and_a_step_twice(tmp_path: Path) -> None:
     made = make(base=True)
     network = made.network("never")
-    survey_ = survey(network, made.streams(), made.average(), Shelf(tmp_path), show=_quiet)
+    survey_ = survey(network, made.streams(), made.average(), BoundaryStates(tmp_path), show=_quiet)
     assert reads_of(network) == [{1}] * 4
     assert len(survey_[1]) == 2
     verdict_of(network, made.average(), made.data())
     assert reads_of(network) == [{1}] * 4
-    objective = Objective(network, made.coordinates, logits_settings(), Shelf(tmp_path))
+    objective = Objective(network, made.coordinates, logits_settings(), BoundaryStates(tmp_path))
     for _ in range(3):
         objective(made.average(), made.batches())
         assert reads_of(network) == [{2}, {2}, {2}, {1}]
     resident = made.network("always")
-    objective = Objective(resident, made.coordinates, logits_settings(), Shelf(tmp_path))
+    objective = Objective(resident, made.coordinates, logits_settings(), BoundaryStates(tmp_path))
     for _ in range(3):
         objective(made.average(), made.batches())
     assert reads_of(resident) == [{1}] * 4
@@ -383,7 +383,7 @@ def _quiet(_: str) -> None:
     pass
 
 
-def searched(made: Made, scratch: Path, *, show: Any = _quiet, **changes: Any) -> Record:
+def searched(made: Made, scratch: Path, *, show: Any = _quiet, **changes: Any) -> MergeRecord:
     logits = logits_settings(steps=2, batch_size=4, learning_rate=5e-3)
     settings = dataclasses.replace(run_settings(), objective="layer+logits", logits=logits)
     settings = dataclasses.replace(settings, **changes)
@@ -397,7 +397,7 @@ def test_a_layer_sweep_that_is_worse_is_not_kept(
 ) -> None:
     stock = fit_stage
 
-    def ruin(opened: Any, streams: Any, record: Record, **rest: Any) -> Any:
+    def ruin(opened: Any, streams: Any, record: MergeRecord, **rest: Any) -> Any:
         result = stock(opened, streams, record, **rest)
         for stream in streams:
             stream.merged = -stream.merged if opened.stage.kind == "block" else stream.merged
@@ -406,7 +406,7 @@ def test_a_layer_sweep_that_is_worse_is_not_kept(
     monkeypatch.setattr(search_module, "fit_stage", ruin)
     made = make()
     record = searched(made, tmp_path, objective="layer", metric="sensitivity")
-    kept = {rung.name: rung.kept for rung in record.rungs}
+    kept = {trial.name: trial.kept for trial in record.trials}
     assert kept.pop("start")
     assert kept
     assert not any(kept.values())
@@ -419,15 +419,15 @@ def test_a_layer_sweep_that_is_worse_is_not_kept(
     ("loss", "kept"), [(0.9, True), (1.0, False), (1.1, False), (math.nan, False)]
 )
 def test_the_best_is_kept(loss: float, kept: bool) -> None:
-    start, other = Record(), Record()
+    start, other = MergeRecord(), MergeRecord()
     best = Best(start, Verdict((1.0, 1.0), (1.0, 2.0)), [])
     verdict = Verdict((loss, loss), (1.0, 2.0))
-    best.try_("another", other, verdict, 0.0, steps=3)
+    best.consider("another", other, verdict, 0.0, steps=3)
     assert best.record is (other if kept else start)
     assert (best.verdict is verdict) == kept
-    (rung,) = best.rungs
-    assert (rung.name, rung.kept, rung.details) == ("another", kept, {"steps": 3})
-    assert rung.held_out_kl == verdict.losses
+    (trial,) = best.trials
+    assert (trial.name, trial.kept, trial.details) == ("another", kept, {"steps": 3})
+    assert trial.held_out_kl == verdict.losses
 
 
 def test_the_mean_of_a_verdict_is_by_loss_weights() -> None:
@@ -439,11 +439,11 @@ def test_a_search_in_memory_is_never_worse_than_its_start(metric: Any, tmp_path:
     made = make("gpt2")
     record = searched(made, tmp_path, metric=metric)
     data = made.data(9, 3)
-    start, *rest = record.rungs
+    start, *rest = record.trials
     found = verdict_of(made.network(), record, data)
-    assert found.mean == pytest.approx(min(r.mean_held_out_kl for r in record.rungs), rel=1e-4)
+    assert found.mean == pytest.approx(min(r.mean_held_out_kl for r in record.trials), rel=1e-4)
     assert found.mean < start.mean_held_out_kl
-    assert {rung.name for rung in rest if rung.kept}
+    assert {trial.name for trial in rest if trial.kept}
     assert record.coefficients.keys() == made.weights[0].keys()
     assert record.axes["transformer.h.0.mlp.c_fc.weight"] == 0
 
@@ -451,7 +451,7 @@ def test_a_search_in_memory_is_never_worse_than_its_start(metric: Any, tmp_path:
 def test_the_surveys_teachers_are_the_models(tmp_path: Path) -> None:
     made = make("llama-tied")
     _, data, _ = survey(
-        made.network(), made.streams(), made.average(), Shelf(tmp_path), show=_quiet
+        made.network(), made.streams(), made.average(), BoundaryStates(tmp_path), show=_quiet
     )
     for own, expected in zip(data, made.data(), strict=True):
         torch.testing.assert_close(own.teacher, expected.teacher, rtol=1e-4, atol=1e-5)
@@ -469,7 +469,7 @@ def test_a_long_descent_follows_a_short_one_that_paid(
 ) -> None:
     seeds, asked = [], []
 
-    def fake(_: Any, data: Any, start: Record, verdict: Verdict, **rest: Any) -> Descent:
+    def fake(_: Any, data: Any, start: MergeRecord, verdict: Verdict, **rest: Any) -> Descent:
         seeds.append(rest["seed"])
         asked.append(rest["steps"])
         losses = tuple(factor * loss for loss in verdict.losses)
@@ -478,7 +478,7 @@ def test_a_long_descent_follows_a_short_one_that_paid(
     monkeypatch.setattr(search_module, "descend", fake)
     logits = logits_settings(steps=None)
     record = searched(make(), tmp_path, objective="logits", logits=logits)
-    assert [rung.kept for rung in record.rungs] == [True] + [factor < 1] * descents
+    assert [trial.kept for trial in record.trials] == [True] + [factor < 1] * descents
     assert len(set(seeds)) == descents
     assert asked == sorted(set(asked))
     assert len(asked) == descents

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from mergekit_dam.coefficients.record import Record
+from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.fitting.metric import Metric
 from mergekit_dam.model.hooks import capture, watch
 from mergekit_dam.search.backprop import forward
 from mergekit_dam.search.sensitivity import Sensitivity
 from mergekit_dam.sources.network import Network
 from mergekit_dam.streams import stream as streams_module
-from mergekit_dam.streams.boundaries import Shelf
+from mergekit_dam.streams.boundaries import BoundaryStates
 from tests.models import VOCAB_SIZE
 from tests.networks import CPU, LENGTH, Made, files_under, make
 
@@ -39,11 +39,11 @@ class Drawn:
 
 
 def measure(
-    made: Made, point: Record, folder: Path, *, seed: int = 0, resident: Any = "auto"
+    made: Made, point: MergeRecord, folder: Path, *, seed: int = 0, resident: Any = "auto"
 ) -> tuple[Sensitivity, Network, list[Tensor]]:
     """Sensitivity with the labels that were drawn for it."""
     drawn, network, data = Drawn(), made.network(resident), made.data(held_out=HELD_OUT)
-    entered, left = Shelf(folder / "entered"), Shelf(folder / "left")
+    entered, left = BoundaryStates(folder / "entered"), BoundaryStates(folder / "left")
     fit = [own.of("fit").tokens for own in data]
     hidden = forward(network, lambda _, opened: opened.merged_weights(point), fit, entered)
     streams = [own.of("fit").stream(x) for own, x in zip(data, hidden, strict=True)]
@@ -72,7 +72,7 @@ def metrics_of(sensitivity: Sensitivity, network: Network) -> Iterator[tuple[Key
 
 
 def plain_gradients(
-    made: Made, point: Record, labels: list[Tensor]
+    made: Made, point: MergeRecord, labels: list[Tensor]
 ) -> tuple[dict[Key, Tensor], dict[tuple[int, int], Tensor]]:
     """Gradients at all outputs of linears `[tokens, out]`, and at what leaves each block.
 
@@ -129,7 +129,7 @@ def test_metrics_of_all_linears_are_those_of_plain_autograd(name: str, tmp_path:
     sensitivity, network, labels = measure(made, point, tmp_path)
     inner, left = plain_gradients(made, point, labels)
     for (number, source), gradient in left.items():
-        close(Shelf(tmp_path / "left").get(number)[source], gradient)
+        close(BoundaryStates(tmp_path / "left").get(number)[source], gradient)
     found = dict(metrics_of(sensitivity, network))
     assert found.keys() == inner.keys()
     for key, metric in found.items():
@@ -141,7 +141,7 @@ def test_metrics_of_all_linears_are_those_of_plain_autograd(name: str, tmp_path:
 def test_held_out_sequences_have_no_gradients(tmp_path: Path) -> None:
     made = make()
     measure(made, made.point(scale=0.05), tmp_path)
-    for stream in Shelf(tmp_path / "left").get(1):
+    for stream in BoundaryStates(tmp_path / "left").get(1):
         assert stream.shape == (5 - HELD_OUT, LENGTH, 16)
 
 
@@ -200,12 +200,12 @@ def test_one_token_with_huge_gradients_does_not_take_the_metric_over(tmp_path: P
     made = make()
     sensitivity, network, _ = measure(made, made.point(scale=0.05), tmp_path)
     before = dict(metrics_of(sensitivity, network))
-    shelf = Shelf(tmp_path / "left")
+    boundaries = BoundaryStates(tmp_path / "left")
     for number in range(1, len(network.stages) - 1):
-        streams = shelf.get(number)
+        streams = boundaries.get(number)
         for stream in streams:
             stream[0, 0] *= 1e4  # the first: it looks at no other token
-        shelf.put(number, streams)
+        boundaries.put(number, streams)
     for key, metric in metrics_of(sensitivity, network):
         identity = torch.eye(_outputs(made, key), dtype=torch.float64)
         assert float(metric(identity).trace()) < 10 * float(before[key](identity).trace()), key

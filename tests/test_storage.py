@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.parameters import Offload
-from mergekit_dam.streams.outputs import Tape
-from mergekit_dam.streams.storage import OnDisk, Place, Sequences, Storage, choose_storage
+from mergekit_dam.streams.outputs import OutputCache
+from mergekit_dam.streams.storage import DiskTensor, Location, Sequences, Storage, choose_storage
 
 CPU = torch.device("cpu")
 HIDDEN = torch.randn(7, 5, 3, generator=torch.Generator().manual_seed(0))
 
 
-def kept(place: Place, folder: Path) -> Sequences:
+def kept(place: Location, folder: Path) -> Sequences:
     return Storage(place, folder=folder).keep(iter(HIDDEN.split(3)), len(HIDDEN))
 
 
@@ -23,7 +23,7 @@ def kept(place: Place, folder: Path) -> Sequences:
 @pytest.mark.parametrize(
     "index", [slice(None), slice(0, 1), slice(2, 6), slice(5, 9), torch.tensor([6, 0, 3])]
 )
-def test_what_is_kept_is_read_back(place: Place, index: slice | Tensor, tmp_path: Path) -> None:
+def test_what_is_kept_is_read_back(place: Location, index: slice | Tensor, tmp_path: Path) -> None:
     found = kept(place, tmp_path)
     assert found.shape == HIDDEN.shape
     assert found[index].equal(HIDDEN[index])
@@ -36,7 +36,7 @@ def test_what_is_kept_is_read_back(place: Place, index: slice | Tensor, tmp_path
 
 def test_files_have_no_name_and_leave_nothing_behind(tmp_path: Path) -> None:
     found = kept("disk", tmp_path)
-    assert isinstance(found, OnDisk)
+    assert isinstance(found, DiskTensor)
     assert not list(tmp_path.iterdir())
 
 
@@ -58,13 +58,13 @@ def test_auto_takes_the_host_as_long_as_it_has_room(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("offload", "outputs"), [("auto", "disk"), ("host", "host")])
 def test_what_units_put_out_leaves_the_memory_of_a_cpu_unless_told_otherwise(
-    offload: Offload, outputs: Place, tmp_path: Path
+    offload: Offload, outputs: Location, tmp_path: Path
 ) -> None:
     assert choose_storage(offload, 1000, CPU, tmp_path).outputs == outputs
 
 
 def test_what_units_put_out_is_kept_as_far_as_there_is_room(tmp_path: Path) -> None:
-    sizes: dict[Place, int] = {
+    sizes: dict[Location, int] = {
         "host": psutil.virtual_memory().total,
         "disk": psutil.disk_usage(str(tmp_path)).free,
     }
@@ -75,8 +75,8 @@ def test_what_units_put_out_is_kept_as_far_as_there_is_room(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("place", ["device", "host", "disk"])
-def test_a_tape_gives_back_what_it_kept(place: Place, tmp_path: Path) -> None:
-    tape = Tape(Storage("host", place, tmp_path), keep=True)
+def test_a_tape_gives_back_what_it_kept(place: Location, tmp_path: Path) -> None:
+    tape = OutputCache(Storage("host", place, tmp_path), keep=True)
     tape.add(0, slice(0, 3), {"a": HIDDEN[:3], "b": HIDDEN[:3, :, :2]})
     tape.add(1, slice(0, 3), {"a": HIDDEN[1:4]})
     tape.add(0, slice(3, 6), {"a": HIDDEN[3:6]})
@@ -91,6 +91,6 @@ def test_a_tape_gives_back_what_it_kept(place: Place, tmp_path: Path) -> None:
 
 
 def test_a_tape_that_keeps_nothing_has_nothing(tmp_path: Path) -> None:
-    tape = Tape(Storage("host", "disk", tmp_path), keep=False)
+    tape = OutputCache(Storage("host", "disk", tmp_path), keep=False)
     tape.add(0, slice(0, 3), {"a": HIDDEN[:3]})
     assert tape.of(0, slice(0, 3), CPU) == {}

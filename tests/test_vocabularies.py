@@ -381,7 +381,7 @@ def test_every_objective_comes_nearer_to_the_models_and_is_replayed(
     assert (HEAD in merged.tensors) is (architecture == "llama")
     search = merged.report["search"]
     assert bool(search) is (fit.get("metric") != "identity")
-    assert all(math.isfinite(rung["mean_held_out_kl"]) for rung in search)
+    assert all(math.isfinite(trial["mean_held_out_kl"]) for trial in search)
     assert (
         not search
         or min(r["mean_held_out_kl"] for r in search[1:]) < (search[0]["mean_held_out_kl"])

@@ -15,12 +15,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from mergekit_dam.coefficients import merge as coefficients_module
 from mergekit_dam.coefficients.merge import coefficient_gradient, merge_weights
 from mergekit_dam.coefficients.parametrisation import Parametrisation
-from mergekit_dam.coefficients.record import Record
+from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.coefficients.tensors import (
     FittedTensor,
-    TensorPlan,
     TensorSettings,
     TensorSources,
+    TensorSpec,
 )
 from mergekit_dam.fitting.moments import InputMoments, LinearMoments
 from mergekit_dam.layers import head as head_module
@@ -35,7 +35,7 @@ from mergekit_dam.model.decoder import Decoder
 from mergekit_dam.model.hooks import substitute
 from mergekit_dam.model.part import Part, block_part, output_part
 from mergekit_dam.model.units import Unit
-from mergekit_dam.parameters import Fed
+from mergekit_dam.parameters import ExpertFeed
 from mergekit_dam.sources.stage import Models, Stage, StageKind, open_stage
 from mergekit_dam.streams import storage as storage_module
 from mergekit_dam.streams import stream as streams_module
@@ -68,7 +68,7 @@ def settings_of(
     embeddings: bool = True,
     norms: bool = True,
     head: bool = True,
-    experts: Fed = "routed",
+    experts: ExpertFeed = "routed",
 ) -> TensorSettings:
     return TensorSettings(
         parametrisation=Parametrisation.create(
@@ -92,7 +92,7 @@ def fine_tunes(config: PretrainedConfig, count: int, scale: float = 0.3) -> list
     return models
 
 
-Merged = tuple[dict[str, Tensor], Record, list[Stream]]
+Merged = tuple[dict[str, Tensor], MergeRecord, list[Stream]]
 
 
 @dataclass
@@ -105,16 +105,16 @@ class Merge:
     settings: TensorSettings
     dtype: torch.dtype | None = None
 
-    def run(self) -> tuple[dict[str, Tensor], Record]:
+    def run(self) -> tuple[dict[str, Tensor], MergeRecord]:
         """Merged tensors by name, and the record."""
         decoder = Decoder(self.config, CPU)
         order = tuple(ModelReference.model_validate(f"m{i}") for i in range(len(self.models)))
         models = Models(decoder, (decoder,) * len(order), order, run_settings(0.25))
         weights = [dict(model.named_parameters()) for model in self.models]
-        record, merged = Record(), dict[str, Tensor]()
+        record, merged = MergeRecord(), dict[str, Tensor]()
         for kind, index in self._stages(decoder):
             names = [n for n in weights[0] if self._stage_of(decoder, n) == (kind, index)]
-            plans = [TensorPlan(name, self.settings, self.dtype) for name in names]
+            plans = [TensorSpec(name, self.settings, self.dtype) for name in names]
             loaded = {
                 name: {m: w[name].detach() for m, w in zip(order, weights, strict=True)}
                 for name in names
@@ -134,7 +134,9 @@ class Merge:
     def _stage_of(decoder: Decoder, name: str) -> tuple[str, int]:
         block = decoder.block_of(name)
         return (
-            ("block", block) if block is not None else (decoder.part_of(frozenset([name]))[name], 0)
+            ("block", block)
+            if block is not None
+            else (decoder.input_or_output(frozenset([name]))[name], 0)
         )
 
 
@@ -427,7 +429,7 @@ def walk_of(
     models = fine_tunes(config, 2, scale)
     decoder = Decoder(config, CPU)
     part = make(decoder)
-    places = decoder.part_of(frozenset(n for n, _ in models[0].named_parameters()))
+    places = decoder.input_or_output(frozenset(n for n, _ in models[0].named_parameters()))
     names = [
         n
         for n, _ in models[0].named_parameters()
@@ -452,7 +454,7 @@ def walk_of(
 def targets(walk: Walk, unit: Unit) -> Tensor:
     """The target of a unit over all the data."""
     found: list[Tensor] = []
-    stage = next(i for i, units in enumerate(walk.anatomy.stages) if unit in units)
+    stage = next(i for i, units in enumerate(walk.anatomy.groups) if unit in units)
 
     def add(_: Mapping[str, Any], seen: Seen) -> None:
         found.append(target(walk, unit, seen))

@@ -18,12 +18,16 @@ from mergekit_dam.coefficients.merge import column_counts, merge_weights
 from mergekit_dam.coefficients.parametrisation import Parametrisation
 from mergekit_dam.errors import DamError
 
-Given = str | CoefficientFile | Mapping[str, Tensor] | Tensor
+KnownCoefficients = str | CoefficientFile | Mapping[str, Tensor] | Tensor
 """A path, what lies there, coefficients by the name of a tensor, or those of one tensor."""
 
 
 def merge_given(
-    tensors: Sequence[Tensor], given: Given, *, ids: Sequence[Hashable], name: str | None
+    tensors: Sequence[Tensor],
+    given: KnownCoefficients,
+    *,
+    ids: Sequence[Hashable],
+    name: str | None,
 ) -> Tensor:
     """Merge one tensor of every source.
 
@@ -73,10 +77,10 @@ def merge_average(
 
 
 def _found(
-    given: Given, ids: Sequence[Hashable], name: str | None
+    given: KnownCoefficients, ids: Sequence[Hashable], name: str | None
 ) -> tuple[Tensor, int, Sequence[int] | None]:
     """The coefficients of one tensor, their dimension, and the sources in the order of the rows."""
-    known = opened(given)
+    known = resolved(given)
     if isinstance(known, Tensor):
         return known, -1, None
     by_name = known.coefficients if isinstance(known, CoefficientFile) else known
@@ -93,7 +97,7 @@ def _found(
     return by_name[name], known.metadata.get("axes", {}).get(name, -1), order
 
 
-def opened(given: Given) -> CoefficientFile | Mapping[str, Tensor] | Tensor:
+def resolved(given: KnownCoefficients) -> CoefficientFile | Mapping[str, Tensor] | Tensor:
     """What is given, read from its file if it is a path.
 
     Raises:

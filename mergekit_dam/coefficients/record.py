@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Rung:
+class Trial:
     """One step of the search for the best coefficients, judged on held-out data.
 
     Attributes:
@@ -33,7 +33,7 @@ class Rung:
 
 
 @dataclass(eq=False)  # tasks that carry one are hashed: by its identity
-class Record:
+class MergeRecord:
     """What is known of the merge so far: small, and handed from stage to stage.
 
     Attributes:
@@ -48,15 +48,15 @@ class Record:
     axes: dict[str, int] = field(default_factory=dict)
     reports: dict[str, TensorReport] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    rungs: list[Rung] = field(default_factory=list)
+    trials: list[Trial] = field(default_factory=list)
 
-    def without(self, names: Collection[str]) -> "Record":
+    def without(self, names: Collection[str]) -> "MergeRecord":
         """What is known of all other tensors."""
 
         def rest(known: dict[str, T]) -> dict[str, T]:
             return {name: value for name, value in known.items() if name not in names}
 
-        return Record(rest(self.coefficients), rest(self.axes), rest(self.reports))
+        return MergeRecord(rest(self.coefficients), rest(self.axes), rest(self.reports))
 
     def add(self, fitted: FittedTensor) -> None:
         """Record a settled tensor."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from mergekit_dam.coefficients.merge import merge_weights
 from mergekit_dam.coefficients.parametrisation import Parametrisation
 from mergekit_dam.errors import DamError
-from mergekit_dam.parameters import Fed
+from mergekit_dam.parameters import ExpertFeed
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TensorSettings:
     embeddings: bool
     norms: bool
     head: bool
-    experts: Fed = "routed"
+    experts: ExpertFeed = "routed"
 
     def fits(self, kind: str) -> bool:
         """Whether a tensor of a kind ("linear", "norm", "embedding", "head", ...) is fitted."""
@@ -138,7 +138,7 @@ class FittedTensor:
 
 
 @dataclass(frozen=True)
-class TensorPlan:
+class TensorSpec:
     """One output tensor as planned.
 
     Attributes:

@@ -138,9 +138,13 @@ def linear_fit(unit: UnitShape, unknowns: int, inventory: Inventory, *, sensitiv
     text = inventory.text
     out, columns = unit.leaves, unit.enters
     terms = text.models if sensitivity else 1
-    felt = text.first_tokens(TOKENS) // max(1, text.models)
+    gradient_tokens = text.first_tokens(TOKENS) // max(1, text.models)
     # A metric is a matrix, or the gradients where they are fewer than half of its rows.
-    metric = (2 * out * out if 2 * felt > out else 4 * felt * out) if sensitivity else 0
+    metric = (
+        (2 * out * out if 2 * gradient_tokens > out else 4 * gradient_tokens * out)
+        if sensitivity
+        else 0
+    )
     work = Work()
     work["Gram matrices", "fp32"] = 2 * text.fit_tokens * out * columns
     work["Gram matrices", "elements"] = _chunks(text) * out * columns

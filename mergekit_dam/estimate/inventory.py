@@ -240,7 +240,7 @@ def _part(
 ) -> PartSize:
     decoder = stage.models.output
     part = stage.part(decoder)
-    names = [plan.in_model for plan in stage.all_tensors if plan.tied_to is None]
+    names = [spec.in_model for spec in stage.all_tensors if spec.tied_to is None]
     own = decoder.model.state_dict(keep_vars=True)
     shapes = {name[len(part.prefix) :]: tuple(own[name].shape) for name in names}
     key = f"{stage.kind} {sorted(shapes)} {part.root}"
@@ -249,7 +249,7 @@ def _part(
     units = {unit.kind for group in known[key] for unit in group}
     return PartSize(
         kind=stage.kind,
-        tensors=tuple(sizes[plan.name] for plan in stage.all_tensors),
+        tensors=tuple(sizes[spec.name] for spec in stage.all_tensors),
         groups=known[key],
         unknowns=max(p.settings.parametrisation.expand.shape[1] for p in stage.all_tensors),
         fits_head="head" in units and all(p.settings.fits("head") for p in stage.tensors),

@@ -15,7 +15,7 @@ from mergekit_dam.fitting.embedding import ROWS
 from mergekit_dam.fitting.solver import DENSE_LIMIT, precision
 from mergekit_dam.search.sensitivity import TOKENS
 from mergekit_dam.sources.network import SPARE
-from mergekit_dam.streams.storage import SHARE, Place
+from mergekit_dam.streams.storage import SHARE, Location
 from mergekit_dam.streams.stream import CHUNK_TOKENS
 
 _FLOAT = 4
@@ -70,7 +70,7 @@ def stream_bytes(inventory: Inventory) -> int:
     return _FLOAT * inventory.hidden * inventory.text.tokens
 
 
-def stream_place(inventory: Inventory, room: Room) -> Place:
+def stream_place(inventory: Inventory, room: Room) -> Location:
     """Where streams are kept; as `choose_storage` does."""
     assert inventory.settings is not None
     asked = inventory.settings.stream_offload
@@ -82,7 +82,7 @@ def stream_place(inventory: Inventory, room: Room) -> Place:
     return "host" if size <= SHARE * room.host else "disk"
 
 
-def outputs_place(inventory: Inventory, room: Room) -> Place:
+def outputs_place(inventory: Inventory, room: Room) -> Location:
     """Where outputs of units are kept; as `choose_storage` does."""
     assert inventory.settings is not None
     asked = inventory.settings.stream_offload
@@ -91,7 +91,7 @@ def outputs_place(inventory: Inventory, room: Room) -> Place:
     return "device" if room.gpu else "disk"
 
 
-def tape_bytes(part: PartSize, inventory: Inventory, room: Room) -> tuple[int, int]:
+def output_cache_bytes(part: PartSize, inventory: Inventory, room: Room) -> tuple[int, int]:
     """Outputs of a part's units that are kept while it is fitted: the teachers', the merged ones'.
 
     Nothing where there is no room for them: they are computed again.
@@ -146,8 +146,8 @@ def solve_bytes(unit: UnitShape, unknowns: int, terms: int) -> int:
 def metric_bytes(units: Iterable[UnitShape], inventory: Inventory) -> int:
     """Metrics of linears for every model: matrices, or gradients where these are fewer."""
     text = inventory.text
-    felt = text.first_tokens(TOKENS) // max(1, text.models)
-    rows = (u.leaves if 2 * felt > u.leaves else felt for u in units)
+    gradient_tokens = text.first_tokens(TOKENS) // max(1, text.models)
+    rows = (u.leaves if 2 * gradient_tokens > u.leaves else gradient_tokens for u in units)
     return text.models * sum(_FLOAT * n * u.leaves for n, u in zip(rows, tuple(units), strict=True))
 
 
@@ -162,7 +162,7 @@ def fit_need(part: PartSize, inventory: Inventory, room: Room, *, metrics: bool)
     )
     if part.kind == "output":
         return need.plus(device=_head_bytes(part, inventory))
-    teachers, merged = tape_bytes(part, inventory, room)
+    teachers, merged = output_cache_bytes(part, inventory, room)
     place = outputs_place(inventory, room)
     chunk = chunk_bytes(part, inventory)
     if part.kind == "input":
@@ -173,12 +173,12 @@ def fit_need(part: PartSize, inventory: Inventory, room: Room, *, metrics: bool)
     moments = [copies]
     kept = metric_bytes(part.of("linear"), inventory) if metrics else 0
     if metrics:
-        felt = text.first_tokens(TOKENS) // max(1, text.models)
-        rows = 2 * _FLOAT * felt * sum(unit.leaves for unit in part.of("linear"))
+        gradient_tokens = text.first_tokens(TOKENS) // max(1, text.models)
+        rows = 2 * _FLOAT * gradient_tokens * sum(unit.leaves for unit in part.of("linear"))
         moments.append(weights)
         chunk += rows
-        felt = 2 * len(part.of("experts")) * inventory.hidden
-        kept += _FLOAT * felt * text.first_tokens(TOKENS)
+        gradient_tokens = 2 * len(part.of("experts")) * inventory.hidden
+        kept += _FLOAT * gradient_tokens * text.first_tokens(TOKENS)
     for group in _solved_together(part):
         sums = sums_bytes(group, part.unknowns, text.models, metrics=metrics)
         # Of what judges, targets are as kept on the tape; what enters is a copy.
@@ -190,8 +190,10 @@ def fit_need(part: PartSize, inventory: Inventory, room: Room, *, metrics: bool)
     need = need.plus(device=kept + chunk + max(moments) + written)
     if part.of("experts"):  # what enters them in both models, kept as the streams are
         need = _flowing(need, 2 * stream_bytes(inventory), inventory, room)
-    tape = teachers + merged
-    return need.plus(device=tape if place == "device" else 0, host=tape if place == "host" else 0)
+    cached = teachers + merged
+    return need.plus(
+        device=cached if place == "device" else 0, host=cached if place == "host" else 0
+    )
 
 
 def _solved_together(part: PartSize) -> Iterator[Group]:
@@ -317,7 +319,7 @@ def disk_bytes(inventory: Inventory, room: Room) -> int:
     if stream_place(inventory, room) == "disk":
         count += (3 if settings.one_sweep else 5) * one
     if outputs_place(inventory, room) == "disk" and settings.objective != "logits":
-        count += max(sum(tape_bytes(part, inventory, room)) for part in inventory.parts)
+        count += max(sum(output_cache_bytes(part, inventory, room)) for part in inventory.parts)
     depth = len(inventory.blocks)
     if settings.metric == "sensitivity" and settings.objective != "logits":
         count += 2 * depth * _FLOAT * inventory.hidden * inventory.text.first_tokens(TOKENS)

@@ -218,7 +218,7 @@ def _gather(task: Task[Any]) -> Task[Any]:
     """The task that brings a tensor of all sources."""
     if isinstance(task, MergedTensor):
         node = task.fit.node
-        names = [plan.name for plan in node.stage.tensors]
+        names = [spec.name for spec in node.stage.tensors]
         return node.inputs[names.index(task.name)]
     assert isinstance(task, MergeKnown)
     return task.known.gather

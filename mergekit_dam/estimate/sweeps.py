@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from mergekit_dam.estimate import flops
 from mergekit_dam.estimate.inventory import Inventory
-from mergekit_dam.estimate.memory import Room, kept_weights, tape_bytes
+from mergekit_dam.estimate.memory import Room, kept_weights, output_cache_bytes
 from mergekit_dam.search.search import DESCENTS
 
 
@@ -41,7 +41,7 @@ def sweeps(inventory: Inventory, room: Room) -> list[Sweep]:
     settings = inventory.settings
     if settings is None:
         return [last]
-    taped = all(tape_bytes(part, inventory, room) != (0, 0) for part in inventory.blocks)
+    taped = all(output_cache_bytes(part, inventory, room) != (0, 0) for part in inventory.blocks)
     if settings.one_sweep:
         work = flops.layer_sweep(inventory, kept=taped, sensitivity=False)
         return [Sweep("fit and write", every, work, written)]

@@ -18,7 +18,7 @@ class Losses:
     held_out: float
 
 
-class Sums(Protocol):
+class Judge(Protocol):
     """What judges a fit: sums over tokens, or the tokens."""
 
     energy: float
@@ -50,7 +50,7 @@ class Evidence(Generic[M]):
     """
 
     fit: Sequence[M]
-    held_out: Sequence[Sums]
+    held_out: Sequence[Judge]
     total: float
 
     def fit_loss(self, weight: Tensor, bias: Tensor | None) -> float:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_dam.streams.distributed import total, totals
+from mergekit_dam.streams.distributed import all_sum, all_sums
 
 
 @dataclass
@@ -57,8 +57,8 @@ class FeatureMoments:
     def add_up(self) -> None:
         """Take in the sums of the other processes."""
         sums = (self.n_square, self.n_y, self.n_sum, self.y_sum, self.y_square)
-        self.n_square, self.n_y, self.n_sum, self.y_sum, self.y_square = map(total, sums)
-        self.energy, self.count = totals([self.energy, self.count])
+        self.n_square, self.n_y, self.n_sum, self.y_sum, self.y_square = map(all_sum, sums)
+        self.energy, self.count = all_sums([self.energy, self.count])
 
     def scaled(self, factor: float) -> "FeatureMoments":
         """A copy with its tokens weighted by `factor`."""

@@ -40,9 +40,9 @@ def fit_bias(
     matrix = directions.new_zeros(len(directions), len(directions))
     rhs = directions.new_zeros(len(directions))
     for left in residuals:
-        felt = left.scale * left.metric(directions.T)
-        matrix += left.count * directions @ felt
-        rhs += felt.T @ (left.total - left.count * average)
+        weighted = left.scale * left.metric(directions.T)
+        matrix += left.count * directions @ weighted
+        rhs += weighted.T @ (left.total - left.count * average)
     solution = solve_small(matrix[None], rhs[None], bias.settings.ridge)
     return judged_solution(
         bias,

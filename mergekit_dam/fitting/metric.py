@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_dam.streams.distributed import gathered, total, totals
+from mergekit_dam.streams.distributed import all_rows, all_sum, all_sums
 
 DAMPING = 1.0
 """What is added to S, in units of its mean diagonal: gradients of few tokens are not all."""
@@ -44,18 +44,18 @@ class Metric:
         proportion: one whose gradient explodes would be all there is to S.
         """
         energy = gradients.square().sum(1, dtype=torch.float64)
-        felt = gathered(energy[energy > 0])
-        if not len(felt):
+        weighted = all_rows(energy[energy > 0])
+        if not len(weighted):
             return cls()
-        usual = felt.kthvalue(math.ceil(FULL * len(felt))).values
+        usual = weighted.kthvalue(math.ceil(FULL * len(weighted))).values
         weight = usual / energy.clamp_min(usual)
-        share = weight / total(weight.sum())
+        share = weight / all_sum(weight.sum())
         rows = gradients * share.sqrt().to(gradients)[:, None]
-        felt_in_all, tokens = totals([float(rows.square().sum(dtype=torch.float64)), len(rows)])
-        mean = felt_in_all / rows.shape[1]
+        energy_in_all, tokens = all_sums([float(rows.square().sum(dtype=torch.float64)), len(rows)])
+        mean = energy_in_all / rows.shape[1]
         if 2 * tokens <= rows.shape[1]:  # then products with them are cheaper
-            return cls(gathered(rows), False, DAMPING * mean)
-        matrix = total(rows.T @ rows)
+            return cls(all_rows(rows), False, DAMPING * mean)
+        matrix = all_sum(rows.T @ rows)
         # The product is symmetric but for rounding.
         return cls((matrix + matrix.T) / 2, True, DAMPING * mean)
 
@@ -64,18 +64,18 @@ class Metric:
         if self.factors is None:
             return x
         factors = self.factors.to(x)
-        felt = factors @ x if self.is_matrix else factors.T @ (factors @ x)
-        return felt.add_(x, alpha=self.shift)
+        weighted = factors @ x if self.is_matrix else factors.T @ (factors @ x)
+        return weighted.add_(x, alpha=self.shift)
 
     def square(self, rows: Tensor, weight: Tensor) -> float:
         """`sum over tokens of weight * y^T S y` of y fp32 `[tokens, out]`; products are fp32."""
         plain = rows.square().sum(1, dtype=torch.float64)
-        total = self.shift * float(weight.double() @ plain)
+        result = self.shift * float(weight.double() @ plain)
         if self.factors is None:
-            return total
+            return result
         factors = self.factors
-        felt = (rows @ factors * rows) if self.is_matrix else (rows @ factors.T).square()
-        return total + float(weight.double() @ felt.sum(1, dtype=torch.float64))
+        weighted = (rows @ factors * rows) if self.is_matrix else (rows @ factors.T).square()
+        return result + float(weight.double() @ weighted.sum(1, dtype=torch.float64))
 
 
 PLAIN = Metric()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.fitting.metric import PLAIN, Metric
-from mergekit_dam.streams.distributed import total, totals
+from mergekit_dam.streams.distributed import all_sum, all_sums
 
 
 @dataclass
@@ -44,8 +44,8 @@ class InputMoments:
 
     def add_up(self) -> None:
         """Take in the sums of the other processes."""
-        self.gram, self.x_sum = total(self.gram), total(self.x_sum)
-        (self.count,) = totals([self.count])
+        self.gram, self.x_sum = all_sum(self.gram), all_sum(self.x_sum)
+        (self.count,) = all_sums([self.count])
 
     def scaled(self, factor: float) -> "InputMoments":
         """A copy with the tokens weighted by `factor`."""
@@ -111,8 +111,8 @@ class LinearMoments:
 
     def add_up(self) -> None:
         """Take in the sums of the other processes, but for the inputs' own."""
-        self.cross, self.y_sum = total(self.cross), total(self.y_sum)
-        self.y_square, self.energy = totals([self.y_square, self.energy])
+        self.cross, self.y_sum = all_sum(self.cross), all_sum(self.y_sum)
+        self.y_square, self.energy = all_sums([self.y_square, self.energy])
 
     def scaled(self, factor: float) -> "LinearMoments":
         """A copy with its tokens weighted by `factor`, and inputs of its own."""
@@ -143,9 +143,9 @@ class LinearMoments:
     def error(self, weight: Tensor, bias: Tensor | None) -> float:
         """`scale * sum |W x + b - y|^2` in the metric, of a weight `[out, in]` and bias `[out]`."""
         weight = weight.to(self.cross)
-        felt = self.metric(weight)
-        squared = ((weight @ self.inputs.gram) * felt).sum(dtype=torch.float64)
-        squared -= 2 * (felt * self.cross).sum(dtype=torch.float64)
+        weighted = self.metric(weight)
+        squared = ((weight @ self.inputs.gram) * weighted).sum(dtype=torch.float64)
+        squared -= 2 * (weighted * self.cross).sum(dtype=torch.float64)
         if bias is not None:
             bias, weight_sum = bias.double(), weight.double() @ self.inputs.x_sum
             felt_bias = self.metric(bias)
@@ -179,7 +179,7 @@ class LinearTokens:
 
     def add_up(self) -> None:
         """Take in the sums of the other processes."""
-        self.energy, self.count = totals([self.energy, self.count])
+        self.energy, self.count = all_sums([self.energy, self.count])
 
     def error(self, weight: Tensor, bias: Tensor | None) -> float:
         """`scale * sum |W x + b - y|^2` in the metric, over all processes; products are fp32."""
@@ -190,4 +190,4 @@ class LinearTokens:
             if bias is not None:
                 left += bias.float()
             own += self.metric.square(left, counted)
-        return self.scale * totals([own])[0]
+        return self.scale * all_sums([own])[0]

@@ -21,7 +21,7 @@ class Term:
     metric: Metric = PLAIN
     scale: float = 1.0
 
-    def feel(self, x: Tensor) -> Tensor:
+    def apply(self, x: Tensor) -> Tensor:
         """`s S x`."""
         return self.scale * self.metric(x)
 
@@ -42,9 +42,9 @@ class ColumnProblem:
             # A sum of fp32 products is symmetric to fp32 alone; a tiny ridge asks for more.
             gram = ((term.gram + term.gram.T) / 2).to(dtype)
             for v in range(count):
-                felt = term.feel(directions[v])
+                weighted = term.apply(directions[v])
                 for u in range(v + 1):
-                    matrix[u, :, v].addcmul_(directions[u].T @ felt, gram)
+                    matrix[u, :, v].addcmul_(directions[u].T @ weighted, gram)
         for v in range(count):
             for u in range(v):
                 matrix[v, :, u] = matrix[u, :, v].T
@@ -61,14 +61,14 @@ class ColumnProblem:
         """`sum_k s_k S_k V G_k` of V `[out, in]`."""
         total = torch.zeros_like(deviation)
         for term in self.terms:
-            total += term.feel(deviation @ term.gram)
+            total += term.apply(deviation @ term.gram)
         return total
 
     def right_hand_side(self) -> Tensor:
         """`b`, `[U, in]`."""
         total = torch.zeros_like(self.directions[0])
         for term in self.terms:
-            total += term.feel(term.residual)
+            total += term.apply(term.residual)
         return sum_rows(self.directions, total)
 
     def column_blocks(self) -> Tensor:
@@ -78,10 +78,10 @@ class ColumnProblem:
         for term in self.terms:
             gram = term.gram.diagonal()
             for v in range(count):
-                felt = term.feel(self.directions[v])
+                weighted = term.apply(self.directions[v])
                 for u in range(v + 1):
                     # Pair by pair: one einsum over all runs as many tiny products, slowly.
-                    blocks[:, u, v] += (self.directions[u] * felt).sum(0) * gram
+                    blocks[:, u, v] += (self.directions[u] * weighted).sum(0) * gram
         for v in range(count):
             for u in range(v):
                 blocks[:, v, u] = blocks[:, u, v]

@@ -10,7 +10,7 @@ from mergekit.config import ParameterSetting
 from pydantic import TypeAdapter
 
 from mergekit_dam.coefficients.file import FILE_NAME, CoefficientFile
-from mergekit_dam.coefficients.record import Record
+from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.host import report
 from mergekit_dam.request.prepare import Prepared
 
@@ -24,7 +24,7 @@ def write_artifacts(
     trust_remote_code: bool,
     parameters: Mapping[str, Any],
     out_path: Path,
-    record: Record,
+    record: MergeRecord,
 ) -> None:
     """Write `dam_coefficients.safetensors` and `dam_report.json`."""
     sources = [str(model) for model in order]
@@ -51,7 +51,7 @@ def write_artifacts(
             "calibration": {
                 str(m): dataclasses.asdict(c.provenance) for m, c in prepared.calibration.items()
             },
-            "search": [dataclasses.asdict(rung) for rung in record.rungs],
+            "search": [dataclasses.asdict(rung) for rung in record.trials],
             "seconds": record.seconds,
             "peak_memory_bytes": report.peak_memory(),
             "tensors": [

@@ -10,7 +10,7 @@ from mergekit.tokenizer import PermutedVocabulary
 from mergekit.tokenizer.truncate import TruncatedVocabulary
 
 from mergekit_dam.errors import ArchitectureError, ConfigError
-from mergekit_dam.host.places import Place
+from mergekit_dam.host.places import PlacedTensor
 from mergekit_dam.model.decoder import Decoder
 from mergekit_dam.sources.headers import file_headers, is_made, present_name
 
@@ -77,9 +77,9 @@ def _without(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
     return shape if axis is None else shape[:axis] + shape[axis + 1 :]
 
 
-def check_complete(decoder: Decoder, places: Sequence[Place]) -> None:
+def check_complete(decoder: Decoder, placed: Sequence[PlacedTensor]) -> None:
     """Every weight that a model loads must have been planned by mergekit."""
-    planned = {decoder.canonical(place.plan.name) for place in places}
+    planned = {decoder.canonical(tensor.spec.name) for tensor in placed}
     missing = [name for name, first in decoder.names.first.items() if first not in planned]
     if missing:
         raise ArchitectureError(
@@ -90,13 +90,13 @@ def check_complete(decoder: Decoder, places: Sequence[Place]) -> None:
         )
 
 
-def refuse_outside(places: Sequence[Place]) -> None:
+def refuse_outside(placed: Sequence[PlacedTensor]) -> None:
     """Refuse a merge with weights that text tells nothing of.
 
     Raises:
         ConfigError: naming them.
     """
-    outside = [place.plan.name for place in places if place.kind == "outside"]
+    outside = [tensor.spec.name for tensor in placed if tensor.kind == "outside"]
     if outside:
         raise ConfigError(
             [

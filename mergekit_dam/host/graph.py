@@ -21,13 +21,13 @@ from mergekit.graph import Task
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
-from mergekit_dam.coefficients.record import Record
-from mergekit_dam.coefficients.tensors import TensorPlan
+from mergekit_dam.coefficients.record import MergeRecord
+from mergekit_dam.coefficients.tensors import TensorSpec
 from mergekit_dam.host.artifacts import write_artifacts
 from mergekit_dam.host.checks import check_complete, check_headers, check_shapes, refuse_outside
 from mergekit_dam.host.initial import averages, check_start, copies, saved_record, search_start
 from mergekit_dam.host.places import place_tensors
-from mergekit_dam.host.specs import tensor_plan
+from mergekit_dam.host.specs import tensor_spec
 from mergekit_dam.host.stages import PlannedStage, calibration_streams, planned_stages
 from mergekit_dam.host.tasks import (
     FitStage,
@@ -45,7 +45,7 @@ from mergekit_dam.parameters import RunSettings
 from mergekit_dam.request.prepare import Prepared
 from mergekit_dam.sources.decoders import source_decoders
 from mergekit_dam.sources.fused import Region, fuse_experts
-from mergekit_dam.sources.headers import Planned
+from mergekit_dam.sources.headers import WeightTask
 from mergekit_dam.sources.network import Network
 from mergekit_dam.sources.readahead import spans_of
 from mergekit_dam.sources.stage import Models
@@ -62,7 +62,7 @@ class Graph:
 
 
 def build_graph(
-    planned: Sequence[Planned],
+    planned: Sequence[WeightTask],
     prepared: Prepared,
     *,
     config: PretrainedConfig,
@@ -109,20 +109,20 @@ def build_graph(
         whole = {r.whole: teaching.get(name, frozenset()) for name, r in regions.items()}
         teaching = {**teaching, **whole}
         shapes = check_headers(planned, order)
-    plans = [
-        tensor_plan(weight, task, order, prepared, out_dtype, teaching.get(weight.name, ()))
+    specs = [
+        tensor_spec(weight, task, order, prepared, out_dtype, teaching.get(weight.name, ()))
         for weight, task in planned
     ]
     if output is None:
         if prepared.replay is not None:
-            known = saved_record(prepared.replay, plans, order, shapes)
+            known = saved_record(prepared.replay, specs, order, shapes)
         else:
-            known = copies(plans)
+            known = copies(specs)
             if len(order) > 1:
                 check_shapes(_decoder(config, options), shapes)
         tasks: dict[str, Task[Any]] = {
-            plan.name: _known(plan, task.gather_tensors, order, known)
-            for (_, task), plan in zip(planned, plans, strict=True)
+            spec.name: _known(spec, task.gather_tensors, order, known)
+            for (_, task), spec in zip(planned, specs, strict=True)
         }
         return Graph(
             _as_asked(asked, tasks, regions),
@@ -135,32 +135,32 @@ def build_graph(
         prepared.settings,
         unknown=_unknown(prepared, order),
     )
-    places = place_tensors(planned, plans, output)
+    placed = place_tensors(planned, specs, output)
     for decoder in (output, *models.sources):
-        check_complete(decoder, places)
+        check_complete(decoder, placed)
     check_shapes(output, shapes)
     if prepared.checked.run.other_weights == "error":
-        refuse_outside(places)
-    stages = planned_stages(places, models)
+        refuse_outside(placed)
+    stages = planned_stages(placed, models)
     device = torch.device(options.device or "cpu")
     limit_gpu(device, prepared.settings.gpu_memory)
     hidden = output.config.get_text_config().hidden_size
     streams = partial(calibration_streams, prepared, order, hidden, device, out_path)
-    outside = averages(places)
+    outside = averages(placed)
     last: FitStage | Search
     if prepared.settings.one_sweep:
         tasks, last = _chain(stages, streams, outside)
     else:
         saved = None
         if prepared.start is not None:
-            saved = saved_record(prepared.start, plans, order, shapes)
+            saved = saved_record(prepared.start, specs, order, shapes)
         start = search_start([own.stage for own in stages], prepared.settings, outside, saved)
-        check_start(plans, start, prepared.settings)
+        check_start(specs, start, prepared.settings)
         tasks, last = _search(stages, streams, prepared.settings, start, options, out_path)
     tasks |= {
-        place.plan.name: _known(place.plan, place.gather, order, outside)
-        for place in places
-        if place.kind == "outside"
+        tensor.spec.name: _known(tensor.spec, tensor.gather, order, outside)
+        for tensor in placed
+        if tensor.kind == "outside"
     }
     return Graph(_as_asked(asked, tasks, regions), WriteArtifacts(last=last, write=artifacts))
 
@@ -193,7 +193,7 @@ def _decoder(config: PretrainedConfig, options: MergeOptions) -> Decoder:
 
 
 def _chain(
-    stages: Sequence[PlannedStage], streams: Callable[[], list[Stream]], outside: Record
+    stages: Sequence[PlannedStage], streams: Callable[[], list[Stream]], outside: MergeRecord
 ) -> tuple[dict[str, Task[Any]], FitStage]:
     """One sweep, every stage behind the one before; tensors are written as they are fitted."""
     tasks: dict[str, Task[Any]] = {}
@@ -212,8 +212,8 @@ def _chain(
         if previous is not None:
             previous.node.ahead = spans_of(node.inputs)
         previous = FitStage(node=node)
-        for plan in stage.tensors:
-            tasks[plan.name] = MergedTensor(fit=previous, name=plan.name)
+        for spec in stage.tensors:
+            tasks[spec.name] = MergedTensor(fit=previous, name=spec.name)
     assert previous is not None
     return tasks, previous
 
@@ -222,7 +222,7 @@ def _search(
     stages: Sequence[PlannedStage],
     streams: Callable[[], list[Stream]],
     settings: RunSettings,
-    start: Record,
+    start: MergeRecord,
     options: MergeOptions,
     out_path: Path,
 ) -> tuple[dict[str, Task[Any]], Search]:
@@ -237,12 +237,12 @@ def _search(
     tasks: dict[str, Task[Any]] = {}
     for planned in stages:
         stage = planned.stage
-        for plan, gather in zip(stage.tensors, planned.gathers, strict=False):
-            tasks[plan.name] = MergeKnown(known=Known(plan, gather, stage.models.order), fit=fit)
+        for spec, gather in zip(stage.tensors, planned.gathers, strict=False):
+            tasks[spec.name] = MergeKnown(known=Known(spec, gather, stage.models.order), fit=fit)
     return tasks, fit
 
 
 def _known(
-    plan: TensorPlan, gather: Task[Any], order: tuple[ModelReference, ...], record: Record
+    spec: TensorSpec, gather: Task[Any], order: tuple[ModelReference, ...], record: MergeRecord
 ) -> MergeKnown:
-    return MergeKnown(known=Known(plan, gather, order, record))
+    return MergeKnown(known=Known(spec, gather, order, record))

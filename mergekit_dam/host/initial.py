@@ -8,38 +8,38 @@ from mergekit.common import ModelReference
 
 from mergekit_dam.coefficients.file import CoefficientFile
 from mergekit_dam.coefficients.merge import column_counts
-from mergekit_dam.coefficients.record import Record
-from mergekit_dam.coefficients.tensors import TensorPlan, TensorReport
+from mergekit_dam.coefficients.record import MergeRecord
+from mergekit_dam.coefficients.tensors import TensorReport, TensorSpec
 from mergekit_dam.errors import ConfigError
-from mergekit_dam.host.places import Place
+from mergekit_dam.host.places import PlacedTensor
 from mergekit_dam.parameters import RunSettings
 from mergekit_dam.search.coordinates import invert
 from mergekit_dam.sources.stage import Stage
 
 
-def averages(places: Sequence[Place]) -> Record:
+def averages(tensors: Sequence[PlacedTensor]) -> MergeRecord:
     """The weights outside of the decoder: averaged, whatever is fitted."""
-    record = Record()
-    for place in places:
-        if place.kind == "outside":
-            name = place.plan.name
-            record.coefficients[name] = place.plan.settings.parametrisation.starting_coefficients()
+    record = MergeRecord()
+    for placed in tensors:
+        if placed.kind == "outside":
+            name = placed.spec.name
+            record.coefficients[name] = placed.spec.settings.parametrisation.starting_coefficients()
             record.reports[name] = TensorReport(name, "other", "averaged: outside of the decoder")
     return record
 
 
-def copies(plans: Sequence[TensorPlan]) -> Record:
+def copies(specs: Sequence[TensorSpec]) -> MergeRecord:
     """Coefficients of a merge in which every tensor is one model's."""
-    record = Record()
-    for plan in plans:
-        record.coefficients[plan.name] = plan.settings.parametrisation.starting_coefficients()
-        record.reports[plan.name] = TensorReport(plan.name, "copy", "copied: of one model alone")
+    record = MergeRecord()
+    for spec in specs:
+        record.coefficients[spec.name] = spec.settings.parametrisation.starting_coefficients()
+        record.reports[spec.name] = TensorReport(spec.name, "copy", "copied: of one model alone")
     return record
 
 
 def search_start(
-    stages: Sequence[Stage], settings: RunSettings, outside: Record, saved: Record | None
-) -> Record:
+    stages: Sequence[Stage], settings: RunSettings, outside: MergeRecord, saved: MergeRecord | None
+) -> MergeRecord:
     """The coefficients that a search starts from.
 
     Args:
@@ -51,22 +51,22 @@ def search_start(
     generator = torch.Generator().manual_seed(settings.seed)
     record = dataclasses.replace(outside, coefficients=dict(outside.coefficients))
     record.reports = dict(outside.reports)
-    for plan in (plan for stage in stages for plan in stage.tensors):
-        form = plan.settings.parametrisation
+    for spec in (spec for stage in stages for spec in stage.tensors):
+        form = spec.settings.parametrisation
         if settings.start == "random":
             rows = form.random_coefficients(generator)
         else:
             rows = form.starting_coefficients()
-        record.coefficients[plan.name] = rows
-        record.reports[plan.name] = TensorReport(plan.name, "other", "start kept")
+        record.coefficients[spec.name] = rows
+        record.reports[spec.name] = TensorReport(spec.name, "other", "start kept")
     for stage in stages:
-        for plan in stage.tensors:
-            if plan.tied_to is not None:
-                record.coefficients[plan.name] = record.coefficients[plan.tied_to]
+        for spec in stage.tensors:
+            if spec.tied_to is not None:
+                record.coefficients[spec.name] = record.coefficients[spec.tied_to]
     return record
 
 
-def check_start(plans: Sequence[TensorPlan], start: Record, settings: RunSettings) -> None:
+def check_start(specs: Sequence[TensorSpec], start: MergeRecord, settings: RunSettings) -> None:
     """Refuse a start that the descent cannot begin at.
 
     Raises:
@@ -74,30 +74,30 @@ def check_start(plans: Sequence[TensorPlan], start: Record, settings: RunSetting
     """
     if settings.objective == "layer":
         return
-    for plan in plans:
-        coefficients = start.coefficients[plan.name]
-        if len(plan.settings.parametrisation.reached) == 1:
+    for spec in specs:
+        coefficients = start.coefficients[spec.name]
+        if len(spec.settings.parametrisation.reached) == 1:
             continue  # copied, whatever is learned of others
-        if plan.settings.granularity == "tensor" and coefficients.shape[1] > 1:
+        if spec.settings.granularity == "tensor" and coefficients.shape[1] > 1:
             raise ConfigError(
                 [
-                    f"start: the file has one coefficient a column for {plan.name}, but "
+                    f"start: the file has one coefficient a column for {spec.name}, but "
                     f"`granularity` is `tensor`; set `granularity: column`, or another start"
                 ]
             )
         try:
-            form = plan.settings.parametrisation
+            form = spec.settings.parametrisation
             invert(settings.logits.nonlinearity, form.unknowns(coefficients))
         except ConfigError as error:
-            raise ConfigError([f"{plan.name}: {problem}" for problem in error.problems]) from None
+            raise ConfigError([f"{spec.name}: {problem}" for problem in error.problems]) from None
 
 
 def saved_record(
     saved: CoefficientFile,
-    plans: Sequence[TensorPlan],
+    specs: Sequence[TensorSpec],
     order: Sequence[ModelReference],
     shapes: Mapping[str, tuple[int, ...]],
-) -> Record:
+) -> MergeRecord:
     """The saved coefficients of every planned tensor, rows in the order of the sources.
 
     Args:
@@ -108,7 +108,7 @@ def saved_record(
     """
     rows = saved.rows_of([str(model) for model in order])
     axes = saved.metadata.get("axes", {})
-    names = [plan.name for plan in plans]
+    names = [spec.name for spec in specs]
     problems = [
         *(f"none for {name}" for name in names if name not in saved.coefficients),
         *(f"some for {name}, which is not merged" for name in saved.coefficients.keys() - names),
@@ -125,7 +125,7 @@ def saved_record(
                 f"another choice of layers"
             ]
         )
-    return Record(
+    return MergeRecord(
         coefficients={name: saved.coefficients[name][rows] for name in names},
         axes={name: axes[name] for name in names if axes.get(name, -1) != -1},
         reports={name: TensorReport(name, "replay", "replayed") for name in names},

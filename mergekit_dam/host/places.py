@@ -7,51 +7,51 @@ from typing import Any, Literal
 
 from mergekit.graph import Task
 
-from mergekit_dam.coefficients.tensors import TensorPlan
+from mergekit_dam.coefficients.tensors import TensorSpec
 from mergekit_dam.model.decoder import Decoder
-from mergekit_dam.sources.headers import Planned
+from mergekit_dam.sources.headers import WeightTask
 from mergekit_dam.sources.stage import StageKind
 
 
 @dataclass(frozen=True)
-class Place:
+class PlacedTensor:
     """Where one tensor acts.
 
     Attributes:
         kind: "outside" of the decoder, or the kind of its stage.
         index: of the block.
-        plan: of the tensor.
+        spec: of the tensor.
         gather: mergekit's task that brings the tensors of all sources.
     """
 
     kind: StageKind | Literal["outside"]
     index: int
-    plan: TensorPlan
+    spec: TensorSpec
     gather: Task[Any]
 
 
 def place_tensors(
-    planned: Sequence[Planned], plans: Sequence[TensorPlan], decoder: Decoder
-) -> list[Place]:
+    planned: Sequence[WeightTask], specs: Sequence[TensorSpec], decoder: Decoder
+) -> list[PlacedTensor]:
     """Where every planned tensor acts in the decoder."""
-    found = [decoder.in_model(plan.name) for plan in plans]
-    plans = [
-        dataclasses.replace(plan, renamed=name) if name not in (None, plan.name) else plan
-        for plan, name in zip(plans, found, strict=True)
+    found = [decoder.in_model(spec.name) for spec in specs]
+    specs = [
+        dataclasses.replace(spec, renamed=name) if name not in (None, spec.name) else spec
+        for spec, name in zip(specs, found, strict=True)
     ]
-    names = {name: plan.name for plan, name in zip(plans, found, strict=True) if name is not None}
-    parts = decoder.part_of(frozenset(n for n in names if decoder.block_of(n) is None))
-    places = []
-    for (_, task), plan, name in zip(planned, plans, found, strict=True):
+    names = {name: spec.name for spec, name in zip(specs, found, strict=True) if name is not None}
+    parts = decoder.input_or_output(frozenset(n for n in names if decoder.block_of(n) is None))
+    placed = []
+    for (_, task), spec, name in zip(planned, specs, found, strict=True):
         gather = task.gather_tensors
         canonical = None if name is None else decoder.canonical(name)
         if name is None or canonical is None:
-            places.append(Place("outside", 0, plan, gather))
+            placed.append(PlacedTensor("outside", 0, spec, gather))
         elif canonical != name and canonical in names:
-            tied = dataclasses.replace(plan, tied_to=names[canonical])
-            places.append(Place("output", 0, tied, gather))
+            tied = dataclasses.replace(spec, tied_to=names[canonical])
+            placed.append(PlacedTensor("output", 0, tied, gather))
         elif (block := decoder.block_of(name)) is not None:
-            places.append(Place("block", block, plan, gather))
+            placed.append(PlacedTensor("block", block, spec, gather))
         else:
-            places.append(Place(parts.get(name, "outside"), 0, plan, gather))
-    return places
+            placed.append(PlacedTensor(parts.get(name, "outside"), 0, spec, gather))
+    return placed

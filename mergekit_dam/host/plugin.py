@@ -63,7 +63,7 @@ def _hook_run_merge(merge: Any) -> None:
         from mergekit_dam.streams import distributed
 
         source = yaml.safe_load(config_source) if config_source else None
-        with distributed.joined(options) as own:
+        with distributed.joined_processes(options) as own:
             # One process reads the text: it need not lie on every machine, nor be one there.
             prepared = distributed.from_first(lambda: prepare(merge_config, own, source))
             config = PreparedConfiguration.create(merge_config, prepared)

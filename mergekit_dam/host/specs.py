@@ -8,19 +8,19 @@ from mergekit.common import ModelReference, dtype_from_name
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 from mergekit_dam.coefficients.parametrisation import Parametrisation
-from mergekit_dam.coefficients.tensors import TensorPlan, TensorSettings
+from mergekit_dam.coefficients.tensors import TensorSettings, TensorSpec
 from mergekit_dam.errors import ConfigError
 from mergekit_dam.request.prepare import Prepared
 
 
-def tensor_plan(
+def tensor_spec(
     weight: WeightInfo,
     task: ExecuteMergeMethodTask,
     order: Sequence[ModelReference],
     prepared: Prepared,
     out_dtype: str | None,
     teaching: Collection[ModelReference],
-) -> TensorPlan:
+) -> TensorSpec:
     """How one tensor is fitted.
 
     Args:
@@ -59,7 +59,7 @@ def tensor_plan(
         experts=shared["experts"],
     )
     written = dtype_from_name(weight.force_dtype or out_dtype)
-    return TensorPlan(weight.name, settings, written)
+    return TensorSpec(weight.name, settings, written)
 
 
 def _own(task: ExecuteMergeMethodTask, model: ModelReference, name: str) -> float:

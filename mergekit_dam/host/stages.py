@@ -9,7 +9,7 @@ import torch
 from mergekit.common import ModelReference
 from mergekit.graph import Task
 
-from mergekit_dam.host.places import Place
+from mergekit_dam.host.places import PlacedTensor
 from mergekit_dam.model.decoder import Decoder
 from mergekit_dam.request.prepare import Prepared
 from mergekit_dam.sources.gathers import labelled
@@ -32,15 +32,15 @@ class PlannedStage:
     gathers: tuple[Task[Any], ...]
 
 
-def planned_stages(places: Sequence[Place], models: Models) -> list[PlannedStage]:
+def planned_stages(placed: Sequence[PlacedTensor], models: Models) -> list[PlannedStage]:
     """Stages in the order the data passes them."""
     kinds: list[tuple[StageKind, int]] = [("input", 0)]
     kinds += [("block", index) for index in range(len(models.output.blocks))]
     kinds += [("output", 0)]
-    tied = _tied_head(places, models.output)
+    tied = _tied_head(placed, models.output)
     stages = []
     for number, (kind, index) in enumerate(kinds):
-        own = [place for place in places if (place.kind, place.index) == (kind, index)]
+        own = [tensor for tensor in placed if (tensor.kind, tensor.index) == (kind, index)]
         borrowed = [tied] if kind == "output" and tied is not None else []
         label = f"dam {number:05d}"
         stages.append(
@@ -49,20 +49,20 @@ def planned_stages(places: Sequence[Place], models: Models) -> list[PlannedStage
                     models,
                     kind,
                     index,
-                    [place.plan for place in own],
-                    [place.plan for place in borrowed],
+                    [tensor.spec for tensor in own],
+                    [tensor.spec for tensor in borrowed],
                 ),
                 label,
-                tuple(labelled(place.gather, label) for place in [*own, *borrowed]),
+                tuple(labelled(tensor.gather, label) for tensor in [*own, *borrowed]),
             )
         )
     return stages
 
 
-def _tied_head(places: Sequence[Place], decoder: Decoder) -> Place | None:
+def _tied_head(placed: Sequence[PlacedTensor], decoder: Decoder) -> PlacedTensor | None:
     """The tensor of the input that the head is tied to."""
     name = decoder.canonical(f"{decoder.head_name}.weight")
-    return next((p for p in places if p.kind == "input" and p.plan.in_model == name), None)
+    return next((p for p in placed if p.kind == "input" and p.spec.in_model == name), None)
 
 
 def calibration_streams(

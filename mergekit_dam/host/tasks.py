@@ -26,8 +26,8 @@ from mergekit.graph import Task
 from mergekit.merge_methods.buffers import copy_non_floating_buffer
 
 from mergekit_dam.coefficients.merge import column_counts, merge_weights
-from mergekit_dam.coefficients.record import Record
-from mergekit_dam.coefficients.tensors import TensorPlan
+from mergekit_dam.coefficients.record import MergeRecord
+from mergekit_dam.coefficients.tensors import TensorSpec
 from mergekit_dam.errors import DamError
 from mergekit_dam.layers.fit import StageResult, fit_stage
 from mergekit_dam.parameters import RunSettings
@@ -58,7 +58,7 @@ class StageNode:
     inputs: tuple[Task[Any], ...]
     previous: "FitStage | None"
     streams: Callable[[], list[Stream]]
-    record: Record = field(default_factory=Record)
+    record: MergeRecord = field(default_factory=MergeRecord)
     ahead: tuple[Span, ...] = ()
 
 
@@ -82,7 +82,7 @@ class FitStage(Task[Any], frozen=True, arbitrary_types_allowed=True):
     def execute(self, previous: StageResult | None = None, **tensors: Any) -> StageResult:
         read_ahead(self.node.ahead)
         stage = self.node.stage
-        loaded = {plan.name: tensors[f"tensor_{index}"] for index, plan in enumerate(stage.tensors)}
+        loaded = {spec.name: tensors[f"tensor_{index}"] for index, spec in enumerate(stage.tensors)}
         streams = previous.streams if previous else self.node.streams()
         record = previous.record if previous else self.node.record
         device = next(
@@ -126,7 +126,7 @@ class SearchNode:
     network: Network
     streams: Callable[[], list[Stream]]
     settings: RunSettings
-    start: Record
+    start: MergeRecord
     scratch: Path
 
 
@@ -167,10 +167,10 @@ class Known:
         record: holds the coefficients, where they are known from planning.
     """
 
-    plan: TensorPlan
+    spec: TensorSpec
     gather: Task[Any]
     order: tuple[ModelReference, ...]
-    record: Record | None = None
+    record: MergeRecord | None = None
 
 
 class MergeKnown(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):
@@ -192,7 +192,7 @@ class MergeKnown(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):
     def execute(
         self, tensors: dict[ModelReference, torch.Tensor], result: StageResult | None = None
     ) -> torch.Tensor:
-        known, name = self.known, self.known.plan.name
+        known, name = self.known, self.known.spec.name
         loaded = of_all(tensors, known.order)
         buffer: torch.Tensor | None = copy_non_floating_buffer(loaded, name)
         if buffer is not None:
@@ -200,7 +200,7 @@ class MergeKnown(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):
         record = known.record if result is None else result.record
         assert record is not None
         coefficients, axis = record.coefficients[name], record.axes.get(name, -1)
-        sources = known.plan.sources(loaded)
+        sources = known.spec.sources(loaded)
         allowed = column_counts(loaded[0].shape, axis)
         if coefficients.shape[1] not in allowed:
             raise DamError(
@@ -233,8 +233,8 @@ class WriteArtifacts(Task[None], frozen=True, arbitrary_types_allowed=True):
     """Writes coefficients and report beside the merged model, once the last stage is through."""
 
     last: FitStage | Search | None
-    write: Callable[[Record], None]
-    record: Record | None = None
+    write: Callable[[MergeRecord], None]
+    record: MergeRecord | None = None
 
     def arguments(self) -> dict[str, Task[Any]]:
         return {} if self.last is None else {"result": self.last}

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from mergekit_dam.fitting.metric import Metric
 from mergekit_dam.model.experts import Routing, run_expert
-from mergekit_dam.streams.distributed import totals
+from mergekit_dam.streams.distributed import all_sums
 
 
 @dataclass(frozen=True)
-class Felt:
+class ExpertGradients:
     """Gradients of one domain's loss where the experts of a block are added up.
 
     Attributes:
@@ -35,7 +35,7 @@ class Felt:
             module: of all experts.
         """
         rows = (self.routing.experts == expert).any(1).nonzero()[:, 0]
-        if not totals([len(rows)])[0]:
+        if not all_sums([len(rows)])[0]:
             rows = torch.arange(len(self.gradients), device=self.gradients.device)
         with torch.enable_grad():
             x = self.routing.hidden[rows].requires_grad_(True)

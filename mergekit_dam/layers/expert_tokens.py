@@ -15,15 +15,15 @@ from mergekit_dam.layers.state import Walk
 from mergekit_dam.layers.targets import token_weights
 from mergekit_dam.model.experts import Routing
 from mergekit_dam.model.units import Unit
-from mergekit_dam.parameters import Fed
-from mergekit_dam.streams.distributed import total, totals
+from mergekit_dam.parameters import ExpertFeed
+from mergekit_dam.streams.distributed import all_sum, all_sums
 from mergekit_dam.streams.share import Split
 from mergekit_dam.streams.storage import Sequences
 from mergekit_dam.streams.stream import Stream
 
 
 @dataclass(frozen=True)
-class Sent:
+class ExpertTokens:
     """Some tokens of one expert.
 
     Attributes:
@@ -37,7 +37,7 @@ class Sent:
 
 
 @dataclass(frozen=True)
-class Sums:
+class RoutingTotals:
     """Sums over the tokens of a split, in all processes.
 
     Attributes:
@@ -52,7 +52,7 @@ class Sums:
 
 
 @dataclass(frozen=True)
-class Routed:
+class RoutedStream:
     """One stream where it enters the experts of a block.
 
     Attributes:
@@ -68,9 +68,11 @@ class Routed:
     experts: Tensor
     weights: Tensor
     counted: Tensor
-    sums: dict[Split, Sums]
+    sums: dict[Split, RoutingTotals]
 
-    def sent(self, expert: int, split: Split, fed: Fed, device: torch.device) -> Iterator[Sent]:
+    def sent(
+        self, expert: int, split: Split, fed: ExpertFeed, device: torch.device
+    ) -> Iterator[ExpertTokens]:
         """The tokens of an expert in a split, chunk by chunk.
 
         What it makes of a token counts for `g f(x)` in what leaves all experts, so that errors
@@ -88,10 +90,10 @@ class Routed:
             weight = self.counted[tokens][rows]
             if fed == "routed":
                 weight = weight * (self.weights[tokens] * here).sum(1)[rows].square()
-            yield Sent(teacher, merged, weight.to(device))
+            yield ExpertTokens(teacher, merged, weight.to(device))
 
 
-def observe(walk: Walk, stage: int, unit: Unit, stream: Stream) -> Routed:
+def observe(walk: Walk, group: int, unit: Unit, stream: Stream) -> RoutedStream:
     """Run both parts up to the experts of a stage."""
     count = walk.weight(unit).tensors[0].shape[0]
     routings: list[Routing] = []
@@ -99,7 +101,7 @@ def observe(walk: Walk, stage: int, unit: Unit, stream: Stream) -> Routed:
     energies: list[Tensor] = []
 
     def entering() -> Iterator[Tensor]:
-        for seen in see(walk, stage, [unit], stream, None):
+        for seen in see(walk, group, [unit], stream, None):
             routing, output = seen.merged.routing[unit.name], seen.teacher.outputs[unit.name]
             weighted.append(token_weights([output], seen.sequences).cpu())
             energies.append(output.square().sum(-1, dtype=torch.float64).reshape(-1).cpu())
@@ -114,12 +116,12 @@ def observe(walk: Walk, stage: int, unit: Unit, stream: Stream) -> Routed:
     weights = torch.cat([routing.weights for routing in routings])
     counted, energy = torch.cat([*weighted, torch.empty(0)]), torch.cat([*energies, torch.empty(0)])
     length = stream.teacher.shape[1]
-    sums: dict[Split, Sums] = {}
+    sums: dict[Split, RoutingTotals] = {}
     splits: tuple[Split, ...] = ("fit", "held_out")
     for split in splits:
         first, last = (length * border for border in stream.border(split))
         own = counted[first:last].double()
-        felt, weight = totals([float(own @ energy[first:last].double()), float(own.sum())])
+        gradients, weight = all_sums([float(own @ energy[first:last].double()), float(own.sum())])
         sent = torch.bincount(experts[first:last].reshape(-1), minlength=count)
-        sums[split] = Sums(felt, weight, total(sent))
-    return Routed(stream, kept, experts, weights, counted, sums)
+        sums[split] = RoutingTotals(gradients, weight, all_sum(sent))
+    return RoutedStream(stream, kept, experts, weights, counted, sums)

@@ -23,11 +23,11 @@ from mergekit_dam.fitting.linear import fit_linear
 from mergekit_dam.fitting.metric import PLAIN, Metric
 from mergekit_dam.fitting.moments import InputMoments, LinearMoments, LinearTokens
 from mergekit_dam.fitting.solver import precision
-from mergekit_dam.layers.expert_tokens import Routed, observe
+from mergekit_dam.layers.expert_tokens import RoutedStream, observe
 from mergekit_dam.layers.state import Walk
 from mergekit_dam.model.experts import FusedLinear, run_expert
 from mergekit_dam.model.units import Unit
-from mergekit_dam.parameters import Fed
+from mergekit_dam.parameters import ExpertFeed
 from mergekit_dam.streams.share import Split, judging_split
 
 FEWEST = 64
@@ -107,7 +107,7 @@ class _Fused:
         return FittedTensor(sources, merged, coefficients, linear.axis, report)
 
 
-def fit_experts(walk: Walk, stage: int, units: list[Unit]) -> Iterator[tuple[str, FittedTensor]]:
+def fit_experts(walk: Walk, group: int, units: list[Unit]) -> Iterator[tuple[str, FittedTensor]]:
     """Fit the experts of a stage; biases keep the average.
 
     Yields:
@@ -115,7 +115,7 @@ def fit_experts(walk: Walk, stage: int, units: list[Unit]) -> Iterator[tuple[str
     """
     (unit,) = units
     started = time.perf_counter()
-    streams = [observe(walk, stage, unit, stream) for stream in walk.streams]
+    streams = [observe(walk, group, unit, stream) for stream in walk.streams]
     fused = [
         _Fused(walk.sources[unit.parameter(linear.parameter)], linear) for linear in unit.linears
     ]
@@ -127,7 +127,7 @@ def fit_experts(walk: Walk, stage: int, units: list[Unit]) -> Iterator[tuple[str
 
 
 def _fit_expert(
-    walk: Walk, unit: Unit, expert: int, streams: list[Routed], fused: list[_Fused]
+    walk: Walk, unit: Unit, expert: int, streams: list[RoutedStream], fused: list[_Fused]
 ) -> None:
     """Fit the linears of one expert, and have the merged part go on with them."""
     few = _too_few(walk, streams, expert, walk.weight(unit).settings.experts)
@@ -146,7 +146,7 @@ def _fit_expert(
             walk.weights[name][expert] = fitted.merged.float()
 
 
-def _too_few(walk: Walk, streams: list[Routed], expert: int, fed: Fed) -> str | None:
+def _too_few(walk: Walk, streams: list[RoutedStream], expert: int, fed: ExpertFeed) -> str | None:
     """Why an expert has too few tokens to be fitted, if it has."""
     if fed == "all":
         return None
@@ -158,15 +158,15 @@ def _too_few(walk: Walk, streams: list[Routed], expert: int, fed: Fed) -> str | 
 
 
 def _metrics(
-    walk: Walk, unit: Unit, expert: int, streams: list[Routed]
+    walk: Walk, unit: Unit, expert: int, streams: list[RoutedStream]
 ) -> list[Mapping[str, Metric]]:
     """The metrics of an expert's linears, of every stream."""
     module = walk.part.root.get_submodule(unit.name)
     found: list[Mapping[str, Metric]] = []
     for routed in streams:
-        felt = walk.felt(unit.name, routed.stream)
+        gradients = walk.gradients(unit.name, routed.stream)
         plain = dict.fromkeys((linear.parameter for linear in unit.linears), PLAIN)
-        found.append(plain if felt is None else felt.metrics(module, expert))
+        found.append(plain if gradients is None else gradients.metrics(module, expert))
     return found
 
 
@@ -175,7 +175,7 @@ def _evidence(
     unit: Unit,
     linear: FusedLinear,
     expert: int,
-    streams: list[Routed],
+    streams: list[RoutedStream],
     metrics: list[Mapping[str, Metric]],
 ) -> Evidence[LinearMoments]:
     """The moments of one linear of one expert.
@@ -193,7 +193,7 @@ def _evidence(
     for routed, metric in zip(streams, metrics, strict=True):
         weight = sources.settings.loss_weights[routed.stream.source]
 
-        def scale(split: Split, routed: Routed = routed, weight: float = weight) -> float:
+        def scale(split: Split, routed: RoutedStream = routed, weight: float = weight) -> float:
             sums = routed.sums[split]
             return weight / max(sums.count if walk.metrics else sums.energy, 1e-30)
 
@@ -224,7 +224,7 @@ def _show(
     unit: Unit,
     linear: FusedLinear,
     expert: int,
-    routed: Routed,
+    routed: RoutedStream,
     split: Split,
     sums: LinearMoments | LinearTokens,
 ) -> None:

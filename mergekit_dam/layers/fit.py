@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from mergekit_dam.coefficients.record import Record
+from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.coefficients.tensors import FittedTensor, TensorReport, TensorSources
 from mergekit_dam.errors import DamError
 from mergekit_dam.layers.state import Metrics, Walk
@@ -16,7 +16,7 @@ from mergekit_dam.layers.walk import walk_part
 from mergekit_dam.model.units import Anatomy
 from mergekit_dam.sources.stage import OpenStage
 from mergekit_dam.streams.memory import give_back
-from mergekit_dam.streams.outputs import Tape
+from mergekit_dam.streams.outputs import OutputCache
 from mergekit_dam.streams.stream import Stream
 
 Show: TypeAlias = Callable[[str], None]
@@ -28,7 +28,7 @@ class StageResult:
     """What a stage leaves behind for the next one, and the merged tensors to be written."""
 
     streams: list[Stream]
-    record: Record
+    record: MergeRecord
     merged: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -36,7 +36,7 @@ class StageResult:
 def fit_stage(
     opened: OpenStage,
     streams: list[Stream],
-    record: Record,
+    record: MergeRecord,
     *,
     show: Show,
     metrics: FindMetrics | None = None,
@@ -66,11 +66,11 @@ def fit_stage(
     for tensor in fitted:
         record.add(tensor)
         merged[tensor.sources.name] = tensor.merged
-    for plan in stage.tensors:
-        if plan.tied_to is not None:
-            tied = _tied(opened.sources_of(plan), plan.tied_to, record)
+    for spec in stage.tensors:
+        if spec.tied_to is not None:
+            tied = _tied(opened.sources_of(spec), spec.tied_to, record)
             record.add(tied)
-            merged[plan.name] = tied.merged
+            merged[spec.name] = tied.merged
     give_back()
     record.seconds[stage.label] = time.perf_counter() - started
     return StageResult(streams, record, merged)
@@ -107,13 +107,13 @@ def _fit(
         metrics={} if metrics is None else metrics(anatomy),
         head=models.output.head_name if opened.stage.kind == "output" else None,
         temperature=models.settings.logits.temperature,
-        teacher_tape=Tape(streams[0].storage),
-        merged_tape=Tape(streams[0].storage),
+        teacher_outputs=OutputCache(streams[0].storage),
+        merged_outputs=OutputCache(streams[0].storage),
     )
     return walk_part(walk, advance=opened.stage.kind != "output")
 
 
-def _tied(sources: TensorSources, tied_to: str, record: Record) -> FittedTensor:
+def _tied(sources: TensorSources, tied_to: str, record: MergeRecord) -> FittedTensor:
     """A tensor that is the same parameter as an earlier one: same coefficients, same bytes."""
     coefficients = record.coefficients[tied_to]
     report = TensorReport(sources.name, "head", f"tied to {tied_to}")

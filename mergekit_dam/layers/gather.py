@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from mergekit_dam.fitting.evidence import Evidence, M, Sums
+from mergekit_dam.fitting.evidence import Evidence, Judge, M
 from mergekit_dam.fitting.moments import LinearMoments
 from mergekit_dam.layers.seen import Seen, see
 from mergekit_dam.layers.state import Walk
@@ -26,11 +26,11 @@ from mergekit_dam.streams.stream import Stream
 
 def gather(
     walk: Walk,
-    stage: int,
+    group: int,
     units: Sequence[Unit],
     *,
     empty: Callable[[Stream], Mapping[str, M]],
-    judges: Callable[[Stream], Mapping[str, Sums]],
+    judges: Callable[[Stream], Mapping[str, Judge]],
     add: Callable[[Mapping[str, Any], Seen], None],
     pool: bool,
 ) -> dict[str, Evidence[M]]:
@@ -47,17 +47,17 @@ def gather(
         pool: add the streams up: they are measured alike.
     """
     fit: dict[str, list[M]] = {unit.name: [] for unit in units}
-    held_out: dict[str, list[Sums]] = {unit.name: [] for unit in units}
+    held_out: dict[str, list[Judge]] = {unit.name: [] for unit in units}
     judged_on = judging_split(walk.streams)
     loss_weights = {unit.name: walk.weight(unit).settings.loss_weights for unit in units}
 
-    def factor(name: str, sums: Sums, stream: Stream) -> float:
+    def factor(name: str, sums: Judge, stream: Stream) -> float:
         size = sums.energy if pool else sums.count
         return loss_weights[name][stream.source] / max(size, 1e-30)
 
     for stream in walk.streams:
         own = empty(stream)
-        _see(walk, stage, units, stream, "fit", partial(add, own))
+        _see(walk, group, units, stream, "fit", partial(add, own))
         _add_up(own)
         for name, sums in own.items():
             scale = factor(name, sums, stream)
@@ -71,7 +71,7 @@ def gather(
         del own, sums
         if judged_on == "held_out":
             judging = judges(stream)
-            _see(walk, stage, units, stream, "held_out", partial(add, judging))
+            _see(walk, group, units, stream, "held_out", partial(add, judging))
             _add_up(judging)
             for name, tokens in judging.items():
                 tokens.scale = factor(name, tokens, stream)
@@ -86,7 +86,7 @@ def gather(
     }
 
 
-def _add_up(own: Mapping[str, Sums]) -> None:
+def _add_up(own: Mapping[str, Judge]) -> None:
     """Take the sums of other processes into those of a stage's units, shared ones once."""
     shared = {id(s.inputs): s.inputs for s in own.values() if isinstance(s, LinearMoments)}
     for inputs in shared.values():
@@ -97,12 +97,12 @@ def _add_up(own: Mapping[str, Sums]) -> None:
 
 def _see(
     walk: Walk,
-    stage: int,
+    group: int,
     units: Sequence[Unit],
     stream: Stream,
     split: Split,
     add: Callable[[Seen], None],
 ) -> None:
     """Show what a teacher and the merged part do with a stream, chunk by chunk."""
-    for seen in see(walk, stage, units, stream, split):
+    for seen in see(walk, group, units, stream, split):
         add(seen)

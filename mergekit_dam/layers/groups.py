@@ -20,13 +20,13 @@ from mergekit_dam.layers.state import Walk
 from mergekit_dam.layers.targets import target, token_weights
 from mergekit_dam.model.anatomy import norm_parts
 from mergekit_dam.model.units import Unit
-from mergekit_dam.streams.distributed import total
+from mergekit_dam.streams.distributed import all_sum
 from mergekit_dam.streams.memory import give_back
 from mergekit_dam.streams.share import Split
 from mergekit_dam.streams.stream import Stream
 
 
-def fit_routers(walk: Walk, stage: int, units: list[Unit]) -> Iterator[tuple[str, FittedTensor]]:
+def fit_routers(walk: Walk, group: int, units: list[Unit]) -> Iterator[tuple[str, FittedTensor]]:
     """Fit the weight of the one router of a stage; a bias keeps the average.
 
     Yields:
@@ -54,7 +54,7 @@ def fit_routers(walk: Walk, stage: int, units: list[Unit]) -> Iterator[tuple[str
         moments.add(x, logits, logits, counted)
 
     evidence = gather(
-        walk, stage, units, empty=empty, judges=judges, add=add, pool=not walk.metrics
+        walk, group, units, empty=empty, judges=judges, add=add, pool=not walk.metrics
     )
     (fitted,) = fit_linear(weight, None, evidence[unit.name], axis=unit.axis)
     report = replace(fitted.report, kind="router")
@@ -64,7 +64,7 @@ def fit_routers(walk: Walk, stage: int, units: list[Unit]) -> Iterator[tuple[str
 Settled = Iterator[tuple[str, FittedTensor]]
 
 
-def fit_linears(walk: Walk, stage: int, units: list[Unit]) -> Settled:
+def fit_linears(walk: Walk, group: int, units: list[Unit]) -> Settled:
     """Fit linears that share an input, from one pass over the data.
 
     Yields:
@@ -98,7 +98,7 @@ def fit_linears(walk: Walk, stage: int, units: list[Unit]) -> Settled:
             sums[name].add(x, own, output, weight)
 
     evidence = gather(
-        walk, stage, units, empty=empty, judges=judges, add=add, pool=not walk.metrics
+        walk, group, units, empty=empty, judges=judges, add=add, pool=not walk.metrics
     )
     give_back()  # what running chunks took: solving takes other pieces
     for unit in units:
@@ -108,7 +108,7 @@ def fit_linears(walk: Walk, stage: int, units: list[Unit]) -> Settled:
         yield from _named(unit, fitted)
 
 
-def fit_norms(walk: Walk, stage: int, units: list[Unit]) -> Settled:
+def fit_norms(walk: Walk, group: int, units: list[Unit]) -> Settled:
     """Fit the one norm of a stage."""
     (unit,) = units
     module = walk.part.root.get_submodule(unit.name)
@@ -126,11 +126,11 @@ def fit_norms(walk: Walk, stage: int, units: list[Unit]) -> Settled:
         output = seen.teacher.outputs[unit.name]
         sums[unit.name].add(_flat(normalised), _flat(scaled), _flat(output), weight)
 
-    evidence = gather(walk, stage, units, empty=empty, judges=empty, add=add, pool=True)[unit.name]
+    evidence = gather(walk, group, units, empty=empty, judges=empty, add=add, pool=True)[unit.name]
     yield from _named(unit, fit_norm(walk.weight(unit), walk.bias(unit), evidence))
 
 
-def fit_embeddings(walk: Walk, stage: int, units: list[Unit]) -> Settled:
+def fit_embeddings(walk: Walk, group: int, units: list[Unit]) -> Settled:
     """Fit an embedding to the rows that each model's data looks up."""
     (unit,) = units
     embedding = walk.weight(unit)
@@ -143,7 +143,7 @@ def fit_embeddings(walk: Walk, stage: int, units: list[Unit]) -> Settled:
             # Positions are looked up once for all sequences of a chunk.
             ids = seen.inputs[unit.name].expand(tokens.shape[0], -1)
             counts += torch.bincount(ids.reshape(-1), minlength=rows)
-        return total(counts)
+        return all_sum(counts)
 
     usage = []
     for stream in walk.streams:

@@ -20,7 +20,7 @@ from mergekit_dam.fitting.evidence import Losses
 from mergekit_dam.fitting.judged import judged
 from mergekit_dam.layers.state import Walk
 from mergekit_dam.model.units import Unit
-from mergekit_dam.streams.distributed import total, totals
+from mergekit_dam.streams.distributed import all_sum, all_sums
 from mergekit_dam.streams.share import Split, judging_split
 from mergekit_dam.streams.stream import Stream
 
@@ -64,7 +64,7 @@ def fit_head(walk: Walk, unit: Unit, *, temperature: float) -> Iterator[tuple[st
             share = head.settings.loss_weights[stream.source] / whole
             _backward(walk, stream, step - 1, name, weight, temperature, share)
         own = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        unknowns.grad = expand.T @ total(
+        unknowns.grad = expand.T @ all_sum(
             coefficient_gradient(head.tensors, own, axis=unit.axis, per_column=size > 1)
         )
         optimizer.step()
@@ -147,4 +147,4 @@ def _loss(walk: Walk, name: str, weight: Tensor, split: Split, *, temperature: f
             for i in range(first, last)
         )
         loss += loss_weights[stream.source] / whole * own / stream.count(split)
-    return totals([loss])[0]
+    return all_sums([loss])[0]

@@ -30,39 +30,39 @@ class Seen:
 
 
 def see(
-    walk: Walk, stage: int, units: Sequence[Unit], stream: Stream, split: Split | None
+    walk: Walk, group: int, units: Sequence[Unit], stream: Stream, split: Split | None
 ) -> Iterator[Seen]:
     """What a teacher and the merged part do with a stream, chunk by chunk.
 
     Of routers and experts it is also seen what enters the teacher's.
     """
-    weights = _teacher_weights(walk, stage, units, stream)
+    weights = _teacher_weights(walk, group, units, stream)
     for chunk, teacher_x, merged_x in walk.pairs(stream, split):
-        teacher = _see_teacher(walk, stage, units, stream, chunk, weights, teacher_x)
-        merged = _see_merged(walk, stage, units, stream, chunk, merged_x)
-        drift = _drift(walk, stage, teacher, merged, teacher_x - merged_x)
+        teacher = _see_teacher(walk, group, units, stream, chunk, weights, teacher_x)
+        merged = _see_merged(walk, group, units, stream, chunk, merged_x)
+        drift = _drift(walk, group, teacher, merged, teacher_x - merged_x)
         yield Seen(stream.source, teacher, merged, drift, teacher_x.shape[0])
 
 
 def _teacher_weights(
-    walk: Walk, stage: int, units: Sequence[Unit], stream: Stream
+    walk: Walk, group: int, units: Sequence[Unit], stream: Stream
 ) -> dict[str, Tensor]:
     """What a teacher is run on to see a stage; converted to fp32, so no more than is needed.
 
     Where outputs are kept it does not run again, or no further than to routers and experts.
     """
-    if not walk.teacher_tape.keep:
+    if not walk.teacher_outputs.keep:
         return walk.teacher_weights(stream)
     if not any(unit.kind in ("router", "experts") for unit in units):
         return {}
-    later = (unit for own in walk.anatomy.stages[stage:] for unit in own)
+    later = (unit for own in walk.anatomy.groups[group:] for unit in own)
     idle = {u.parameter(p) for u in later if u.kind == "experts" for p in u.parameters}
     return walk.teacher_weights(stream, without=idle)
 
 
 def _see_teacher(
     walk: Walk,
-    stage: int,
+    group: int,
     units: Sequence[Unit],
     stream: Stream,
     chunk: slice,
@@ -71,39 +71,41 @@ def _see_teacher(
 ) -> Captured:
     """What the teacher's units put out for a chunk: of the stage, and of what its targets need."""
     norms = [u.write.through for u in units if u.write and u.write.through]
-    others = [u for u in (*walk.anatomy.writers_before(stage), *units) if u.kind != "router"]
+    others = [u for u in (*walk.anatomy.writers_before(group), *units) if u.kind != "router"]
     wanted = dict.fromkeys([*(unit.name for unit in others), *norms])
     entered = tuple(u.name for u in units if u.kind in ("router", "experts"))
-    teacher, tape = walk.teachers[stream.source], walk.teacher_tape
-    if not tape.keep:
+    teacher, cache = walk.teachers[stream.source], walk.teacher_outputs
+    if not cache.keep:
         return teacher.captured(weights, x, inputs=entered, outputs=tuple(wanted))
     if not entered:
         only = frozenset(wanted)
-        return Captured(outputs=tape.of(stream.source, chunk, walk.device, only=only))
-    known = tape.of(stream.source, chunk, walk.device)
+        return Captured(outputs=cache.of(stream.source, chunk, walk.device, only=only))
+    known = cache.of(stream.source, chunk, walk.device)
     seen = teacher.captured(weights, x, inputs=entered, known=known)
     seen.outputs.update({name: known[name] for name in wanted})
     return seen
 
 
 def _see_merged(
-    walk: Walk, stage: int, units: Sequence[Unit], stream: Stream, chunk: slice, x: Tensor
+    walk: Walk, group: int, units: Sequence[Unit], stream: Stream, chunk: slice, x: Tensor
 ) -> Captured:
     """What enters the stage in the merged part, and what the writers before it put out."""
     known = walk.known(stream, chunk)
-    writers = [unit.name for unit in walk.anatomy.writers_before(stage)]
-    settled = [unit.name for unit in walk.settled_linears(stage)] if walk.merged_tape.keep else []
+    writers = [unit.name for unit in walk.anatomy.writers_before(group)]
+    settled = (
+        [unit.name for unit in walk.settled_linears(group)] if walk.merged_outputs.keep else []
+    )
     wanted = [name for name in dict.fromkeys([*writers, *settled]) if name not in known]
     seen = walk.part.captured(
         walk.weights, x, inputs=(units[0].name,), outputs=tuple(wanted), known=known
     )
     new = {name: seen.outputs[name] for name in settled if name in seen.outputs}
-    walk.merged_tape.add(stream.source, chunk, new)
+    walk.merged_outputs.add(stream.source, chunk, new)
     seen.outputs.update(known)
     return seen
 
 
-def _drift(walk: Walk, stage: int, teacher: Captured, merged: Captured, entering: Tensor) -> Tensor:
+def _drift(walk: Walk, group: int, teacher: Captured, merged: Captured, entering: Tensor) -> Tensor:
     """The residual stream of the teacher less that of the merged model, before the stage.
 
     Args:
@@ -112,7 +114,7 @@ def _drift(walk: Walk, stage: int, teacher: Captured, merged: Captured, entering
     if not walk.part.residual:
         return torch.zeros((), device=walk.device)
     drift = walk.anatomy.residual_scale * entering
-    for writer in walk.anatomy.writers_before(stage):
+    for writer in walk.anatomy.writers_before(group):
         assert writer.write is not None
         added = teacher.outputs[writer.name] - merged.outputs[writer.name]
         drift = drift + writer.write.scale * added.reshape(drift.shape)

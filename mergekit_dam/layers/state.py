@@ -8,15 +8,15 @@ from torch import Tensor
 
 from mergekit_dam.coefficients.tensors import FittedTensor, TensorSources
 from mergekit_dam.fitting.metric import PLAIN, Metric
-from mergekit_dam.layers.expert_metrics import Felt
+from mergekit_dam.layers.expert_metrics import ExpertGradients
 from mergekit_dam.model.part import Part
 from mergekit_dam.model.units import Anatomy, Unit
-from mergekit_dam.streams.outputs import Tape
+from mergekit_dam.streams.outputs import OutputCache
 from mergekit_dam.streams.share import Split
 from mergekit_dam.streams.stream import Stream
 
-Progress = Callable[[FittedTensor], None]
-Metrics = Mapping[tuple[int, str], Metric | Felt]
+OnSettled = Callable[[FittedTensor], None]
+Metrics = Mapping[tuple[int, str], Metric | ExpertGradients]
 
 
 @dataclass
@@ -46,13 +46,13 @@ class Walk:
     streams: Sequence[Stream]
     anatomy: Anatomy
     weights: dict[str, Tensor]
-    progress: Progress
+    progress: OnSettled
     metrics: Metrics = field(default_factory=dict)
     fitted: dict[str, FittedTensor] = field(default_factory=dict)
     head: str | None = None
     temperature: float = 1.0
-    teacher_tape: Tape = field(default_factory=Tape)
-    merged_tape: Tape = field(default_factory=Tape)
+    teacher_outputs: OutputCache = field(default_factory=OutputCache)
+    merged_outputs: OutputCache = field(default_factory=OutputCache)
 
     @property
     def device(self) -> torch.device:
@@ -62,9 +62,9 @@ class Walk:
     def settle(self, name: str, fitted: FittedTensor) -> None:
         """Take a fitted tensor into the merged part."""
         self.weights[name] = fitted.merged.float()
-        self.leave(name, fitted)
+        self.skip(name, fitted)
 
-    def leave(self, name: str, fitted: FittedTensor) -> None:
+    def skip(self, name: str, fitted: FittedTensor) -> None:
         """Take note of a tensor that stays as it is in the merged part."""
         self.fitted[name] = fitted
         self.progress(fitted)
@@ -103,9 +103,9 @@ class Walk:
             if unit.write or (unit.kind in kinds and self.fittable(unit))
         )
 
-    def settled_linears(self, stage: int) -> tuple[Unit, ...]:
+    def settled_linears(self, group: int) -> tuple[Unit, ...]:
         """Linears and experts of earlier stages: what they put out will not change any more."""
-        before = (unit for units in self.anatomy.stages[:stage] for unit in units)
+        before = (unit for units in self.anatomy.groups[:group] for unit in units)
         return tuple(unit for unit in before if unit.kind in ("linear", "experts"))
 
     def weight(self, unit: Unit) -> TensorSources:
@@ -123,11 +123,11 @@ class Walk:
         assert isinstance(metric, Metric)
         return metric
 
-    def felt(self, unit: str, stream: Stream) -> Felt | None:
+    def gradients(self, unit: str, stream: Stream) -> ExpertGradients | None:
         """What tells the metrics of single experts on a stream's data; None for `S = I`."""
-        felt = self.metrics.get((stream.source, unit))
-        assert felt is None or isinstance(felt, Felt)
-        return felt
+        gradients = self.metrics.get((stream.source, unit))
+        assert gradients is None or isinstance(gradients, ExpertGradients)
+        return gradients
 
     def pairs(self, stream: Stream, split: Split | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """What enters the part, chunk by chunk: (chunk, teacher's, merged), on the device."""
@@ -137,4 +137,4 @@ class Walk:
 
     def known(self, stream: Stream, chunk: slice) -> dict[str, Tensor]:
         """What settled linears of the merged part put out for a chunk, on the device."""
-        return self.merged_tape.of(stream.source, chunk, self.device)
+        return self.merged_outputs.of(stream.source, chunk, self.device)

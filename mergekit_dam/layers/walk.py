@@ -38,8 +38,8 @@ def walk_part(walk: Walk, *, advance: bool = True) -> list[FittedTensor]:
         One entry per tensor, in the order of the walk's sources.
     """
     leaving = _play_teachers(walk, to_the_end=advance)
-    for index, stage in enumerate(walk.anatomy.stages):
-        for name, fitted in _fits(walk, index, stage):
+    for index, group in enumerate(walk.anatomy.groups):
+        for name, fitted in _fits(walk, index, group):
             walk.settle(name, fitted)
     _settle_rest(walk)
     if advance:
@@ -47,14 +47,14 @@ def walk_part(walk: Walk, *, advance: bool = True) -> list[FittedTensor]:
     return [walk.fitted[name] for name in walk.sources]
 
 
-def _fits(walk: Walk, index: int, stage: Sequence[Unit]) -> Settled:
+def _fits(walk: Walk, index: int, group: Sequence[Unit]) -> Settled:
     """The fit of one stage, by the kind of its units; nothing where they are not to be fitted."""
-    first = stage[0]
+    first = group[0]
     if first.name == walk.head:
         if walk.fittable(first, "head"):
             yield from fit_head(walk, first, temperature=walk.temperature)
     elif first.kind in FITS:
-        units = [unit for unit in stage if walk.fittable(unit)]
+        units = [unit for unit in group if walk.fittable(unit)]
         yield from FITS[first.kind](walk, index, units) if units else ()
 
 
@@ -85,7 +85,7 @@ def _settle_rest(walk: Walk) -> None:
         else:
             kind, reason = unit.kind, "averaged, as configured"
         # What the part has run on is the average as it is written.
-        walk.leave(name, unfitted(tensor, walk.weights[name].to(tensor.dtype), kind, reason))
+        walk.skip(name, unfitted(tensor, walk.weights[name].to(tensor.dtype), kind, reason))
 
 
 def _play_teachers(walk: Walk, *, to_the_end: bool) -> list[Sequences]:
@@ -117,14 +117,14 @@ def _play(walk: Walk, stream: Stream, recorded: tuple[str, ...]) -> Iterator[Ten
 
 def _record(walk: Walk, stream: Stream, chunk: slice, captured: Captured) -> bool:
     """Keep what a teacher's units put out; the first chunk tells whether there is room."""
-    tape = walk.teacher_tape
-    if tape.keep is None:
+    cache = walk.teacher_outputs
+    if cache.keep is None:
         tokens = (chunk.stop - chunk.start) * stream.teacher.shape[1]
         # The merged part's units put out as much.
         size = 2 * outputs_size(captured.outputs) * _tokens(walk) // tokens
-        tape.keep = walk.merged_tape.keep = tape.storage.has_room_for_outputs(size)
-    tape.add(stream.source, chunk, captured.outputs)
-    return tape.keep
+        cache.keep = walk.merged_outputs.keep = cache.storage.has_room_for_outputs(size)
+    cache.add(stream.source, chunk, captured.outputs)
+    return cache.keep
 
 
 def _tokens(walk: Walk) -> int:

@@ -62,7 +62,7 @@ def examine(
         for name in _of_some_tokens(root, owners, records, source[..., 0].numel()):
             units[name] = Unit(name, "other", owners[name])
         units, residual_scale = measure_writes(root, run, units, records, source)
-    return Anatomy(_stages(units, records), residual_scale)
+    return Anatomy(_groups(units, records), residual_scale)
 
 
 def _of_some_tokens(
@@ -174,19 +174,19 @@ def norm_parts(module: nn.Module, x: Tensor, own: Mapping[str, Tensor]) -> tuple
     return at_zero, at_one - at_zero
 
 
-def _stages(
+def _groups(
     units: Mapping[str, Unit], records: Mapping[str, UnitCall]
 ) -> tuple[tuple[Unit, ...], ...]:
     """Group linears whose recorded inputs are equal; keep call order otherwise."""
-    stages: list[list[Unit]] = []
+    groups: list[list[Unit]] = []
     for name, unit in units.items():
-        for stage in stages:
-            first = stage[0]
+        for group in groups:
+            first = group[0]
             if unit.kind == first.kind == "linear" and same_tensor(
                 records[name].input, records[first.name].input
             ):
-                stage.append(unit)
+                group.append(unit)
                 break
         else:
-            stages.append([unit])
-    return tuple(tuple(stage) for stage in stages)
+            groups.append([unit])
+    return tuple(tuple(group) for group in groups)

@@ -175,7 +175,7 @@ class Decoder:
         return first
 
     @torch.no_grad()
-    def _learn_wrap(self) -> Callable[[Tensor], Any]:
+    def _detect_tuple_output(self) -> Callable[[Tensor], Any]:
         """Learn how blocks return their hidden states: alone, or first in a tuple.
 
         A model that takes the first of a tuple takes the first sequence of a plain tensor.
@@ -221,12 +221,12 @@ class Decoder:
             for block in self.blocks:
                 stack.enter_context(_replaced_forward(block, record))
             stack.enter_context(contextlib.suppress(_Stop))
-            self._forward(self._telling_weights(number), tokens)
+            self._forward(self._probe_weights(number), tokens)
         pairs = zip(left, entered[1:], strict=False)
         broken = (i for i, (a, b) in enumerate(pairs, 1) if not _same(a, b))
         return tuple(calls), next(broken, len(calls))
 
-    def _telling_weights(self, number: int) -> dict[str, Tensor]:
+    def _probe_weights(self, number: int) -> dict[str, Tensor]:
         """Weights outside the blocks that give every token an embedding of its own.
 
         Every row is filled with its number plus `number`: no memory beyond one column.
@@ -254,7 +254,7 @@ class Decoder:
                     f"itself. {OTHER_METHODS}"
                 )
         try:
-            self._wrap = self._learn_wrap()
+            self._wrap = self._detect_tuple_output()
             self.calls(1, 2)
             hidden = torch.ones((1, 2, self._hidden_size()), device=self.device)
             others = [hidden + index for index in range(1, len(self.blocks))]
@@ -275,7 +275,7 @@ class Decoder:
     def _leaving(self, hidden: Sequence[Tensor]) -> Tensor:
         """What enters the head, if each block puts out the hidden states given for it."""
         head = cast(PreTrainedModel, self.model).get_output_embeddings()
-        weights = self._telling_weights(0)
+        weights = self._probe_weights(0)
         if head is None:
             logits: Tensor = self._pass_through(weights, hidden).logits
             return logits
@@ -315,7 +315,7 @@ class Decoder:
             flags["output_router_logits"] = False
         return functional_call(self.model, given, (tokens,), flags, tie_weights=True)
 
-    def part_of(self, names: frozenset[str]) -> dict[str, Literal["input", "output"]]:
+    def input_or_output(self, names: frozenset[str]) -> dict[str, Literal["input", "output"]]:
         """Tell for weights outside the blocks whether they act before or after them.
 
         Returns:

@@ -61,19 +61,19 @@ class Anatomy:
         residual_scale: the factor with which the part's input reaches its output directly.
     """
 
-    stages: tuple[tuple[Unit, ...], ...]
+    groups: tuple[tuple[Unit, ...], ...]
     residual_scale: float
 
     @property
     def units(self) -> tuple[Unit, ...]:
         """All units, in call order."""
-        return tuple(unit for stage in self.stages for unit in stage)
+        return tuple(unit for group in self.groups for unit in group)
 
-    def writers_before(self, stage: int) -> tuple[Unit, ...]:
+    def writers_before(self, group: int) -> tuple[Unit, ...]:
         """Units of earlier stages that add to the residual stream themselves."""
         return tuple(
             unit
-            for units in self.stages[:stage]
+            for units in self.groups[:group]
             for unit in units
             if unit.write and unit.write.through is None
         )

@@ -14,9 +14,9 @@ from torch import Tensor
 from mergekit_dam.model.part import Part
 from mergekit_dam.sources.network import Network
 from mergekit_dam.sources.stage import OpenStage
-from mergekit_dam.streams.boundaries import Shelf
+from mergekit_dam.streams.boundaries import BoundaryStates
 from mergekit_dam.streams.storage import Sequences
-from mergekit_dam.streams.stream import chunks, joined
+from mergekit_dam.streams.stream import chunks, concatenated
 
 Weights = dict[str, Tensor]
 WeightsOf = Callable[[int, OpenStage], Weights]
@@ -25,7 +25,10 @@ Gradients = dict[str, Tensor]
 
 @torch.no_grad()
 def forward(
-    network: Network, weights_of: WeightsOf, tokens: Sequence[Tensor], shelf: Shelf | None = None
+    network: Network,
+    weights_of: WeightsOf,
+    tokens: Sequence[Tensor],
+    boundaries: BoundaryStates | None = None,
 ) -> list[Tensor]:
     """Run the merged model up to what leaves its last block.
 
@@ -39,12 +42,12 @@ def forward(
     """
     streams = list(tokens)
     for number, opened in network.forward():
-        if shelf is not None and number > 0:
-            shelf.put(number, streams)
+        if boundaries is not None and number > 0:
+            boundaries.put(number, streams)
         weights = weights_of(number, opened)
         left = [run(opened.part, weights, stream, network.device) for stream in streams]
         streams = [
-            joined([chunk.cpu() for chunk in leaving], none=stream)
+            concatenated([chunk.cpu() for chunk in leaving], none=stream)
             for leaving, stream in zip(left, streams, strict=True)
         ]
     return streams
@@ -104,4 +107,4 @@ def backward(
             entered.append(got[0].cpu())
             got = got[1:]
         add_gradients(sums, got)
-    return joined(entered, none=x.new_empty(0))
+    return concatenated(entered, none=x.new_empty(0))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mergekit_dam.coefficients.merge import column_counts
 from mergekit_dam.coefficients.parametrisation import Parametrisation
-from mergekit_dam.coefficients.record import Record
+from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.errors import ConfigError
 from mergekit_dam.model.units import Anatomy
 from mergekit_dam.parameters import Nonlinearity
@@ -118,7 +118,7 @@ def coordinates_of(opened: OpenStage, anatomy: Anatomy, head: str | None) -> lis
 
 def starting_unknowns(
     coordinates: Sequence[Coordinate],
-    start: Record,
+    start: MergeRecord,
     nonlinearity: Nonlinearity,
     device: torch.device,
 ) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.coefficients.parametrisation import Parametrisation
-from mergekit_dam.coefficients.record import Record
+from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.coefficients.tensors import TensorReport
 from mergekit_dam.search.backprop import forward
 from mergekit_dam.search.coordinates import coefficients_of, starting_unknowns
@@ -40,7 +40,7 @@ class Descent:
         losses: of every step, on the data of the step, without penalties.
     """
 
-    record: Record
+    record: MergeRecord
     verdict: Verdict
     steps: int
     losses: tuple[float, ...]
@@ -50,7 +50,7 @@ class Descent:
 def descend(
     objective: Objective,
     data: Sequence[Data],
-    start: Record,
+    start: MergeRecord,
     verdict: Verdict,
     *,
     steps: int,
@@ -125,7 +125,7 @@ def learning_rate(form: Parametrisation) -> float:
     return 0.1 if form.sums_to_one else 0.01
 
 
-def at(start: Record, coefficients: Mapping[str, Tensor], objective: Objective) -> Record:
+def at(start: MergeRecord, coefficients: Mapping[str, Tensor], objective: Objective) -> MergeRecord:
     """The start with other coefficients for the fitted tensors, and for what is tied to them."""
     found = {name: rows.detach().cpu() for name, rows in coefficients.items()}
     for name, other in objective.network.tied.items():
@@ -178,7 +178,7 @@ def batches_of(data: Sequence[Data], size: int, seed: int) -> Iterator[list[Batc
         yield batch
 
 
-def verdict_of(network: Network, point: Record, data: Sequence[Data]) -> Verdict:
+def verdict_of(network: Network, point: MergeRecord, data: Sequence[Data]) -> Verdict:
     """Judge a merged model, running only what judges it."""
     split = judging_split(data)
     kept = [own.of(split) for own in data]
@@ -189,7 +189,7 @@ def verdict_of(network: Network, point: Record, data: Sequence[Data]) -> Verdict
 
 
 def judged_at_output(
-    network: Network, point: Record, data: Sequence[Data], hidden: Sequence[Sequences]
+    network: Network, point: MergeRecord, data: Sequence[Data], hidden: Sequence[Sequences]
 ) -> Verdict:
     """Judge a merged model by what left its last block."""
     opened = network.output()

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.coefficients.merge import coefficient_gradient
-from mergekit_dam.coefficients.record import Record
+from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.parameters import LogitsSettings
 from mergekit_dam.search.backprop import Gradients, Weights, add_gradients, backward, forward
 from mergekit_dam.search.coordinates import Coordinate
 from mergekit_dam.search.losses import logit_loss
 from mergekit_dam.sources.network import Network
 from mergekit_dam.sources.stage import OpenStage
-from mergekit_dam.streams.boundaries import Shelf
-from mergekit_dam.streams.distributed import total, totals
-from mergekit_dam.streams.stream import joined
+from mergekit_dam.streams.boundaries import BoundaryStates
+from mergekit_dam.streams.distributed import all_sum, all_sums
+from mergekit_dam.streams.stream import concatenated
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class Objective:
     network: Network
     coordinates: Mapping[str, Coordinate]
     settings: LogitsSettings
-    shelf: Shelf
+    boundaries: BoundaryStates
     _merged: dict[int, Weights] = field(default_factory=dict)
 
-    def __call__(self, point: Record, batches: Sequence[Batch]) -> tuple[float, Gradients]:
+    def __call__(self, point: MergeRecord, batches: Sequence[Batch]) -> tuple[float, Gradients]:
         """Loss in nats, and its gradient by the coefficients of every fitted tensor.
 
         Args:
@@ -85,25 +85,25 @@ class Objective:
             return self._merged[number]
 
         tokens = [batch.tokens for batch in batches]
-        hidden = forward(self.network, weights_of, tokens, self.shelf)
+        hidden = forward(self.network, weights_of, tokens, self.boundaries)
         opened = self.network.output()
         loss, flowing = self._output(opened, point, batches, hidden, gradients)
         del opened
         for number, opened in self.network.backward():
             flowing = self._stage(
-                opened, weights_of(number, opened), self.shelf.get(number), flowing, gradients
+                opened, weights_of(number, opened), self.boundaries.get(number), flowing, gradients
             )
-        first = {plan.name for plan in self.network.stages[0].tensors}
+        first = {spec.name for spec in self.network.stages[0].tensors}
         if first & self.coordinates.keys():
             opened = self.network.open(0)
             self._stage(opened, weights_of(0, opened), tokens, flowing, gradients)
         self._merged.clear()
-        return totals([loss])[0], {name: total(own) for name, own in gradients.items()}
+        return all_sums([loss])[0], {name: all_sum(own) for name, own in gradients.items()}
 
     def _output(
         self,
         opened: OpenStage,
-        point: Record,
+        point: MergeRecord,
         batches: Sequence[Batch],
         hidden: Sequence[Tensor],
         gradients: Gradients,
@@ -136,7 +136,7 @@ class Objective:
                 loss += float(part_loss.detach())
                 entered.append(got[0].cpu())
                 add_gradients(sums, got[1:])
-            flowing.append(joined(entered, none=stream))
+            flowing.append(concatenated(entered, none=stream))
         self._turn(opened, sums, gradients)
         return loss, flowing
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.fitting.divergence import divergence
-from mergekit_dam.streams.distributed import totals
+from mergekit_dam.streams.distributed import all_sums
 from mergekit_dam.streams.share import judging_split
 from mergekit_dam.streams.stream import Stream
 
@@ -67,5 +67,5 @@ def judge(
             for i in range(first, last)
         )
         sums.append(float(total))
-    pairs = zip(totals(sums), streams, strict=True)
+    pairs = zip(all_sums(sums), streams, strict=True)
     return Verdict(tuple(total / own.count(split) for total, own in pairs), tuple(weights))

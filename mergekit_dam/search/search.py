@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mergekit_dam.coefficients.record import Record, Rung
+from mergekit_dam.coefficients.record import MergeRecord, Trial
 from mergekit_dam.errors import DamError
 from mergekit_dam.layers.fit import fit_stage
 from mergekit_dam.parameters import RunSettings
@@ -31,10 +31,10 @@ from mergekit_dam.search.descend import descend, judged_at_output
 from mergekit_dam.search.gradient import Objective
 from mergekit_dam.search.judge import Verdict
 from mergekit_dam.search.regularisers import column_weights
-from mergekit_dam.search.sensitivity import Sensitivity, felt_tokens
+from mergekit_dam.search.sensitivity import Sensitivity, gradient_tokens
 from mergekit_dam.sources.network import Network
 from mergekit_dam.sources.stage import OpenStage
-from mergekit_dam.streams.boundaries import Shelf
+from mergekit_dam.streams.boundaries import BoundaryStates
 from mergekit_dam.streams.stream import Stream
 
 Show = Callable[[str], None]
@@ -50,19 +50,19 @@ WORTHWHILE = 0.1
 class Best:
     """The best coefficients so far, and how the search came to them."""
 
-    record: Record
+    record: MergeRecord
     verdict: Verdict
-    rungs: list[Rung]
+    trials: list[Trial]
 
     @property
-    def climbed(self) -> bool:
+    def improved(self) -> bool:
         """Something better than the start was found."""
-        return any(rung.kept for rung in self.rungs[1:])
+        return any(trial.kept for trial in self.trials[1:])
 
-    def try_(
+    def consider(
         self,
         name: str,
-        record: Record,
+        record: MergeRecord,
         verdict: Verdict,
         started: float,
         **details: float,
@@ -70,7 +70,7 @@ class Best:
         """Keep a candidate if the judge prefers it."""
         kept = verdict.mean < self.verdict.mean
         seconds = time.perf_counter() - started
-        self.rungs.append(Rung(name, kept, verdict.losses, verdict.mean, seconds, details))
+        self.trials.append(Trial(name, kept, verdict.losses, verdict.mean, seconds, details))
         if kept:
             self.record, self.verdict = record, verdict
 
@@ -80,11 +80,11 @@ def search(
     network: Network,
     streams: Sequence[Stream],
     settings: RunSettings,
-    start: Record,
+    start: MergeRecord,
     *,
     scratch: Path,
     show: Show,
-) -> Record:
+) -> MergeRecord:
     """Find the coefficients of every tensor.
 
     Args:
@@ -98,25 +98,32 @@ def search(
     """
     scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".dam-", dir=scratch) as folder:
-        shelf = Shelf(Path(folder) / "entered")
-        felt = settings.objective != "logits" and settings.metric == "sensitivity"
-        best, data, moved = survey(network, streams, start, shelf if felt else None, show=show)
-        if felt:
-            left = Shelf(Path(folder) / "left")
+        boundaries = BoundaryStates(Path(folder) / "entered")
+        weighs_errors = settings.objective != "logits" and settings.metric == "sensitivity"
+        best, data, moved = survey(
+            network, streams, start, boundaries if weighs_errors else None, show=show
+        )
+        if weighs_errors:
+            left = BoundaryStates(Path(folder) / "left")
             sensitivity = Sensitivity(
-                network, start, moved, entered=shelf, left=left, seed=settings.seed, show=show
+                network, start, moved, entered=boundaries, left=left, seed=settings.seed, show=show
             )
-            layer_rung(network, streams, best, data, sensitivity, show=show)
-        if settings.objective != "logits" and not best.climbed:
-            layer_rung(network, streams, best, data, None, show=show)
+            layer_trial(network, streams, best, data, sensitivity, show=show)
+        if settings.objective != "logits" and not best.improved:
+            layer_trial(network, streams, best, data, None, show=show)
         if settings.objective != "layer":
-            logits_rung(network, settings, best, data, shelf, show=show)
+            logits_trial(network, settings, best, data, boundaries, show=show)
     network.release()
-    return dataclasses.replace(best.record, rungs=best.rungs)
+    return dataclasses.replace(best.record, trials=best.trials)
 
 
 def survey(
-    network: Network, streams: Sequence[Stream], start: Record, shelf: Shelf | None, *, show: Show
+    network: Network,
+    streams: Sequence[Stream],
+    start: MergeRecord,
+    boundaries: BoundaryStates | None,
+    *,
+    show: Show,
 ) -> tuple[Best, list[Data], list[Stream]]:
     """Run every teacher on its data, and the model at the start on all data.
 
@@ -131,8 +138,8 @@ def survey(
     moving = [dataclasses.replace(stream) for stream in streams]
     for number, opened in network.forward():
         show(f"start {opened.part.label}")
-        if number > 0 and shelf is not None:
-            shelf.put(number, [felt_tokens(stream) for stream in moving])
+        if number > 0 and boundaries is not None:
+            boundaries.put(number, [gradient_tokens(stream) for stream in moving])
         own = opened.merged_weights(start)
         for stream in moving:
             left = run(opened.part, own, stream.merged, network.device)
@@ -152,8 +159,8 @@ def survey(
     if not math.isfinite(verdict.mean):
         raise _not_finite(network.output())
     seconds = time.perf_counter() - started
-    rung = Rung("start", True, verdict.losses, verdict.mean, seconds)
-    return Best(start, verdict, [rung]), data, moving
+    trial = Trial("start", True, verdict.losses, verdict.mean, seconds)
+    return Best(start, verdict, [trial]), data, moving
 
 
 def _finite(leaving: Iterable[Tensor], opened: OpenStage) -> Iterator[Tensor]:
@@ -170,7 +177,7 @@ def _not_finite(opened: OpenStage) -> DamError:
     )
 
 
-def layer_rung(
+def layer_trial(
     network: Network,
     streams: Sequence[Stream],
     best: Best,
@@ -191,15 +198,15 @@ def layer_rung(
         fit_stage(opened, moving, record, show=show, metrics=metrics)
     verdict = judged_at_output(network, record, data, [stream.merged for stream in moving])
     name = "layer, identity" if sensitivity is None else "layer, sensitivity"
-    best.try_(name, record, verdict, started)
+    best.consider(name, record, verdict, started)
 
 
-def logits_rung(
+def logits_trial(
     network: Network,
     settings: RunSettings,
     best: Best,
     data: Sequence[Data],
-    shelf: Shelf,
+    boundaries: BoundaryStates,
     *,
     show: Show,
 ) -> None:
@@ -207,7 +214,7 @@ def logits_rung(
     coordinates, weights = _coordinates(network, settings, data)
     if not coordinates:
         return
-    objective = Objective(network, coordinates, settings.logits, shelf)
+    objective = Objective(network, coordinates, settings.logits, boundaries)
     asked = settings.logits.steps
     for number, steps in enumerate(DESCENTS if asked is None else (asked,)):
         started, before = time.perf_counter(), best.verdict.mean
@@ -222,7 +229,7 @@ def logits_rung(
             show=show,
         )
         name = f"logits, {steps} steps"
-        best.try_(name, ended.record, ended.verdict, started, best_step=ended.steps)
+        best.consider(name, ended.record, ended.verdict, started, best_step=ended.steps)
         if best.verdict.mean > (1 - WORTHWHILE) * before:
             break
 

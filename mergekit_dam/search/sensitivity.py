@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.coefficients.merge import expert_axis, rows_of_expert
-from mergekit_dam.coefficients.record import Record
+from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.fitting.metric import Metric
-from mergekit_dam.layers.expert_metrics import Felt
+from mergekit_dam.layers.expert_metrics import ExpertGradients
 from mergekit_dam.layers.state import Metrics
 from mergekit_dam.model.experts import Products, Routing
 from mergekit_dam.model.hooks import capture
@@ -27,8 +27,8 @@ from mergekit_dam.model.units import Anatomy, Unit
 from mergekit_dam.search.backprop import backward, chunks_of
 from mergekit_dam.sources.network import Network
 from mergekit_dam.sources.stage import OpenStage
-from mergekit_dam.streams.boundaries import Shelf
-from mergekit_dam.streams.stream import Stream, joined
+from mergekit_dam.streams.boundaries import BoundaryStates
+from mergekit_dam.streams.stream import Stream, concatenated
 
 KINDS = ("linear", "router", "experts")
 """Units whose errors are measured in metrics."""
@@ -37,12 +37,12 @@ TOKENS = 4096
 """Tokens of a model's data whose gradients make up its metrics, about."""
 
 
-def felt_tokens(stream: Stream) -> Tensor:
+def gradient_tokens(stream: Stream) -> Tensor:
     """The merged stream's sequences that metrics are made of: some of those of the fit."""
-    return stream.merged[: len(_felt(stream))]
+    return stream.merged[: len(_gradient_numbers(stream))]
 
 
-def _felt(stream: Stream) -> range:
+def _gradient_numbers(stream: Stream) -> range:
     """Numbers of this process's sequences among the first of all that metrics are made of."""
     count = min(stream.count("fit"), max(1, TOKENS // stream.merged.shape[1]))
     return range(stream.own.start, count, stream.own.step)
@@ -54,7 +54,7 @@ class Sensitivity:
     Args:
         point: the coefficients.
         streams: at the end of the last block.
-        entered: `felt_tokens` of what enters each block.
+        entered: `gradient_tokens` of what enters each block.
         left: keeps the gradient of what leaves each block.
         seed: of the labels that are drawn.
         show: shows a line of progress.
@@ -63,11 +63,11 @@ class Sensitivity:
     def __init__(
         self,
         network: Network,
-        point: Record,
+        point: MergeRecord,
         streams: Sequence[Stream],
         *,
-        entered: Shelf,
-        left: Shelf,
+        entered: BoundaryStates,
+        left: BoundaryStates,
         seed: int,
         show: Callable[[str], None],
     ) -> None:
@@ -93,8 +93,10 @@ class Sensitivity:
         generator = torch.Generator(device)
         found = []
         for stream in streams:
-            hidden, gradients = felt_tokens(stream), []
-            for index, number in enumerate(_felt(stream)):  # logits of one sequence at a time
+            hidden, gradients = gradient_tokens(stream), []
+            for index, number in enumerate(
+                _gradient_numbers(stream)
+            ):  # logits of one sequence at a time
                 generator.manual_seed(_seed_of(seed, stream.source, number))
                 x = hidden[index : index + 1].to(device).requires_grad_(True)
                 with torch.enable_grad():
@@ -104,7 +106,7 @@ class Sensitivity:
                     ).squeeze(1)
                     loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
                 gradients.append(torch.autograd.grad(loss, x)[0].cpu())
-            found.append(joined(gradients, none=hidden))
+            found.append(concatenated(gradients, none=hidden))
         return found
 
     def metrics(self, number: int, opened: OpenStage, anatomy: Anatomy) -> Metrics:
@@ -112,14 +114,14 @@ class Sensitivity:
         units = tuple(unit for unit in anatomy.units if unit.kind in KINDS)
         weights = opened.merged_weights(self._point)
         entered, left = self._entered.get(number), self._left.get(number)
-        found: dict[tuple[int, str], Metric | Felt] = {}
+        found: dict[tuple[int, str], Metric | ExpertGradients] = {}
         for source, x, gradient in zip(self._sources, entered, left, strict=True):
             rows, routing = self._output_gradients(opened, weights, units, x, gradient)
             for unit in units:
                 found[source, unit.name] = (
                     Metric.of_gradients(rows[unit.name])
                     if unit.kind != "experts"
-                    else Felt(
+                    else ExpertGradients(
                         routing[unit.name], rows[unit.name], partial(self._expert, opened, unit)
                     )
                 )
@@ -173,7 +175,7 @@ class Sensitivity:
                 fed[name].append(Routing(*(tensor.detach() for tensor in captured.routing[name])))
         return (
             {
-                unit.name: joined(found[unit.name], none=_no_rows(unit, weights, x))
+                unit.name: concatenated(found[unit.name], none=_no_rows(unit, weights, x))
                 for unit in units
             },
             {name: Routing.joined(routings or [_nobody(x)]) for name, routings in fed.items()},

@@ -17,7 +17,7 @@ from mergekit.common import ImmutableMap
 from mergekit.io.tasks import GatherTensors
 from torch import Tensor
 
-from mergekit_dam.sources.headers import Planned
+from mergekit_dam.sources.headers import WeightTask
 
 _PROBE = (2, 3)
 """Shape of the tensors that show where in a fused one they come to lie."""
@@ -52,8 +52,8 @@ class Region:
 
 
 def fuse_experts(
-    planned: Sequence[Planned], needed: Collection[str], model_type: str
-) -> tuple[list[Planned], dict[str, Region]]:
+    planned: Sequence[WeightTask], needed: Collection[str], model_type: str
+) -> tuple[list[WeightTask], dict[str, Region]]:
     """Plan tensors that are needed, in place of those that they are made of.
 
     Args:
@@ -68,7 +68,7 @@ def fuse_experts(
     regions: dict[str, Region] = {}
     for name in sorted(needed):
         regions |= _regions(name, names, model_type)
-    result: list[Planned] = []
+    result: list[WeightTask] = []
     done = set()
     for weight, task in planned:
         region = regions.get(weight.name)
@@ -109,7 +109,7 @@ def _regions(name: str, planned: Sequence[str], model_type: str) -> dict[str, Re
     return found
 
 
-def _fused(piece: Planned, name: str) -> Planned:
+def _fused(piece: WeightTask, name: str) -> WeightTask:
     """A planned piece as the tensor that is made of it and others."""
     weight, task = piece
     gather = task.gather_tensors

@@ -9,7 +9,7 @@ from mergekit.io.tasks import GatherTensors, LoadTensor
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary, TokenizerInfo
 from mergekit.tokenizer.truncate import TruncatedVocabulary
 
-from mergekit_dam.vocabulary.merged import Own, Vocabulary
+from mergekit_dam.vocabulary.merged import OwnRows, Vocabulary
 
 
 def labelled(task: Task[Any], label: str) -> Task[Any]:
@@ -74,4 +74,4 @@ class TeachersVocabulary(PermutedVocabulary):
         unforced = self.model_copy(update={"tokens": unforced_tokens})
         own = PermutedVocabulary.execute(unforced, tokenizer_info, tensors)
         aligned = super().execute(tokenizer_info, tensors)
-        return {**aligned, **{Own(model): tensor for model, tensor in own.items()}}
+        return {**aligned, **{OwnRows(model): tensor for model, tensor in own.items()}}

@@ -103,4 +103,4 @@ def _parsed(file: Path) -> tuple[int, dict[str, Any]]:
     return 8 + size, entries
 
 
-Planned = tuple[WeightInfo, ExecuteMergeMethodTask]
+WeightTask = tuple[WeightInfo, ExecuteMergeMethodTask]

@@ -43,13 +43,13 @@ class Network:
     @property
     def tensor_names(self) -> frozenset[str]:
         """Output tensors of all stages."""
-        return frozenset(plan.name for stage in self.stages for plan in stage.tensors)
+        return frozenset(spec.name for stage in self.stages for spec in stage.tensors)
 
     @property
     def tied(self) -> dict[str, str]:
         """Output tensors that are the same parameter as another: name -> that one's name."""
-        plans = (plan for stage in self.stages for plan in stage.tensors)
-        return {plan.name: plan.tied_to for plan in plans if plan.tied_to is not None}
+        specs = (spec for stage in self.stages for spec in stage.tensors)
+        return {spec.name: spec.tied_to for spec in specs if spec.tied_to is not None}
 
     @cached_property
     def _spans(self) -> list[tuple[Span, ...]]:
@@ -102,11 +102,11 @@ class Network:
 
     def _read(self, number: int) -> Loaded:
         tasks = list(self.gathers[number])
-        plans = self.stages[number].all_tensors
+        specs = self.stages[number].all_tensors
         found = dict(Executor(tasks).run(quiet=True)) if tasks else {}
         return {
-            plan.name: {model: tensor.to(self.device) for model, tensor in found[task].items()}
-            for plan, task in zip(plans, tasks, strict=True)
+            spec.name: {model: tensor.to(self.device) for model, tensor in found[task].items()}
+            for spec, task in zip(specs, tasks, strict=True)
         }
 
 

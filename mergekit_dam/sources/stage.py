@@ -9,17 +9,17 @@ import torch
 from mergekit.common import ModelReference
 from torch import Tensor
 
-from mergekit_dam.coefficients.record import Record
-from mergekit_dam.coefficients.tensors import TensorPlan, TensorSources
+from mergekit_dam.coefficients.record import MergeRecord
+from mergekit_dam.coefficients.tensors import TensorSources, TensorSpec
 from mergekit_dam.model.decoder import Decoder
 from mergekit_dam.model.part import Part, block_part, input_part, output_part, without_tokens
 from mergekit_dam.model.units import Anatomy
 from mergekit_dam.parameters import RunSettings
 from mergekit_dam.streams.distributed import from_first
-from mergekit_dam.vocabulary.merged import Own
+from mergekit_dam.vocabulary.merged import OwnRows
 
 Loaded = Mapping[str, Mapping[Any, Tensor]]
-"""Output tensor's name -> source, or `Own` of it where other rows are forced -> tensor."""
+"""Output tensor's name -> source, or `OwnRows` of it where other rows are forced -> tensor."""
 
 StageKind = Literal["input", "block", "output"]
 
@@ -82,11 +82,11 @@ class Stage:
     models: Models
     kind: StageKind
     index: int
-    tensors: Sequence[TensorPlan]
-    borrowed: Sequence[TensorPlan] = ()
+    tensors: Sequence[TensorSpec]
+    borrowed: Sequence[TensorSpec] = ()
 
     @property
-    def all_tensors(self) -> tuple[TensorPlan, ...]:
+    def all_tensors(self) -> tuple[TensorSpec, ...]:
         """Tensors that are read for the stage: its own, and those it borrows."""
         return (*self.tensors, *self.borrowed)
 
@@ -134,26 +134,26 @@ class OpenStage:
     def sources(self) -> dict[str, TensorSources]:
         """The tensors that the part runs on, by names relative to it."""
         return {
-            self._relative(plan): self.sources_of(plan)
-            for plan in self.stage.all_tensors
-            if plan.tied_to is None
+            self._relative(spec): self.sources_of(spec)
+            for spec in self.stage.all_tensors
+            if spec.tied_to is None
         }
 
     @property
     def own(self) -> dict[str, TensorSources]:
         """Those of them that are the stage's own: not borrowed from an earlier one."""
-        borrowed = {self._relative(plan) for plan in self.stage.borrowed}
+        borrowed = {self._relative(spec) for spec in self.stage.borrowed}
         return {name: own for name, own in self.sources.items() if name not in borrowed}
 
-    def _relative(self, plan: TensorPlan) -> str:
-        return plan.in_model[len(self.part.prefix) :]
+    def _relative(self, spec: TensorSpec) -> str:
+        return spec.in_model[len(self.part.prefix) :]
 
-    def sources_of(self, plan: TensorPlan) -> TensorSources:
+    def sources_of(self, spec: TensorSpec) -> TensorSources:
         """An output tensor with the loaded tensors of every source."""
-        found, order = self.loaded[plan.name], self.stage.models.order
+        found, order = self.loaded[spec.name], self.stage.models.order
         tensors = of_all(found, order)
-        teachers = [found.get(Own(m), tensor) for m, tensor in zip(order, tensors, strict=True)]
-        return plan.sources(tensors, teachers)
+        teachers = [found.get(OwnRows(m), tensor) for m, tensor in zip(order, tensors, strict=True)]
+        return spec.sources(tensors, teachers)
 
     def by_name(self, name: str) -> TensorSources:
         """The sources of an output tensor."""
@@ -167,7 +167,7 @@ class OpenStage:
         """Weights of a source's own model, fp32, by relative names."""
         return {name: tensor.teacher(source) for name, tensor in self.sources.items()}
 
-    def merged_weights(self, point: Record) -> dict[str, Tensor]:
+    def merged_weights(self, point: MergeRecord) -> dict[str, Tensor]:
         """Weights of the merged model at some coefficients: as written, then fp32."""
         return {
             name: tensor.merged(

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
-class Shelf:
+class BoundaryStates:
     """Tensors of every stage and stream, kept in files: depth costs disk, not memory.
 
     Args:

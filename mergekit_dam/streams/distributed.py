@@ -28,7 +28,7 @@ _PATIENCE = timedelta(days=7)
 
 
 @contextmanager
-def joined(options: MergeOptions) -> Iterator[MergeOptions]:
+def joined_processes(options: MergeOptions) -> Iterator[MergeOptions]:
     """Meet the other processes of torchrun, if it started any, and part when all are done.
 
     Tensors on CUDA devices are added up by NCCL where every process of a machine has a device
@@ -67,7 +67,7 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def dealt(count: int, turn: int) -> range:
+def share_of(count: int, turn: int) -> range:
     """Numbers of the sequences that this process runs, of `count` dealt out one by one.
 
     Args:
@@ -77,7 +77,7 @@ def dealt(count: int, turn: int) -> range:
     return range((rank() - turn) % size(), count, size())
 
 
-def total(x: Tensor) -> Tensor:
+def all_sum(x: Tensor) -> Tensor:
     """Sum of all processes' tensors of this shape, the same bytes in each; x may be overwritten."""
     if not _several():
         return x
@@ -88,24 +88,24 @@ def total(x: Tensor) -> Tensor:
     return own.to(x.device)
 
 
-def totals(values: Sequence[float]) -> list[float]:
+def all_sums(values: Sequence[float]) -> list[float]:
     """Sums of all processes' numbers, each with its counterparts."""
     if not _several():
         return list(values)
-    sums: list[float] = total(torch.tensor(values, dtype=torch.float64)).tolist()
+    sums: list[float] = all_sum(torch.tensor(values, dtype=torch.float64)).tolist()
     return sums
 
 
-def gathered(x: Tensor) -> Tensor:
+def all_rows(x: Tensor) -> Tensor:
     """Rows of all processes, in their order; each may have another number of rows `[n, ...]`."""
     if not _several():
         return x
     counts = torch.zeros(size(), dtype=torch.int64)
     counts[rank()] = len(x)
-    ends = total(counts).cumsum(0).tolist()
+    ends = all_sum(counts).cumsum(0).tolist()
     rows = x.new_zeros(ends[-1], *x.shape[1:])
     rows[ends[rank()] - len(x) : ends[rank()]] = x
-    return total(rows)
+    return all_sum(rows)
 
 
 def from_first(work: Callable[[], T]) -> T:

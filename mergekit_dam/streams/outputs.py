@@ -11,13 +11,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from mergekit_dam.streams.storage import OnDisk, Spool, Storage
+from mergekit_dam.streams.storage import DiskTensor, Storage, TensorFile
 
 Outputs = dict[str, Tensor]
 
 
 @dataclass
-class Tape:
+class OutputCache:
     """Outputs by unit name, of every chunk of every stream.
 
     Attributes:
@@ -27,7 +27,7 @@ class Tape:
 
     storage: Storage = field(default_factory=Storage)
     keep: bool | None = None
-    _outputs: dict[tuple[int, int], dict[str, Tensor | OnDisk]] = field(default_factory=dict)
+    _outputs: dict[tuple[int, int], dict[str, Tensor | DiskTensor]] = field(default_factory=dict)
 
     def of(
         self, source: int, chunk: slice, device: torch.device, *, only: frozenset[str] | None = None
@@ -46,14 +46,14 @@ class Tape:
             own = self._outputs.setdefault((source, chunk.start), {})
             own.update({name: self._put(output) for name, output in outputs.items()})
 
-    def _put(self, output: Tensor) -> Tensor | OnDisk:
+    def _put(self, output: Tensor) -> Tensor | DiskTensor:
         if self.storage.outputs == "disk":
-            return self._spool.append(output)
+            return self._file.append(output)
         return output if self.storage.outputs == "device" else output.cpu()
 
     @cached_property
-    def _spool(self) -> Spool:
-        return Spool(self.storage.folder)
+    def _file(self) -> TensorFile:
+        return TensorFile(self.storage.folder)
 
 
 def outputs_size(outputs: Mapping[str, Tensor]) -> int:

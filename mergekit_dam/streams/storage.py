@@ -14,24 +14,24 @@ from torch import Tensor
 from mergekit_dam.parameters import Offload
 from mergekit_dam.streams.memory import memory_of
 
-Place = Literal["device", "host", "disk"]
+Location = Literal["device", "host", "disk"]
 
 SHARE = 0.25
 """Part of a memory, or of a disk's free space, that one kind of hidden states may fill."""
 
 
-class Spool:
+class TensorFile:
     """A file that tensors are appended to, fp32. It has no name, and is gone with the object."""
 
     def __init__(self, folder: Path | None) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed with the object)
         weakref.finalize(self, self._file.close)
 
-    def append(self, tensor: Tensor) -> "OnDisk":
+    def append(self, tensor: Tensor) -> "DiskTensor":
         """Write a tensor `[sequences, ...]`; what reads it again."""
         start = self._file.seek(0, 2)
         tensor.float().cpu().contiguous().numpy().tofile(self._file)
-        return OnDisk(self, tensor.shape, start)
+        return DiskTensor(self, tensor.shape, start)
 
     def read(self, start: int, count: int) -> Tensor:
         """So many numbers from a byte on, fp32 `[count]`."""
@@ -39,15 +39,15 @@ class Spool:
         return torch.from_numpy(np.fromfile(self._file, dtype=np.float32, count=count))
 
 
-class OnDisk:
+class DiskTensor:
     """Hidden states fp32 `[sequences, length, hidden]` in a file; what is asked for is read.
 
     Args:
         start: byte where they begin.
     """
 
-    def __init__(self, spool: Spool, shape: torch.Size, start: int = 0) -> None:
-        self._spool, self._start = spool, start
+    def __init__(self, file: TensorFile, shape: torch.Size, start: int = 0) -> None:
+        self._file, self._start = file, start
         self.shape = shape
 
     def __getitem__(self, index: slice | Tensor) -> Tensor:
@@ -58,19 +58,19 @@ class OnDisk:
         if step != 1:
             raise IndexError(f"required consecutive sequences, got {index}")
         count = self.shape[1:].numel() * max(last - first, 0)
-        return self._spool.read(self._byte(first), count).reshape(-1, *self.shape[1:])
+        return self._file.read(self._byte(first), count).reshape(-1, *self.shape[1:])
 
-    def narrow(self, dim: int, start: int, length: int) -> "OnDisk":
+    def narrow(self, dim: int, start: int, length: int) -> "DiskTensor":
         """The same file's sequences from `start`; as of a tensor, along its first dimension."""
         if dim != 0:
             raise IndexError(f"required the first dimension, got {dim}")
-        return OnDisk(self._spool, torch.Size((length, *self.shape[1:])), self._byte(start))
+        return DiskTensor(self._file, torch.Size((length, *self.shape[1:])), self._byte(start))
 
     def _byte(self, sequence: int) -> int:
         return self._start + 4 * self.shape[1:].numel() * sequence
 
 
-Sequences = Tensor | OnDisk
+Sequences = Tensor | DiskTensor
 """Token ids or hidden states `[sequences, length, ...]`."""
 
 
@@ -86,8 +86,8 @@ class Storage:
 
     def __init__(
         self,
-        place: Place = "host",
-        outputs: Place = "host",
+        place: Location = "host",
+        outputs: Location = "host",
         folder: Path | None = None,
         device: torch.device | None = None,
     ) -> None:
@@ -110,17 +110,17 @@ class Storage:
         assert done == count
         return kept
 
-    def _write(self, chunks: Iterable[Tensor], count: int) -> OnDisk:
-        spool = Spool(self.folder)
-        shapes = [spool.append(chunk).shape for chunk in chunks]
-        return OnDisk(spool, torch.Size((count, *shapes[0][1:])))
+    def _write(self, chunks: Iterable[Tensor], count: int) -> DiskTensor:
+        file = TensorFile(self.folder)
+        shapes = [file.append(chunk).shape for chunk in chunks]
+        return DiskTensor(file, torch.Size((count, *shapes[0][1:])))
 
     def has_room_for_outputs(self, size: int) -> bool:
         """Whether so many bytes of what units put out are to be kept."""
         return size <= room(self.outputs, self._device, self.folder)
 
 
-def room(place: Place, device: torch.device, folder: Path | None) -> float:
+def room(place: Location, device: torch.device, folder: Path | None) -> float:
     """Bytes of one kind of hidden states that are to be kept in a place."""
     if place == "disk":
         return SHARE * shutil.disk_usage(folder or tempfile.gettempdir()).free
@@ -136,8 +136,8 @@ def choose_storage(offload: Offload, size: int, device: torch.device, folder: Pa
     """
     if offload != "auto":
         return Storage(offload, offload, folder, device)
-    outputs: Place = "device" if device.type == "cuda" else "disk"
+    outputs: Location = "device" if device.type == "cuda" else "disk"
     if device.type == "cuda" and size <= room("device", device, folder):
         return Storage("device", outputs, folder, device)
-    place: Place = "host" if size <= room("host", device, folder) else "disk"
+    place: Location = "host" if size <= room("host", device, folder) else "disk"
     return Storage(place, outputs, folder, device)

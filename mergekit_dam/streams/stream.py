@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mergekit_dam.streams.distributed import dealt
+from mergekit_dam.streams.distributed import share_of
 from mergekit_dam.streams.share import Split, border, own_border
 from mergekit_dam.streams.storage import Sequences, Storage
 
@@ -24,7 +24,7 @@ def chunks(first: int, last: int, length: int) -> Iterator[slice]:
     return (slice(begin, min(begin + size, last)) for begin in range(first, last, size))
 
 
-def joined(chunks: Sequence[Tensor], *, none: Tensor) -> Tensor:
+def concatenated(chunks: Sequence[Tensor], *, none: Tensor) -> Tensor:
     """Chunks in one; `none`, which has no sequences, where this process has none to run."""
     return torch.cat(list(chunks)) if chunks else none
 
@@ -65,7 +65,7 @@ class Stream:
         Args:
             turn: the process that gets the first sequence.
         """
-        numbers = dealt(len(tokens), turn)
+        numbers = share_of(len(tokens), turn)
         own = tokens[numbers.start :: numbers.step]
         return cls(source, own, own, held_out, storage or Storage(), numbers)
 

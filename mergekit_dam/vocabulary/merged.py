@@ -28,7 +28,7 @@ LOST = -1
 
 
 @dataclass(frozen=True)
-class Own:
+class OwnRows:
     """Key of a model's own rows, where the configuration forces other ones on its tokens."""
 
     model: ModelReference

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergekit_dam.coefficients.record import Record
+from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.errors import ConfigError
 from mergekit_dam.parameters import LogitsSettings, Resident
 from mergekit_dam.search import descend as descend_module
@@ -21,7 +21,7 @@ from mergekit_dam.search.descend import Descent, batches_of, descend, verdict_of
 from mergekit_dam.search.gradient import Batch, Objective
 from mergekit_dam.search.judge import Verdict
 from mergekit_dam.search.regularisers import column_weights
-from mergekit_dam.streams.boundaries import Shelf
+from mergekit_dam.streams.boundaries import BoundaryStates
 from tests.networks import CPU, Made, make
 from tests.objective.made import logits_settings
 from tests.objective.test_gradient import plain_loss
@@ -45,13 +45,15 @@ def run(
     folder: Path,
     settings: LogitsSettings,
     *,
-    start: Record | None = None,
+    start: MergeRecord | None = None,
     verdict: Verdict = WORST,
     data: Sequence[Data] | None = None,
     resident: Resident = "auto",
     weights: Mapping[str, Tensor] | None = None,
 ) -> Descent:
-    objective = Objective(made.network(resident), made.coordinates, settings, Shelf(folder))
+    objective = Objective(
+        made.network(resident), made.coordinates, settings, BoundaryStates(folder)
+    )
     return descend(
         objective,
         data or made.data(),
@@ -141,7 +143,7 @@ INVERT = {"none": lambda x: x, "tanh": torch.atanh, "sigmoid": torch.logit, "rel
 
 
 def plain_descent(
-    made: Made, settings: LogitsSettings, weights: Mapping[str, Tensor], start: Record
+    made: Made, settings: LogitsSettings, weights: Mapping[str, Tensor], start: MergeRecord
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Coefficients after all steps, and the loss of every step; fp64, one graph."""
     form = made.settings.parametrisation
@@ -209,7 +211,7 @@ def check(
     settings: LogitsSettings,
     *,
     weights: Mapping[str, Tensor] | None = None,
-    start: Record | None = None,
+    start: MergeRecord | None = None,
 ) -> None:
     start = start or made.average()
     ended = run(made, folder, settings, weights=weights, start=start)

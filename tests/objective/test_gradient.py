@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from mergekit_dam.coefficients.record import Record
+from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.parameters import LogitsSettings
 from mergekit_dam.search.gradient import Batch, Objective
 from mergekit_dam.streams import stream as streams_module
-from mergekit_dam.streams.boundaries import Shelf
+from mergekit_dam.streams.boundaries import BoundaryStates
 from tests.models import tiny_llama_config
 from tests.networks import LENGTH, Made, files_under, make
 from tests.objective.made import logits_settings
@@ -38,7 +38,7 @@ def plain_loss(merged: Tensor, teacher: Tensor, settings: LogitsSettings) -> Ten
 
 
 def plain(
-    made: Made, point: Record, batches: Sequence[Batch], settings: LogitsSettings
+    made: Made, point: MergeRecord, batches: Sequence[Batch], settings: LogitsSettings
 ) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients by the coefficients of every tensor, all models in one graph, fp64."""
     rows = {n: c.double().requires_grad_() for n, c in point.coefficients.items()}
@@ -68,7 +68,7 @@ def check(made: Made, folder: Path, batches: Sequence[Batch] | None = None, **te
     settings, point = logits_settings(**terms), made.point()
     batches = made.batches() if batches is None else batches
     coordinates = made.coordinates
-    objective = Objective(made.network(), coordinates, settings, Shelf(folder))
+    objective = Objective(made.network(), coordinates, settings, BoundaryStates(folder))
     loss, gradients = objective(point, batches)
     expected_loss, expected = plain(made, point, batches, settings)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
@@ -160,8 +160,8 @@ def test_weights_that_stay_and_weights_that_are_read_again_give_the_same_bytes(
     always, never = made.network("always"), made.network("never")
     found = []
     for network in (always, never):
-        shelf = Shelf(tmp_path / network.resident)
-        objective = Objective(network, coordinates, logits_settings(), shelf)
+        boundaries = BoundaryStates(tmp_path / network.resident)
+        objective = Objective(network, coordinates, logits_settings(), boundaries)
         found += [objective(point, batches), objective(point, batches)]
     for loss, gradients in found[1:]:
         assert loss == found[0][0]
@@ -177,7 +177,9 @@ def test_the_gradient_is_that_of_the_point_it_is_asked_at(resident: Any, tmp_pat
     """Whatever was kept of the point before."""
     made, settings = make(), logits_settings()
     batches = made.batches()
-    objective = Objective(made.network(resident), made.coordinates, settings, Shelf(tmp_path))
+    objective = Objective(
+        made.network(resident), made.coordinates, settings, BoundaryStates(tmp_path)
+    )
     objective(made.point(seed=1), batches)
     point = made.point(seed=2)
     loss, gradients = objective(point, batches)
@@ -205,7 +207,9 @@ def test_what_is_run_is_what_is_written(
 
 def test_nothing_but_what_enters_each_block_is_put_on_the_shelf(tmp_path: Path) -> None:
     made = make()
-    objective = Objective(made.network(), made.coordinates, logits_settings(), Shelf(tmp_path))
+    objective = Objective(
+        made.network(), made.coordinates, logits_settings(), BoundaryStates(tmp_path)
+    )
     objective(made.point(), made.batches(sequences=2))
     objective(made.point(), made.batches(sequences=2))
     assert len(files_under(tmp_path)) == len(made.decoder.blocks)
@@ -215,11 +219,11 @@ def test_nothing_but_what_enters_each_block_is_put_on_the_shelf(tmp_path: Path) 
 
 
 def test_a_shelf_gives_back_what_was_put_there(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path / "a" / "b")
+    boundaries = BoundaryStates(tmp_path / "a" / "b")
     tensors = [torch.randn(2, 3, 4).transpose(0, 1), torch.randn(5, 3), *torch.randn(10, 2)]
-    shelf.put(3, tensors)
-    shelf.put(12, [torch.zeros(1)])
-    assert all(a.equal(b) for a, b in zip(shelf.get(3), tensors, strict=True))
-    shelf.put(3, tensors[:1])
-    (again,) = shelf.get(3)
+    boundaries.put(3, tensors)
+    boundaries.put(12, [torch.zeros(1)])
+    assert all(a.equal(b) for a, b in zip(boundaries.get(3), tensors, strict=True))
+    boundaries.put(3, tensors[:1])
+    (again,) = boundaries.get(3)
     assert again.equal(tensors[0])
