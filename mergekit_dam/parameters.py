@@ -1,6 +1,9 @@
-"""What the fit of a merge was asked for, resolved and validated: plain frozen data."""
+"""Every YAML parameter of the merge method `dam`: its type, default, help and where it is set.
 
-from dataclasses import dataclass
+The classes below are the single source: mergekit's specification, the checks of a configuration,
+the fit and the tables of the parameters are all made from their fields.
+"""
+
 from typing import Literal
 
 import torch
@@ -12,98 +15,12 @@ Nonlinearity = Literal["none", "tanh", "sigmoid", "relu"]
 OptimizerName = Literal["adamw", "mofo"]
 Schedule = Literal["constant", "linear", "cosine", "inverse_sqrt"]
 """Transformers' schedules that need no arguments of their own; any of them may warm up."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LogitsSettings:
-    """The objective `logits` and how it is descended.
-
-    Attributes:
-        temperature: of both distributions in the KL, and of the entropy.
-        similarity, l1, l2, overlap, weighted_overlap: weights of the penalties of a tensor's
-            coefficients; 0 = off.
-        mse, entropy: weights of the losses next to the KL; 0 = off.
-        nonlinearity: from the values that are learned to the coefficients.
-        mofo_fraction: of a model's coefficients in a tensor that move in a step of "mofo".
-        learning_rate: its peak; None: by the form of the coefficients.
-        warmup: fraction of the steps in which the learning rate rises from zero.
-        steps: of the optimiser; None: as many as pay.
-        batch_size: sequences of every model whose gradient is taken at once.
-        gradient_accumulation: batches a step.
-        max_grad_norm: norm that the gradient of all coefficients together is cut to; 0 = off.
-    """
-
-    temperature: float = 1.0
-    similarity: float = 0.0
-    l1: float = 0.0
-    l2: float = 0.0
-    overlap: float = 0.0
-    weighted_overlap: float = 0.0
-    mse: float = 0.0
-    entropy: float = 0.0
-    nonlinearity: Nonlinearity
-    optimizer: OptimizerName
-    mofo_fraction: float
-    learning_rate: float | None
-    lr_schedule: Schedule
-    warmup: float
-    steps: int | None
-    batch_size: int
-    gradient_accumulation: int
-    max_grad_norm: float
-
-
+Granularity = Literal["column", "tensor"]
 Objective = Literal["layer", "logits", "layer+logits"]
 MetricName = Literal["identity", "sensitivity"]
 ExpertFeed = Literal["routed", "all"]
 Resident = Literal["auto", "always", "never"]
 ForwardDtype = Literal["auto", "float32", "bfloat16"]
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """What holds for the fit of every tensor.
-
-    Attributes:
-        holdout: fraction of the sequences kept out of the fit.
-        objective: "layer", "logits" or "layer+logits".
-        metric: of the layer fits: "identity", or "sensitivity" after it.
-        logits: the objective `logits`, and the temperature of the fit of the head.
-        start: "average", "random" or a path.
-        resident: whether weights stay in memory between sweeps.
-        stream_offload: where streams are kept.
-        gpu_memory: bytes of the GPU's that may be used, or None for all.
-        forward_dtype: of products in the blocks.
-        seed: of the order of sequences, and of a random start.
-    """
-
-    holdout: float
-    objective: Objective
-    metric: MetricName
-    logits: LogitsSettings
-    start: str
-    resident: Resident
-    stream_offload: Offload
-    gpu_memory: int | None
-    forward_dtype: ForwardDtype
-    seed: int
-
-    @property
-    def one_sweep(self) -> bool:
-        """One sweep of layer fits is all: nothing has to be known before tensors are written."""
-        return self.objective == "layer" and self.metric == "identity"
-
-    def dtype_on(self, device: torch.device) -> torch.dtype:
-        """The dtype of products in the blocks, on a device."""
-        half = self.forward_dtype == "bfloat16"
-        half |= self.forward_dtype == "auto" and device.type == "cuda"
-        return torch.bfloat16 if half else torch.float32
-
-    def held_out(self, sequences: int) -> int:
-        """Sequences of a model kept out of the fit: at least one where a fraction is asked for."""
-        if self.holdout == 0 or sequences == 1:
-            return 0
-        return min(max(1, round(self.holdout * sequences)), sequences - 1)
 
 
 class Parameters(BaseModel):
@@ -150,7 +67,7 @@ class TensorParameters(Parameters):
         description="Coefficients of a column sum to one over the models and the base (the base "
         "takes the remainder); `false`, the paper's free form, to repeat its setting.",
     )
-    granularity: Literal["column", "tensor"] = Field(
+    granularity: Granularity = Field(
         default="column",
         description="One coefficient per model and input column, or one per model and tensor, "
         "which asks less of short calibration text.",
@@ -169,7 +86,7 @@ class TensorParameters(Parameters):
         description="Fit the output head (where untied); `false` averages it, which saves time "
         "where the vocabulary is large.",
     )
-    experts: Literal["routed", "all"] = Field(
+    experts: ExpertFeed = Field(
         default="routed",
         description="Calibration tokens that an expert of a mixture is fitted to: those that the "
         "merged router sends to it, or all. `all` leaves no expert out, however short the text; "
@@ -198,7 +115,7 @@ class LogitsParameters(Parameters):
         gt=0,
         description="Batches per step; more, where memory holds no larger batch.",
     )
-    optimizer: Literal["adamw", "mofo"] = Field(
+    optimizer: OptimizerName = Field(
         default="adamw",
         description="AdamW without decay, or MoFO, which in every step moves only the "
         "coefficients of largest momentum, to stay nearer to the start.",
@@ -216,7 +133,7 @@ class LogitsParameters(Parameters):
         description="Peak of the learning rate; default: 0.1, or 0.01 with `sum_to_one: false`. "
         "Lower it if the losses jump.",
     )
-    lr_schedule: Literal["constant", "linear", "cosine", "inverse_sqrt"] = Field(
+    lr_schedule: Schedule = Field(
         default="cosine",
         description="How the learning rate falls; `constant` to compare numbers of steps.",
     )
@@ -233,7 +150,7 @@ class LogitsParameters(Parameters):
         description="Norm that the gradient of all coefficients is cut to (0 = off); set it if "
         "single batches throw the fit off.",
     )
-    nonlinearity: Literal["none", "tanh", "sigmoid", "relu"] = Field(
+    nonlinearity: Nonlinearity = Field(
         default="none",
         description="Map from what is learned to the coefficients: `tanh` keeps them between -1 "
         "and 1, `sigmoid` between 0 and 1, `relu` at 0 or more. For `objective: logits`, where "
@@ -291,13 +208,13 @@ class LogitsParameters(Parameters):
 class RunParameters(LogitsParameters):
     """Parameters of the whole merge; one value, at top level."""
 
-    objective: Literal["layer", "logits", "layer+logits"] = Field(
+    objective: Objective = Field(
         default="layer+logits",
         description="What is fitted: every layer to its teachers' outputs, one after the other; "
         "the logits of the whole model, by gradient descent (the paper's objective); or the "
         "second from the first's result. `layer` takes least time.",
     )
-    metric: Literal["identity", "sensitivity"] = Field(
+    metric: MetricName = Field(
         default="sensitivity",
         description="How layer fits measure an error: plainly, or (in a second sweep) by how much "
         "the loss feels it; `identity` takes less time.",
@@ -327,12 +244,12 @@ class RunParameters(LogitsParameters):
         description="Temperature of the logits that are compared, in the fit of the head as in "
         "the objective `logits`; above 1, tokens that are unlikely count more.",
     )
-    resident: Literal["auto", "always", "never"] = Field(
+    resident: Resident = Field(
         default="auto",
         description="Whether weights stay in memory between sweeps: `auto` as long as half of it "
         "is free, `never` where others need the memory. The result is the same.",
     )
-    stream_offload: Literal["auto", "device", "host", "disk"] = Field(
+    stream_offload: Offload = Field(
         default="auto",
         description="Where the hidden states of the calibration text are kept between blocks: "
         "`auto` fills up to a quarter of the device's memory, then of the host's, then takes files "
@@ -344,7 +261,7 @@ class RunParameters(LogitsParameters):
         description="Memory of the GPU that the merge may use, such as `12GB`; less where others "
         "use it too. Default: all of it.",
     )
-    forward_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+    forward_dtype: ForwardDtype = Field(
         default="auto",
         description="Precision of the products in models' blocks: `auto` is bfloat16 on a GPU, "
         "which is faster there, and float32 on a CPU. Hidden states, sums and solves are float32 "
@@ -372,3 +289,25 @@ class RunParameters(LogitsParameters):
         description="Replay a merge from its `dam_coefficients.safetensors` (or the folder that "
         "holds it): no fit, no calibration.",
     )
+
+    @property
+    def random_seed(self) -> int:
+        """The seed of everything that is drawn: the order of sequences, labels, a random start."""
+        return self.seed or 0
+
+    @property
+    def one_sweep(self) -> bool:
+        """One sweep of layer fits is all: nothing has to be known before tensors are written."""
+        return self.objective == "layer" and self.metric == "identity"
+
+    def dtype_on(self, device: torch.device) -> torch.dtype:
+        """The dtype of products in the blocks, on a device."""
+        half = self.forward_dtype == "bfloat16"
+        half |= self.forward_dtype == "auto" and device.type == "cuda"
+        return torch.bfloat16 if half else torch.float32
+
+    def held_out(self, sequences: int) -> int:
+        """Sequences of a model kept out of the fit: at least one where a fraction is asked for."""
+        if self.holdout == 0 or sequences == 1:
+            return 0
+        return min(max(1, round(self.holdout * sequences)), sequences - 1)

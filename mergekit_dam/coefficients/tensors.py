@@ -10,30 +10,19 @@ from torch import Tensor
 from mergekit_dam.coefficients.merge import merge_weights
 from mergekit_dam.coefficients.parametrisation import Parametrisation
 from mergekit_dam.errors import DamError
-from mergekit_dam.parameters import ExpertFeed
+from mergekit_dam.parameters import TensorParameters
 
 
-@dataclass(frozen=True)
-class TensorSettings:
-    """How one output tensor is fitted.
+class TensorSettings(TensorParameters, arbitrary_types_allowed=True):
+    """How one output tensor is fitted: its parameters, resolved for the sources of the merge.
 
     Attributes:
         parametrisation: from unknowns to the coefficients of the sources.
         loss_weights: of each source's data, in the order of the sources.
-        ridge: pull towards the start, relative to the mean curvature.
-        granularity: "column" or "tensor".
-        embeddings, norms, head: whether tensors of that kind are fitted.
-        experts: the calibration tokens that feed an expert: those "routed" to it, or "all".
     """
 
     parametrisation: Parametrisation
     loss_weights: tuple[float, ...]
-    ridge: float
-    granularity: str
-    embeddings: bool
-    norms: bool
-    head: bool
-    experts: ExpertFeed = "routed"
 
     def fits(self, kind: str) -> bool:
         """Whether a tensor of a kind ("linear", "norm", "embedding", "head", ...) is fitted."""

@@ -14,7 +14,7 @@ from mergekit_dam.estimate.inventory import Inventory, PartSize, Text
 from mergekit_dam.estimate.structure import UnitShape
 from mergekit_dam.fitting.solver import DENSE_LIMIT, precision
 from mergekit_dam.layers import head
-from mergekit_dam.parameters import LogitsSettings
+from mergekit_dam.parameters import RunParameters
 from mergekit_dam.search.descend import LOOKS
 from mergekit_dam.search.sensitivity import TOKENS
 from mergekit_dam.streams.stream import CHUNK_TOKENS
@@ -260,7 +260,7 @@ def layer_sweep(inventory: Inventory, *, kept: bool, sensitivity: bool) -> Work:
     return work
 
 
-def descent(inventory: Inventory, settings: LogitsSettings, steps: int) -> Work:
+def descent(inventory: Inventory, settings: RunParameters, steps: int) -> Work:
     """So many steps of the end-to-end objective, with the looks at held-out data between them."""
     text = inventory.text
     sequences = settings.batch_size * settings.gradient_accumulation

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mergekit_dam.estimate.merge import PlannedMerge, PlannedTensor
 from mergekit_dam.estimate.structure import Group, UnitShape, groups_of
-from mergekit_dam.parameters import RunSettings
+from mergekit_dam.parameters import RunParameters
 from mergekit_dam.sources.headers import Header
 from mergekit_dam.sources.stage import Stage, StageKind
 from mergekit_dam.streams.share import border
@@ -140,7 +140,7 @@ class Inventory:
     attended: int
     vocabulary: int
     text: Text
-    settings: RunSettings | None
+    settings: RunParameters | None
 
     @property
     def blocks(self) -> tuple[PartSize, ...]:
@@ -177,10 +177,10 @@ def take_inventory(planned: PlannedMerge) -> Inventory:
         vocabulary=0 if text is None else text.vocab_size,
         text=Text(
             tuple(sequences),
-            tuple(map(prepared.settings.held_out, sequences)),
-            prepared.checked.run.sequence_length,
+            tuple(map(prepared.run.held_out, sequences)),
+            prepared.run.sequence_length,
         ),
-        settings=prepared.settings if planned.stages else None,
+        settings=prepared.run if planned.stages else None,
     )
 
 

@@ -324,7 +324,7 @@ def disk_bytes(inventory: Inventory, room: Room) -> int:
     if settings.metric == "sensitivity" and settings.objective != "logits":
         count += 2 * depth * _FLOAT * inventory.hidden * inventory.text.first_tokens(TOKENS)
     elif settings.objective != "layer":
-        tokens = settings.logits.batch_size * inventory.text.length * inventory.text.models
+        tokens = settings.batch_size * inventory.text.length * inventory.text.models
         count += depth * _FLOAT * inventory.hidden * tokens
     return count
 

@@ -153,7 +153,7 @@ def _check_models(models: Iterable[ModelReference], options: MergeOptions) -> No
 
 def _without_text(prepared: Prepared) -> Prepared:
     """Sequences of the configured number and length, of no tokens at all."""
-    run = prepared.checked.run
+    run = prepared.run
     if prepared.replay is not None or not prepared.checked.learns:
         return prepared
     calibration = {}

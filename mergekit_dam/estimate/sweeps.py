@@ -62,11 +62,11 @@ def sweeps(inventory: Inventory, room: Room) -> list[Sweep]:
             condition = "" if first else "if those are no good"
             found.append(Sweep(name, again, work, condition=condition))
     if settings.objective != "layer":
-        asked = settings.logits.steps
+        asked = settings.steps
         for index, steps in enumerate(DESCENTS if asked is None else (asked,)):
             looks = flops.looks(steps)
-            goes = 2 * steps * settings.logits.gradient_accumulation + looks
-            work = flops.descent(inventory, settings.logits, steps)
+            goes = 2 * steps * settings.gradient_accumulation + looks
+            work = flops.descent(inventory, settings, steps)
             name = f"descent, {steps} steps"
             condition = "if that pays" if index else ""
             found.append(Sweep(name, goes * again, work, condition=condition))

@@ -41,7 +41,7 @@ from mergekit_dam.host.tasks import (
     WriteArtifacts,
 )
 from mergekit_dam.model.decoder import Decoder
-from mergekit_dam.parameters import RunSettings
+from mergekit_dam.parameters import RunParameters
 from mergekit_dam.request.prepare import Prepared
 from mergekit_dam.sources.decoders import source_decoders
 from mergekit_dam.sources.fused import Region, fuse_experts
@@ -132,31 +132,31 @@ def build_graph(
         output,
         source_decoders(output, order, options, stacks),
         order,
-        prepared.settings,
+        prepared.run,
         unknown=_unknown(prepared, order),
     )
     placed = place_tensors(planned, specs, output)
     for decoder in (output, *models.sources):
         check_complete(decoder, placed)
     check_shapes(output, shapes)
-    if prepared.checked.run.other_weights == "error":
+    if prepared.run.other_weights == "error":
         refuse_outside(placed)
     stages = planned_stages(placed, models)
     device = torch.device(options.device or "cpu")
-    limit_gpu(device, prepared.settings.gpu_memory)
+    limit_gpu(device, prepared.run.gpu_memory)
     hidden = output.config.get_text_config().hidden_size
     streams = partial(calibration_streams, prepared, order, hidden, device, out_path)
     outside = averages(placed)
     last: FitStage | Search
-    if prepared.settings.one_sweep:
+    if prepared.run.one_sweep:
         tasks, last = _chain(stages, streams, outside)
     else:
         saved = None
         if prepared.start is not None:
             saved = saved_record(prepared.start, specs, order, shapes)
-        start = search_start([own.stage for own in stages], prepared.settings, outside, saved)
-        check_start(specs, start, prepared.settings)
-        tasks, last = _search(stages, streams, prepared.settings, start, options, out_path)
+        start = search_start([own.stage for own in stages], prepared.run, outside, saved)
+        check_start(specs, start, prepared.run)
+        tasks, last = _search(stages, streams, prepared.run, start, options, out_path)
     tasks |= {
         tensor.spec.name: _known(tensor.spec, tensor.gather, order, outside)
         for tensor in placed
@@ -221,7 +221,7 @@ def _chain(
 def _search(
     stages: Sequence[PlannedStage],
     streams: Callable[[], list[Stream]],
-    settings: RunSettings,
+    settings: RunParameters,
     start: MergeRecord,
     options: MergeOptions,
     out_path: Path,

@@ -12,7 +12,7 @@ from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.coefficients.tensors import TensorReport, TensorSpec
 from mergekit_dam.errors import ConfigError
 from mergekit_dam.host.places import PlacedTensor
-from mergekit_dam.parameters import RunSettings
+from mergekit_dam.parameters import RunParameters
 from mergekit_dam.search.coordinates import invert
 from mergekit_dam.sources.stage import Stage
 
@@ -38,7 +38,10 @@ def copies(specs: Sequence[TensorSpec]) -> MergeRecord:
 
 
 def search_start(
-    stages: Sequence[Stage], settings: RunSettings, outside: MergeRecord, saved: MergeRecord | None
+    stages: Sequence[Stage],
+    settings: RunParameters,
+    outside: MergeRecord,
+    saved: MergeRecord | None,
 ) -> MergeRecord:
     """The coefficients that a search starts from.
 
@@ -48,7 +51,7 @@ def search_start(
     """
     if saved is not None:
         return saved
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(settings.random_seed)
     record = dataclasses.replace(outside, coefficients=dict(outside.coefficients))
     record.reports = dict(outside.reports)
     for spec in (spec for stage in stages for spec in stage.tensors):
@@ -66,7 +69,7 @@ def search_start(
     return record
 
 
-def check_start(specs: Sequence[TensorSpec], start: MergeRecord, settings: RunSettings) -> None:
+def check_start(specs: Sequence[TensorSpec], start: MergeRecord, settings: RunParameters) -> None:
     """Refuse a start that the descent cannot begin at.
 
     Raises:
@@ -87,7 +90,7 @@ def check_start(specs: Sequence[TensorSpec], start: MergeRecord, settings: RunSe
             )
         try:
             form = spec.settings.parametrisation
-            invert(settings.logits.nonlinearity, form.unknowns(coefficients))
+            invert(settings.nonlinearity, form.unknowns(coefficients))
         except ConfigError as error:
             raise ConfigError([f"{spec.name}: {problem}" for problem in error.problems]) from None
 

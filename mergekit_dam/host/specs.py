@@ -10,6 +10,7 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit_dam.coefficients.parametrisation import Parametrisation
 from mergekit_dam.coefficients.tensors import TensorSettings, TensorSpec
 from mergekit_dam.errors import ConfigError
+from mergekit_dam.parameters import TensorParameters
 from mergekit_dam.request.prepare import Prepared
 
 
@@ -34,7 +35,7 @@ def tensor_spec(
     base = order.index(task.base_model) if task.base_model in order else None
     listed = [model for model in task.model_order if model not in teaching]
     left_out = frozenset(index for index, model in enumerate(order) if model not in listed)
-    include_base = prepared.checked.run.include_base
+    include_base = prepared.run.include_base
     weights = [_own(task, model, "weight") for model in order]
     merged = [i for i in range(len(order)) if i not in left_out and (i != base or include_base)]
     if len(listed) > 1 and not sum(weights[i] for i in merged):
@@ -51,12 +52,7 @@ def tensor_spec(
             tuple(weights), base, include_base, shared["sum_to_one"], left_out
         ),
         loss_weights=tuple(_own(task, model, "loss_weight") for model in order),
-        ridge=shared["ridge"],
-        granularity=shared["granularity"],
-        embeddings=shared["embeddings"],
-        norms=shared["norms"],
-        head=shared["head"],
-        experts=shared["experts"],
+        **{name: shared[name] for name in TensorParameters.model_fields},
     )
     written = dtype_from_name(weight.force_dtype or out_dtype)
     return TensorSpec(weight.name, settings, written)

@@ -81,12 +81,12 @@ def calibration_streams(
     # Two streams a model, in fp32, and room for what leaves a part while it is still entered.
     tokens = sum(calibration.tokens.numel() for calibration in prepared.calibration.values())
     size = 4 * hidden * 3 * tokens
-    storage = choose_storage(prepared.settings.stream_offload, size, device, out_path)
+    storage = choose_storage(prepared.run.stream_offload, size, device, out_path)
     return [
         Stream.of_tokens(
             order.index(model),
             calibration.tokens,
-            prepared.settings.held_out(calibration.tokens.shape[0]),
+            prepared.run.held_out(calibration.tokens.shape[0]),
             storage,
             turn=turn,
         )

@@ -30,7 +30,7 @@ from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.coefficients.tensors import TensorSpec
 from mergekit_dam.errors import DamError
 from mergekit_dam.layers.fit import StageResult, fit_stage
-from mergekit_dam.parameters import RunSettings
+from mergekit_dam.parameters import RunParameters
 from mergekit_dam.search.search import search
 from mergekit_dam.sources.fused import Region
 from mergekit_dam.sources.network import Network
@@ -125,7 +125,7 @@ class SearchNode:
 
     network: Network
     streams: Callable[[], list[Stream]]
-    settings: RunSettings
+    settings: RunParameters
     start: MergeRecord
     scratch: Path
 

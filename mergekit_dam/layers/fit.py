@@ -106,7 +106,7 @@ def _fit(
         on_settled,
         metrics={} if metrics is None else metrics(anatomy),
         head=models.output.head_name if opened.stage.kind == "output" else None,
-        temperature=models.settings.logits.temperature,
+        temperature=models.settings.temperature,
         teacher_outputs=OutputCache(streams[0].storage),
         merged_outputs=OutputCache(streams[0].storage),
     )

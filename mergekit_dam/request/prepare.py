@@ -23,7 +23,7 @@ from mergekit_dam.calibration.load import load_calibration
 from mergekit_dam.calibration.sets import CalibrationSet
 from mergekit_dam.coefficients.file import CoefficientFile
 from mergekit_dam.errors import ConfigError, DamError
-from mergekit_dam.parameters import LogitsSettings, RunParameters, RunSettings
+from mergekit_dam.parameters import RunParameters
 from mergekit_dam.request.architectures import check_architectures
 from mergekit_dam.request.check import Checked, check_configuration
 from mergekit_dam.request.models import check_depth, check_length, vocab_size_of
@@ -50,12 +50,16 @@ class Prepared:
     """
 
     checked: Checked
-    settings: RunSettings
     calibration: Mapping[ModelReference, CalibrationSet]
     replay: CoefficientFile | None
     start: CoefficientFile | None = None
     vocabulary: Vocabulary | None = None
     rows: int | None = None
+
+    @property
+    def run(self) -> RunParameters:
+        """Parameters of the whole merge, the seed resolved."""
+        return self.checked.run
 
 
 class PreparedConfiguration(MergeConfiguration):
@@ -121,7 +125,7 @@ def prepare(
             samples=run.samples,
             sequence_length=run.sequence_length,
             vocab_size=vocab_size_of(model, options),
-            seed=asked.settings.seed,
+            seed=run.random_seed,
             spelled=None if translation is None else translation.spelled,
         )
         if translation is not None:
@@ -167,6 +171,9 @@ def check(
         ArchitectureError: a model is none that can be merged.
     """
     checked = check_configuration(config, source)
+    if checked.run.seed is None:
+        run = checked.run.model_copy(update={"seed": options.random_seed or 0})
+        checked = dataclasses.replace(checked, run=run)
     check_architectures((*checked.models, *([checked.base] if checked.base else [])), options)
     run = checked.run
 
@@ -178,11 +185,10 @@ def check(
         rows = min(vocab_size_of(model, options) for model in models)
         return dataclasses.replace(prepared, rows=rows)
 
-    settings = run_settings(run, run.seed if run.seed is not None else options.random_seed or 0)
     check_device(options)
     if run.coefficients is not None:
         replay = CoefficientFile.load(run.coefficients)
-        return with_vocabulary(Prepared(checked, settings, {}, replay))
+        return with_vocabulary(Prepared(checked, {}, replay))
     if options.multi_gpu and checked.learns:
         raise ConfigError(
             [
@@ -201,24 +207,7 @@ def check(
                 ]
             )
         start = CoefficientFile.load(run.start, parameter="start")
-    return with_vocabulary(Prepared(checked, settings, {}, None, start))
-
-
-def run_settings(run: RunParameters, seed: int) -> RunSettings:
-    """What the parameters of the whole merge ask for."""
-    names = [field.name for field in dataclasses.fields(LogitsSettings)]
-    return RunSettings(
-        holdout=run.holdout,
-        objective=run.objective,
-        metric=run.metric,
-        logits=LogitsSettings(**{name: getattr(run, name) for name in names}),
-        start=run.start,
-        resident=run.resident,
-        stream_offload=run.stream_offload,
-        gpu_memory=run.gpu_memory,
-        forward_dtype=run.forward_dtype,
-        seed=seed,
-    )
+    return with_vocabulary(Prepared(checked, {}, None, start))
 
 
 def check_device(options: MergeOptions) -> None:

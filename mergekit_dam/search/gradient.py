@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mergekit_dam.coefficients.merge import coefficient_gradient
 from mergekit_dam.coefficients.record import MergeRecord
-from mergekit_dam.parameters import LogitsSettings
+from mergekit_dam.parameters import RunParameters
 from mergekit_dam.search.backprop import Gradients, Weights, add_gradients, backward, forward
 from mergekit_dam.search.coordinates import Coordinate
 from mergekit_dam.search.losses import logit_loss
@@ -60,7 +60,7 @@ class Objective:
 
     network: Network
     coordinates: Mapping[str, Coordinate]
-    settings: LogitsSettings
+    settings: RunParameters
     boundaries: BoundaryStates
     _merged: dict[int, Weights] = field(default_factory=dict)
 

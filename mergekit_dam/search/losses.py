@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from mergekit_dam.parameters import LogitsSettings
+from mergekit_dam.parameters import RunParameters
 
 
 def logit_loss(
-    merged: Tensor, teacher: Tensor, settings: LogitsSettings, *, total_tokens: int | None = None
+    merged: Tensor, teacher: Tensor, settings: RunParameters, *, total_tokens: int | None = None
 ) -> Tensor:
     """`T^2 KL(teacher || merged) + mse * squared difference + entropy * T^2 H(merged)`.
 

@@ -10,7 +10,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from mergekit_dam.parameters import LogitsSettings
+from mergekit_dam.parameters import RunParameters
 
 
 class MoFO(AdamW):
@@ -51,7 +51,7 @@ def _largest(magnitude: Tensor, fraction: float) -> Tensor:
     return magnitude >= magnitude.topk(count, dim=-1).values[..., -1:]
 
 
-def make_optimizer(groups: Iterable[dict[str, Any]], settings: LogitsSettings) -> Optimizer:
+def make_optimizer(groups: Iterable[dict[str, Any]], settings: RunParameters) -> Optimizer:
     """The optimiser, without weight decay, of parameters `[models, n]` (or `[n]`).
 
     Args:
@@ -62,7 +62,7 @@ def make_optimizer(groups: Iterable[dict[str, Any]], settings: LogitsSettings) -
     return AdamW(groups, weight_decay=0.0)
 
 
-def make_schedule(optimizer: Optimizer, settings: LogitsSettings, steps: int) -> LRScheduler:
+def make_schedule(optimizer: Optimizer, settings: RunParameters, steps: int) -> LRScheduler:
     """Transformers' schedule of that name, to be stepped once after every one of the steps."""
     # Its "constant" would drop the warm-up without a word.
     constant = settings.lr_schedule == "constant"

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mergekit_dam.parameters import LogitsSettings
+from mergekit_dam.parameters import RunParameters
 
 ROWS = 256
 """Rows of a weight that are compared at a time."""
@@ -18,7 +18,7 @@ ROWS = 256
 
 def penalty(
     coefficients: Mapping[str, Tensor],
-    settings: LogitsSettings,
+    settings: RunParameters,
     column_weights: Mapping[str, Tensor],
 ) -> Tensor:
     """All penalties that are on, each times its weight, summed over the tensors.

@@ -23,7 +23,7 @@ from torch import Tensor
 from mergekit_dam.coefficients.record import MergeRecord, Trial
 from mergekit_dam.errors import DamError
 from mergekit_dam.layers.fit import fit_stage
-from mergekit_dam.parameters import RunSettings
+from mergekit_dam.parameters import RunParameters
 from mergekit_dam.search.backprop import run
 from mergekit_dam.search.coordinates import Coordinate, coordinates_of
 from mergekit_dam.search.data import Data
@@ -79,7 +79,7 @@ class Best:
 def search(
     network: Network,
     streams: Sequence[Stream],
-    settings: RunSettings,
+    settings: RunParameters,
     start: MergeRecord,
     *,
     scratch: Path,
@@ -106,7 +106,13 @@ def search(
         if weighs_errors:
             left = BoundaryStates(Path(folder) / "left")
             sensitivity = Sensitivity(
-                network, start, moved, entered=boundaries, left=left, seed=settings.seed, show=show
+                network,
+                start,
+                moved,
+                entered=boundaries,
+                left=left,
+                seed=settings.random_seed,
+                show=show,
             )
             layer_trial(network, streams, best, data, sensitivity, show=show)
         if settings.objective != "logits" and not best.improved:
@@ -203,7 +209,7 @@ def layer_trial(
 
 def logits_trial(
     network: Network,
-    settings: RunSettings,
+    settings: RunParameters,
     best: Best,
     data: Sequence[Data],
     boundaries: BoundaryStates,
@@ -214,8 +220,8 @@ def logits_trial(
     coordinates, weights = _coordinates(network, settings, data)
     if not coordinates:
         return
-    objective = Objective(network, coordinates, settings.logits, boundaries)
-    asked = settings.logits.steps
+    objective = Objective(network, coordinates, settings, boundaries)
+    asked = settings.steps
     for number, steps in enumerate(DESCENTS if asked is None else (asked,)):
         started, before = time.perf_counter(), best.verdict.mean
         ended = descend(
@@ -225,7 +231,7 @@ def logits_trial(
             best.verdict,
             steps=steps,
             column_weights=weights,
-            seed=settings.seed + number,
+            seed=settings.random_seed + number,
             show=show,
         )
         name = f"logits, {steps} steps"
@@ -235,7 +241,7 @@ def logits_trial(
 
 
 def _coordinates(
-    network: Network, settings: RunSettings, data: Sequence[Data]
+    network: Network, settings: RunParameters, data: Sequence[Data]
 ) -> tuple[dict[str, Coordinate], dict[str, Tensor]]:
     """The fitted tensors of all stages, and the weights of their columns where those are asked."""
     found: dict[str, Coordinate] = {}
@@ -248,7 +254,7 @@ def _coordinates(
         anatomy = opened.anatomy(like.to(network.device))
         for coordinate in coordinates_of(opened, anatomy, head if last else None):
             found[coordinate.name] = coordinate
-            if settings.logits.weighted_overlap and coordinate.kind == "linear":
+            if settings.weighted_overlap and coordinate.kind == "linear":
                 weights[coordinate.name] = _column_weights(opened, coordinate)
     return found, weights
 

@@ -14,7 +14,7 @@ from mergekit_dam.coefficients.tensors import TensorSources, TensorSpec
 from mergekit_dam.model.decoder import Decoder
 from mergekit_dam.model.part import Part, block_part, input_part, output_part, without_tokens
 from mergekit_dam.model.units import Anatomy
-from mergekit_dam.parameters import RunSettings
+from mergekit_dam.parameters import RunParameters
 from mergekit_dam.streams.distributed import from_first
 from mergekit_dam.vocabulary.merged import OwnRows
 
@@ -51,7 +51,7 @@ class Models:
     output: Decoder
     sources: tuple[Decoder, ...]
     order: tuple[ModelReference, ...]
-    settings: RunSettings
+    settings: RunParameters
     anatomies: dict[str, Anatomy] = field(default_factory=dict)
     unknown: Mapping[int, Tensor] = field(default_factory=dict)
 
