@@ -9,6 +9,9 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
+NAME = "dam"
+"""Name of the merge method in mergekit's registry."""
+
 Offload = Literal["auto", "device", "host", "disk"]
 
 Nonlinearity = Literal["none", "tanh", "sigmoid", "relu"]

@@ -35,7 +35,7 @@ from mergekit_dam.host.tasks import (
     Search,
     WriteArtifacts,
 )
-from mergekit_dam.request.method import NAME
+from mergekit_dam.parameters import NAME
 from mergekit_dam.request.models import check_depth, check_length
 from mergekit_dam.request.prepare import Prepared, PreparedConfiguration, check
 from mergekit_dam.sources.gathers import TeachersVocabulary
@@ -218,8 +218,8 @@ def _gather(task: Task[Any]) -> Task[Any]:
     """The task that brings a tensor of all sources."""
     if isinstance(task, MergedTensor):
         node = task.fit.node
-        names = [spec.name for spec in node.stage.tensors]
-        return node.inputs[names.index(task.name)]
+        names = [spec.name for spec in node.planned.stage.tensors]
+        return node.planned.gathers[names.index(task.name)]
     assert isinstance(task, MergeKnown)
     return task.known.gather
 
@@ -248,4 +248,4 @@ def _stages(last: FitStage | Search | None) -> list[Stage]:
     if isinstance(last, Search):
         return list(last.node.network.stages)
     before = last.node.previous
-    return [*_stages(before), last.node.stage]
+    return [*_stages(before), last.node.planned.stage]

@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 
-from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
-from mergekit.io.tasks import GatherTensors, LoaderCache
-from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
-from mergekit.tokenizer import PermutedVocabulary
-from mergekit.tokenizer.truncate import TruncatedVocabulary
 
 from mergekit_dam.errors import ArchitectureError, ConfigError
+from mergekit_dam.host.compat import (
+    ExecuteMergeMethodTask,
+    GatherTensors,
+    LoaderCache,
+    PermutedVocabulary,
+    TruncatedVocabulary,
+    WeightInfo,
+)
 from mergekit_dam.host.places import PlacedTensor
 from mergekit_dam.model.decoder import Decoder
 from mergekit_dam.sources.headers import file_headers, is_made, present_name

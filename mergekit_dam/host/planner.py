@@ -1,93 +1,85 @@
-"""TODO mergekit_dam/host/planner.py."""
+"""mergekit's planner of a dam merge: it plans stages in place of single tensors."""
 
-import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-MARK = "_mergekit_dam"
-"""Attribute of what is hooked already: hooking twice does nothing."""
+from mergekit.common import ModelReference
+from mergekit.graph import Task
+
+from mergekit_dam.host.compat import MergePlanner, Planner, set_config_value
+from mergekit_dam.host.graph import build_graph
+from mergekit_dam.host.merge import Merge
+from mergekit_dam.host.tasks import WriteArtifacts
+from mergekit_dam.request.prepare import Prepared, PreparedConfiguration, all_models, prepare
+from mergekit_dam.sources.gathers import KnownTokenizer
+from mergekit_dam.sources.loadable import Loadable
+from mergekit_dam.sources.slices import TaughtSlice, follow, stacks, taught
+from mergekit_dam.streams import distributed
 
 
-def hook_planner(plan: Any) -> None:
-    """Have the planner of a dam merge plan stages in place of single tensors."""
-    planner = plan.MergePlanner
-    stock = planner.plan_to_disk
-    if hasattr(stock, MARK):
-        return
+def plan_stages(
+    stock: Any, stock_plan: Callable[[], list[Task[Any]]], out_path: Path
+) -> list[Task[Any]]:
+    """The tasks that write a merged model.
 
-    @functools.wraps(stock)
-    def plan_to_disk(self: Any, out_path: str) -> Any:
-        from mergekit_dam.request.method import NAME
+    Args:
+        stock: mergekit's planner.
+        stock_plan: its own `plan_to_disk`, which calls the methods that are replaced here.
+        out_path: folder of the merged model.
+    """
+    planner, config = Planner(stock), stock.config
+    carried = isinstance(config, PreparedConfiguration)
+    prepared = config.prepared if carried else prepare(config, stock.options)
+    _adopt_vocabulary(planner, prepared)
+    loadable = Loadable(stock.arch_info, stock.out_model_config)
+    artifacts: list[WriteArtifacts] = []
 
-        if self.config.merge_method != NAME:
-            return stock(self, out_path)
-        from mergekit.common import set_config_value
+    def plan_tensor(weight: Any, weights_in: Any, models: Any, cfg_reader: Any) -> None:
+        weight, weights_in = loadable.required(weight, weights_in, models)
+        MergePlanner.plan_tensor(stock, weight, weights_in, models, cfg_reader)
 
-        from mergekit_dam.host.graph import build_graph
-        from mergekit_dam.request.prepare import PreparedConfiguration, prepare
-        from mergekit_dam.sources.gathers import KnownTokenizer
-        from mergekit_dam.sources.loadable import Loadable
-        from mergekit_dam.streams import distributed
+    def plan() -> None:
+        with _teachers_in_slices(planner, prepared) as teaching:
+            planner.plan()
+        merge = Merge(
+            prepared,
+            config=stock.out_model_config,
+            options=stock.options,
+            out_dtype=config.out_dtype,
+            parameters=config.parameters or {},
+            out_path=out_path,
+            stacks=_stacked_layers(stock),
+        )
+        graph = build_graph(planner.tensors, merge, teaching)
+        planner.tensors = graph.tensors
+        artifacts.append(graph.artifacts)
 
-        config = self.config
-        if isinstance(config, PreparedConfiguration):
-            prepared = config.prepared
-        else:
-            prepared = prepare(config, self.options)
-        if prepared.vocabulary is not None:
-            self._tokenizer_task = KnownTokenizer(
-                **dict(self._tokenizer_task), vocabulary=prepared.vocabulary
-            )
-        key = self.arch_info.vocab_size_config_key or "vocab_size"
-        if prepared.rows is not None:  # mergekit leaves those of the base there
-            set_config_value(self.out_model_config, key, prepared.rows)
-        elif prepared.vocabulary is not None:
-            prepared.vocabulary.tell(self.out_model_config, key)
-        parameters = config.parameters or {}
-        artifacts = []
+    with planner.replaced(_plan=plan, plan_tensor=plan_tensor):
+        planned = [*stock_plan(), *artifacts]
+    if distributed.is_first():
+        return planned
+    return [written.last for written in artifacts if written.last is not None]
 
-        loadable = Loadable(self.arch_info, self.out_model_config)
 
-        def plan_tensor(weight: Any, weights_in: Any, models: Any, cfg_reader: Any) -> None:
-            weight, weights_in = loadable.required(weight, weights_in, models)
-            planner.plan_tensor(self, weight, weights_in, models, cfg_reader)
-
-        def _plan() -> None:
-            with _teachers_in_slices(self, prepared) as teaching:
-                planner._plan(self)
-            layers = _stacked_layers(self)
-            graph = build_graph(
-                self._tensors,
-                prepared,
-                config=self.out_model_config,
-                options=self.options,
-                out_dtype=config.out_dtype,
-                parameters=parameters,
-                out_path=Path(out_path),
-                teaching=teaching,
-                stacks=layers,
-            )
-            self._tensors = graph.tensors
-            artifacts.append(graph.artifacts)
-
-        # The stock method calls them, and saves what was planned.
-        self._plan, self.plan_tensor = _plan, plan_tensor
-        try:
-            planned = [*stock(self, out_path), *artifacts]
-        finally:
-            del self._plan, self.plan_tensor
-        if distributed.is_first():
-            return planned
-        return [written.last for written in artifacts if written.last is not None]
-
-    setattr(plan_to_disk, MARK, True)
-    planner.plan_to_disk = plan_to_disk
+def _adopt_vocabulary(planner: Planner, prepared: Prepared) -> None:
+    """Have the plan go by the vocabulary, or the number of rows, that the check has found."""
+    stock = planner.stock
+    key = stock.arch_info.vocab_size_config_key or "vocab_size"
+    if prepared.vocabulary is not None:
+        task = dict(planner.tokenizer_task or {})
+        planner.tokenizer_task = KnownTokenizer(**task, vocabulary=prepared.vocabulary)
+    if prepared.rows is not None:  # mergekit leaves those of the base there
+        set_config_value(stock.out_model_config, key, prepared.rows)
+    elif prepared.vocabulary is not None:
+        prepared.vocabulary.tell(stock.out_model_config, key)
 
 
 @contextmanager
-def _teachers_in_slices(planner: Any, prepared: Any) -> Iterator[dict[str, frozenset[Any]]]:
+def _teachers_in_slices(
+    planner: Planner, prepared: Prepared
+) -> Iterator[dict[str, frozenset[ModelReference]]]:
     """Have a planner read, for every slice, the layers of models that teach and are not listed.
 
     Embeddings that are aligned to a common vocabulary are read of all models: mergekit takes those
@@ -97,18 +89,15 @@ def _teachers_in_slices(planner: Any, prepared: Any) -> Iterator[dict[str, froze
     Yields:
         By output tensor, the models that are read for it and not merged; filled by the plan.
     """
-    from mergekit_dam.request.prepare import all_models
-    from mergekit_dam.sources.slices import TaughtSlice, taught
-
-    everybody = all_models(prepared.checked)
-    normalize, plan_tensor = planner.normalize_config, planner.plan_tensor
-    teaching: dict[str, frozenset[Any]] = {}
+    stock, everybody = planner.stock, all_models(prepared.checked)
+    normalize, plan_tensor = stock.normalize_config, stock.plan_tensor
+    teaching: dict[str, frozenset[ModelReference]] = {}
 
     def normalize_config() -> None:
         normalize()
-        planner.config.modules = {
+        stock.config.modules = {
             name: module.model_copy(update={"slices": taught(module.slices, prepared.calibration)})
-            for name, module in planner.config.modules.items()
+            for name, module in stock.config.modules.items()
         }
 
     def plan_with_all(weight: Any, weights_in: Any, models: Any, cfg_reader: Any) -> None:
@@ -117,33 +106,27 @@ def _teachers_in_slices(planner: Any, prepared: Any) -> Iterator[dict[str, froze
             weights_in = [weights_in[0]] * len(models)
         assert isinstance(cfg_reader.slice_out, TaughtSlice)
         others = []
-        aligned = planner._tokenizer_task or planner.options.unsafe_truncate_embeddings
+        aligned = planner.tokenizer_task or stock.options.unsafe_truncate_embeddings
         if aligned and weight.vocabulary_axis is not None:
             others = [model for model in everybody if model not in models]
         weights_in = [*weights_in, *weights_in[:1] * len(others)]
         plan_tensor(weight, weights_in, [*models, *others], cfg_reader)
         teaching[weight.name] = cfg_reader.slice_out.teaching.union(others)
 
-    planner.normalize_config, planner.plan_tensor = normalize_config, plan_with_all
-    try:
+    with planner.replaced(normalize_config=normalize_config, plan_tensor=plan_with_all):
         yield teaching
-    finally:
-        del planner.normalize_config
-        planner.plan_tensor = plan_tensor
 
 
-def _stacked_layers(planner: Any) -> dict[Any, tuple[int, ...]]:
+def _stacked_layers(stock: Any) -> dict[ModelReference, tuple[int, ...]]:
     """The layers of every model in the merged one, whose configuration is made to fit them."""
-    from mergekit_dam.sources.slices import follow, stacks
-
-    modules = list(planner.config.modules.values())
+    modules = list(stock.config.modules.values())
     if len(modules) > 1:
         return {}  # several towers, each with a stack of its own
     layers = stacks(modules[0].slices)
-    donor = planner.config.base_model or planner.config.referenced_models()[0]
-    own = donor.config(trust_remote_code=planner.options.trust_remote_code)
+    donor = stock.config.base_model or stock.config.referenced_models()[0]
+    own = donor.config(trust_remote_code=stock.options.trust_remote_code)
     first = [i for entry in modules[0].slices for i in range(*entry.sources[0].layer_range)]
     stack = layers.get(donor, first)
     if list(stack) != list(range(own.get_text_config().num_hidden_layers)):
-        follow(planner.out_model_config, own, stack)
+        follow(stock.out_model_config, own, stack)
     return layers

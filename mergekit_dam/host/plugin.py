@@ -1,31 +1,27 @@
-"""Registers `dam` and hooks mergekit's planner and entry point.
+"""Registers `dam`, and has mergekit call us where it plans and runs a dam merge.
 
-The only file that touches mergekit's insides. It is called with each module of mergekit as
-that is imported (see `autoload`), or explicitly by `install`.
+It is called with each module of mergekit as that is imported (see `autoload`), or explicitly by
+`install`. mergekit is half imported at that moment, so the hooks import our code when called.
 """
 
 import functools
 import importlib
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import yaml
+from mergekit_dam.parameters import NAME
 
-from mergekit_dam.host.output import output_folder
-from mergekit_dam.host.planner import MARK, hook_planner
-
-LOG = logging.getLogger(__name__)
+_MARK = "_mergekit_dam"
+"""Attribute of what is hooked already: hooking twice does nothing."""
 
 
 def on_import(module: ModuleType) -> None:
     """Hook a module of mergekit that has just been imported; idempotent."""
     hooks: dict[str, Callable[[Any], None]] = {
         "mergekit.merge_methods": _register,
-        "mergekit.plan": hook_planner,
+        "mergekit.plan": _hook_planner,
         "mergekit.merge": _hook_run_merge,
         "mergekit.scripts.multimerge": _hook_steps,
     }
@@ -39,89 +35,62 @@ def install() -> None:
 
 
 def _register(merge_methods: Any) -> None:
-    from mergekit_dam.request.method import NAME, DamMerge
+    from mergekit_dam.request.method import DamMerge
 
     if NAME not in {method.spec.name for method in merge_methods.registered_methods()}:
         merge_methods.register(DamMerge())
 
 
+def _hook_planner(plan: Any) -> None:
+    """Have the planner of a dam merge plan stages in place of single tensors."""
+
+    def plan_to_disk(stock: Callable[..., Any], planner: Any, out_path: str) -> Any:
+        if planner.config.merge_method != NAME:
+            return stock(planner, out_path)
+        from mergekit_dam.host.planner import plan_stages
+
+        return plan_stages(planner, lambda: stock(planner, out_path), Path(out_path))
+
+    _replace(plan.MergePlanner, "plan_to_disk", plan_to_disk)
+
+
 def _hook_run_merge(merge: Any) -> None:
-    """Check a dam configuration before mergekit downloads, converts or reads anything."""
-    stock = merge.run_merge
-    if hasattr(stock, MARK):
-        return
+    """Have a dam merge checked before mergekit starts it, and cleaned up after it."""
 
-    @functools.wraps(stock)
-    def run_merge(
-        merge_config: Any, out_path: str, options: Any, config_source: str | None = None
-    ) -> Any:
-        from mergekit_dam.request.method import NAME
-
+    def run_merge(stock: Callable[..., Any], merge_config: Any, *args: Any, **kwargs: Any) -> Any:
         if merge_config.merge_method != NAME:
-            return stock(merge_config, out_path, options, config_source)
-        from mergekit_dam.request.prepare import PreparedConfiguration, prepare
-        from mergekit_dam.streams import distributed
+            return stock(merge_config, *args, **kwargs)
+        from mergekit_dam.host.run import run_dam
 
-        source = yaml.safe_load(config_source) if config_source else None
-        with distributed.joined_processes(options) as own:
-            # One process reads the text: it need not lie on every machine, nor be one there.
-            prepared = distributed.from_first(lambda: prepare(merge_config, own, source))
-            config = PreparedConfiguration.create(merge_config, prepared)
-            if distributed.size() > 1:
-                distributed.in_turn(lambda: _merge_adapters(config, own))
-            first = distributed.is_first()
-            with _card_without_hub(), output_folder(Path(out_path), written=first) as folder:
-                stock(config, str(folder), own, config_source or merge_config.to_yaml())
+        return run_dam(stock, merge_config, *args, **kwargs)
 
-    setattr(run_merge, MARK, True)
-    merge.run_merge = run_merge
+    _replace(merge, "run_merge", run_merge)
 
 
 def _hook_steps(multimerge: Any) -> None:
     """Have mergekit-multi leave alone what in a dam step is no other step, whatever its name."""
-    stock = multimerge.patched_config
-    if hasattr(stock, MARK):
+
+    def patched_config(
+        stock: Callable[..., Any], config: Any, merge_names: Any, working_dir: str
+    ) -> Any:
+        if config.merge_method != NAME:
+            return stock(config, merge_names, working_dir)
+        from mergekit_dam.host.steps import patched
+
+        return patched(stock, config, merge_names, working_dir)
+
+    _replace(multimerge, "patched_config", patched_config)
+
+
+def _replace(owner: Any, name: str, own: Callable[..., Any]) -> None:
+    """Put a function in the place of one of mergekit's, which it gets as its first argument."""
+    stock = getattr(owner, name)
+    if hasattr(stock, _MARK):
         return
 
     @functools.wraps(stock)
-    def patched_config(config: Any, merge_names: Any, working_dir: str) -> Any:
-        from mergekit_dam.host.steps import patched
-        from mergekit_dam.request.method import NAME
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        return own(stock, *args, **kwargs)
 
-        if config.merge_method != NAME:
-            return stock(config, merge_names, working_dir)
-        return patched(stock, config, merge_names, working_dir)
-
-    setattr(patched_config, MARK, True)
-    multimerge.patched_config = patched_config
-
-
-def _merge_adapters(config: Any, options: Any) -> None:
-    """Do what mergekit does with adapters at its start: it takes a folder half full for full."""
-    for model in config.referenced_models():
-        model.merged(options.lora_merge_cache, options.trust_remote_code, options.lora_merge_dtype)
-
-
-@contextmanager
-def _card_without_hub() -> Iterator[None]:
-    """Have mergekit's model card take a folder for a folder where the Hub cannot be asked.
-
-    `models/a` may be a folder or the id of a model. mergekit asks the Hub after the merge, and
-    where there is no connection, would fail then.
-    """
-    card: Any = importlib.import_module("mergekit.card")
-    stock = card.is_hf
-
-    def is_hf(path: str) -> bool:
-        try:
-            found: bool = stock(path)
-        except Exception as error:  # of any HTTP client
-            LOG.info("the Hub cannot tell whether it has %s (%s); there is a folder", path, error)
-            return False
-        return found
-
-    card.is_hf = is_hf
-    try:
-        yield
-    finally:
-        card.is_hf = stock
+    setattr(replaced, _MARK, True)
+    setattr(owner, name, replaced)

@@ -1,7 +1,7 @@
-"""TODO mergekit_dam/host/stages.py."""
+"""The stages of a fit, mergekit's tasks that load them, and the streams that enter the first."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,12 @@ import torch
 from mergekit.common import ModelReference
 from mergekit.graph import Task
 
+from mergekit_dam.host.compat import Executor
 from mergekit_dam.host.places import PlacedTensor
 from mergekit_dam.model.decoder import Decoder
 from mergekit_dam.request.prepare import Prepared
 from mergekit_dam.sources.gathers import labelled
-from mergekit_dam.sources.stage import Models, Stage, StageKind
+from mergekit_dam.sources.stage import Loaded, Models, Stage, StageKind
 from mergekit_dam.streams.storage import choose_storage
 from mergekit_dam.streams.stream import Stream
 
@@ -24,12 +25,27 @@ class PlannedStage:
 
     Attributes:
         label: orders the stages among the tasks.
-        gathers: one task an output tensor, in the order of the stage; then those it borrows.
+        gathers: one task per output tensor, in the order of the stage; then those it borrows.
     """
 
     stage: Stage
     label: str
     gathers: tuple[Task[Any], ...]
+
+    def without_borrowed(self) -> "PlannedStage":
+        """The stage with its own tensors alone."""
+        own = self.gathers[: len(self.stage.tensors)]
+        return PlannedStage(replace(self.stage, borrowed=()), self.label, own)
+
+
+def load_stage(planned: PlannedStage, device: torch.device) -> Loaded:
+    """Have mergekit read the tensors of a stage."""
+    tasks = list(planned.gathers)
+    found = dict(Executor(tasks).run(quiet=True)) if tasks else {}
+    return {
+        spec.name: {model: tensor.to(device) for model, tensor in found[task].items()}
+        for spec, task in zip(planned.stage.all_tensors, tasks, strict=True)
+    }
 
 
 def planned_stages(placed: Sequence[PlacedTensor], models: Models) -> list[PlannedStage]:

@@ -23,19 +23,20 @@ from typing import Any
 import torch
 from mergekit.common import ModelReference
 from mergekit.graph import Task
-from mergekit.merge_methods.buffers import copy_non_floating_buffer
 
 from mergekit_dam.coefficients.merge import column_counts, merge_weights
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.coefficients.tensors import TensorSpec
 from mergekit_dam.errors import DamError
+from mergekit_dam.host.compat import copy_non_floating_buffer
+from mergekit_dam.host.stages import PlannedStage
 from mergekit_dam.layers.fit import StageResult, fit_stage
 from mergekit_dam.parameters import RunParameters
 from mergekit_dam.search.search import search
 from mergekit_dam.sources.fused import Region
 from mergekit_dam.sources.network import Network
 from mergekit_dam.sources.readahead import Span, read_ahead
-from mergekit_dam.sources.stage import Stage, of_all, open_stage
+from mergekit_dam.sources.stage import of_all, open_stage
 from mergekit_dam.streams.progress import show
 from mergekit_dam.streams.stream import Stream
 
@@ -45,17 +46,14 @@ class StageNode:
     """A stage's place in the graph; compared by identity, since hashing tasks recurses.
 
     Attributes:
-        label: orders the stages.
-        inputs: tensors of every source, one task an output tensor, in the order of the stage.
+        planned: the stage, and the tasks that bring its own tensors.
         previous: the stage before, or None.
         streams: makes the streams at the entrance, for the first stage.
         record: what is known from planning, for the first stage.
         ahead: what the next stage will read.
     """
 
-    stage: Stage
-    label: str
-    inputs: tuple[Task[Any], ...]
+    planned: PlannedStage
     previous: "FitStage | None"
     streams: Callable[[], list[Stream]]
     record: MergeRecord = field(default_factory=MergeRecord)
@@ -68,20 +66,20 @@ class FitStage(Task[Any], frozen=True, arbitrary_types_allowed=True):
     node: StageNode
 
     def arguments(self) -> dict[str, Task[Any]]:
-        arguments = {f"tensor_{i}": task for i, task in enumerate(self.node.inputs)}
+        arguments = {f"tensor_{i}": task for i, task in enumerate(self.node.planned.gathers)}
         if self.node.previous is not None:
             arguments["previous"] = self.node.previous
         return arguments
 
     def group_label(self) -> str:
-        return self.node.label
+        return self.node.planned.label
 
     def uses_accelerator(self) -> bool:
         return True
 
     def execute(self, previous: StageResult | None = None, **tensors: Any) -> StageResult:
         read_ahead(self.node.ahead)
-        stage = self.node.stage
+        stage = self.node.planned.stage
         loaded = {spec.name: tensors[f"tensor_{index}"] for index, spec in enumerate(stage.tensors)}
         streams = previous.streams if previous else self.node.streams()
         record = previous.record if previous else self.node.record

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable
 
-from mergekit.architecture import arch_info_for_config
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
 from mergekit_dam.errors import ArchitectureError
+from mergekit_dam.host.compat import arch_info_for_config
 from mergekit_dam.model.build import auto_class
 
 

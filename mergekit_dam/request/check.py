@@ -20,8 +20,7 @@ from mergekit.config import (
 from pydantic import BaseModel, ValidationError
 
 from mergekit_dam.errors import ConfigError
-from mergekit_dam.parameters import ModelParameters, RunParameters, TensorParameters
-from mergekit_dam.request.method import NAME
+from mergekit_dam.parameters import NAME, ModelParameters, RunParameters, TensorParameters
 from mergekit_dam.request.objective import check_objective, quoted
 from mergekit_dam.request.scopes import (
     OWNERS,

@@ -1,8 +1,4 @@
-"""Every YAML parameter of the merge method `dam`: its type, default, help and where it is set.
-
-The classes below are the single source: mergekit's specification, the checks of a
-configuration and the tables in the README are all made from their fields.
-"""
+"""The entry of `dam` in mergekit's registry, its specification made from the parameters."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,10 +20,9 @@ from pydantic.fields import FieldInfo
 from mergekit_dam.coefficients.file import CoefficientFile
 from mergekit_dam.coefficients.in_memory import merge_average, merge_given
 from mergekit_dam.errors import DamError
-from mergekit_dam.parameters import ModelParameters, Parameters
+from mergekit_dam.parameters import NAME, ModelParameters, Parameters
 from mergekit_dam.request.help import fields
 
-NAME = "dam"
 PAPER = "https://arxiv.org/abs/2410.08371"
 
 

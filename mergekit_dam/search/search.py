@@ -196,8 +196,7 @@ def layer_trial(
     started = time.perf_counter()
     moving = [dataclasses.replace(stream) for stream in streams]
     record = best.record.without(network.tensor_names)
-    for number in range(len(network.stages)):
-        opened = network.open(number)
+    for number, opened in network.all():
         metrics = None
         if sensitivity is not None and opened.stage.kind == "block":
             metrics = partial(sensitivity.metrics, number, opened)
@@ -247,8 +246,7 @@ def _coordinates(
     found: dict[str, Coordinate] = {}
     weights: dict[str, Tensor] = {}
     head = network.stages[0].models.output.head_name
-    for number in range(len(network.stages)):
-        opened = network.open(number)
+    for number, opened in network.all():
         last = number == len(network.stages) - 1
         like = data[0].tokens[:1] if number == 0 else data[0].teacher[:1]
         anatomy = opened.anatomy(like.to(network.device))

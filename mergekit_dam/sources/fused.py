@@ -12,11 +12,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
-from mergekit.architecture.conversion import convert_checkpoint_tensors
-from mergekit.common import ImmutableMap
-from mergekit.io.tasks import GatherTensors
 from torch import Tensor
 
+from mergekit_dam.host.compat import GatherTensors, ImmutableMap, convert
 from mergekit_dam.sources.headers import WeightTask
 
 _PROBE = (2, 3)
@@ -93,7 +91,7 @@ def _regions(name: str, planned: Sequence[str], model_type: str) -> dict[str, Re
         piece: (size * number + torch.arange(float(size))).reshape(_PROBE)
         for number, piece in enumerate(p for p in planned if p.startswith(block[0]))
     }
-    whole = convert_checkpoint_tensors(model_type, probes, name)
+    whole = convert(model_type, probes, name)
     if whole is None or whole.ndim != 3:
         return {}
     rows, columns = whole.shape[1] // _PROBE[0], whole.shape[2] // _PROBE[1]

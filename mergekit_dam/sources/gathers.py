@@ -5,10 +5,15 @@ from typing import Any
 import torch
 from mergekit.common import ModelReference
 from mergekit.graph import Task
-from mergekit.io.tasks import GatherTensors, LoadTensor
-from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary, TokenizerInfo
-from mergekit.tokenizer.truncate import TruncatedVocabulary
 
+from mergekit_dam.host.compat import (
+    BuildTokenizer,
+    GatherTensors,
+    LoadTensor,
+    PermutedVocabulary,
+    TokenizerInfo,
+    TruncatedVocabulary,
+)
 from mergekit_dam.vocabulary.merged import OwnRows, Vocabulary
 
 

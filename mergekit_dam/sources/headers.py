@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mergekit.architecture import WeightInfo
-from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelReference
-from mergekit.io.lazy_tensor_loader import LazyTensorLoader
-from mergekit.io.tasks import LoaderCache
-from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from safetensors import safe_open
+
+from mergekit_dam.host.compat import (
+    ExecuteMergeMethodTask,
+    LazyTensorLoader,
+    LoaderCache,
+    WeightInfo,
+    can_convert,
+)
 
 _DTYPES = {
     "F64": torch.float64,
@@ -58,7 +61,7 @@ def present_name(info: WeightInfo, loader: LazyTensorLoader) -> str | None:
 def is_made(model: ModelReference, name: str, stored: set[str]) -> bool:
     """Whether mergekit makes the tensor of others when it loads it (fused experts, say)."""
     model_type = _model_type(model, LoaderCache().trust_remote_code)
-    return bool(can_convert_checkpoint_keys(model_type, stored, name))
+    return bool(can_convert(model_type, stored, name))
 
 
 @lru_cache(maxsize=64)  # mergekit parses the configuration anew each time

@@ -8,11 +8,10 @@ them of others (experts that are fused, weights that are renamed).
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mergekit.architecture import ModelArchitecture, WeightInfo
 from mergekit.common import ModelReference
-from mergekit.io.tasks import LoaderCache
 from transformers import PretrainedConfig
 
+from mergekit_dam.host.compat import LoaderCache, ModelArchitecture, WeightInfo
 from mergekit_dam.model.build import build_model
 from mergekit_dam.model.names import WeightNames
 from mergekit_dam.sources.headers import is_made

@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mergekit.graph import Task
-from mergekit.io.tasks import GatherTensors
-from mergekit.tokenizer import PermutedVocabulary
-from mergekit.tokenizer.truncate import TruncatedVocabulary
 
+from mergekit_dam.host.compat import GatherTensors, PermutedVocabulary, TruncatedVocabulary
 from mergekit_dam.sources.headers import header_of
 
 

@@ -12,15 +12,21 @@ from dataclasses import dataclass
 from operator import itemgetter
 
 import torch
-from mergekit.common import ModelReference, set_config_value
+from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
-from mergekit.tokenizer import TokenizerInfo
-from mergekit.tokenizer.build import build_tokenizer, get_vocab_size
-from mergekit.tokenizer.config import ModelTokenEmbedding, TokenEmbeddingConfig, ZeroEmbedding
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from mergekit_dam.errors import ConfigError
+from mergekit_dam.host.compat import (
+    ModelTokenEmbedding,
+    TokenEmbeddingConfig,
+    TokenizerInfo,
+    ZeroEmbedding,
+    build_tokenizer,
+    get_vocab_size,
+    set_config_value,
+)
 from mergekit_dam.vocabulary.tokenizers import load_tokenizer
 
 LOST = -1

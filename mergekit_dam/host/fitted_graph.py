@@ -1,0 +1,157 @@
+"""The tasks of a merge whose coefficients are fitted.
+
+1. Every tensor is placed: input, a block, or output of the decoder, or outside of it.
+2. Tensors of a place become a stage.
+3. One sweep of layer fits is a chain of stages, written as it goes. A search goes through the
+   stages as often as it needs to, and is followed by a sweep that writes.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from mergekit.common import ModelReference
+
+from mergekit_dam.coefficients.record import MergeRecord
+from mergekit_dam.host.checks import check_complete, check_shapes, refuse_outside
+from mergekit_dam.host.initial import averages, check_start, saved_record, search_start
+from mergekit_dam.host.merge import Merge, Tasks, Tensors
+from mergekit_dam.host.places import PlacedTensor, place_tensors
+from mergekit_dam.host.stages import (
+    PlannedStage,
+    calibration_streams,
+    load_stage,
+    planned_stages,
+)
+from mergekit_dam.host.tasks import (
+    FitStage,
+    Known,
+    MergedTensor,
+    MergeKnown,
+    Search,
+    SearchNode,
+    StageNode,
+)
+from mergekit_dam.model.decoder import Decoder
+from mergekit_dam.request.prepare import Prepared
+from mergekit_dam.sources.decoders import source_decoders
+from mergekit_dam.sources.network import Network
+from mergekit_dam.sources.readahead import spans_of
+from mergekit_dam.sources.stage import Models
+from mergekit_dam.streams.memory import limit_gpu
+from mergekit_dam.streams.stream import Stream
+
+MakeStreams: TypeAlias = Callable[[], list[Stream]]
+
+
+def fitted_tasks(merge: Merge, tensors: Tensors, decoder: Decoder) -> Tasks:
+    """Fit what the decoder runs on, and average the rest.
+
+    Args:
+        decoder: that of the merged model.
+
+    Raises:
+        ArchitectureError: a tensor is missing, or has another shape than the model asks for.
+        ConfigError: the start does not fit, or weights outside of the decoder are refused.
+    """
+    prepared = merge.prepared
+    models = Models(
+        decoder,
+        source_decoders(decoder, tensors.order, merge.options, merge.stacks),
+        tensors.order,
+        prepared.run,
+        unknown=_unknown_tokens(prepared, tensors.order),
+    )
+    placed = _checked_places(merge, tensors, models)
+    stages = planned_stages(placed, models)
+    device = torch.device(merge.options.device or "cpu")
+    limit_gpu(device, prepared.run.gpu_memory)
+    hidden = decoder.config.get_text_config().hidden_size
+    streams = functools.partial(
+        calibration_streams, prepared, tensors.order, hidden, device, merge.out_path
+    )
+    outside = averages(placed)
+    if prepared.run.one_sweep:
+        tasks = _one_sweep(stages, streams, outside)
+    else:
+        start = _start(merge, tensors, stages, outside)
+        tasks = _search(stages, streams, start, device, merge)
+    tasks.merged |= {
+        tensor.spec.name: tensors.known(tensor.spec, tensor.gather, outside)
+        for tensor in placed
+        if tensor.kind == "outside"
+    }
+    return tasks
+
+
+def _checked_places(merge: Merge, tensors: Tensors, models: Models) -> list[PlacedTensor]:
+    """Where every tensor acts, once it is sure that the models can run on them."""
+    placed = place_tensors(tensors.tasks, tensors.specs, models.output)
+    for decoder in (models.output, *models.sources):
+        check_complete(decoder, placed)
+    check_shapes(models.output, tensors.shapes)
+    if merge.prepared.run.other_weights == "error":
+        refuse_outside(placed)
+    return placed
+
+
+def _unknown_tokens(prepared: Prepared, order: Sequence[ModelReference]) -> dict[int, torch.Tensor]:
+    """Source -> the tokens that it does not have, where there are any."""
+    if prepared.vocabulary is None:
+        return {}
+    found = {source: prepared.vocabulary.unknown_to(model) for source, model in enumerate(order)}
+    return {source: tokens for source, tokens in found.items() if tokens is not None}
+
+
+def _start(
+    merge: Merge, tensors: Tensors, stages: Sequence[PlannedStage], outside: MergeRecord
+) -> MergeRecord:
+    """The coefficients that a search starts from."""
+    prepared = merge.prepared
+    saved = None
+    if prepared.start is not None:
+        saved = saved_record(prepared.start, tensors.specs, tensors.order, tensors.shapes)
+    start = search_start([planned.stage for planned in stages], prepared.run, outside, saved)
+    check_start(tensors.specs, start, prepared.run)
+    return start
+
+
+def _one_sweep(stages: Sequence[PlannedStage], streams: MakeStreams, outside: MergeRecord) -> Tasks:
+    """One sweep, every stage behind the one before; tensors are written as they are fitted."""
+    tasks = Tasks()
+    previous: FitStage | None = None
+    for planned in stages:
+        planned = planned.without_borrowed()
+        if previous is not None:
+            previous.node.ahead = spans_of(planned.gathers)
+        previous = FitStage(node=StageNode(planned, previous, streams, outside))
+        for spec in planned.stage.tensors:
+            tasks.merged[spec.name] = MergedTensor(fit=previous, name=spec.name)
+    tasks.last = previous
+    return tasks
+
+
+def _search(
+    stages: Sequence[PlannedStage],
+    streams: MakeStreams,
+    start: MergeRecord,
+    device: torch.device,
+    merge: Merge,
+) -> Tasks:
+    """All sweeps in one task; when the best coefficients are known, tensors are merged."""
+    run = merge.prepared.run
+    network = Network(
+        [planned.stage for planned in stages],
+        load=lambda number: load_stage(stages[number], device),
+        spans=functools.cache(lambda number: spans_of(stages[number].gathers)),
+        device=device,
+        resident=run.resident,
+    )
+    fit = Search(node=SearchNode(network, streams, run, start, merge.out_path))
+    tasks = Tasks(last=fit)
+    for planned in stages:
+        order = planned.stage.models.order
+        for spec, gather in zip(planned.stage.tensors, planned.gathers, strict=False):
+            tasks.merged[spec.name] = MergeKnown(known=Known(spec, gather, order), fit=fit)
+    return tasks

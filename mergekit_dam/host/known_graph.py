@@ -1,0 +1,24 @@
+"""The tasks of a merge whose coefficients are known: a replay, or copies of one model."""
+
+from mergekit_dam.host.checks import check_shapes
+from mergekit_dam.host.initial import copies, saved_record
+from mergekit_dam.host.merge import Merge, Tasks, Tensors
+
+
+def known_tasks(merge: Merge, tensors: Tensors) -> Tasks:
+    """Merge every tensor by itself; no stage has to run.
+
+    Raises:
+        ConfigError: coefficients to replay do not fit the models.
+        ArchitectureError: the merged model's configuration asks for other shapes.
+    """
+    replay = merge.prepared.replay
+    if replay is not None:
+        record = saved_record(replay, tensors.specs, tensors.order, tensors.shapes)
+    else:
+        record = copies(tensors.specs)
+        if len(tensors.order) > 1:
+            check_shapes(merge.decoder(), tensors.shapes)
+    pairs = zip(tensors.specs, tensors.tasks, strict=True)
+    merged = {s.name: tensors.known(s, task.gather_tensors, record) for s, (_, task) in pairs}
+    return Tasks(dict(merged), record=record)

@@ -1,0 +1,84 @@
+"""A merge on its way from mergekit's plan to tasks, as plain data."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from mergekit.common import ModelReference
+from mergekit.graph import Task
+from mergekit.options import MergeOptions
+from transformers import PretrainedConfig
+
+from mergekit_dam.coefficients.record import MergeRecord
+from mergekit_dam.coefficients.tensors import TensorSpec
+from mergekit_dam.host.tasks import FitStage, Known, MergeKnown, Search
+from mergekit_dam.model.decoder import Decoder
+from mergekit_dam.request.prepare import Prepared
+from mergekit_dam.sources.fused import Region
+from mergekit_dam.sources.headers import WeightTask
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A merge as mergekit is about to plan it.
+
+    Attributes:
+        config: configuration of the merged model.
+        out_dtype: name of the dtype that tensors are written in, if it is not the sources'.
+        parameters: those of the configuration, for the provenance.
+        out_path: folder of the merged model.
+        stacks: which of its layers every model has at each layer of the merged model.
+    """
+
+    prepared: Prepared
+    config: PretrainedConfig
+    options: MergeOptions
+    out_dtype: str | None
+    parameters: Mapping[str, Any]
+    out_path: Path
+    stacks: Mapping[ModelReference, Sequence[int]]
+
+    def decoder(self) -> Decoder:
+        """The decoder of the merged model."""
+        device = torch.device("cpu")
+        return Decoder(self.config, device, trust_remote_code=self.options.trust_remote_code)
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The tensors that are merged: those that mergekit planned, experts fused.
+
+    Attributes:
+        tasks: mergekit's tasks, which would merge each tensor by itself.
+        specs: how each is fitted, in the same order.
+        shapes: output tensor's name -> shape, where headers tell it.
+        order: the sources, in the order of the rows of coefficients.
+        regions: where planned tensors lie in the fused ones that took their place.
+    """
+
+    tasks: Sequence[WeightTask]
+    specs: Sequence[TensorSpec]
+    shapes: Mapping[str, tuple[int, ...]]
+    order: tuple[ModelReference, ...]
+    regions: Mapping[str, Region]
+
+    def known(self, spec: TensorSpec, gather: Task[Any], record: MergeRecord) -> MergeKnown:
+        """The task that merges a tensor by coefficients that a record holds already."""
+        return MergeKnown(known=Known(spec, gather, self.order, record))
+
+
+@dataclass
+class Tasks:
+    """The tasks in place of mergekit's.
+
+    Attributes:
+        merged: output tensor's name -> the task that merges it.
+        last: the task after which all coefficients are known; None where a record holds them.
+        record: that record.
+    """
+
+    merged: dict[str, Task[Any]] = field(default_factory=dict)
+    last: FitStage | Search | None = None
+    record: MergeRecord | None = None

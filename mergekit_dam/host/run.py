@@ -1,0 +1,73 @@
+"""A dam merge around mergekit's own `run_merge`: checked before it, cleaned up after it."""
+
+import importlib
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+
+from mergekit_dam.host.output import output_folder
+from mergekit_dam.request.prepare import PreparedConfiguration, prepare
+from mergekit_dam.streams import distributed
+
+LOG = logging.getLogger(__name__)
+
+
+def run_dam(
+    stock: Callable[..., Any],
+    merge_config: MergeConfiguration,
+    out_path: str,
+    options: MergeOptions,
+    config_source: str | None = None,
+) -> None:
+    """Check a dam configuration before mergekit downloads, converts or reads anything; merge.
+
+    Args:
+        stock: mergekit's own `run_merge`; the other arguments are those that it is called with.
+    """
+    source = yaml.safe_load(config_source) if config_source else None
+    with distributed.joined_processes(options) as own:
+        # One process reads the text: it need not lie on every machine, nor be one there.
+        prepared = distributed.from_first(lambda: prepare(merge_config, own, source))
+        config = PreparedConfiguration.create(merge_config, prepared)
+        if distributed.size() > 1:
+            distributed.in_turn(lambda: _merge_adapters(config, own))
+        first = distributed.is_first()
+        with _card_without_hub(), output_folder(Path(out_path), written=first) as folder:
+            stock(config, str(folder), own, config_source or merge_config.to_yaml())
+
+
+def _merge_adapters(config: MergeConfiguration, options: MergeOptions) -> None:
+    """Do what mergekit does with adapters at its start: it takes a folder half full for full."""
+    for model in config.referenced_models():
+        model.merged(options.lora_merge_cache, options.trust_remote_code, options.lora_merge_dtype)
+
+
+@contextmanager
+def _card_without_hub() -> Iterator[None]:
+    """Have mergekit's model card take a folder for a folder where the Hub cannot be asked.
+
+    `models/a` may be a folder or the id of a model. mergekit asks the Hub after the merge, and
+    where there is no connection, would fail then.
+    """
+    card: Any = importlib.import_module("mergekit.card")
+    stock = card.is_hf
+
+    def is_hf(path: str) -> bool:
+        try:
+            found: bool = stock(path)
+        except Exception as error:  # of any HTTP client
+            LOG.info("the Hub cannot tell whether it has %s (%s); there is a folder", path, error)
+            return False
+        return found
+
+    card.is_hf = is_hf
+    try:
+        yield
+    finally:
+        card.is_hf = stock
