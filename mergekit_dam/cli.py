@@ -76,11 +76,11 @@ def plan(
     Reads configurations and headers, no weight and no text, and tries out for two seconds how
     fast this machine is: bytes, flops, memory, time, and what would not fit.
     """
+    from mergekit.common import parse_kmb
     from mergekit.options import MergeOptions
 
     from mergekit_dam.estimate import estimate as run
     from mergekit_dam.estimate import report
-    from mergekit_dam.host.compat import parse_kmb
 
     try:
         shard = parse_kmb(out_shard_size)

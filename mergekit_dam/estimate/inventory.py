@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mergekit_dam.estimate.merge import PlannedMerge, PlannedTensor
 from mergekit_dam.estimate.structure import Group, UnitShape, groups_of
+from mergekit_dam.host.headers import Header
 from mergekit_dam.parameters import RunParameters
-from mergekit_dam.sources.headers import Header
 from mergekit_dam.sources.stage import Stage, StageKind
 from mergekit_dam.streams.share import border
 

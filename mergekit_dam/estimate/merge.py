@@ -27,6 +27,9 @@ from mergekit_dam.calibration.sets import CalibrationSet, Provenance
 from mergekit_dam.calibration.source import CalibrationSource
 from mergekit_dam.errors import ConfigError, DamError
 from mergekit_dam.host import plugin
+from mergekit_dam.host.gathers import TeachersVocabulary
+from mergekit_dam.host.headers import Header, header_of
+from mergekit_dam.host.prepare import Prepared, PreparedConfiguration, check
 from mergekit_dam.host.tasks import (
     FitStage,
     MergedTensor,
@@ -37,9 +40,6 @@ from mergekit_dam.host.tasks import (
 )
 from mergekit_dam.parameters import NAME
 from mergekit_dam.request.models import check_depth, check_length
-from mergekit_dam.request.prepare import Prepared, PreparedConfiguration, check
-from mergekit_dam.sources.gathers import TeachersVocabulary
-from mergekit_dam.sources.headers import Header, header_of
 from mergekit_dam.sources.stage import Stage
 
 

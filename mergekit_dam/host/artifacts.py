@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from mergekit_dam.coefficients.file import FILE_NAME, CoefficientFile
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.host import report
-from mergekit_dam.request.prepare import Prepared
+from mergekit_dam.host.prepare import Prepared
 
 _PARAMETERS = TypeAdapter(dict[str, ParameterSetting])
 """To plain values: a filter is parsed into an object, which JSON does not know."""

@@ -13,9 +13,9 @@ from mergekit_dam.host.compat import (
     TruncatedVocabulary,
     WeightInfo,
 )
+from mergekit_dam.host.headers import file_headers, is_made, present_name
 from mergekit_dam.host.places import PlacedTensor
 from mergekit_dam.model.decoder import Decoder
-from mergekit_dam.sources.headers import file_headers, is_made, present_name
 
 _SHOWN = 5
 

@@ -1,9 +1,9 @@
 """Every private or version-dependent name of mergekit that this package builds on, in one file.
 
-Written against mergekit 0.1.5. Public and stable are `ModelReference`, the classes of
-`mergekit.config`, `MergeOptions`, `Task`, and the registry of merge methods with its base classes:
-these are imported where they are needed. All else is imported here and from here, so that the next
-release of mergekit breaks this file alone. It imports nothing of ours: every package may use it.
+Written against mergekit 0.1.5. Public and stable are `mergekit.common`, `mergekit.config`,
+`mergekit.options`, `Task`, and the registry of merge methods with its base classes: these are
+imported where they are needed. All else is imported here, for the files of this package and for
+`estimate/`, so that the next release of mergekit breaks this file alone.
 """
 
 from collections.abc import Iterator
@@ -19,15 +19,6 @@ from mergekit.architecture import (
 )
 from mergekit.architecture.conversion import can_convert_checkpoint_keys as can_convert
 from mergekit.architecture.conversion import convert_checkpoint_tensors as convert
-
-# Small helpers that its planner and its commands use.
-from mergekit.common import (
-    ImmutableMap,
-    dtype_from_name,
-    get_auto_cls,
-    parse_kmb,
-    set_config_value,
-)
 
 # The executor of task graphs, and the tasks that read and write tensors.
 from mergekit.graph import Executor
@@ -53,7 +44,6 @@ __all__ = [
     "ExecuteMergeMethodTask",
     "Executor",
     "GatherTensors",
-    "ImmutableMap",
     "LazyTensorLoader",
     "LoadTensor",
     "LoaderCache",
@@ -73,13 +63,9 @@ __all__ = [
     "can_convert",
     "convert",
     "copy_non_floating_buffer",
-    "dtype_from_name",
     "get_architecture_info",
-    "get_auto_cls",
     "get_vocab_size",
     "out_model_config",
-    "parse_kmb",
-    "set_config_value",
 ]
 
 _MISSING = object()

@@ -15,15 +15,12 @@ from mergekit.common import ModelReference
 
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.host.checks import check_complete, check_shapes, refuse_outside
+from mergekit_dam.host.headers import spans_of
 from mergekit_dam.host.initial import averages, check_start, saved_record, search_start
 from mergekit_dam.host.merge import Merge, Tasks, Tensors
 from mergekit_dam.host.places import PlacedTensor, place_tensors
-from mergekit_dam.host.stages import (
-    PlannedStage,
-    calibration_streams,
-    load_stage,
-    planned_stages,
-)
+from mergekit_dam.host.prepare import Prepared
+from mergekit_dam.host.stages import PlannedStage, calibration_streams, load_stage, planned_stages
 from mergekit_dam.host.tasks import (
     FitStage,
     Known,
@@ -34,10 +31,8 @@ from mergekit_dam.host.tasks import (
     StageNode,
 )
 from mergekit_dam.model.decoder import Decoder
-from mergekit_dam.request.prepare import Prepared
 from mergekit_dam.sources.decoders import source_decoders
 from mergekit_dam.sources.network import Network
-from mergekit_dam.sources.readahead import spans_of
 from mergekit_dam.sources.stage import Models
 from mergekit_dam.streams.memory import limit_gpu
 from mergekit_dam.streams.stream import Stream

@@ -19,13 +19,13 @@ from mergekit_dam.host.artifacts import write_artifacts
 from mergekit_dam.host.checks import check_headers
 from mergekit_dam.host.compat import WeightInfo
 from mergekit_dam.host.fitted_graph import fitted_tasks
+from mergekit_dam.host.fused import Region, fuse_experts
+from mergekit_dam.host.headers import WeightTask
 from mergekit_dam.host.known_graph import known_tasks
 from mergekit_dam.host.merge import Merge, Tensors
 from mergekit_dam.host.specs import tensor_spec
 from mergekit_dam.host.tasks import Piece, WriteArtifacts
 from mergekit_dam.model.decoder import Decoder
-from mergekit_dam.sources.fused import Region, fuse_experts
-from mergekit_dam.sources.headers import WeightTask
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from transformers import PretrainedConfig
 
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.coefficients.tensors import TensorSpec
+from mergekit_dam.host.fused import Region
+from mergekit_dam.host.headers import WeightTask
+from mergekit_dam.host.prepare import Prepared
 from mergekit_dam.host.tasks import FitStage, Known, MergeKnown, Search
 from mergekit_dam.model.decoder import Decoder
-from mergekit_dam.request.prepare import Prepared
-from mergekit_dam.sources.fused import Region
-from mergekit_dam.sources.headers import WeightTask
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from mergekit.graph import Task
 
 from mergekit_dam.coefficients.tensors import TensorSpec
+from mergekit_dam.host.headers import WeightTask
 from mergekit_dam.model.decoder import Decoder
-from mergekit_dam.sources.headers import WeightTask
 from mergekit_dam.sources.stage import StageKind
 
 

@@ -5,16 +5,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mergekit.common import ModelReference
+from mergekit.common import ModelReference, set_config_value
 from mergekit.graph import Task
 
-from mergekit_dam.host.compat import MergePlanner, Planner, set_config_value
+from mergekit_dam.host.compat import MergePlanner, Planner
+from mergekit_dam.host.gathers import KnownTokenizer
 from mergekit_dam.host.graph import build_graph
+from mergekit_dam.host.loadable import Loadable
 from mergekit_dam.host.merge import Merge
+from mergekit_dam.host.prepare import Prepared, PreparedConfiguration, all_models, prepare
 from mergekit_dam.host.tasks import WriteArtifacts
-from mergekit_dam.request.prepare import Prepared, PreparedConfiguration, all_models, prepare
-from mergekit_dam.sources.gathers import KnownTokenizer
-from mergekit_dam.sources.loadable import Loadable
 from mergekit_dam.sources.slices import TaughtSlice, follow, stacks, taught
 from mergekit_dam.streams import distributed
 

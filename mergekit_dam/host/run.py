@@ -12,7 +12,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_dam.host.output import output_folder
-from mergekit_dam.request.prepare import PreparedConfiguration, prepare
+from mergekit_dam.host.prepare import PreparedConfiguration, prepare
 from mergekit_dam.streams import distributed
 
 LOG = logging.getLogger(__name__)

@@ -3,14 +3,14 @@
 from collections.abc import Collection, Sequence
 from functools import lru_cache
 
-from mergekit.common import ModelReference
+from mergekit.common import ModelReference, dtype_from_name
 
 from mergekit_dam.coefficients.parametrisation import Parametrisation
 from mergekit_dam.coefficients.tensors import TensorSettings, TensorSpec
 from mergekit_dam.errors import ConfigError
-from mergekit_dam.host.compat import ExecuteMergeMethodTask, WeightInfo, dtype_from_name
+from mergekit_dam.host.compat import ExecuteMergeMethodTask, WeightInfo
+from mergekit_dam.host.prepare import Prepared
 from mergekit_dam.parameters import TensorParameters
-from mergekit_dam.request.prepare import Prepared
 
 
 def tensor_spec(

@@ -10,10 +10,10 @@ from mergekit.common import ModelReference
 from mergekit.graph import Task
 
 from mergekit_dam.host.compat import Executor
+from mergekit_dam.host.gathers import labelled
 from mergekit_dam.host.places import PlacedTensor
+from mergekit_dam.host.prepare import Prepared
 from mergekit_dam.model.decoder import Decoder
-from mergekit_dam.request.prepare import Prepared
-from mergekit_dam.sources.gathers import labelled
 from mergekit_dam.sources.stage import Loaded, Models, Stage, StageKind
 from mergekit_dam.streams.storage import choose_storage
 from mergekit_dam.streams.stream import Stream

@@ -29,11 +29,11 @@ from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.coefficients.tensors import TensorSpec
 from mergekit_dam.errors import DamError
 from mergekit_dam.host.compat import copy_non_floating_buffer
+from mergekit_dam.host.fused import Region
 from mergekit_dam.host.stages import PlannedStage
 from mergekit_dam.layers.fit import StageResult, fit_stage
 from mergekit_dam.parameters import RunParameters
 from mergekit_dam.search.search import search
-from mergekit_dam.sources.fused import Region
 from mergekit_dam.sources.network import Network
 from mergekit_dam.sources.readahead import Span, read_ahead
 from mergekit_dam.sources.stage import of_all, open_stage

@@ -8,6 +8,7 @@ from typing import Any
 
 import transformers
 from accelerate import init_empty_weights
+from mergekit.common import get_auto_cls
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -19,7 +20,6 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mergekit_dam.errors import ArchitectureError
-from mergekit_dam.host.compat import get_auto_cls
 
 _CLASSES: dict[Any, Any] = {
     AutoModelForCausalLM: transformers.MODEL_FOR_CAUSAL_LM_MAPPING,

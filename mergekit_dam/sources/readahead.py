@@ -6,16 +6,10 @@ Where the system takes no such advice (macOS, Windows), nothing is read ahead.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from mergekit.graph import Task
-
-from mergekit_dam.host.compat import GatherTensors, PermutedVocabulary, TruncatedVocabulary
-from mergekit_dam.sources.headers import header_of
 
 
 @dataclass(frozen=True)
@@ -40,22 +34,3 @@ def _advise(spans: tuple[Span, ...]) -> None:
     for span in spans:
         with span.path.open("rb") as file:
             os.posix_fadvise(file.fileno(), span.offset, span.length, os.POSIX_FADV_WILLNEED)
-
-
-def spans_of(tasks: Iterable[Task[Any]]) -> tuple[Span, ...]:
-    """Where the tensors that mergekit's tasks gather lie in safetensors files.
-
-    Tensors that are pickled, or that mergekit makes of others, are left out.
-    """
-    return tuple(span for task in tasks for span in _spans(task))
-
-
-def _spans(task: Task[Any]) -> Iterator[Span]:
-    while isinstance(task, (PermutedVocabulary, TruncatedVocabulary)):
-        task = task.gather_tensors
-    if not isinstance(task, GatherTensors):
-        return
-    for model, weight in task.weight_info.items():
-        header = header_of(weight, model)
-        if header is not None:
-            yield Span(header.file, header.offset, header.length)

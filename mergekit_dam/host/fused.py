@@ -12,10 +12,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
+from mergekit.common import ImmutableMap
 from torch import Tensor
 
-from mergekit_dam.host.compat import GatherTensors, ImmutableMap, convert
-from mergekit_dam.sources.headers import WeightTask
+from mergekit_dam.host.compat import GatherTensors
+from mergekit_dam.host.compat import convert as convert
+from mergekit_dam.host.headers import WeightTask
 
 _PROBE = (2, 3)
 """Shape of the tensors that show where in a fused one they come to lie."""

@@ -12,9 +12,9 @@ from mergekit.common import ModelReference
 from transformers import PretrainedConfig
 
 from mergekit_dam.host.compat import LoaderCache, ModelArchitecture, WeightInfo
+from mergekit_dam.host.headers import is_made
 from mergekit_dam.model.build import build_model
 from mergekit_dam.model.names import WeightNames
-from mergekit_dam.sources.headers import is_made
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,12 @@ from mergekit_dam.calibration.load import load_calibration
 from mergekit_dam.calibration.sets import CalibrationSet
 from mergekit_dam.coefficients.file import CoefficientFile
 from mergekit_dam.errors import ConfigError, DamError
+from mergekit_dam.host.architectures import check_architectures
+from mergekit_dam.host.vocabulary import build_vocabulary
 from mergekit_dam.parameters import RunParameters
-from mergekit_dam.request.architectures import check_architectures
 from mergekit_dam.request.check import Checked, check_configuration
 from mergekit_dam.request.models import check_depth, check_length, vocab_size_of
-from mergekit_dam.vocabulary.merged import Vocabulary, build_vocabulary
+from mergekit_dam.vocabulary.merged import Vocabulary
 from mergekit_dam.vocabulary.tokenizers import check_agreement, load_tokenizer
 from mergekit_dam.vocabulary.translation import Translation, refuse_lost
 

@@ -2,7 +2,7 @@
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -10,15 +10,20 @@ from typing import Any
 
 import torch
 from mergekit.common import ModelReference
+from mergekit.graph import Task
 from safetensors import safe_open
 
 from mergekit_dam.host.compat import (
     ExecuteMergeMethodTask,
+    GatherTensors,
     LazyTensorLoader,
     LoaderCache,
+    PermutedVocabulary,
+    TruncatedVocabulary,
     WeightInfo,
-    can_convert,
 )
+from mergekit_dam.host.compat import can_convert as can_convert
+from mergekit_dam.sources.readahead import Span
 
 _DTYPES = {
     "F64": torch.float64,
@@ -107,3 +112,22 @@ def _parsed(file: Path) -> tuple[int, dict[str, Any]]:
 
 
 WeightTask = tuple[WeightInfo, ExecuteMergeMethodTask]
+
+
+def spans_of(tasks: Iterable[Task[Any]]) -> tuple[Span, ...]:
+    """Where the tensors that mergekit's tasks gather lie in safetensors files.
+
+    Tensors that are pickled, or that mergekit makes of others, are left out.
+    """
+    return tuple(span for task in tasks for span in _spans(task))
+
+
+def _spans(task: Task[Any]) -> Iterator[Span]:
+    while isinstance(task, (PermutedVocabulary, TruncatedVocabulary)):
+        task = task.gather_tensors
+    if not isinstance(task, GatherTensors):
+        return
+    for model, weight in task.weight_info.items():
+        header = header_of(weight, model)
+        if header is not None:
+            yield Span(header.file, header.offset, header.length)

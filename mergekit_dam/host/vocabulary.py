@@ -1,0 +1,160 @@
+"""TODO mergekit_dam/host/vocabulary.py."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from operator import itemgetter
+
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from transformers import PreTrainedTokenizerFast
+
+from mergekit_dam.errors import ConfigError
+from mergekit_dam.host.compat import (
+    ModelTokenEmbedding,
+    TokenEmbeddingConfig,
+    TokenizerInfo,
+    ZeroEmbedding,
+    build_tokenizer,
+    get_vocab_size,
+)
+from mergekit_dam.vocabulary.merged import LOST, Vocabulary
+from mergekit_dam.vocabulary.tokenizers import load_tokenizer
+
+
+def build_vocabulary(
+    config: MergeConfiguration, models: Sequence[ModelReference], trust_remote_code: bool
+) -> Vocabulary | None:
+    """Have mergekit build the merged model's vocabulary, if the configuration asks for one.
+
+    Args:
+        models: the base, if there is one, and the models, in the order of the configuration.
+
+    Raises:
+        CalibrationError: a tokenizer cannot be loaded.
+        ConfigError: mergekit cannot build it, or could not bring the models' rows into it.
+    """
+    asked = config.tokenizer
+    source = asked.source if asked is not None else config.tokenizer_source
+    if source is None:
+        return None
+    overrides = (asked.tokens if asked is not None else None) or {}
+    try:
+        with _listed_by_id():
+            info = build_tokenizer(
+                base_model=config.base_model,
+                referenced_models=list(models),
+                tokenizer_source=source,
+                trust_remote_code=trust_remote_code,
+                add_tokens=list(overrides),
+            )
+    except Exception as error:  # RuntimeError, OSError, and whatever tokenizers raise
+        for model in [*models, *([source] if isinstance(source, ModelReference) else [])]:
+            load_tokenizer(model, trust_remote_code)  # one that is missing is told with a remedy
+        raise ConfigError([f"tokenizer: mergekit cannot build it: {error}"]) from error
+    ids = info.tokenizer.get_vocab()
+    problems = [
+        *_gaps(ids),
+        *_rows_missing(info),
+        *_overrides_missing(info, models, overrides, trust_remote_code),
+    ]
+    if problems:
+        raise ConfigError(problems)
+    multiple = (asked.pad_to_multiple_of if asked is not None else None) or 1
+    size = -(-len(ids) // multiple) * multiple
+    giver = str(models[0] if source == "base" else source)
+    return Vocabulary(info, size, giver)
+
+
+@contextmanager
+def _listed_by_id() -> Iterator[None]:
+    """Have fast tokenizers list their tokens by id.
+
+    They list them in another order each time, and mergekit numbers those of a union as listed: the
+    same merge would have other ids in every run, and a replay others than the fit.
+    """
+    stock = PreTrainedTokenizerFast.get_vocab
+
+    def get_vocab(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+        return dict(sorted(stock(tokenizer).items(), key=itemgetter(1)))
+
+    PreTrainedTokenizerFast.get_vocab = get_vocab  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        PreTrainedTokenizerFast.get_vocab = stock  # type: ignore[method-assign]
+
+
+def _gaps(ids: Mapping[str, int]) -> list[str]:
+    """mergekit makes as many rows as there are tokens."""
+    last = max(ids.values())
+    if last < len(ids):
+        return []
+    return [
+        f"tokenizer: mergekit can only number tokens without gaps, but the last of {len(ids):,} "
+        f"tokens has id {last}; take another `source`, or leave out the section `tokenizer` if all "
+        f"models have the same tokens"
+    ]
+
+
+def _rows_missing(info: TokenizerInfo) -> list[str]:
+    """Tokens that a model's tokenizer has beyond the rows of its embedding."""
+    problems = []
+    ids = info.tokenizer.get_vocab()
+    for model, permutation in info.permutations.items():
+        beyond = [token for token, new in ids.items() if new not in permutation]
+        if beyond:
+            named = ", ".join(map(repr, sorted(beyond)[:3]))
+            problems.append(
+                f"tokenizer: {model} has {len(beyond)} tokens ({named}"
+                f"{' and others' if len(beyond) > 3 else ''}) without a row of its embedding, as "
+                f"`vocab_size` in its config.json says; give it the tokenizer that it was trained "
+                f"with, or resize its embedding"
+            )
+    return problems
+
+
+def _overrides_missing(
+    info: TokenizerInfo,
+    models: Sequence[ModelReference],
+    overrides: Mapping[str, TokenEmbeddingConfig],
+    trust_remote_code: bool,
+) -> list[str]:
+    """Overrides of tokens that name an embedding that is not there."""
+    problems = []
+    for token, override in overrides.items():
+        new = info.tokenizer.get_vocab()[token]
+        had = [model for model in models if info.permutations[model].get(new, LOST) >= 0]
+        if not override.force and len(had) == len(models):
+            continue  # mergekit does not look at it
+        where, source = f"tokenizer.tokens[{token!r}]", override.source
+        if source is None:
+            problems.append(
+                f"{where}: required a `source`, since "
+                f"{'`force` is set' if override.force else 'some models do not have the token'}"
+            )
+        elif isinstance(source, ModelTokenEmbedding):
+            problems += [
+                f"{where}: {p}"
+                for p in _model_token_missing(info, models, source, trust_remote_code)
+            ]
+        elif not isinstance(source, ZeroEmbedding) and source not in had:
+            reason = "does not have the token" if source in models else "is no model of the merge"
+            problems.append(f"{where}: its `source` {source} {reason}")
+    return problems
+
+
+def _model_token_missing(
+    info: TokenizerInfo,
+    models: Sequence[ModelReference],
+    source: ModelTokenEmbedding,
+    trust_remote_code: bool,
+) -> list[str]:
+    if source.model not in models:
+        return [f"its `source` {source.model} is no model of the merge"]
+    rows = get_vocab_size(source.model.model, trust_remote_code=trust_remote_code)
+    if source.token_id is not None and rows is not None and not 0 <= source.token_id < rows:
+        return [f"{source.model} has no row {source.token_id}, but {rows} of them"]
+    vocabulary = info.original_vocabs.get(source.model, {})
+    if source.token is not None and source.token not in vocabulary:
+        return [f"{source.model} has no token {source.token!r}"]
+    return []
