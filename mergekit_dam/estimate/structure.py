@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mergekit_dam.model.decoder import own_weights
 from mergekit_dam.model.experts import routing_of, run_expert
+from mergekit_dam.model.hooks import own_weights
 from mergekit_dam.model.part import Part
 
 Kind = Literal["linear", "norm", "embedding", "head", "router", "experts", "other"]

@@ -82,7 +82,7 @@ def _without(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
 
 def check_complete(decoder: Decoder, placed: Sequence[PlacedTensor]) -> None:
     """Every weight that a model loads must have been planned by mergekit."""
-    planned = {decoder.canonical(tensor.spec.name) for tensor in placed}
+    planned = {decoder.names.canonical(tensor.spec.name) for tensor in placed}
     missing = [name for name, first in decoder.names.first.items() if first not in planned]
     if missing:
         raise ArchitectureError(
@@ -122,7 +122,7 @@ def check_shapes(decoder: Decoder, shapes: Mapping[str, tuple[int, ...]]) -> Non
         ArchitectureError: naming the first tensors that have not.
     """
     own = {name: tuple(w.shape) for name, w in decoder.model.state_dict(keep_vars=True).items()}
-    expected = {name: own.get(decoder.in_model(name) or "") for name in shapes}
+    expected = {name: own.get(decoder.names.in_model(name) or "") for name in shapes}
     wrong = [name for name, shape in expected.items() if shape not in (None, shapes[name])]
     if wrong:
         listed = "; ".join(

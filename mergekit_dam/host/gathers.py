@@ -60,7 +60,8 @@ class KnownTokenizer(BuildTokenizer, arbitrary_types_allowed=True):
     vocabulary: Vocabulary
 
     def execute(self, **_: Any) -> TokenizerInfo:
-        return self.vocabulary.info
+        info: TokenizerInfo = self.vocabulary.info
+        return info
 
 
 class TeachersVocabulary(PermutedVocabulary):

@@ -91,7 +91,7 @@ def _planned_tensors(
     elif decoder is not None:
         needed = [name for name, _ in decoder.model.named_parameters()]
     names = (weight.name for weight, _ in planned)
-    own = {name if decoder is None else decoder.in_model(name) for name in names}
+    own = {name if decoder is None else decoder.names.in_model(name) for name in names}
     tasks, regions = fuse_experts(planned, set(needed) - own, merge.config.model_type)
     if regions:
         whole = {r.whole: teaching.get(name, frozenset()) for name, r in regions.items()}

@@ -18,6 +18,7 @@ from mergekit_dam.host.headers import WeightTask
 from mergekit_dam.host.prepare import Prepared
 from mergekit_dam.host.tasks import FitStage, Known, MergeKnown, Search
 from mergekit_dam.model.decoder import Decoder
+from mergekit_dam.model.probe import make_decoder
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Merge:
     def decoder(self) -> Decoder:
         """The decoder of the merged model."""
         device = torch.device("cpu")
-        return Decoder(self.config, device, trust_remote_code=self.options.trust_remote_code)
+        return make_decoder(self.config, device, trust_remote_code=self.options.trust_remote_code)
 
 
 @dataclass(frozen=True)

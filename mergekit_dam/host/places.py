@@ -10,6 +10,7 @@ from mergekit.graph import Task
 from mergekit_dam.coefficients.tensors import TensorSpec
 from mergekit_dam.host.headers import WeightTask
 from mergekit_dam.model.decoder import Decoder
+from mergekit_dam.model.probe import input_or_output
 from mergekit_dam.sources.stage import StageKind
 
 
@@ -34,23 +35,25 @@ def place_tensors(
     planned: Sequence[WeightTask], specs: Sequence[TensorSpec], decoder: Decoder
 ) -> list[PlacedTensor]:
     """Where every planned tensor acts in the decoder."""
-    found = [decoder.in_model(spec.name) for spec in specs]
+    found = [decoder.names.in_model(spec.name) for spec in specs]
     specs = [
         dataclasses.replace(spec, renamed=name) if name not in (None, spec.name) else spec
         for spec, name in zip(specs, found, strict=True)
     ]
     names = {name: spec.name for spec, name in zip(specs, found, strict=True) if name is not None}
-    parts = decoder.input_or_output(frozenset(n for n in names if decoder.block_of(n) is None))
+    parts = input_or_output(
+        decoder, frozenset(n for n in names if decoder.names.block_of(n) is None)
+    )
     placed = []
     for (_, task), spec, name in zip(planned, specs, found, strict=True):
         gather = task.gather_tensors
-        canonical = None if name is None else decoder.canonical(name)
+        canonical = None if name is None else decoder.names.canonical(name)
         if name is None or canonical is None:
             placed.append(PlacedTensor("outside", 0, spec, gather))
         elif canonical != name and canonical in names:
             tied = dataclasses.replace(spec, tied_to=names[canonical])
             placed.append(PlacedTensor("output", 0, tied, gather))
-        elif (block := decoder.block_of(name)) is not None:
+        elif (block := decoder.names.block_of(name)) is not None:
             placed.append(PlacedTensor("block", block, spec, gather))
         else:
             placed.append(PlacedTensor(parts.get(name, "outside"), 0, spec, gather))

@@ -77,7 +77,7 @@ def planned_stages(placed: Sequence[PlacedTensor], models: Models) -> list[Plann
 
 def _tied_head(placed: Sequence[PlacedTensor], decoder: Decoder) -> PlacedTensor | None:
     """The tensor of the input that the head is tied to."""
-    name = decoder.canonical(f"{decoder.head_name}.weight")
+    name = decoder.names.canonical(f"{decoder.head_name}.weight")
     return next((p for p in placed if p.kind == "input" and p.spec.in_model == name), None)
 
 

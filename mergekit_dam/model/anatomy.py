@@ -7,7 +7,7 @@ to their recorded outputs, one output is disturbed, and the effect on the part's
 compared with the disturbance.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mergekit_dam.model.experts import close, fused_linears, makes_logits, routing_of
-from mergekit_dam.model.hooks import copy_of, first_tensor
+from mergekit_dam.model.hooks import After, copy_of, first_tensor, hooked
 from mergekit_dam.model.units import Anatomy, Run, Unit, UnitCall
 from mergekit_dam.model.writes import measure_writes, same_tensor
 
@@ -91,10 +91,9 @@ def _of_some_tokens(
 def _record(root: nn.Module, run: Run, owners: Mapping[str, Any]) -> dict[str, UnitCall]:
     """Run once and keep, in call order, what every owner of parameters got and gave."""
     records: dict[str, UnitCall] = {}
-    handles = []
 
-    def hook_for(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def hook_for(name: str) -> After:
+        def hook(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
             if name in records:
                 records[name].calls += 1
             else:
@@ -103,14 +102,8 @@ def _record(root: nn.Module, run: Run, owners: Mapping[str, Any]) -> dict[str, U
 
         return hook
 
-    for name in owners:
-        module = root.get_submodule(name)
-        handles.append(module.register_forward_hook(hook_for(name), with_kwargs=True))
-    try:
+    with hooked(root, after={name: hook_for(name) for name in owners}):
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     return records
 
 

@@ -1,13 +1,12 @@
-"""A transformers model without weights: its class, its list of blocks, the names of its weights.
+"""A transformers model without weights: its class, its module tree, its list of blocks.
 
 Nothing here goes by names of architectures: mergekit says which of transformers' classes loads
-one, and transformers which module holds the language model, and what a checkpoint's names mean.
+one, and transformers which module holds the language model.
 """
 
 from typing import Any
 
 import transformers
-from accelerate import init_empty_weights
 from mergekit.common import get_auto_cls
 from torch import nn
 from transformers import (
@@ -16,10 +15,13 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.initialization import no_init_weights
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mergekit_dam.errors import ArchitectureError
+from mergekit_dam.model.compat import (
+    GradientCheckpointingLayer,
+    init_empty_weights,
+    no_init_weights,
+)
 
 _CLASSES: dict[Any, Any] = {
     AutoModelForCausalLM: transformers.MODEL_FOR_CAUSAL_LM_MAPPING,

@@ -1,18 +1,82 @@
 """Modules watched while a model runs, and made to put out what is known already."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from mergekit_dam.model.experts import Routing, routing_of
 
+Before: TypeAlias = Callable[[tuple[Any, ...], Mapping[str, Any]], None]
+"""Called with the positional and the keyword arguments of a module's call."""
+
+After: TypeAlias = Callable[[tuple[Any, ...], Mapping[str, Any], Any], Any]
+"""Called with the same and the output; what it returns, unless None, is put out instead."""
+
 
 class Stop(Exception):
-    """Ends a forward pass once all that was asked for is captured."""
+    """Ends a forward pass early, once all that was asked for is recorded."""
+
+
+@contextlib.contextmanager
+def until(stop: Stop) -> Iterator[None]:
+    """End the body where this very exception is raised: forward passes are nested."""
+    try:
+        yield
+    except Stop as raised:
+        if raised is not stop:
+            raise
+
+
+@contextlib.contextmanager
+def hooked(
+    root: nn.Module,
+    *,
+    before: Mapping[str, Before] | None = None,
+    after: Mapping[str, After] | None = None,
+) -> Iterator[None]:
+    """Call hooks before and after modules run, while the body does.
+
+    Args:
+        before, after: path of a module below the root -> its hook.
+    """
+    handles = [
+        root.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, kwargs, hook=hook: hook(args, kwargs), with_kwargs=True
+        )
+        for name, hook in (before or {}).items()
+    ]
+    handles += [
+        root.get_submodule(name).register_forward_hook(
+            lambda _, args, kwargs, output, hook=hook: hook(args, kwargs, output),
+            with_kwargs=True,
+        )
+        for name, hook in (after or {}).items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def replaced_forward(
+    pairs: Iterable[tuple[nn.Module, Callable[..., Any]]],
+) -> Iterator[None]:
+    """Call other functions in place of modules' own forward while the body runs."""
+    modules = []
+    try:
+        for module, forward in pairs:
+            module.forward = forward
+            modules.append(module)
+        yield
+    finally:
+        for module in modules:
+            del module.forward
 
 
 @dataclass
@@ -39,15 +103,14 @@ def capture(
     Args:
         stop: end the forward pass as soon as everything asked for was captured.
     """
-    captured = Captured()
-    handles = []
+    captured, enough = Captured(), Stop()
 
     def check() -> None:
         if stop and len(captured.inputs) == len(inputs) and len(captured.outputs) == len(outputs):
-            raise Stop
+            raise enough
 
-    def before(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def entering(name: str) -> Before:
+        def hook(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             captured.inputs[name] = _fp32_copy(first_tensor((args, kwargs)))
             routing = routing_of(args, kwargs)
             if routing is not None:
@@ -56,24 +119,17 @@ def capture(
 
         return hook
 
-    def after(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: Any, output: Any) -> None:
+    def leaving(name: str) -> After:
+        def hook(_: Any, __: Any, output: Any) -> None:
             captured.outputs[name] = _fp32_copy(output)
             check()
 
         return hook
 
-    for name in inputs:
-        module = root.get_submodule(name)
-        handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-    for name in outputs:
-        handles.append(root.get_submodule(name).register_forward_hook(after(name)))
-    try:
-        with contextlib.suppress(Stop):
-            yield captured
-    finally:
-        for handle in handles:
-            handle.remove()
+    before = {name: entering(name) for name in inputs}
+    after = {name: leaving(name) for name in outputs}
+    with until(enough), hooked(root, before=before, after=after):
+        yield captured
 
 
 @contextlib.contextmanager
@@ -84,32 +140,25 @@ def watch(root: nn.Module, outputs: tuple[str, ...]) -> Iterator[dict[str, Tenso
     """
     seen: dict[str, Tensor] = {}
 
-    def hook_for(name: str) -> Callable[..., Tensor]:
-        def hook(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def hook_for(name: str) -> After:
+        def hook(_: Any, __: Any, output: Tensor) -> Tensor:
             seen[name] = output
             return output.clone()
 
         return hook
 
-    handles = [root.get_submodule(name).register_forward_hook(hook_for(name)) for name in outputs]
-    try:
+    with hooked(root, after={name: hook_for(name) for name in outputs}):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager
 def substitute(root: nn.Module, outputs: Mapping[str, Tensor]) -> Iterator[None]:
     """While the body runs the part, units put out copies of what is known, without computing."""
-    modules = [root.get_submodule(name) for name in outputs]
-    for module, output in zip(modules, outputs.values(), strict=True):
-        module.forward = lambda *_, output=output, **__: output.clone()
-    try:
+    with replaced_forward(
+        (root.get_submodule(name), lambda *_, output=output, **__: output.clone())
+        for name, output in outputs.items()
+    ):
         yield
-    finally:
-        for module in modules:
-            del module.forward
 
 
 def copy_of(value: Any) -> Any:
@@ -135,3 +184,9 @@ def first_tensor(value: Any) -> Any:
         if found is not None:
             return found
     return None
+
+
+def own_weights(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters and buffers that are a module's own."""
+    named = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    return tuple(name for name, _ in named)

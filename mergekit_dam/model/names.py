@@ -1,10 +1,15 @@
-"""TODO mergekit_dam/model/names.py."""
+"""Names of a model's weights: in its modules, in checkpoints, and where they belong."""
 
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from mergekit_dam.model.compat import (
+    WeightConverter,
+    WeightRenaming,
+    get_model_conversion_mapping,
+    rename_source_key,
+)
 
 
 @dataclass(frozen=True)
@@ -13,21 +18,24 @@ class WeightNames:
 
     Attributes:
         first: every name -> the first name of that weight (tied ones share it).
+        blocks: path of the list of decoder blocks.
     """
 
     first: dict[str, str]
+    blocks: str
     _renamings: tuple[WeightRenaming, ...]
     _converters: tuple[WeightConverter, ...]
     _prefix: str
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> "WeightNames":
-        """The names of a model's weights."""
+    def of(cls, model: PreTrainedModel, blocks: str = "") -> "WeightNames":
+        """The names of a model's weights, whose decoder blocks are in the list `blocks`."""
         saved = {n: w for n, w in model.state_dict(keep_vars=True).items() if w.is_floating_point()}
         first: dict[int, str] = {}
         transforms = get_model_conversion_mapping(model)
         return cls(
             {name: first.setdefault(id(weight), name) for name, weight in saved.items()},
+            blocks,
             tuple(t for t in transforms if isinstance(t, WeightRenaming)),
             tuple(t for t in transforms if isinstance(t, WeightConverter)),
             model.base_model_prefix,
@@ -36,12 +44,29 @@ class WeightNames:
     def in_model(self, name: str) -> str | None:
         """The model's own name for what a checkpoint calls `name`; None if it has no such weight.
 
-        What transformers makes one weight of many (fused experts) is none of them.
+        A piece of a fused weight (of one expert, say) has no name of its own in the model.
         """
         if name in self.first:
             return name
         renamed, piece = self._renamed(name)
         return renamed if not piece and renamed in self.first else None
+
+    def canonical(self, name: str) -> str | None:
+        """The first name of a weight (tied ones have several), or None if the model has none."""
+        found = self.in_model(name)
+        return None if found is None else self.first[found]
+
+    def block_of(self, name: str) -> int | None:
+        """Index of the block that a parameter belongs to, or None."""
+        prefix = f"{self.blocks}."
+        if not name.startswith(prefix):
+            return None
+        index = name[len(prefix) :].split(".", 1)[0]
+        return int(index) if index.isdigit() else None
+
+    def block_name(self, index: int) -> str:
+        """Prefix of the parameters of a block, without the trailing dot."""
+        return f"{self.blocks}.{index}"
 
     def _renamed(self, name: str) -> tuple[str, bool]:
         """A checkpoint's name by transformers' rules, and whether it is a piece of a weight."""

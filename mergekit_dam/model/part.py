@@ -120,7 +120,7 @@ def block_part(decoder: Decoder, index: int, dtype: torch.dtype = torch.float32)
         return decoder.run_block(index, weights, hidden)
 
     label = f"block {index + 1}/{len(decoder.blocks)}"
-    prefix = f"{decoder.block_name(index)}."
+    prefix = f"{decoder.names.block_name(index)}."
     return Part(label, prefix, decoder.blocks[index], run, residual=True, dtype=dtype)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_dam.model.experts import ACCURACY
-from mergekit_dam.model.hooks import copy_of, first_tensor
+from mergekit_dam.model.hooks import After, copy_of, first_tensor, hooked
 from mergekit_dam.model.units import Run, Unit, UnitCall, Write
 
 
@@ -24,19 +24,14 @@ def measure_writes(
     generator = torch.Generator(source.device).manual_seed(0)
 
     def held_run(disturbed: str | None, by: Tensor | None) -> Tensor:
-        handles = []
-        for name in held:
+        def put_out(name: str) -> After:
             value = records[name].output
-            if name == disturbed:
-                value = value + by
-            module = root.get_submodule(name)
-            handles.append(module.register_forward_hook(lambda *_, value=value: copy_of(value)))
-        try:
+            value = value + by if name == disturbed else value
+            return lambda *_: copy_of(value)
+
+        with hooked(root, after={name: put_out(name) for name in held}):
             output: Tensor = copy_of(first_tensor(run()))
-            return output
-        finally:
-            for handle in handles:
-                handle.remove()
+        return output
 
     reference = held_run(None, None)
     smallest = max(_size(reference), 1e-3)

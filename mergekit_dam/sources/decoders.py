@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 
 from mergekit_dam.errors import ArchitectureError
 from mergekit_dam.model.decoder import Decoder
+from mergekit_dam.model.probe import make_decoder
 from mergekit_dam.sources.slices import stacked
 
 
@@ -40,7 +41,7 @@ def source_decoders(
         config = stacked(config, stacks[model]) if model in stacks else output.config
         key = _forward_key(config)
         if key not in decoders:
-            decoders[key] = Decoder(
+            decoders[key] = make_decoder(
                 config, torch.device("cpu"), trust_remote_code=options.trust_remote_code
             )
         found.append(decoders[key])
