@@ -16,7 +16,7 @@ from mergekit_dam.estimate.structure import Group, UnitShape, groups_of
 from mergekit_dam.host.headers import Header
 from mergekit_dam.parameters import RunParameters
 from mergekit_dam.sources.stage import Stage, StageKind
-from mergekit_dam.streams.share import border
+from mergekit_dam.streams.share import Share
 
 _PROBE_TOKENS = 2
 
@@ -114,7 +114,9 @@ class Text:
         """Of all models: sequences of the fit of about `limit` tokens of each, at least one."""
         most = max(1, limit // self.length)
         splits = zip(self.sequences, self.held_out, strict=True)
-        return self.length * sum(min(border(n, held, "fit")[1], most) for n, held in splits)
+        return self.length * sum(
+            min(Share.of_all(n, held).count("fit"), most) for n, held in splits
+        )
 
 
 @dataclass(frozen=True)

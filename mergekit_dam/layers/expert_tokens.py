@@ -17,7 +17,7 @@ from mergekit_dam.model.experts import Routing
 from mergekit_dam.model.units import Unit
 from mergekit_dam.parameters import ExpertFeed
 from mergekit_dam.streams.distributed import all_sum, all_sums
-from mergekit_dam.streams.share import Split
+from mergekit_dam.streams.share import SPLITS, Split
 from mergekit_dam.streams.storage import Sequences
 from mergekit_dam.streams.stream import Stream
 
@@ -117,9 +117,8 @@ def observe(walk: Walk, group: int, unit: Unit, stream: Stream) -> RoutedStream:
     counted, energy = torch.cat([*weighted, torch.empty(0)]), torch.cat([*energies, torch.empty(0)])
     length = stream.teacher.shape[1]
     sums: dict[Split, RoutingTotals] = {}
-    splits: tuple[Split, ...] = ("fit", "held_out")
-    for split in splits:
-        first, last = (length * border for border in stream.border(split))
+    for split in SPLITS:
+        first, last = (length * border for border in stream.share.rows(split))
         own = counted[first:last].double()
         gradients, weight = all_sums([float(own @ energy[first:last].double()), float(own.sum())])
         sent = torch.bincount(experts[first:last].reshape(-1), minlength=count)

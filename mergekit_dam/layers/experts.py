@@ -150,7 +150,7 @@ def _too_few(walk: Walk, streams: list[RoutedStream], expert: int, fed: ExpertFe
     """Why an expert has too few tokens to be fitted, if it has."""
     if fed == "all":
         return None
-    splits: tuple[Split, ...] = ("fit", judging_split(walk.streams))
+    splits: tuple[Split, ...] = ("fit", judging_split(s.share for s in walk.streams))
     fit, judging = (sum(int(s.sums[split].sent[expert]) for s in streams) for split in splits)
     if fit < FEWEST:
         return f"start kept: fewer than {FEWEST} calibration tokens were sent to it"
@@ -187,7 +187,7 @@ def _evidence(
     shape = list(sources.tensors[0].shape[1:])
     columns = shape.pop(expert_axis(linear.axis))
     dtype = precision(columns * sources.settings.parametrisation.expand.shape[1])
-    judged_on = judging_split(walk.streams)
+    judged_on = judging_split(s.share for s in walk.streams)
     fit: list[LinearMoments] = []
     held_out: list[LinearTokens] = []
     for routed, metric in zip(streams, metrics, strict=True):

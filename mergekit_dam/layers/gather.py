@@ -48,7 +48,7 @@ def gather(
     """
     fit: dict[str, list[M]] = {unit.name: [] for unit in units}
     held_out: dict[str, list[Judge]] = {unit.name: [] for unit in units}
-    judged_on = judging_split(walk.streams)
+    judged_on = judging_split(stream.share for stream in walk.streams)
     loss_weights = {unit.name: walk.weight(unit).settings.loss_weights for unit in units}
 
     def factor(name: str, sums: Judge, stream: Stream) -> float:

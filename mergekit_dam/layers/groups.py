@@ -148,7 +148,7 @@ def fit_embeddings(walk: Walk, group: int, units: list[Unit]) -> Settled:
     usage = []
     for stream in walk.streams:
         fit = count(stream, "fit")
-        held_out = count(stream, "held_out") if stream.held_out else fit
+        held_out = count(stream, "held_out") if stream.share.held_out else fit
         usage.append(Usage(stream.source, fit, held_out))
     yield from _named(unit, [fit_embedding(embedding, usage)])
 

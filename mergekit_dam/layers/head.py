@@ -49,7 +49,7 @@ def fit_head(walk: Walk, unit: Unit, *, temperature: float) -> Iterator[tuple[st
     optimizer = torch.optim.Adam([unknowns], lr=LEARNING_RATE)
     expand = form.expand.to(walk.device)
 
-    judged_on = judging_split(walk.streams)
+    judged_on = judging_split(stream.share for stream in walk.streams)
 
     def loss(coefficients: Tensor, split: Split) -> float:
         weight = head.merged(coefficients, axis=unit.axis).float()
@@ -116,10 +116,9 @@ def _backward(
     share: float,
 ) -> None:
     """Add one sequence's gradient to `weight.grad`, if the sequence is this process's."""
-    number = step % stream.count("fit")
-    if number not in stream.own:
+    index = stream.share.row_of(step % stream.share.count("fit"))
+    if index is None:
         return
-    index = stream.own.index(number)
     with torch.enable_grad():
         weights = {**walk.weights, name: weight}
         loss = _kl(
@@ -141,10 +140,10 @@ def _loss(walk: Walk, name: str, weight: Tensor, split: Split, *, temperature: f
     loss = 0.0
     for stream in walk.streams:
         teacher_weights = walk.teacher_weights(stream)
-        first, last = stream.border(split)
+        first, last = stream.share.rows(split)
         own = sum(
             float(_kl(walk, stream, teacher_weights, weights, slice(i, i + 1), temperature))
             for i in range(first, last)
         )
-        loss += loss_weights[stream.source] / whole * own / stream.count(split)
+        loss += loss_weights[stream.source] / whole * own / stream.share.count(split)
     return all_sums([loss])[0]

@@ -16,7 +16,6 @@ from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.coefficients.tensors import TensorReport
 from mergekit_dam.search.backprop import forward
 from mergekit_dam.search.coordinates import coefficients_of, starting_unknowns
-from mergekit_dam.search.data import Data
 from mergekit_dam.search.gradient import Batch, Objective
 from mergekit_dam.search.judge import Verdict, judge
 from mergekit_dam.search.optimizers import make_optimizer, make_schedule
@@ -24,6 +23,7 @@ from mergekit_dam.search.regularisers import penalty
 from mergekit_dam.sources.network import Network
 from mergekit_dam.streams.share import judging_split
 from mergekit_dam.streams.storage import Sequences
+from mergekit_dam.streams.stream import Stream
 
 LOOKS = 8
 """How often a descent is judged on held-out data."""
@@ -49,7 +49,7 @@ class Descent:
 @torch.enable_grad()
 def descend(
     objective: Objective,
-    data: Sequence[Data],
+    data: Sequence[Stream],
     start: MergeRecord,
     verdict: Verdict,
     *,
@@ -76,7 +76,7 @@ def descend(
     ]
     optimizer = make_optimizer(groups, settings)
     schedule = make_schedule(optimizer, settings, steps)
-    batches = batches_of(data, settings.batch_size, seed)
+    batches = batches_of(data, network.loss_weights, settings.batch_size, seed)
     best, lowest, best_step = start, verdict, 0
     losses = []
     every = max(1, round(steps / LOOKS))
@@ -151,12 +151,15 @@ def merged_rows(coefficients: Mapping[str, Tensor], objective: Objective) -> dic
     }
 
 
-def batches_of(data: Sequence[Data], size: int, seed: int) -> Iterator[list[Batch]]:
+def batches_of(
+    data: Sequence[Stream], loss_weights: Sequence[float], size: int, seed: int
+) -> Iterator[list[Batch]]:
     """Batches without end: the sequences of the fit in random order, again and again.
 
     The order is the same in all processes; each has the sequences of a batch that are its own.
 
     Args:
+        loss_weights: weight of each source's data.
         size: sequences of every model in a batch, if it has so many.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -165,31 +168,30 @@ def batches_of(data: Sequence[Data], size: int, seed: int) -> Iterator[list[Batc
     while True:
         batch = []
         for own, queue in zip(fit, queues, strict=True):
-            count = own.own.stop
+            count = own.share.count("fit")
             wanted = min(size, count)
             if len(queue) < wanted:
                 queue.extend(torch.randperm(count, generator=generator).tolist())
             chosen = [queue.pop(0) for _ in range(wanted)]
-            numbers = [own.own.index(number) for number in chosen if number in own.own]
-            at_hand = torch.tensor(numbers, dtype=torch.int64)
-            batch.append(
-                Batch(own.source, own.weight, own.tokens[at_hand], own.teacher[at_hand], wanted)
-            )
+            rows = [row for number in chosen if (row := own.share.row_of(number)) is not None]
+            at_hand = torch.tensor(rows, dtype=torch.int64)
+            weight, tokens = loss_weights[own.source], own.merged[at_hand]
+            batch.append(Batch(own.source, weight, tokens, own.teacher[at_hand], wanted))
         yield batch
 
 
-def verdict_of(network: Network, point: MergeRecord, data: Sequence[Data]) -> Verdict:
+def verdict_of(network: Network, point: MergeRecord, data: Sequence[Stream]) -> Verdict:
     """Judge a merged model, running only what judges it."""
-    split = judging_split(data)
+    split = judging_split(own.share for own in data)
     kept = [own.of(split) for own in data]
     hidden = forward(
-        network, lambda _, opened: opened.merged_weights(point), [own.tokens for own in kept]
+        network, lambda _, opened: opened.merged_weights(point), [own.merged[:] for own in kept]
     )
     return judged_at_output(network, point, kept, hidden)
 
 
 def judged_at_output(
-    network: Network, point: MergeRecord, data: Sequence[Data], hidden: Sequence[Sequences]
+    network: Network, point: MergeRecord, data: Sequence[Stream], hidden: Sequence[Sequences]
 ) -> Verdict:
     """Judge a merged model by what left its last block."""
     opened = network.output()
@@ -200,9 +202,9 @@ def judged_at_output(
         return lambda x: opened.teacher_part(source).run(own, x)
 
     return judge(
-        [own.stream(merged) for own, merged in zip(data, hidden, strict=True)],
+        [dataclasses.replace(own, merged=x) for own, x in zip(data, hidden, strict=True)],
         lambda x: opened.part.run(weights, x),
         {own.source: teacher(own.source) for own in data},
-        [own.weight for own in data],
+        [network.loss_weights[own.source] for own in data],
         network.device,
     )

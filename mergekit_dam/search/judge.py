@@ -53,11 +53,11 @@ def judge(
         teachers: logits of each stream's teacher, by source.
         weights: loss weight of each stream.
     """
-    split = judging_split(streams)
+    split = judging_split(stream.share for stream in streams)
     sums = []
     for stream in streams:
         teacher = teachers[stream.source]
-        first, last = stream.border(split)
+        first, last = stream.share.rows(split)
         total = sum(
             # One sequence at a time: logits are large.
             divergence(
@@ -68,4 +68,4 @@ def judge(
         )
         sums.append(float(total))
     pairs = zip(all_sums(sums), streams, strict=True)
-    return Verdict(tuple(total / own.count(split) for total, own in pairs), tuple(weights))
+    return Verdict(tuple(total / own.share.count(split) for total, own in pairs), tuple(weights))

@@ -26,7 +26,6 @@ from mergekit_dam.layers.fit import fit_stage
 from mergekit_dam.parameters import RunParameters
 from mergekit_dam.search.backprop import run
 from mergekit_dam.search.coordinates import Coordinate, coordinates_of
-from mergekit_dam.search.data import Data
 from mergekit_dam.search.descend import descend, judged_at_output
 from mergekit_dam.search.gradient import Objective
 from mergekit_dam.search.judge import Verdict
@@ -130,7 +129,7 @@ def survey(
     boundaries: BoundaryStates | None,
     *,
     show: Show,
-) -> tuple[Best, list[Data], list[Stream]]:
+) -> tuple[Best, list[Stream], list[Stream]]:
     """Run every teacher on its data, and the model at the start on all data.
 
     Args:
@@ -140,7 +139,6 @@ def survey(
         The start, the data with what leaves the teachers' last blocks, and the streams there.
     """
     started = time.perf_counter()
-    weights = network.stages[0].tensors[0].settings.loss_weights
     moving = [dataclasses.replace(stream) for stream in streams]
     for number, opened in network.forward():
         show(f"start {opened.part.label}")
@@ -154,13 +152,10 @@ def survey(
             # In line: a name for these weights would outlive the stage.
             left = run(part, opened.teacher_weights(stream.source), stream.teacher, network.device)
             stream.teacher = stream.keep(_finite(left, opened))
-    data = []
-    for stream, moved in zip(streams, moving, strict=True):
-        source, tokens = stream.source, stream.merged
-        assert isinstance(tokens, Tensor)
-        data.append(
-            Data(source, weights[source], tokens, moved.teacher, stream.held_out, stream.numbers)
-        )
+    data = [
+        dataclasses.replace(stream, teacher=moved.teacher)
+        for stream, moved in zip(streams, moving, strict=True)
+    ]
     verdict = judged_at_output(network, start, data, [stream.merged for stream in moving])
     if not math.isfinite(verdict.mean):
         raise _not_finite(network.output())
@@ -187,7 +182,7 @@ def layer_trial(
     network: Network,
     streams: Sequence[Stream],
     best: Best,
-    data: Sequence[Data],
+    data: Sequence[Stream],
     sensitivity: Sensitivity | None,
     *,
     show: Show,
@@ -210,7 +205,7 @@ def logits_trial(
     network: Network,
     settings: RunParameters,
     best: Best,
-    data: Sequence[Data],
+    data: Sequence[Stream],
     boundaries: BoundaryStates,
     *,
     show: Show,
@@ -240,7 +235,7 @@ def logits_trial(
 
 
 def _coordinates(
-    network: Network, settings: RunParameters, data: Sequence[Data]
+    network: Network, settings: RunParameters, data: Sequence[Stream]
 ) -> tuple[dict[str, Coordinate], dict[str, Tensor]]:
     """The fitted tensors of all stages, and the weights of their columns where those are asked."""
     found: dict[str, Coordinate] = {}
@@ -248,7 +243,7 @@ def _coordinates(
     head = network.stages[0].models.output.head_name
     for number, opened in network.all():
         last = number == len(network.stages) - 1
-        like = data[0].tokens[:1] if number == 0 else data[0].teacher[:1]
+        like = data[0].merged[:1] if number == 0 else data[0].teacher[:1]
         anatomy = opened.anatomy(like.to(network.device))
         for coordinate in coordinates_of(opened, anatomy, head if last else None):
             found[coordinate.name] = coordinate

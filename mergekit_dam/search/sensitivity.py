@@ -44,8 +44,9 @@ def gradient_tokens(stream: Stream) -> Tensor:
 
 def _gradient_numbers(stream: Stream) -> range:
     """Numbers of this process's sequences among the first of all that metrics are made of."""
-    count = min(stream.count("fit"), max(1, TOKENS // stream.merged.shape[1]))
-    return range(stream.own.start, count, stream.own.step)
+    count = min(stream.share.count("fit"), max(1, TOKENS // stream.merged.shape[1]))
+    own = stream.share.numbers
+    return range(own.start, count, own.step)
 
 
 class Sensitivity:

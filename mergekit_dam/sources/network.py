@@ -44,6 +44,11 @@ class Network:
         return frozenset(spec.name for stage in self.stages for spec in stage.tensors)
 
     @property
+    def loss_weights(self) -> tuple[float, ...]:
+        """How much each source's data counts, where the whole model is judged."""
+        return self.stages[0].tensors[0].settings.loss_weights
+
+    @property
     def tied(self) -> dict[str, str]:
         """Output tensors that are the same parameter as another: name -> that one's name."""
         specs = (spec for stage in self.stages for spec in stage.tensors)

@@ -1,35 +1,72 @@
-"""Which sequences are whose: of the fit or held out, of this process or another."""
+"""Which sequences of a model's data are of the fit or held out, and which are this process's."""
 
-from collections.abc import Sequence
-from typing import Literal, Protocol
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from mergekit_dam.streams.distributed import share_of
 
 Split = Literal["fit", "held_out"]
 
-
-class Divided(Protocol):
-    """Sequences of which the last so many are held out, in one process or another."""
-
-    @property
-    def held_out(self) -> int: ...
+SPLITS: tuple[Split, Split] = ("fit", "held_out")
+"""In the order in which sequences of them stand."""
 
 
-def judging_split(data: Sequence[Divided]) -> Split:
-    """Held-out data where every model has some, else that of the fit."""
-    return "held_out" if all(own.held_out for own in data) else "fit"
+@dataclass(frozen=True)
+class Share:
+    """This process's share of one model's sequences, of which the last are held out.
+
+    Attributes:
+        numbers: global numbers of this process's sequences; the range's stop is their global
+            count, its step the number of processes.
+        held_out: so many sequences, the last of all, judge the fit and take no part in it.
+    """
+
+    numbers: range
+    held_out: int = 0
+
+    @classmethod
+    def of_all(cls, count: int, held_out: int = 0) -> "Share":
+        """All sequences, in one process."""
+        return cls(range(count), held_out)
+
+    @classmethod
+    def of_process(cls, count: int, held_out: int, turn: int) -> "Share":
+        """The sequences that this process runs.
+
+        Args:
+            turn: the process that gets the first sequence.
+        """
+        return cls(share_of(count, turn), held_out)
+
+    def count(self, split: Split) -> int:
+        """Sequences of a split in all processes."""
+        first, end = self._bounds(split)
+        return end - first
+
+    def rows(self, split: Split) -> tuple[int, int]:
+        """First of this process's sequences in a split, and the one after the last."""
+        own = self.numbers
+        edge = len(range(own.start, own.stop - self.held_out, own.step))
+        return (0, edge) if split == "fit" else (edge, len(own))
+
+    def row_of(self, number: int) -> int | None:
+        """Where this process has the sequence of a global number; None if another one has it."""
+        return self.numbers.index(number) if number in self.numbers else None
+
+    def of(self, split: Split) -> "Share":
+        """The sequences of one split, numbered from 0."""
+        first, end = self._bounds(split)
+        start = (self.numbers.start - first) % self.numbers.step
+        held_out = 0 if split == "fit" else self.held_out
+        return Share(range(start, end - first, self.numbers.step), held_out)
+
+    def _bounds(self, split: Split) -> tuple[int, int]:
+        """Global number of the first sequence of a split, and that after its last."""
+        edge = self.numbers.stop - self.held_out
+        return (0, edge) if split == "fit" else (edge, self.numbers.stop)
 
 
-def border(count: int, held_out: int, split: Split) -> tuple[int, int]:
-    """First sequence of a split, and the one after its last; the last sequences are held out."""
-    edge = count - held_out
-    return (0, edge) if split == "fit" else (edge, count)
-
-
-def own_border(numbers: range, held_out: int, split: Split) -> tuple[int, int]:
-    """The same among the sequences of this process, which have these numbers among all."""
-    edge = len(range(numbers.start, numbers.stop - held_out, numbers.step))
-    return (0, edge) if split == "fit" else (edge, len(numbers))
-
-
-def numbers_within(numbers: range, first: int, last: int) -> range:
-    """Sequences of this process that stand between two of all, counted from the first of them."""
-    return range((numbers.start - first) % numbers.step, last - first, numbers.step)
+def judging_split(shares: Iterable[Share]) -> Split:
+    """The held-out sequences where every model has some, else those of the fit."""
+    return "held_out" if all(share.held_out for share in shares) else "fit"

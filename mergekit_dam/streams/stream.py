@@ -1,13 +1,12 @@
 """The two streams of hidden states that flow from block to block, per calibration set."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from mergekit_dam.streams.distributed import share_of
-from mergekit_dam.streams.share import Split, border, own_border
+from mergekit_dam.streams.share import SPLITS, Share, Split
 from mergekit_dam.streams.storage import Sequences, Storage
 
 CHUNK_TOKENS = 2048
@@ -33,22 +32,22 @@ def concatenated(chunks: Sequence[Tensor], *, none: Tensor) -> Tensor:
 class Stream:
     """One model's calibration data on its way through that model and through the merged one.
 
+    In a search the teacher has gone ahead: it has left its last block, as it runs only once.
+
     Attributes:
         source: index of the model (the teacher) among the sources.
         teacher: what enters the next part of the teacher: token ids int64
             `[sequences, length]`, later hidden states fp32 `[sequences, length, hidden]`.
         merged: the same for the merged model.
-        held_out: the last so many sequences of all judge the fit and take no part in it.
+        share: which sequences these are, and which of them are held out.
         storage: keeps what leaves the next part.
-        numbers: which of all sequences these are; up to their number. None: they are all.
     """
 
     source: int
     teacher: Sequences
     merged: Sequences
-    held_out: int
+    share: Share
     storage: Storage = field(default_factory=Storage)
-    numbers: range | None = None
 
     @classmethod
     def of_tokens(
@@ -63,34 +62,26 @@ class Stream:
         """This process's share of the sequences, at the entrance of the model.
 
         Args:
+            tokens: int64 `[sequences, length]`, of all processes.
             turn: the process that gets the first sequence.
         """
-        numbers = share_of(len(tokens), turn)
-        own = tokens[numbers.start :: numbers.step]
-        return cls(source, own, own, held_out, storage or Storage(), numbers)
+        share = Share.of_process(len(tokens), held_out, turn)
+        own = tokens[share.numbers.start :: share.numbers.step]
+        return cls(source, own, own, share, storage or Storage())
 
-    @property
-    def own(self) -> range:
-        """Numbers of the sequences, among all."""
-        return range(self.teacher.shape[0]) if self.numbers is None else self.numbers
-
-    def count(self, split: Split) -> int:
-        """Sequences of a split, those of all processes."""
-        first, last = border(self.own.stop, self.held_out, split)
-        return last - first
+    def of(self, split: Split) -> "Stream":
+        """The sequences of one split."""
+        first, end = self.share.rows(split)
+        teacher, merged = (x.narrow(0, first, end - first) for x in (self.teacher, self.merged))
+        return replace(self, teacher=teacher, merged=merged, share=self.share.of(split))
 
     def keep(self, leaving: Iterable[Tensor]) -> Sequences:
         """Put what leaves a part, chunk by chunk, where the stream is kept."""
-        if not self.own:
+        if not self.share.numbers:
             return self.teacher
         return self.storage.keep(leaving, self.teacher.shape[0])
 
     def chunks(self, split: Split | None = None) -> Iterator[slice]:
         """Slices of sequences, in order; of all of them or of one split."""
-        splits: tuple[Split, ...] = ("fit", "held_out") if split is None else (split,)
-        for first, last in map(self.border, splits):
-            yield from chunks(first, last, self.teacher.shape[1])
-
-    def border(self, split: Split) -> tuple[int, int]:
-        """First sequence of a split, and the one after its last."""
-        return own_border(self.own, self.held_out, split)
+        for own in SPLITS if split is None else (split,):
+            yield from chunks(*self.share.rows(own), self.teacher.shape[1])
