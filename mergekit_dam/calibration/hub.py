@@ -5,7 +5,7 @@ from typing import Any
 
 from mergekit_dam.calibration.rows import Row, require
 from mergekit_dam.calibration.source import CalibrationSource
-from mergekit_dam.errors import CalibrationError
+from mergekit_dam.errors import CalibrationError, first_line
 
 DEFAULT_SPLIT = "train"
 SHUFFLE_BUFFER = 1000  # documents; the shards are shuffled too
@@ -47,7 +47,7 @@ def hub_rows(source: CalibrationSource, *, revision: str | None, seed: int) -> I
 
 
 def _explain(error: Exception, source: CalibrationSource, split: str, datasets: Any) -> str:
-    name, said = source.location, _first_line(error)
+    name, said = source.location, first_line(error)
     if isinstance(error, datasets.exceptions.DatasetNotFoundError):
         return (
             f"{name!r} is neither a path here ({source.path.absolute()} does not exist) nor a "
@@ -66,7 +66,3 @@ def _explain(error: Exception, source: CalibrationSource, split: str, datasets: 
         every = " ".join(str(error).split())
         return f"the dataset {name!r} has {found} ({every}): write `{name}:name=...`"
     return f"the dataset {name!r}, split {split!r}, cannot be read: {type(error).__name__}: {said}"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

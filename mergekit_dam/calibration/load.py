@@ -14,7 +14,7 @@ from mergekit_dam.calibration.pieces import CHARACTERS_PER_TOKEN, Intake, shuffl
 from mergekit_dam.calibration.rows import Row
 from mergekit_dam.calibration.sets import CalibrationSet, Provenance, tokens_sha256
 from mergekit_dam.calibration.source import CalibrationSource
-from mergekit_dam.errors import CalibrationError
+from mergekit_dam.errors import CalibrationError, inside
 
 LOG = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def load_calibration(
     Raises CalibrationError for anything wrong with the source, its documents or the token
     ids, and if there are too few tokens.
     """
-    try:
+    with inside(f"calibration of {model}"):
         source = CalibrationSource.parse(text)
         return _load(
             source,
@@ -61,8 +61,6 @@ def load_calibration(
             seed=seed,
             spelled=spelled,
         )
-    except CalibrationError as error:
-        raise CalibrationError(f"calibration of {model}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

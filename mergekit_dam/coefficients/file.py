@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,19 @@ LOG = logging.getLogger(__name__)
 
 FILE_NAME = "dam_coefficients.safetensors"
 _METADATA_KEY = "mergekit_dam"
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Write a file so that a reader sees the whole of it or none.
+
+    Yields:
+        Where to write it; it takes its name when the body is through.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    yield temporary
+    temporary.replace(path)
 
 
 @dataclass(frozen=True)
@@ -48,10 +62,8 @@ class CoefficientFile:
             return [self.sources.index(source) for source in sources]
         if len(sources) != len(self.sources):
             raise ConfigError(
-                [
-                    f"{self.parameter}: made from {len(self.sources)} models "
-                    f"({', '.join(self.sources)}), got {len(sources)} ({', '.join(sources)})"
-                ]
+                f"{self.parameter}: made from {len(self.sources)} models "
+                f"({', '.join(self.sources)}), got {len(sources)} ({', '.join(sources)})"
             )
         pairs = ", ".join(f"{a} as {b}" for a, b in zip(sources, self.sources, strict=True))
         LOG.warning("%s: models go by other names now; taking %s", self.parameter, pairs)
@@ -59,8 +71,6 @@ class CoefficientFile:
 
     def save(self, path: Path) -> None:
         """Write atomically: a reader sees the whole file or none."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
         # Under one key: safetensors writes several in an order that differs from run to run.
         provenance = json.dumps({**self.metadata, "sources": self.sources}, sort_keys=True)
         # Tied tensors share their coefficients, which safetensors refuses to write.
@@ -68,8 +78,8 @@ class CoefficientFile:
             name: tensor.clone(memory_format=torch.contiguous_format)
             for name, tensor in self.coefficients.items()
         }
-        save_file(tensors, temporary, metadata={_METADATA_KEY: provenance})
-        temporary.replace(path)
+        with written_whole(path) as temporary:
+            save_file(tensors, temporary, metadata={_METADATA_KEY: provenance})
 
     @classmethod
     def load(cls, path: str | Path, *, parameter: str = "coefficients") -> "CoefficientFile":
@@ -85,10 +95,8 @@ class CoefficientFile:
         file = path / FILE_NAME if path.is_dir() else path
         if not file.is_file():
             raise ConfigError(
-                [
-                    f"{parameter}: no file at {file}; give the path of a {FILE_NAME} "
-                    f"that an earlier dam merge wrote, or of its folder"
-                ]
+                f"{parameter}: no file at {file}; give the path of a {FILE_NAME} "
+                f"that an earlier dam merge wrote, or of its folder"
             )
         try:
             with safe_open(file, framework="pt") as handle:
@@ -97,6 +105,6 @@ class CoefficientFile:
             sources = tuple(metadata.pop("sources"))
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ConfigError(
-                [f"{parameter}: {file} was not written by a dam merge ({error!r})"]
+                f"{parameter}: {file} was not written by a dam merge ({error!r})"
             ) from error
         return cls(tensors, sources, metadata, parameter)

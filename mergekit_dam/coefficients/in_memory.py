@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mergekit_dam.coefficients.file import CoefficientFile
-from mergekit_dam.coefficients.merge import column_counts, merge_weights
+from mergekit_dam.coefficients.merge import column_problem, merge_weights
 from mergekit_dam.coefficients.parametrisation import Parametrisation
 from mergekit_dam.errors import DamError
 
@@ -46,18 +46,14 @@ def merge_given(
     """
     coefficients, axis, order = _found(given, ids, name)
     tensors = [tensors[index] for index in order or range(len(tensors))]
-    allowed = column_counts(tensors[0].shape, axis)
     if coefficients.ndim != 2 or coefficients.shape[0] != len(tensors):
         raise DamError(
-            f"{name}: required coefficients of shape [{len(tensors)}, 1] or [{len(tensors)}, "
-            f"{allowed[-1]}], a row for each of the tensors, got {list(coefficients.shape)}"
+            f"{name}: required coefficients of shape [{len(tensors)}, n], a row for each of the "
+            f"tensors, got {list(coefficients.shape)}"
         )
-    if coefficients.shape[1] not in allowed:
-        raise DamError(
-            f"{name}: required {allowed[-1]} coefficients a tensor, or one, got "
-            f"{coefficients.shape[1]}; they belong to tensors of another shape than "
-            f"{list(tensors[0].shape)}"
-        )
+    problem = column_problem(coefficients.shape[1], tensors[0].shape, axis)
+    if problem:
+        raise DamError(f"{name}: {problem}")
     return merge_weights(tensors, coefficients.float(), axis=axis).to(tensors[0].dtype)
 
 

@@ -56,7 +56,7 @@ def _pieces(tensor: Tensor) -> Iterator[Any]:
 
 
 def column_counts(shape: Sequence[int], axis: int = -1) -> tuple[int, ...]:
-    """How many coefficients a source may have before a tensor: 1, one a column, one an expert's.
+    """Allowed numbers of coefficients per source: 1, one per column, or one per expert and column.
 
     Args:
         shape: of the tensor; of three dimensions, the first are experts.
@@ -68,8 +68,23 @@ def column_counts(shape: Sequence[int], axis: int = -1) -> tuple[int, ...]:
     return (1, columns, shape[0] * columns) if len(shape) == 3 else (1, columns)
 
 
+def column_problem(count: int, shape: Sequence[int], axis: int = -1) -> str | None:
+    """Say why a source cannot have so many coefficients before a tensor; None if it can.
+
+    Args:
+        shape, axis: as in `column_counts`.
+    """
+    allowed = column_counts(shape, axis)
+    if count in allowed:
+        return None
+    return (
+        f"required {allowed[-1]} coefficients per source, or 1, got {count}; they belong to a "
+        f"tensor of another shape than {list(shape)}"
+    )
+
+
 def _facing(count: int, shape: Sequence[int], axis: int) -> list[int]:
-    """The shape in which so many coefficients multiply a tensor."""
+    """Shape that broadcasts `count` coefficients along `axis`."""
     facing = [1] * len(shape)
     if shape:
         facing[axis] = -1

@@ -124,13 +124,11 @@ def read_configuration(file: Path) -> tuple[MergeConfiguration, dict[str, Any]]:
         source = yaml.safe_load(file.read_text(encoding="utf-8"))
         config: MergeConfiguration = MergeConfiguration.model_validate(source)
     except (yaml.YAMLError, UnicodeDecodeError, ValidationError, RuntimeError) as error:
-        raise ConfigError([f"{file}: mergekit cannot read it ({error})"]) from error
+        raise ConfigError(f"{file}: mergekit cannot read it ({error})") from error
     if config.merge_method != NAME:
         raise ConfigError(
-            [
-                f"{file}: required `merge_method: {NAME}`, got `{config.merge_method}`; the plan "
-                "is of this method's fit"
-            ]
+            f"{file}: required `merge_method: {NAME}`, got `{config.merge_method}`; the plan "
+            "is of this method's fit"
         )
     return config, source
 

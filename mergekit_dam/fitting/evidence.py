@@ -1,4 +1,4 @@
-"""TODO mergekit_dam/fitting/evidence.py."""
+"""The data of one tensor's fit, and what judges it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +36,43 @@ class Judge(Protocol):
 
 
 M = TypeVar("M", LinearMoments, FeatureMoments)
+
+
+class Pool(Generic[M]):
+    """The evidence of one tensor, gathered from one stream after the other.
+
+    Args:
+        measured_alike: errors of all streams are measured in one metric, so that their sums are
+            added up; else each stream keeps its own.
+    """
+
+    def __init__(self, *, measured_alike: bool) -> None:
+        self._add_up = measured_alike
+        self._fit: list[M] = []
+        self._held_out: list[Judge] = []
+
+    def add(self, sums: M, scale: float) -> None:
+        """Add a stream's sums over the data of the fit, weighted by `scale`."""
+        if not self._add_up:
+            sums.scale = scale
+            self._fit.append(sums)
+        elif self._fit:
+            self._fit[0].add_scaled(sums, scale)
+        else:
+            self._fit.append(sums.scaled(scale))
+
+    def add_held_out(self, judge: Judge, scale: float) -> None:
+        """Add what judges a fit on a stream's held-out data, weighted by `scale`."""
+        judge.scale = scale
+        self._held_out.append(judge)
+
+    def evidence(self, total: float) -> "Evidence[M]":
+        """All of it; where nothing is held out, the data of the fit judges.
+
+        Args:
+            total: sum of the streams' loss weights.
+        """
+        return Evidence(self._fit, self._held_out or self._fit, total)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The fit of one linear from its moments: columns of the weight first, then the bias."""
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from mergekit_dam.fitting.metric import PLAIN, Metric
 from mergekit_dam.fitting.moments import LinearMoments
 from mergekit_dam.fitting.problem import ColumnProblem, Term
 from mergekit_dam.fitting.solver import Solution, solve_columns, solve_small, solve_tensor
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ def fit_linear(
     fit_loss = evidence.fit_loss(average, bias_start)
     solution = _solve(weight, facing, average, bias_start, evidence)
     del average
+    if not solution.converged:
+        LOG.warning("%s: %s", weight.name, solution.limit_reached)
 
     def held_out(coefficients: Tensor) -> float:
         merged = weight.merged(coefficients, axis=axis)

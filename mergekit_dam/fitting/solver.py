@@ -52,6 +52,7 @@ class Solution:
         gain: by how much the quadratic without its ridge is lower than at the start.
         iterations: of conjugate gradients, which refine what a factorisation gives.
         residual: `|A d - b| / |b|` of the regularised system.
+        converged: conjugate gradients did not stop at their limit.
     """
 
     step: Tensor
@@ -59,14 +60,24 @@ class Solution:
     gain: float = 0.0
     iterations: int = 0
     residual: float = 0.0
+    converged: bool = True
 
     def statistics(self) -> dict[str, str | int | float]:
         """How the solution was found, for the report."""
-        return {
+        found: dict[str, str | int | float] = {
             "method": self.method,
             "iterations": self.iterations,
             "residual": self.residual,
         }
+        return found if self.converged else {**found, "stopped": self.limit_reached}
+
+    @property
+    def limit_reached(self) -> str:
+        """What it means that conjugate gradients stopped at their limit, for log and report."""
+        return (
+            f"conjugate gradients stopped at their limit of {self.iterations} iterations, with a "
+            f"relative residual of {self.residual:.1e}; a larger `ridge` makes them converge"
+        )
 
 
 def solve_columns(
@@ -160,7 +171,7 @@ def _conjugate_gradients(
     direction = conditioned.clone()
     slope = (residual * conditioned).sum()
     iterations = 0
-    while float(residual.norm()) > target and iterations < MAX_ITERATIONS:
+    while (left := float(residual.norm())) > target and iterations < MAX_ITERATIONS:
         curvature = problem.product(direction).add_(direction, alpha=shift)
         length = slope / (direction * curvature).sum()
         step += length * direction
@@ -171,8 +182,8 @@ def _conjugate_gradients(
         iterations += 1
     gain = _gain(step, rhs, shift) + float((step * residual).sum())
     # At a start that is the minimum already there is nothing to relate the residual to.
-    left = float(residual.norm() / rhs.norm().clamp_min(1e-300))
-    return Solution(step, method, gain, iterations, left)
+    relative = float(residual.norm() / rhs.norm().clamp_min(1e-300))
+    return Solution(step, method, gain, iterations, relative, converged=not left > target)
 
 
 def _nothing(rhs: Tensor) -> Solution:

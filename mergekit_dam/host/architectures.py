@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
-from mergekit_dam.errors import ArchitectureError
+from mergekit_dam.errors import ArchitectureError, first_line, inside
 from mergekit_dam.host.compat import arch_info_for_config
 from mergekit_dam.model.build import auto_class
 
@@ -24,7 +24,7 @@ def check_architectures(models: Iterable[ModelReference], options: MergeOptions)
         except (ValueError, KeyError, ImportError) as error:
             raise ArchitectureError(
                 f"{model}: transformers cannot read its configuration, so that no method of "
-                f"mergekit can merge it: {_first_line(error)}"
+                f"mergekit can merge it: {first_line(error)}"
             ) from error
         architectures = config.architectures or []
         if len(architectures) != 1:
@@ -32,10 +32,8 @@ def check_architectures(models: Iterable[ModelReference], options: MergeOptions)
                 f"{model}: required one entry under `architectures` in its config.json, got "
                 f"{architectures}; name the class that it was saved from"
             )
-        try:
+        with inside(str(model)):
             auto_class(config)
-        except ArchitectureError as error:
-            raise ArchitectureError(f"{model}: {error.message}") from error
         defined = arch_info_for_config(config)
         for name, module in () if defined is None else defined.modules.items():
             try:
@@ -47,7 +45,3 @@ def check_architectures(models: Iterable[ModelReference], options: MergeOptions)
                     f"`{key}` of its {name} in the configuration, where transformers 5 has none; "
                     f"no method of mergekit can merge it"
                 ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from mergekit.common import ModelReference
 
-from mergekit_dam.errors import ArchitectureError, ConfigError
+from mergekit_dam.errors import ArchitectureError, ConfigError, listed
 from mergekit_dam.host.compat import (
     ExecuteMergeMethodTask,
     GatherTensors,
@@ -86,8 +86,7 @@ def check_complete(decoder: Decoder, placed: Sequence[PlacedTensor]) -> None:
     missing = [name for name, first in decoder.names.first.items() if first not in planned]
     if missing:
         raise ArchitectureError(
-            f"mergekit plans no tensor for {', '.join(missing[:3])}"
-            f"{' and others' if len(missing) > 3 else ''}, which {type(decoder.model).__name__} "
+            f"mergekit plans no tensor for {listed(missing)}, which {type(decoder.model).__name__} "
             f"needs; mergekit's definition of the architecture (that of the first model) does not "
             f"fit transformers' model, and a merge would lack them with any method"
         )
@@ -102,11 +101,9 @@ def refuse_outside(placed: Sequence[PlacedTensor]) -> None:
     outside = [tensor.spec.name for tensor in placed if tensor.kind == "outside"]
     if outside:
         raise ConfigError(
-            [
-                f"`other_weights: error`, but {len(outside)} tensors are outside of the decoder "
-                f"({', '.join(outside[:3])}{' and others' if len(outside) > 3 else ''}); set "
-                f"`other_weights: average` to average them"
-            ]
+            f"`other_weights: error`, but {len(outside)} tensors are outside of the decoder "
+            f"({listed(outside)}); set "
+            f"`other_weights: average` to average them"
         )
 
 
@@ -125,12 +122,10 @@ def check_shapes(decoder: Decoder, shapes: Mapping[str, tuple[int, ...]]) -> Non
     expected = {name: own.get(decoder.names.in_model(name) or "") for name in shapes}
     wrong = [name for name, shape in expected.items() if shape not in (None, shapes[name])]
     if wrong:
-        listed = "; ".join(
-            f"{n}: {list(shapes[n])}, not {list(expected[n] or ())}" for n in wrong[:3]
-        )
+        others = [f"{n} {list(shapes[n])}, not {list(expected[n] or ())}" for n in wrong]
         raise ArchitectureError(
             f"required tensors of the shapes that the merged model's configuration asks for (it is "
-            f"that of the base, else of the first model), got others: {listed}"
-            f"{' and more' if len(wrong) > 3 else ''}. Stack models of one size, and align "
+            f"that of the base, else of the first model), got others: {listed(others)}. "
+            f"Stack models of one size, and align "
             f"vocabularies, for instance with `tokenizer: {{source: union}}`"
         )

@@ -7,10 +7,10 @@ import torch
 from mergekit.common import ModelReference
 
 from mergekit_dam.coefficients.file import CoefficientFile
-from mergekit_dam.coefficients.merge import column_counts
+from mergekit_dam.coefficients.merge import column_problem
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.coefficients.tensors import TensorReport, TensorSpec
-from mergekit_dam.errors import ConfigError
+from mergekit_dam.errors import ConfigError, inside, listed
 from mergekit_dam.host.places import PlacedTensor
 from mergekit_dam.parameters import RunParameters
 from mergekit_dam.search.coordinates import invert
@@ -83,16 +83,12 @@ def check_start(specs: Sequence[TensorSpec], start: MergeRecord, settings: RunPa
             continue  # copied, whatever is learned of others
         if spec.settings.granularity == "tensor" and coefficients.shape[1] > 1:
             raise ConfigError(
-                [
-                    f"start: the file has one coefficient a column for {spec.name}, but "
-                    f"`granularity` is `tensor`; set `granularity: column`, or another start"
-                ]
+                f"start: the file has one coefficient a column for {spec.name}, but "
+                f"`granularity` is `tensor`; set `granularity: column`, or another start"
             )
-        try:
+        with inside(spec.name):
             form = spec.settings.parametrisation
             invert(settings.nonlinearity, form.unknowns(coefficients))
-        except ConfigError as error:
-            raise ConfigError([f"{spec.name}: {problem}" for problem in error.problems]) from None
 
 
 def saved_record(
@@ -118,15 +114,13 @@ def saved_record(
     ]
     for name in saved.coefficients.keys() & shapes.keys():
         columns, shape = saved.coefficients[name].shape[1], shapes[name]
-        if columns not in column_counts(shape, axes.get(name, -1)):
-            problems.append(f"{columns} a model for {name}, of shape {list(shape)}")
+        if column_problem(columns, shape, axes.get(name, -1)):
+            problems.append(f"{columns} per source for {name}, of shape {list(shape)}")
     if problems:
         raise ConfigError(
-            [
-                f"{saved.parameter}: the file has {', '.join(sorted(problems)[:3])}"
-                f"{' and so on' if len(problems) > 3 else ''}; it belongs to another model or "
-                f"another choice of layers"
-            ]
+            f"{saved.parameter}: the file has {listed(sorted(problems))}; "
+            f"it belongs to another model or "
+            f"another choice of layers"
         )
     return MergeRecord(
         coefficients={name: saved.coefficients[name][rows] for name in names},

@@ -22,7 +22,7 @@ from pydantic import PrivateAttr
 from mergekit_dam.calibration.load import load_calibration
 from mergekit_dam.calibration.sets import CalibrationSet
 from mergekit_dam.coefficients.file import CoefficientFile
-from mergekit_dam.errors import ConfigError, DamError
+from mergekit_dam.errors import ConfigError, DamError, first_line
 from mergekit_dam.host.architectures import check_architectures
 from mergekit_dam.host.vocabulary import build_vocabulary
 from mergekit_dam.parameters import RunParameters
@@ -192,20 +192,16 @@ def check(
         return with_vocabulary(Prepared(checked, {}, replay))
     if options.multi_gpu and checked.learns:
         raise ConfigError(
-            [
-                "--multi-gpu: a fit follows the data from one block to the next, on one device; "
-                "leave the option out (in place of --gpu-rich: --cuda --low-cpu-memory "
-                "--read-to-gpu). Coefficients that are known, as in a replay, can be merged so"
-            ]
+            "--multi-gpu: a fit follows the data from one block to the next, on one device; "
+            "leave the option out (in place of --gpu-rich: --cuda --low-cpu-memory "
+            "--read-to-gpu). Coefficients that are known, as in a replay, can be merged so"
         )
     start = None
     if run.start not in ("average", "random"):
         if not Path(run.start).exists():
             raise ConfigError(
-                [
-                    f"start: required `average`, `random`, or the path of the coefficients of an "
-                    f"earlier dam merge, got {run.start!r}, where there is no file"
-                ]
+                f"start: required `average`, `random`, or the path of the coefficients of an "
+                f"earlier dam merge, got {run.start!r}, where there is no file"
             )
         start = CoefficientFile.load(run.start, parameter="start")
     return with_vocabulary(Prepared(checked, {}, None, start))
@@ -223,5 +219,5 @@ def check_device(options: MergeOptions) -> None:
         raise DamError(
             f"--device {options.device}: required a device of this machine (`cpu`, `cuda`, "
             f"`cuda:1`, `mps`, or `auto` for what there is; --cuda is `cuda`); torch cannot use it "
-            f"({str(error).splitlines()[0]})"
+            f"({first_line(error)})"
         ) from error

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import mergekit_dam
+from mergekit_dam.coefficients.file import written_whole
 from mergekit_dam.coefficients.tensors import TensorReport
 
 FILE_NAME = "dam_report.json"
@@ -61,8 +62,7 @@ def peak_memory() -> dict[str, int]:
 
 
 def write(path: Path, report: Mapping[str, Any]) -> None:
-    """Write atomically: a reader sees the whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    """Write a report."""
+    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -39,12 +39,12 @@ def tensor_spec(
     merged = [i for i in range(len(order)) if i not in left_out and (i != base or include_base)]
     if len(listed) > 1 and not sum(weights[i] for i in merged):
         raise ConfigError(
-            [f"{weight.name}: every model has `weight: 0`; the average to start from needs one"]
+            f"{weight.name}: every model has `weight: 0`; the average to start from needs one"
         )
     calibrated = [_own(task, model, "loss_weight") for model in prepared.calibration]
     if calibrated and not sum(calibrated):
         raise ConfigError(
-            [f"{weight.name}: every model has `loss_weight: 0`; at least one must count in the fit"]
+            f"{weight.name}: every model has `loss_weight: 0`; at least one must count in the fit"
         )
     settings = TensorSettings(
         parametrisation=_parametrisation(

@@ -24,7 +24,7 @@ import torch
 from mergekit.common import ModelReference
 from mergekit.graph import Task
 
-from mergekit_dam.coefficients.merge import column_counts, merge_weights
+from mergekit_dam.coefficients.merge import column_problem, merge_weights
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.coefficients.tensors import TensorSpec
 from mergekit_dam.errors import DamError
@@ -199,12 +199,9 @@ class MergeKnown(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):
         assert record is not None
         coefficients, axis = record.coefficients[name], record.axes.get(name, -1)
         sources = known.spec.sources(loaded)
-        allowed = column_counts(loaded[0].shape, axis)
-        if coefficients.shape[1] not in allowed:
-            raise DamError(
-                f"{name}: required {allowed[-1]} coefficients a model, got "
-                f"{coefficients.shape[1]}; they were fitted on models of another shape"
-            )
+        problem = column_problem(coefficients.shape[1], loaded[0].shape, axis)
+        if problem:
+            raise DamError(f"{name}: {problem}")
         return merge_weights(sources.tensors, coefficients, axis=axis).to(sources.dtype)
 
 

@@ -8,7 +8,7 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from transformers import PreTrainedTokenizerFast
 
-from mergekit_dam.errors import ConfigError
+from mergekit_dam.errors import ConfigError, listed
 from mergekit_dam.host.compat import (
     ModelTokenEmbedding,
     TokenEmbeddingConfig,
@@ -50,7 +50,7 @@ def build_vocabulary(
     except Exception as error:  # RuntimeError, OSError, and whatever tokenizers raise
         for model in [*models, *([source] if isinstance(source, ModelReference) else [])]:
             load_tokenizer(model, trust_remote_code)  # one that is missing is told with a remedy
-        raise ConfigError([f"tokenizer: mergekit cannot build it: {error}"]) from error
+        raise ConfigError(f"tokenizer: mergekit cannot build it: {error}") from error
     ids = info.tokenizer.get_vocab()
     problems = [
         *_gaps(ids),
@@ -58,7 +58,7 @@ def build_vocabulary(
         *_overrides_missing(info, models, overrides, trust_remote_code),
     ]
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(*problems)
     multiple = (asked.pad_to_multiple_of if asked is not None else None) or 1
     size = -(-len(ids) // multiple) * multiple
     giver = str(models[0] if source == "base" else source)
@@ -103,10 +103,9 @@ def _rows_missing(info: TokenizerInfo) -> list[str]:
     for model, permutation in info.permutations.items():
         beyond = [token for token, new in ids.items() if new not in permutation]
         if beyond:
-            named = ", ".join(map(repr, sorted(beyond)[:3]))
             problems.append(
-                f"tokenizer: {model} has {len(beyond)} tokens ({named}"
-                f"{' and others' if len(beyond) > 3 else ''}) without a row of its embedding, as "
+                f"tokenizer: {model} has {len(beyond)} tokens "
+                f"({listed(sorted(map(repr, beyond)))}) without a row of its embedding, as "
                 f"`vocab_size` in its config.json says; give it the tokenizer that it was trained "
                 f"with, or resize its embedding"
             )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mergekit_dam.coefficients.merge import expert_axis
 from mergekit_dam.coefficients.tensors import FittedTensor, TensorReport, TensorSources
-from mergekit_dam.fitting.evidence import Evidence
+from mergekit_dam.fitting.evidence import Evidence, Pool
 from mergekit_dam.fitting.linear import fit_linear
 from mergekit_dam.fitting.metric import PLAIN, Metric
 from mergekit_dam.fitting.moments import InputMoments, LinearMoments, LinearTokens
@@ -188,35 +188,27 @@ def _evidence(
     columns = shape.pop(expert_axis(linear.axis))
     dtype = precision(columns * sources.settings.parametrisation.expand.shape[1])
     judged_on = judging_split(s.share for s in walk.streams)
-    fit: list[LinearMoments] = []
-    held_out: list[LinearTokens] = []
+    loss_weights = sources.settings.loss_weights
+    pool: Pool[LinearMoments] = Pool(measured_alike=not walk.metrics)
     for routed, metric in zip(streams, metrics, strict=True):
-        weight = sources.settings.loss_weights[routed.stream.source]
 
-        def scale(split: Split, routed: RoutedStream = routed, weight: float = weight) -> float:
-            sums = routed.sums[split]
-            return weight / max(sums.count if walk.metrics else sums.energy, 1e-30)
+        def scale(split: Split, routed: RoutedStream = routed) -> float:
+            totals = routed.sums[split]
+            size = totals.count if walk.metrics else totals.energy
+            return loss_weights[routed.stream.source] / max(size, 1e-30)
 
         inputs = InputMoments.zeros(columns, walk.device, dtype)
         sums = LinearMoments.zeros(shape[0], inputs, metric[linear.parameter])
         _show(walk, unit, linear, expert, routed, "fit", sums)
         inputs.add_up()
         sums.add_up()
-        if walk.metrics:
-            sums.scale = scale("fit")
-            fit.append(sums)
-        elif fit:
-            fit[0].add_scaled(sums, scale("fit"))
-        else:
-            fit.append(sums.scaled(scale("fit")))
+        pool.add(sums, scale("fit"))
         if judged_on == "held_out":
             tokens = LinearTokens(metric[linear.parameter])
             _show(walk, unit, linear, expert, routed, "held_out", tokens)
             tokens.add_up()
-            tokens.scale = scale("held_out")
-            held_out.append(tokens)
-    whole = sum(sources.settings.loss_weights[routed.stream.source] for routed in streams)
-    return Evidence(fit, held_out or fit, whole)
+            pool.add_held_out(tokens, scale("held_out"))
+    return pool.evidence(sum(loss_weights[routed.stream.source] for routed in streams))
 
 
 def _show(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.coefficients.tensors import FittedTensor, TensorReport, TensorSources
-from mergekit_dam.errors import DamError
+from mergekit_dam.errors import DamError, inside
 from mergekit_dam.layers.state import Metrics, Walk
 from mergekit_dam.layers.walk import walk_part
 from mergekit_dam.model.units import Anatomy
@@ -54,15 +54,8 @@ def fit_stage(
     """
     started = time.perf_counter()
     stage, merged = opened.stage, dict[str, Tensor]()
-    try:
+    with inside(stage.label):
         fitted = _fit(opened, streams, show, metrics)
-    except DamError as error:
-        raise error.inside(stage.label) from error
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise DamError(
-            f"{stage.label}: the fit has no solution ({error}); either `ridge` is too small, or "
-            f"a model's weights, or what it makes of its calibration text, are not finite"
-        ) from error
     for tensor in fitted:
         record.add(tensor)
         merged[tensor.sources.name] = tensor.merged
@@ -110,7 +103,13 @@ def _fit(
         teacher_outputs=OutputCache(streams[0].storage),
         merged_outputs=OutputCache(streams[0].storage),
     )
-    return walk_part(walk, advance=opened.stage.kind != "output")
+    try:
+        return walk_part(walk, advance=opened.stage.kind != "output")
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise DamError(
+            f"the fit has no solution ({error}); either `ridge` is too small, or a model's "
+            f"weights, or what it makes of its calibration text, are not finite"
+        ) from error
 
 
 def _tied(sources: TensorSources, tied_to: str, record: MergeRecord) -> FittedTensor:

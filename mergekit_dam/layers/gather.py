@@ -12,10 +12,9 @@ up to the median energy of its sequence's targets, beyond that in inverse propor
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
-from mergekit_dam.fitting.evidence import Evidence, Judge, M
+from mergekit_dam.fitting.evidence import Evidence, Judge, M, Pool
 from mergekit_dam.fitting.moments import LinearMoments
 from mergekit_dam.layers.seen import Seen, see
 from mergekit_dam.layers.state import Walk
@@ -46,43 +45,33 @@ def gather(
         add: adds a chunk to either.
         pool: add the streams up: they are measured alike.
     """
-    fit: dict[str, list[M]] = {unit.name: [] for unit in units}
-    held_out: dict[str, list[Judge]] = {unit.name: [] for unit in units}
+    pools: dict[str, Pool[M]] = {unit.name: Pool(measured_alike=pool) for unit in units}
     judged_on = judging_split(stream.share for stream in walk.streams)
     loss_weights = {unit.name: walk.weight(unit).settings.loss_weights for unit in units}
 
-    def factor(name: str, sums: Judge, stream: Stream) -> float:
+    def scale(name: str, sums: Judge, stream: Stream) -> float:
         size = sums.energy if pool else sums.count
         return loss_weights[name][stream.source] / max(size, 1e-30)
 
+    def fill(sums: Mapping[str, Any], stream: Stream, split: Split) -> None:
+        for seen in see(walk, group, units, stream, split):
+            add(sums, seen)
+        _add_up(sums)
+
     for stream in walk.streams:
         own = empty(stream)
-        _see(walk, group, units, stream, "fit", partial(add, own))
-        _add_up(own)
+        fill(own, stream, "fit")
         for name, sums in own.items():
-            scale = factor(name, sums, stream)
-            if not pool:
-                sums.scale = scale
-                fit[name].append(sums)
-            elif fit[name]:
-                fit[name][0].add_scaled(sums, scale)
-            else:
-                fit[name].append(sums.scaled(scale))
+            pools[name].add(sums, scale(name, sums, stream))
         del own, sums
         if judged_on == "held_out":
             judging = judges(stream)
-            _see(walk, group, units, stream, "held_out", partial(add, judging))
-            _add_up(judging)
-            for name, tokens in judging.items():
-                tokens.scale = factor(name, tokens, stream)
-                held_out[name].append(tokens)
+            fill(judging, stream, "held_out")
+            for name, judge in judging.items():
+                pools[name].add_held_out(judge, scale(name, judge, stream))
     return {
-        name: Evidence(
-            moments,
-            held_out[name] if judged_on == "held_out" else moments,
-            sum(loss_weights[name][stream.source] for stream in walk.streams),
-        )
-        for name, moments in fit.items()
+        name: own_pool.evidence(sum(loss_weights[name][stream.source] for stream in walk.streams))
+        for name, own_pool in pools.items()
     }
 
 
@@ -93,16 +82,3 @@ def _add_up(own: Mapping[str, Judge]) -> None:
         inputs.add_up()
     for sums in own.values():
         sums.add_up()
-
-
-def _see(
-    walk: Walk,
-    group: int,
-    units: Sequence[Unit],
-    stream: Stream,
-    split: Split,
-    add: Callable[[Seen], None],
-) -> None:
-    """Show what a teacher and the merged part do with a stream, chunk by chunk."""
-    for seen in see(walk, group, units, stream, split):
-        add(seen)

@@ -1,6 +1,6 @@
-"""The fit of one stage of a part, by the kind of its units."""
+"""The fit of one group of units, by their kind."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mergekit_dam.coefficients.tensors import FittedTensor
 from mergekit_dam.fitting.embedding import Usage, fit_embedding
+from mergekit_dam.fitting.evidence import Evidence
 from mergekit_dam.fitting.features import FeatureMoments
 from mergekit_dam.fitting.linear import fit_linear
 from mergekit_dam.fitting.moments import InputMoments, LinearMoments, LinearTokens
@@ -17,7 +18,7 @@ from mergekit_dam.layers.experts import fit_experts
 from mergekit_dam.layers.gather import gather
 from mergekit_dam.layers.seen import Seen
 from mergekit_dam.layers.state import Walk
-from mergekit_dam.layers.targets import target, token_weights
+from mergekit_dam.layers.targets import flat, target, token_weights
 from mergekit_dam.model.anatomy import norm_parts
 from mergekit_dam.model.units import Unit
 from mergekit_dam.streams.distributed import all_sum
@@ -25,55 +26,55 @@ from mergekit_dam.streams.memory import give_back
 from mergekit_dam.streams.share import Split
 from mergekit_dam.streams.stream import Stream
 
+Settled = Iterator[tuple[str, FittedTensor]]
+"""(name relative to the part, fitted tensor) of what a group of units leaves settled."""
 
-def fit_routers(walk: Walk, group: int, units: list[Unit]) -> Iterator[tuple[str, FittedTensor]]:
-    """Fit the weight of the one router of a stage; a bias keeps the average.
+Targets = Callable[[Seen], Mapping[str, tuple[Tensor, Tensor]]]
+"""Unit -> its target and the teacher's own output, for a chunk."""
 
-    Yields:
-        (name relative to the part, fitted tensor).
+
+def fit_linears(walk: Walk, group: int, units: list[Unit]) -> Settled:
+    """Fit linears that share an input, from one pass over the data: weights, then biases."""
+
+    def targets(seen: Seen) -> dict[str, tuple[Tensor, Tensor]]:
+        outputs = seen.teacher.outputs
+        return {unit.name: (target(walk, unit, seen), outputs[unit.name]) for unit in units}
+
+    evidence = _linear_evidence(walk, group, units, targets)
+    give_back()  # what running chunks took: solving takes other pieces
+    for unit in units:
+        fitted = fit_linear(
+            walk.weight(unit), walk.bias(unit), evidence.pop(unit.name), axis=unit.axis
+        )
+        yield from _named(unit, fitted)
+
+
+def fit_routers(walk: Walk, group: int, units: list[Unit]) -> Settled:
+    """Fit the weight of the one router of a group; a bias keeps the average.
+
+    Its target are the logits that each teacher's own router makes of its own stream.
     """
     (unit,) = units
     weight = walk.weight(unit)
-    experts, columns = weight.tensors[0].shape
-    dtype = precision(columns * weight.settings.parametrisation.expand.shape[1])
 
-    def empty(stream: Stream) -> dict[str, LinearMoments]:
-        inputs = InputMoments.zeros(columns, walk.device, dtype)
-        return {unit.name: LinearMoments.zeros(experts, inputs, walk.metric(unit.name, stream))}
+    def targets(seen: Seen) -> dict[str, tuple[Tensor, Tensor]]:
+        logits = flat(seen.teacher.inputs[unit.name]) @ weight.teacher(seen.source).T
+        return {unit.name: (logits, logits)}
 
-    def judges(stream: Stream) -> dict[str, LinearTokens]:
-        return {unit.name: LinearTokens(walk.metric(unit.name, stream))}
-
-    def add(sums: Mapping[str, LinearMoments] | Mapping[str, LinearTokens], seen: Seen) -> None:
-        x, own = (_flat(c.inputs[unit.name]) for c in (seen.merged, seen.teacher))
-        logits = own @ weight.teacher(seen.source).T
-        counted = token_weights([logits], seen.sequences)
-        moments = sums[unit.name]
-        if isinstance(moments, LinearMoments):
-            moments.inputs.add(x, counted)
-        moments.add(x, logits, logits, counted)
-
-    evidence = gather(
-        walk, group, units, empty=empty, judges=judges, add=add, pool=not walk.metrics
-    )
-    (fitted,) = fit_linear(weight, None, evidence[unit.name], axis=unit.axis)
+    evidence = _linear_evidence(walk, group, units, targets)[unit.name]
+    (fitted,) = fit_linear(weight, None, evidence, axis=unit.axis)
     report = replace(fitted.report, kind="router")
     yield unit.parameter("weight"), replace(fitted, report=report)
 
 
-Settled = Iterator[tuple[str, FittedTensor]]
-
-
-def fit_linears(walk: Walk, group: int, units: list[Unit]) -> Settled:
-    """Fit linears that share an input, from one pass over the data.
-
-    Yields:
-        (name relative to the part, fitted tensor) for weights and biases.
-    """
+def _linear_evidence(
+    walk: Walk, group: int, units: list[Unit], targets: Targets
+) -> dict[str, Evidence[LinearMoments]]:
+    """The moments of linears that share an input, and what judges them."""
     shapes = {unit.name: _out_in(walk, unit) for unit in units}
-    columns = shapes[units[0].name][1]
-
-    dtype = precision(columns * walk.weight(units[0]).settings.parametrisation.expand.shape[1])
+    first = units[0]
+    columns = shapes[first.name][1]
+    dtype = precision(columns * walk.weight(first).settings.parametrisation.expand.shape[1])
 
     def empty(stream: Stream) -> dict[str, LinearMoments]:
         inputs = InputMoments.zeros(columns, walk.device, dtype)
@@ -86,26 +87,16 @@ def fit_linears(walk: Walk, group: int, units: list[Unit]) -> Settled:
         return {name: LinearTokens(walk.metric(name, stream)) for name in shapes}
 
     def add(sums: Mapping[str, LinearMoments] | Mapping[str, LinearTokens], seen: Seen) -> None:
-        x = _flat(seen.merged.inputs[units[0].name])
-        targets = {unit.name: target(walk, unit, seen) for unit in units}
-        weight = token_weights(list(targets.values()), seen.sequences)
-        first = sums[units[0].name]
-        if isinstance(first, LinearMoments):
-            first.inputs.add(x, weight)  # shared by the units
-        for name, wanted in targets.items():
-            output = _flat(seen.teacher.outputs[name])
-            own = output if wanted is seen.teacher.outputs[name] else _flat(wanted)
-            sums[name].add(x, own, output, weight)
+        x, wanted = flat(seen.merged.inputs[first.name]), targets(seen)
+        weight = token_weights([own for own, _ in wanted.values()], seen.sequences)
+        own = sums[first.name]
+        if isinstance(own, LinearMoments):
+            own.inputs.add(x, weight)  # shared by the units
+        for name, (goal, made) in wanted.items():
+            output = flat(made)
+            sums[name].add(x, output if goal is made else flat(goal), output, weight)
 
-    evidence = gather(
-        walk, group, units, empty=empty, judges=judges, add=add, pool=not walk.metrics
-    )
-    give_back()  # what running chunks took: solving takes other pieces
-    for unit in units:
-        fitted = fit_linear(
-            walk.weight(unit), walk.bias(unit), evidence.pop(unit.name), axis=unit.axis
-        )
-        yield from _named(unit, fitted)
+    return gather(walk, group, units, empty=empty, judges=judges, add=add, pool=not walk.metrics)
 
 
 def fit_norms(walk: Walk, group: int, units: list[Unit]) -> Settled:
@@ -124,7 +115,7 @@ def fit_norms(walk: Walk, group: int, units: list[Unit]) -> Settled:
         weight = token_weights([wanted], seen.sequences)
         scaled = wanted - unit.unit_gain * normalised
         output = seen.teacher.outputs[unit.name]
-        sums[unit.name].add(_flat(normalised), _flat(scaled), _flat(output), weight)
+        sums[unit.name].add(flat(normalised), flat(scaled), flat(output), weight)
 
     evidence = gather(walk, group, units, empty=empty, judges=empty, add=add, pool=True)[unit.name]
     yield from _named(unit, fit_norm(walk.weight(unit), walk.bias(unit), evidence))
@@ -170,8 +161,3 @@ def _named(unit: Unit, fitted: list[FittedTensor]) -> Settled:
 def _out_in(walk: Walk, unit: Unit) -> tuple[int, int]:
     rows, columns = walk.weight(unit).tensors[0].shape
     return (columns, rows) if unit.axis == 0 else (rows, columns)
-
-
-def _flat(x: Tensor) -> Tensor:
-    """`[..., features]` as `[tokens, features]`."""
-    return x.reshape(-1, x.shape[-1])

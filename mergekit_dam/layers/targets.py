@@ -58,3 +58,8 @@ def before_norm(output: Tensor, wanted: Tensor, gain: Tensor) -> Tensor:
     size = inner / (normalised.square() * steered).sum(-1, keepdim=True).clamp_min(1e-12)
     # A negative size would turn the output around: the streams are too far apart to repair.
     return torch.where(steered & (size > 0), size * normalised, output)
+
+
+def flat(x: Tensor) -> Tensor:
+    """`[..., features]` as `[tokens, features]`."""
+    return x.reshape(-1, x.shape[-1])

@@ -105,7 +105,7 @@ def check_configuration(
     if run.coefficients is None and not told:
         problems += missing
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(*problems)
     return Checked(run, models, config.base_model, calibrations, learns)
 
 

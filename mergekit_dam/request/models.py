@@ -33,7 +33,7 @@ def check_depth(config: MergeConfiguration, checked: Checked, options: MergeOpti
             layers[model] = text.num_hidden_layers
     problems = check_layers(config, layers, checked.calibrations)
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(*problems)
 
 
 def check_length(checked: Checked, options: MergeOptions) -> None:

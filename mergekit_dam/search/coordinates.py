@@ -53,10 +53,8 @@ def _require(name: Nonlinearity, value: Tensor, reached: Tensor, expected: str) 
     """Refuse a start that is not reached."""
     if not reached.all():
         raise ConfigError(
-            [
-                f"nonlinearity: {name} can only give coefficients {expected}, got one that starts "
-                f"at {float(value[~reached][0]):g}; use `nonlinearity: none`, or another start"
-            ]
+            f"nonlinearity: {name} can only give coefficients {expected}, got one that starts "
+            f"at {float(value[~reached][0]):g}; use `nonlinearity: none`, or another start"
         )
 
 

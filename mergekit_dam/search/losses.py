@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
+from mergekit_dam.fitting.divergence import expectation_terms
 from mergekit_dam.parameters import RunParameters
 
 
@@ -34,16 +35,11 @@ def logit_loss(
     temperature = settings.temperature
     log_merged = log_softmax(merged / temperature, dim=-1)
     log_teacher = log_softmax(teacher / temperature, dim=-1)
-    loss = temperature**2 * _expectation(log_teacher.exp(), log_teacher - log_merged)
+    loss = temperature**2 * expectation_terms(log_teacher, log_teacher - log_merged).sum()
     if settings.mse:
         difference = torch.where(teacher.isneginf(), 0.0, merged - teacher)
         loss = loss + settings.mse * difference.square().mean(dim=-1).sum()
     if settings.entropy:
-        entropy = _expectation(log_merged.exp(), -log_merged)
+        entropy = expectation_terms(log_merged, -log_merged).sum()
         loss = loss + settings.entropy * temperature**2 * entropy
     return loss / (len(merged) if total_tokens is None else total_tokens)
-
-
-def _expectation(probability: Tensor, value: Tensor) -> Tensor:
-    """Expected value, summed over tokens; what has no probability counts 0, be it infinite."""
-    return (probability * torch.where(probability > 0, value, 0.0)).sum()

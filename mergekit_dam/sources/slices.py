@@ -95,11 +95,9 @@ def follow(config: PretrainedConfig, donor: PretrainedConfig, layers: Sequence[i
         values = getattr(own, name)
         if max(layers) >= len(values):
             raise ConfigError(
-                [
-                    f"slices: the merged model's configuration is that of the base, else of the "
-                    f"first model, and its `{name}` tells of {len(values)} layers; layer "
-                    f"{max(layers)} is asked for. Name a model with as many layers there"
-                ]
+                f"slices: the merged model's configuration is that of the base, else of the "
+                f"first model, and its `{name}` tells of {len(values)} layers; layer "
+                f"{max(layers)} is asked for. Name a model with as many layers there"
             )
         setattr(text, name, [values[layer] for layer in layers])
 

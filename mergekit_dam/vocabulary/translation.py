@@ -11,7 +11,7 @@ from mergekit.common import ModelReference
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mergekit_dam.errors import CalibrationError
+from mergekit_dam.errors import CalibrationError, listed
 from mergekit_dam.vocabulary.merged import LOST, Vocabulary
 
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
@@ -123,12 +123,11 @@ def refuse_lost(
     """
     ids = sorted(set(lost))
     if ids:
-        named = ", ".join(map(str, tokenizer.convert_ids_to_tokens(ids[:3])))
+        named = listed(tokenizer.convert_ids_to_tokens(ids))
         raise CalibrationError(
-            f"calibration of {model}: its text has {len(ids)} tokens ({named}"
-            f"{' and others' if len(ids) > 3 else ''}) that the merged model will not have, "
-            f"as {because}; write `tokenizer: {{source: union}}`, or leave out the text that "
-            f"has them"
+            f"calibration of {model}: its text has {len(ids)} tokens ({named}) that the merged "
+            f"model will not have, as {because}; write `tokenizer: {{source: union}}`, or leave "
+            f"out the text that has them"
         )
 
 
