@@ -100,8 +100,24 @@ def _load(
         spelled=spelled,
     )
     _require_enough(packed, intake, source, sequences)
+    provenance = _provenance(source, model, seed, opened, intake, packed)
+    LOG.info(provenance.summary())
+    if not intake.exhausted and source.kind != "hub":
+        LOG.warning("calibration of %s: %s", model, provenance.cut[0])
+    return CalibrationSet(tokens=packed.tokens, provenance=provenance)
+
+
+def _provenance(
+    source: CalibrationSource,
+    model: str,
+    seed: int,
+    opened: _Opened,
+    intake: Intake,
+    packed: Packed,
+) -> Provenance:
     hub = source.kind == "hub"
-    provenance = Provenance(
+    sequences, length = packed.tokens.shape
+    return Provenance(
         model=model,
         source=source.text,
         files=tuple(intake.files),
@@ -115,14 +131,10 @@ def _load(
         tokens_available=packed.tokenised,
         tokens_used=packed.tokens.numel(),
         sequences=sequences,
-        sequence_length=sequence_length,
+        sequence_length=length,
         cut=tuple(_cuts(packed, intake, opened)),
         sha256=tokens_sha256(packed.tokens),
     )
-    LOG.info(provenance.summary())
-    if not intake.exhausted and not hub:
-        LOG.warning("calibration of %s: %s", model, provenance.cut[0])
-    return CalibrationSet(tokens=packed.tokens, provenance=provenance)
 
 
 def _open(source: CalibrationSource, *, needed: int, seed: int) -> _Opened:

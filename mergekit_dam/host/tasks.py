@@ -37,7 +37,6 @@ from mergekit_dam.search.search import search
 from mergekit_dam.sources.network import Network
 from mergekit_dam.sources.readahead import Span, read_ahead
 from mergekit_dam.sources.stage import of_all, open_stage
-from mergekit_dam.streams.progress import show
 from mergekit_dam.streams.stream import Stream
 
 
@@ -88,7 +87,7 @@ class FitStage(Task[Any], frozen=True, arbitrary_types_allowed=True):
             stage.models.output.device,
         )
         opened = open_stage(stage, loaded, device)
-        return fit_stage(opened, streams, record, show=show)
+        return fit_stage(opened, streams, record)
 
 
 class MergedTensor(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):
@@ -150,7 +149,6 @@ class Search(Task[Any], frozen=True, arbitrary_types_allowed=True):
             node.settings,
             node.start,
             scratch=node.scratch,
-            show=show,
         )
         return StageResult([], record)
 

@@ -15,11 +15,11 @@ from mergekit_dam.layers.state import Metrics, Walk
 from mergekit_dam.layers.walk import walk_part
 from mergekit_dam.model.units import Anatomy
 from mergekit_dam.sources.stage import OpenStage
+from mergekit_dam.streams import progress
 from mergekit_dam.streams.memory import give_back
 from mergekit_dam.streams.outputs import OutputCache
 from mergekit_dam.streams.stream import Stream
 
-Show: TypeAlias = Callable[[str], None]
 FindMetrics: TypeAlias = Callable[[Anatomy], Metrics]
 
 
@@ -38,7 +38,6 @@ def fit_stage(
     streams: list[Stream],
     record: MergeRecord,
     *,
-    show: Show,
     metrics: FindMetrics | None = None,
 ) -> StageResult:
     """Fit the tensors of a stage and move the streams on.
@@ -46,7 +45,6 @@ def fit_stage(
     Args:
         streams: moved on in place.
         record: added to in place.
-        show: shows a line of progress.
         metrics: finds the metrics of the stage's linears; None measures plain errors.
 
     Raises:
@@ -55,7 +53,7 @@ def fit_stage(
     started = time.perf_counter()
     stage, merged = opened.stage, dict[str, Tensor]()
     with inside(stage.label):
-        fitted = _fit(opened, streams, show, metrics)
+        fitted = _fit(opened, streams, metrics)
     for tensor in fitted:
         record.add(tensor)
         merged[tensor.sources.name] = tensor.merged
@@ -70,7 +68,7 @@ def fit_stage(
 
 
 def _fit(
-    opened: OpenStage, streams: Sequence[Stream], show: Show, metrics: FindMetrics | None
+    opened: OpenStage, streams: Sequence[Stream], metrics: FindMetrics | None
 ) -> list[FittedTensor]:
     """Walk through the part; nothing where all of its tensors are tied to others."""
     if not opened.own:
@@ -82,9 +80,9 @@ def _fit(
         short = report.name.removeprefix(part.prefix)
         if report.held_out_start is not None and report.held_out_fitted is not None:
             short += f" {report.held_out_start:.3g} -> {report.held_out_fitted:.3g}"
-        show(f"{part.label} {short}")
+        progress.show(f"{part.label} {short}")
 
-    show(part.label)
+    progress.show(part.label)
     models = opened.stage.models
     weights = opened.starting_weights()
     like = streams[0].merged[:1].to(next(iter(weights.values())).device)

@@ -8,13 +8,14 @@ W_s * dL/dW`, so that no autograd graph holds the weights of N models.
 
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mergekit_dam.coefficients.merge import coefficient_gradient
-from mergekit_dam.coefficients.tensors import FittedTensor
+from mergekit_dam.coefficients.tensors import FittedTensor, TensorSources
 from mergekit_dam.fitting.divergence import divergence
 from mergekit_dam.fitting.evidence import Losses
 from mergekit_dam.fitting.judged import judged
@@ -33,117 +34,120 @@ JUDGE_EVERY = 15
 def fit_head(walk: Walk, unit: Unit, *, temperature: float) -> Iterator[tuple[str, FittedTensor]]:
     """Fit the coefficients of the head's weight (its bias keeps the average).
 
-    Adam on the unknowns, one sequence of every model a step, in turn.
+    Adam on the unknowns, one sequence of every model per step, in turn.
 
     Yields:
         (name relative to the part, fitted tensor).
     """
     started = time.perf_counter()
-    name = unit.parameter("weight")
-    head = walk.sources[name]
-    form = head.settings.parametrisation
-    whole = sum(head.settings.loss_weights[s.source] for s in walk.streams)
-    columns = head.tensors[0].shape[unit.axis]
-    size = columns if head.settings.granularity == "column" else 1
-    unknowns = form.start[:, None].repeat(1, size).to(walk.device)
+    head = _Head(walk, unit, temperature)
+    form = head.sources.settings.parametrisation
+    unknowns = form.start[:, None].repeat(1, head.size).to(walk.device)
     optimizer = torch.optim.Adam([unknowns], lr=LEARNING_RATE)
     expand = form.expand.to(walk.device)
-
     judged_on = judging_split(stream.share for stream in walk.streams)
 
-    def loss(coefficients: Tensor, split: Split) -> float:
-        weight = head.merged(coefficients, axis=unit.axis).float()
-        return _loss(walk, name, weight, split, temperature=temperature)
-
     best, best_step = form.coefficients(unknowns), 0
-    lowest = start = loss(best, judged_on)
+    lowest = start = head.loss(best, judged_on)
     for step in range(1, STEPS + 1):
-        weight = head.merged(form.coefficients(unknowns), axis=unit.axis).float()
-        weight.requires_grad_(True)
-        for stream in walk.streams:
-            share = head.settings.loss_weights[stream.source] / whole
-            _backward(walk, stream, step - 1, name, weight, temperature, share)
-        own = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        unknowns.grad = expand.T @ all_sum(
-            coefficient_gradient(head.tensors, own, axis=unit.axis, per_column=size > 1)
-        )
+        unknowns.grad = expand.T @ head.gradient(form.coefficients(unknowns), step - 1)
         optimizer.step()
         if step % JUDGE_EVERY == 0:
             candidate = form.coefficients(unknowns)
-            now = loss(candidate, judged_on)
+            now = head.loss(candidate, judged_on)
             if now < lowest:
                 best, lowest, best_step = candidate, now, step
     solver: dict[str, Any] = {"method": "adam", "iterations": best_step}
-    yield (
-        name,
-        judged(
-            head,
-            "head",
-            best,
-            axis=unit.axis,
-            before=Losses(loss(head.start(), "fit"), start),
-            after=Losses(loss(best, "fit"), lowest),
-            solver=solver,
-            started=started,
-        ),
+    fitted = judged(
+        head.sources,
+        "head",
+        best,
+        axis=unit.axis,
+        before=Losses(head.loss(head.sources.start(), "fit"), start),
+        after=Losses(head.loss(best, "fit"), lowest),
+        solver=solver,
+        started=started,
     )
+    yield head.name, fitted
 
 
-def _kl(
-    walk: Walk,
-    stream: Stream,
-    teacher_weights: Mapping[str, Tensor],
-    weights: Mapping[str, Tensor],
-    sequences: slice,
-    temperature: float,
-) -> Tensor:
-    """KL in nats per token, averaged over the tokens of some sequences."""
-    with torch.no_grad():
-        teacher = walk.teachers[stream.source].run(
-            teacher_weights, stream.teacher[sequences].to(walk.device)
+@dataclass(frozen=True)
+class _Head:
+    """The head's weight at some coefficients, and the KL that it leads to."""
+
+    walk: Walk
+    unit: Unit
+    temperature: float
+
+    @property
+    def name(self) -> str:
+        """Of the weight, relative to the part."""
+        return self.unit.parameter("weight")
+
+    @property
+    def sources(self) -> TensorSources:
+        return self.walk.sources[self.name]
+
+    @property
+    def size(self) -> int:
+        """Coefficients per source."""
+        per_column = self.sources.settings.granularity == "column"
+        return self.sources.tensors[0].shape[self.unit.axis] if per_column else 1
+
+    def loss(self, coefficients: Tensor, split: Split) -> float:
+        """KL on a split, averaged over the models with their loss weights."""
+        weights = {**self.walk.weights, self.name: self._weight(coefficients)}
+        loss = 0.0
+        for stream in self.walk.streams:
+            teacher_weights = self.walk.teacher_weights(stream)
+            own = sum(
+                float(self._kl(stream, teacher_weights, weights, row))
+                for row in range(*stream.share.rows(split))
+            )
+            loss += self._weight_of(stream) * own / stream.share.count(split)
+        return all_sums([loss])[0]
+
+    def gradient(self, coefficients: Tensor, number: int) -> Tensor:
+        """Gradient of the KL by the coefficients, fp64, on one sequence of every model.
+
+        Args:
+            number: which sequence of the fit it is, counted round and round.
+        """
+        weight = self._weight(coefficients).requires_grad_(True)
+        for stream in self.walk.streams:
+            row = stream.share.row_of(number % stream.share.count("fit"))
+            if row is None:
+                continue  # another process has the sequence
+            with torch.enable_grad():
+                weights = {**self.walk.weights, self.name: weight}
+                loss = self._kl(stream, self.walk.teacher_weights(stream), weights, row)
+                (self._weight_of(stream) * loss).backward()  # type: ignore[no-untyped-call]
+        own = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        return all_sum(
+            coefficient_gradient(
+                self.sources.tensors, own, axis=self.unit.axis, per_column=self.size > 1
+            )
         )
-    merged = walk.part.run(weights, stream.merged[sequences].to(walk.device))
-    return divergence(merged, teacher, temperature=temperature).mean()
 
+    def _weight(self, coefficients: Tensor) -> Tensor:
+        return self.sources.merged(coefficients, axis=self.unit.axis).float()
 
-def _backward(
-    walk: Walk,
-    stream: Stream,
-    step: int,
-    name: str,
-    weight: Tensor,
-    temperature: float,
-    share: float,
-) -> None:
-    """Add one sequence's gradient to `weight.grad`, if the sequence is this process's."""
-    index = stream.share.row_of(step % stream.share.count("fit"))
-    if index is None:
-        return
-    with torch.enable_grad():
-        weights = {**walk.weights, name: weight}
-        loss = _kl(
-            walk,
-            stream,
-            walk.teacher_weights(stream),
-            weights,
-            slice(index, index + 1),
-            temperature,
-        )
-        (share * loss).backward()  # type: ignore[no-untyped-call]
+    def _weight_of(self, stream: Stream) -> float:
+        """Share of a stream's data in the loss."""
+        weights = self.sources.settings.loss_weights
+        return weights[stream.source] / sum(weights[own.source] for own in self.walk.streams)
 
-
-def _loss(walk: Walk, name: str, weight: Tensor, split: Split, *, temperature: float) -> float:
-    """KL of the merged model on a split, averaged over the models with their loss weights."""
-    loss_weights = walk.sources[name].settings.loss_weights
-    weights = {**walk.weights, name: weight}
-    whole = sum(loss_weights[stream.source] for stream in walk.streams)
-    loss = 0.0
-    for stream in walk.streams:
-        teacher_weights = walk.teacher_weights(stream)
-        first, last = stream.share.rows(split)
-        own = sum(
-            float(_kl(walk, stream, teacher_weights, weights, slice(i, i + 1), temperature))
-            for i in range(first, last)
-        )
-        loss += loss_weights[stream.source] / whole * own / stream.share.count(split)
-    return all_sums([loss])[0]
+    def _kl(
+        self,
+        stream: Stream,
+        teacher_weights: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
+        row: int,
+    ) -> Tensor:
+        """KL in nats per token, averaged over the tokens of one sequence."""
+        device, rows = self.walk.device, slice(row, row + 1)
+        with torch.no_grad():
+            entered = stream.teacher[rows].to(device)
+            teacher = self.walk.teachers[stream.source].run(teacher_weights, entered)
+        merged = self.walk.part.run(weights, stream.merged[rows].to(device))
+        return divergence(merged, teacher, temperature=self.temperature).mean()

@@ -1,4 +1,4 @@
-"""TODO mergekit_dam/model/writes.py."""
+"""Which units write to the residual stream, and with what factor: measured by disturbing them."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,51 +19,68 @@ def measure_writes(
     records: Mapping[str, UnitCall],
     source: Tensor,
 ) -> tuple[dict[str, Unit], float]:
-    """Disturb one output at a time, with every other unit held, and see what reaches the end."""
-    held = [name for name in units if _is_leaf(root, name)]
+    """Disturb one output at a time, with every other unit held, and see what reaches the end.
+
+    Args:
+        root: the part's module.
+        run: runs the part on the source.
+        units: those of the part, by name.
+        records: what each of them got and gave.
+        source: the hidden states that enter; disturbed in place and put back.
+
+    Returns:
+        The units with how they write to the residual stream, and the factor with which what
+        enters the part reaches its end.
+    """
+    outputs = {name: records[name].output for name in units if _is_leaf(root, name)}
     generator = torch.Generator(source.device).manual_seed(0)
-
-    def held_run(disturbed: str | None, by: Tensor | None) -> Tensor:
-        def put_out(name: str) -> After:
-            value = records[name].output
-            value = value + by if name == disturbed else value
-            return lambda *_: copy_of(value)
-
-        with hooked(root, after={name: put_out(name) for name in held}):
-            output: Tensor = copy_of(first_tensor(run()))
-        return output
-
-    reference = held_run(None, None)
-    smallest = max(_size(reference), 1e-3)
+    reference = _held_run(root, run, outputs)
 
     def disturbance(like: Tensor) -> Tensor:
         # No smaller than the part's output, in whose rounding its effect would be lost.
         noise = torch.randn(like.shape, generator=generator, device=like.device)
-        return noise * max(_size(like), smallest)
+        return noise * max(_size(like), _size(reference), 1e-3)
 
     measured = dict(units)
-    for name in held:
-        output = records[name].output
+    for name, output in outputs.items():
         if not isinstance(output, Tensor) or output.numel() != reference.numel():
             continue
         by = disturbance(output)
-        scale = _proportion(held_run(name, by) - reference, by)
+        effect = _held_run(root, run, {**outputs, name: output + by}) - reference
+        scale = _proportion(effect, by)
         if scale:
             measured[name] = replace(units[name], write=Write(scale))
-    for norm in [unit for unit in measured.values() if unit.write and unit.kind == "norm"]:
-        for name, unit in measured.items():
-            if unit.kind == "linear" and same_tensor(
-                records[name].output, records[norm.name].input
-            ):
-                assert norm.write is not None
-                measured[name] = replace(unit, write=Write(norm.write.scale, norm.name))
     by = disturbance(source)
     source.add_(by)
     try:
-        effect = held_run(None, None) - reference
+        effect = _held_run(root, run, outputs) - reference
     finally:
         source.sub_(by)
-    return measured, _proportion(effect, by)
+    return _through_norms(measured, records), _proportion(effect, by)
+
+
+def _held_run(root: nn.Module, run: Run, outputs: Mapping[str, Any]) -> Tensor:
+    """What leaves a part whose units put out what is given for them."""
+
+    def put_out(output: Any) -> After:
+        return lambda *_: copy_of(output)
+
+    with hooked(root, after={name: put_out(output) for name, output in outputs.items()}):
+        leaving: Tensor = copy_of(first_tensor(run()))
+    return leaving
+
+
+def _through_norms(units: Mapping[str, Unit], records: Mapping[str, UnitCall]) -> dict[str, Unit]:
+    """Linears whose output reaches the residual stream through a norm write, too."""
+    found = dict(units)
+    for norm in units.values():
+        if norm.write is None or norm.kind != "norm":
+            continue
+        for name, unit in units.items():
+            made, entered = records[name].output, records[norm.name].input
+            if unit.kind == "linear" and same_tensor(made, entered):
+                found[name] = replace(unit, write=Write(norm.write.scale, norm.name))
+    return found
 
 
 def _is_leaf(root: nn.Module, name: str) -> bool:
@@ -86,6 +103,7 @@ def _proportion(effect: Tensor, cause: Tensor) -> float:
 
 
 def same_tensor(a: Any, b: Any) -> bool:
+    """Whether both are tensors, and equal."""
     return (
         isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
     )

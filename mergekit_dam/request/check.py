@@ -67,8 +67,35 @@ def check_configuration(
     problems: list[str] = []
     if source is not None:
         problems += _unknown_keys(source, MergeConfiguration, "the configuration")
-    scopes = []
-    wrong = set()
+    scopes, wrong, found = _sound_scopes(config)
+    problems += found
+    reported = any("`calibration`" in problem for problem in problems)
+    top = {k: v for scope in scopes if scope.level == "top" for k, v in scope.settings.items()}
+    run = RunParameters.model_validate({k: top[k] for k in top if OWNERS[k] is RunParameters})
+    listed = listed_models(config)
+    problems += _check_models(config, run, listed, scopes)
+    problems += check_slices(config)
+    problems += check_objective(config, run, scopes, wrong)
+    models = tuple(m for m in listed if m != config.base_model)
+    if run.include_base and config.base_model is not None:
+        models = (*models, config.base_model)
+    learns = len(models) > 1 and _merges_somewhere(config, run)
+    calibrations, missing = _calibrations(models, scopes, top, needed=learns)
+    if run.coefficients is None and not reported:
+        problems += missing
+    if problems:
+        raise ConfigError(*problems)
+    return Checked(run, models, config.base_model, calibrations, learns)
+
+
+def _sound_scopes(config: MergeConfiguration) -> tuple[list[Scope], set[str], list[str]]:
+    """Every scope with the parameters that are right by themselves.
+
+    Returns:
+        The scopes; the names of parameters whose value is wrong; the problems. What is wrong is
+        reported here, and the rest is checked as if it were not there.
+    """
+    scopes, wrong, problems = [], set(), []
     unknown: dict[str, list[str]] = {}
     for scope in scopes_of(config):
         sound = {}
@@ -82,31 +109,20 @@ def check_configuration(
                 wrong.add(name)
             else:
                 sound[name] = setting
-        # What is wrong is told above; the rest is checked as if it were not there.
         scopes.append(dataclasses.replace(scope, settings=sound))
     problems += [f"{', '.join(at)}: {_unknown_parameter(name)}" for name, at in unknown.items()]
-    told = any("`calibration`" in problem for problem in problems)
-    top = {k: v for scope in scopes if scope.level == "top" for k, v in scope.settings.items()}
-    run = RunParameters.model_validate({k: top[k] for k in top if OWNERS[k] is RunParameters})
-    listed = listed_models(config)
-    problems += _check_models(config, run, listed, scopes)
-    problems += check_slices(config)
-    problems += check_objective(config, run, scopes, wrong)
-    models = tuple(m for m in listed if m != config.base_model)
-    if run.include_base and config.base_model is not None:
-        models = (*models, config.base_model)
-    # A base that is to be merged too is added to lists of models, as mergekit does, not to slices.
-    meeting = any(
-        len(inputs) > 1 or (run.include_base and path.endswith("models") and inputs)
+    return scopes, wrong, problems
+
+
+def _merges_somewhere(config: MergeConfiguration, run: RunParameters) -> bool:
+    """Whether two models meet in some list of inputs.
+
+    A base that is to be merged too is added to lists of models, as mergekit does, not to slices.
+    """
+    return any(
+        len(inputs) > 1 or (run.include_base and path.endswith("models") and bool(inputs))
         for path, inputs in input_lists(config)
     )
-    learns = len(models) > 1 and meeting
-    calibrations, missing = _calibrations(models, scopes, top, needed=learns)
-    if run.coefficients is None and not told:
-        problems += missing
-    if problems:
-        raise ConfigError(*problems)
-    return Checked(run, models, config.base_model, calibrations, learns)
 
 
 def _check_setting(scope: Scope, name: str, setting: ParameterSetting) -> list[str]:

@@ -21,6 +21,7 @@ from mergekit_dam.search.judge import Verdict, judge
 from mergekit_dam.search.optimizers import make_optimizer, make_schedule
 from mergekit_dam.search.regularisers import penalty
 from mergekit_dam.sources.network import Network
+from mergekit_dam.streams import progress
 from mergekit_dam.streams.share import judging_split
 from mergekit_dam.streams.storage import Sequences
 from mergekit_dam.streams.stream import Stream
@@ -56,7 +57,6 @@ def descend(
     steps: int,
     column_weights: Mapping[str, Tensor],
     seed: int,
-    show: Callable[[str], None],
 ) -> Descent:
     """Minimise the objective from a start.
 
@@ -65,26 +65,58 @@ def descend(
         steps: of the optimiser.
         column_weights: of the weighted overlap, by tensor; empty where that is off.
         seed: of the order of the sequences.
-        show: shows a line of progress.
     """
-    network, settings = objective.network, objective.settings
-    coordinates = list(objective.coordinates.values())
-    unknowns = starting_unknowns(coordinates, start, settings.nonlinearity, network.device)
-    groups = [
-        {"params": [unknowns[c.name]], "lr": settings.learning_rate or learning_rate(c.form)}
-        for c in coordinates
-    ]
-    optimizer = make_optimizer(groups, settings)
-    schedule = make_schedule(optimizer, settings, steps)
-    batches = batches_of(data, network.loss_weights, settings.batch_size, seed)
+    network = objective.network
+    descender = Descender(objective, start, steps)
+    batches = batches_of(data, network.loss_weights, objective.settings.batch_size, seed)
     best, lowest, best_step = start, verdict, 0
     losses = []
     every = max(1, round(steps / LOOKS))
     for step in range(1, steps + 1):
-        coefficients = coefficients_of(coordinates, unknowns, settings.nonlinearity)
-        point = at(start, coefficients, objective)
+        loss = descender.step(batches, column_weights)
+        losses.append(loss)
+        progress.show(f"step {step}/{steps} loss {loss:.4g} held-out KL {lowest.mean:.4g}")
+        if step % every == 0 or step == steps:
+            with torch.no_grad():
+                now = descender.point()
+            seen = verdict_of(network, now, data)
+            if seen.mean < lowest.mean:
+                best, lowest, best_step = now, seen, step
+    return Descent(best, lowest, best_step, tuple(losses))
+
+
+class Descender:
+    """The unknowns of an objective, and the optimiser that moves them.
+
+    Args:
+        start: coefficients of every tensor to start from.
+        steps: how many there will be, for the schedule of the learning rate.
+    """
+
+    def __init__(self, objective: Objective, start: MergeRecord, steps: int) -> None:
+        self._objective, self._start = objective, start
+        settings = objective.settings
+        self._coordinates = list(objective.coordinates.values())
+        self._unknowns = starting_unknowns(
+            self._coordinates, start, settings.nonlinearity, objective.network.device
+        )
+        groups = [
+            {
+                "params": [self._unknowns[c.name]],
+                "lr": settings.learning_rate or learning_rate(c.form),
+            }
+            for c in self._coordinates
+        ]
+        self._optimizer = make_optimizer(groups, settings)
+        self._schedule = make_schedule(self._optimizer, settings, steps)
+
+    def step(self, batches: Iterator[list[Batch]], column_weights: Mapping[str, Tensor]) -> float:
+        """Take one step; returns the loss on its batches, without penalties."""
+        objective, settings = self._objective, self._objective.settings
+        coefficients = self._coefficients()
+        point = at(self._start, coefficients, objective)
         loss = 0.0
-        optimizer.zero_grad()
+        self._optimizer.zero_grad()
         for _ in range(settings.gradient_accumulation):
             part, gradients = objective(point, next(batches))
             loss += part / settings.gradient_accumulation
@@ -100,20 +132,18 @@ def descend(
         if penalties.requires_grad:
             penalties.backward()  # type: ignore[no-untyped-call]
         if settings.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(unknowns.values(), settings.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss)
-        show(f"step {step}/{steps} loss {loss:.4g} held-out KL {lowest.mean:.4g}")
-        if step % every == 0 or step == steps:
-            with torch.no_grad():
-                now = at(
-                    start, coefficients_of(coordinates, unknowns, settings.nonlinearity), objective
-                )
-            seen = verdict_of(network, now, data)
-            if seen.mean < lowest.mean:
-                best, lowest, best_step = now, seen, step
-    return Descent(best, lowest, best_step, tuple(losses))
+            torch.nn.utils.clip_grad_norm_(self._unknowns.values(), settings.max_grad_norm)
+        self._optimizer.step()
+        self._schedule.step()
+        return loss
+
+    def point(self) -> MergeRecord:
+        """Coefficients of every tensor, as they stand."""
+        return at(self._start, self._coefficients(), self._objective)
+
+    def _coefficients(self) -> dict[str, Tensor]:
+        nonlinearity = self._objective.settings.nonlinearity
+        return coefficients_of(self._coordinates, self._unknowns, nonlinearity)
 
 
 def learning_rate(form: Parametrisation) -> float:

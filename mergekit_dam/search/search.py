@@ -13,7 +13,7 @@ import dataclasses
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -30,13 +30,12 @@ from mergekit_dam.search.descend import descend, judged_at_output
 from mergekit_dam.search.gradient import Objective
 from mergekit_dam.search.judge import Verdict
 from mergekit_dam.search.regularisers import column_weights
-from mergekit_dam.search.sensitivity import Sensitivity, gradient_tokens
+from mergekit_dam.search.sensitivity import Sensitivity, gradient_tokens, sweep_back
 from mergekit_dam.sources.network import Network
 from mergekit_dam.sources.stage import OpenStage
+from mergekit_dam.streams import progress
 from mergekit_dam.streams.boundaries import BoundaryStates
 from mergekit_dam.streams.stream import Stream
-
-Show = Callable[[str], None]
 
 DESCENTS = (20, 400)
 """Steps of one descent after the other, where no number is asked for: the first is a trial."""
@@ -82,7 +81,6 @@ def search(
     start: MergeRecord,
     *,
     scratch: Path,
-    show: Show,
 ) -> MergeRecord:
     """Find the coefficients of every tensor.
 
@@ -90,7 +88,6 @@ def search(
         streams: every model's calibration tokens, at the entrance of the model.
         start: coefficients of every tensor to start from.
         scratch: a folder on a disk with room for the hidden states of every block.
-        show: shows a line of progress.
 
     Returns:
         The best record, with the rungs of the search.
@@ -99,25 +96,17 @@ def search(
     with tempfile.TemporaryDirectory(prefix=".dam-", dir=scratch) as folder:
         boundaries = BoundaryStates(Path(folder) / "entered")
         weighs_errors = settings.objective != "logits" and settings.metric == "sensitivity"
-        best, data, moved = survey(
-            network, streams, start, boundaries if weighs_errors else None, show=show
-        )
+        best, data, moved = survey(network, streams, start, boundaries if weighs_errors else None)
         if weighs_errors:
             left = BoundaryStates(Path(folder) / "left")
-            sensitivity = Sensitivity(
-                network,
-                start,
-                moved,
-                entered=boundaries,
-                left=left,
-                seed=settings.random_seed,
-                show=show,
+            sensitivity = sweep_back(
+                network, start, moved, entered=boundaries, left=left, seed=settings.random_seed
             )
-            layer_trial(network, streams, best, data, sensitivity, show=show)
+            layer_trial(network, streams, best, data, sensitivity)
         if settings.objective != "logits" and not best.improved:
-            layer_trial(network, streams, best, data, None, show=show)
+            layer_trial(network, streams, best, data, None)
         if settings.objective != "layer":
-            logits_trial(network, settings, best, data, boundaries, show=show)
+            logits_trial(network, settings, best, data, boundaries)
     network.release()
     return dataclasses.replace(best.record, trials=best.trials)
 
@@ -127,8 +116,6 @@ def survey(
     streams: Sequence[Stream],
     start: MergeRecord,
     boundaries: BoundaryStates | None,
-    *,
-    show: Show,
 ) -> tuple[Best, list[Stream], list[Stream]]:
     """Run every teacher on its data, and the model at the start on all data.
 
@@ -141,7 +128,7 @@ def survey(
     started = time.perf_counter()
     moving = [dataclasses.replace(stream) for stream in streams]
     for number, opened in network.forward():
-        show(f"start {opened.part.label}")
+        progress.show(f"start {opened.part.label}")
         if number > 0 and boundaries is not None:
             boundaries.put(number, [gradient_tokens(stream) for stream in moving])
         own = opened.merged_weights(start)
@@ -184,8 +171,6 @@ def layer_trial(
     best: Best,
     data: Sequence[Stream],
     sensitivity: Sensitivity | None,
-    *,
-    show: Show,
 ) -> None:
     """One sweep of layer fits on the merged stream, in a metric or the plain one."""
     started = time.perf_counter()
@@ -195,7 +180,7 @@ def layer_trial(
         metrics = None
         if sensitivity is not None and opened.stage.kind == "block":
             metrics = partial(sensitivity.metrics, number, opened)
-        fit_stage(opened, moving, record, show=show, metrics=metrics)
+        fit_stage(opened, moving, record, metrics=metrics)
     verdict = judged_at_output(network, record, data, [stream.merged for stream in moving])
     name = "layer, identity" if sensitivity is None else "layer, sensitivity"
     best.consider(name, record, verdict, started)
@@ -207,8 +192,6 @@ def logits_trial(
     best: Best,
     data: Sequence[Stream],
     boundaries: BoundaryStates,
-    *,
-    show: Show,
 ) -> None:
     """Descend the end-to-end objective from the best so far, as long as that pays."""
     coordinates, weights = _coordinates(network, settings, data)
@@ -226,7 +209,6 @@ def logits_trial(
             steps=steps,
             column_weights=weights,
             seed=settings.random_seed + number,
-            show=show,
         )
         name = f"logits, {steps} steps"
         best.consider(name, ended.record, ended.verdict, started, best_step=ended.steps)

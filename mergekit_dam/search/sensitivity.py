@@ -10,7 +10,8 @@ gradients is the Fisher information, which is the curvature of the KL.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -27,6 +28,7 @@ from mergekit_dam.model.units import Anatomy, Unit
 from mergekit_dam.search.backprop import backward, chunks_of
 from mergekit_dam.sources.network import Network
 from mergekit_dam.sources.stage import OpenStage
+from mergekit_dam.streams import progress
 from mergekit_dam.streams.boundaries import BoundaryStates
 from mergekit_dam.streams.stream import Stream, concatenated
 
@@ -49,74 +51,89 @@ def _gradient_numbers(stream: Stream) -> range:
     return range(own.start, count, own.step)
 
 
-class Sensitivity:
-    """Metrics of all linears of a model at some coefficients.
+def sweep_back(
+    network: Network,
+    point: MergeRecord,
+    streams: Sequence[Stream],
+    *,
+    entered: BoundaryStates,
+    left: BoundaryStates,
+    seed: int,
+) -> "Sensitivity":
+    """Go backward through the model at some coefficients, keeping gradients of what leaves blocks.
 
     Args:
         point: the coefficients.
         streams: at the end of the last block.
         entered: `gradient_tokens` of what enters each block.
         left: keeps the gradient of what leaves each block.
-        seed: of the labels that are drawn.
-        show: shows a line of progress.
+        seed: seed of the labels that are drawn.
+    """
+    flowing = _label_gradients(network, point, streams, seed)
+    for number, opened in network.backward():
+        progress.show(f"backward {opened.part.label}")
+        left.put(number, flowing)
+        if number > 1:
+            weights = opened.merged_weights(point)
+            flowing = [
+                backward(opened.part, weights, x, gradient, network.device, sums={})
+                for x, gradient in zip(entered.get(number), flowing, strict=True)
+            ]
+    sources = tuple(stream.source for stream in streams)
+    return Sensitivity(point, sources, entered, left, network.device)
+
+
+def _label_gradients(
+    network: Network, point: MergeRecord, streams: Sequence[Stream], seed: int
+) -> list[Tensor]:
+    """Gradients of what left the last block, of `-log p(y)` summed over the tokens."""
+    opened = network.output()
+    weights = opened.merged_weights(point)
+    device = network.device
+    generator = torch.Generator(device)
+    found = []
+    for stream in streams:
+        hidden, gradients = gradient_tokens(stream), []
+        for index, number in enumerate(_gradient_numbers(stream)):
+            generator.manual_seed(_seed_of(seed, stream.source, number))
+            # Logits of one sequence at a time: they are large.
+            x = hidden[index : index + 1].to(device).requires_grad_(True)
+            with torch.enable_grad():
+                logits = opened.part.run(weights, x)[0].float()
+                labels = torch.multinomial(
+                    logits.detach().softmax(-1), 1, generator=generator
+                ).squeeze(1)
+                loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+            gradients.append(torch.autograd.grad(loss, x)[0].cpu())
+        found.append(concatenated(gradients, none=hidden))
+    return found
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Metrics of all linears of a model at some coefficients.
+
+    Attributes:
+        point: the coefficients.
+        sources: index of each stream's model.
+        entered: what enters each block of the model, by stream.
+        left: the gradient of what leaves each block, by stream.
+        device: where parts run.
     """
 
-    def __init__(
-        self,
-        network: Network,
-        point: MergeRecord,
-        streams: Sequence[Stream],
-        *,
-        entered: BoundaryStates,
-        left: BoundaryStates,
-        seed: int,
-        show: Callable[[str], None],
-    ) -> None:
-        self._network, self._point = network, point
-        self._entered, self._left = entered, left
-        self._sources = [stream.source for stream in streams]
-        flowing = self._label_gradients(streams, seed)
-        for number, opened in network.backward():
-            show(f"backward {opened.part.label}")
-            self._left.put(number, flowing)
-            if number > 1:
-                weights = opened.merged_weights(point)
-                flowing = [
-                    backward(opened.part, weights, x, gradient, network.device, sums={})
-                    for x, gradient in zip(entered.get(number), flowing, strict=True)
-                ]
-
-    def _label_gradients(self, streams: Sequence[Stream], seed: int) -> list[Tensor]:
-        """Gradients of what left the last block, of `-log p(y)` summed over the tokens."""
-        opened = self._network.output()
-        weights = opened.merged_weights(self._point)
-        device = self._network.device
-        generator = torch.Generator(device)
-        found = []
-        for stream in streams:
-            hidden, gradients = gradient_tokens(stream), []
-            for index, number in enumerate(
-                _gradient_numbers(stream)
-            ):  # logits of one sequence at a time
-                generator.manual_seed(_seed_of(seed, stream.source, number))
-                x = hidden[index : index + 1].to(device).requires_grad_(True)
-                with torch.enable_grad():
-                    logits = opened.part.run(weights, x)[0].float()
-                    labels = torch.multinomial(
-                        logits.detach().softmax(-1), 1, generator=generator
-                    ).squeeze(1)
-                    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-                gradients.append(torch.autograd.grad(loss, x)[0].cpu())
-            found.append(concatenated(gradients, none=hidden))
-        return found
+    point: MergeRecord
+    sources: tuple[int, ...]
+    entered: BoundaryStates
+    left: BoundaryStates
+    device: torch.device
 
     def metrics(self, number: int, opened: OpenStage, anatomy: Anatomy) -> Metrics:
         """The metrics of a block's linears, by source and unit, and what tells those of experts."""
         units = tuple(unit for unit in anatomy.units if unit.kind in KINDS)
-        weights = opened.merged_weights(self._point)
-        entered, left = self._entered.get(number), self._left.get(number)
+        weights = opened.merged_weights(self.point)
+        entered, left = self.entered.get(number), self.left.get(number)
         found: dict[tuple[int, str], Metric | ExpertGradients] = {}
-        for source, x, gradient in zip(self._sources, entered, left, strict=True):
+        for source, x, gradient in zip(self.sources, entered, left, strict=True):
             rows, routing = self._output_gradients(opened, weights, units, x, gradient)
             for unit in units:
                 found[source, unit.name] = (
@@ -133,10 +150,10 @@ class Sensitivity:
         found = {}
         for parameter in unit.parameters:
             sources = opened.sources[unit.parameter(parameter)]
-            axis = self._point.axes.get(sources.name, -1)
+            axis = self.point.axes.get(sources.name, -1)
             own = sources.of_expert(expert)
             rows = rows_of_expert(
-                self._point.coefficients[sources.name], sources.tensors[0].shape, axis, expert
+                self.point.coefficients[sources.name], sources.tensors[0].shape, axis, expert
             )
             found[parameter] = own.merged(rows, axis=expert_axis(axis)).float()
         return found
@@ -150,7 +167,7 @@ class Sensitivity:
         gradient: Tensor,
     ) -> tuple[dict[str, Tensor], dict[str, Routing]]:
         """Gradients at the outputs of units, fp32 `[tokens, out]` each, and how experts are fed."""
-        device = self._network.device
+        device = self.device
         names = tuple(unit.name for unit in units if unit.kind != "router")
         routers = {u.name: weights[u.parameter("weight")] for u in units if u.kind == "router"}
         experts = tuple(unit.name for unit in units if unit.kind == "experts")
