@@ -1,15 +1,14 @@
-"""Where the time of a merge goes, against the least that this machine would need for it.
+"""Where the time of a merge goes, and the least time that this machine would need for it.
 
-    python examples/benchmarks/bound.py dam.yaml --threads 2
+    python -m examples.benchmarks.bound dam.yaml --threads 2
 
-The merge runs in this process. Every operation of torch is timed by what it does, and its
-floating-point operations are counted. The bound is those over the rates that the same machine
-reaches at large matrices, plus the bytes of the models and of the result over the disk's rates.
+The merge runs in this process. Every operation of torch is timed, and its floating-point operations
+are counted. The bound is their number divided by the rate that the machine reaches at large
+matrices, plus the bytes of the models and of the result divided by the rates of the disk.
 """
 
 import math
 import os
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -66,7 +65,7 @@ class Timer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @dataclass(frozen=True)
 class Rates:
-    """What the machine reaches: flops a second by kind, bytes a second of the disk."""
+    """Rates of the machine: flops per second by kind, and bytes per second of the disk."""
 
     flops: dict[str, float]
     read: float
@@ -77,8 +76,8 @@ def measure_rates(files: list[Path], folder: Path) -> Rates:
     """Rates at a 2048 x 2048 product and a 4096 x 4096 factorisation, and of the disk.
 
     Args:
-        files: to read, dropped from the page cache before.
-        folder: to write to.
+        files: files to read; they are dropped from the page cache before.
+        folder: folder to write to.
     """
     flops = {}
     for dtype in (torch.float32, torch.float64):
@@ -138,15 +137,26 @@ def shortened(kinds: dict[str, Work], shown: int = 10) -> dict[str, Work]:
     return {**dict(ordered[:shown]), f"  {len(rest)} other operations": other}
 
 
-@click.command(help=__doc__.partition("\n")[0])
-@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--threads", type=click.IntRange(min=1), default=torch.get_num_threads())
-@click.argument("options", nargs=-1)
-def main(config: Path, threads: int, options: tuple[str, ...]) -> None:
-    """Run the merge and print the table. OPTIONS are passed on to mergekit-yaml."""
+@dataclass(frozen=True)
+class Outcome:
+    """A merge that was run, beside the rates of the machine.
+
+    Attributes:
+        kinds: the operations of torch, by kind.
+        seconds: wall time of the whole merge.
+        disk: seconds that reading the models and writing the result would take.
+    """
+
+    kinds: dict[str, Work]
+    seconds: float
+    disk: float
+    rates: Rates
+
+
+def measure(config: Path, options: tuple[str, ...]) -> Outcome:
+    """Measure the rates of the machine, and run the merge."""
     from mergekit.scripts.run_yaml import main as mergekit_yaml
 
-    torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory(prefix="bound-", dir=Path.cwd()) as folder:
         files = weight_files(config)
         rates = measure_rates(files, Path(folder))
@@ -154,29 +164,46 @@ def main(config: Path, threads: int, options: tuple[str, ...]) -> None:
         timer, started = Timer(), time.perf_counter()
         with timer:
             mergekit_yaml([str(config), str(out), *options], standalone_mode=False)
-        wall = time.perf_counter() - started
+        seconds = time.perf_counter() - started
         read = sum(file.stat().st_size for file in files)
         written = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    disk = read / rates.read + written / rates.write
-    least = disk
-    rows: list[tuple[str, ...]] = [
-        ("", "seconds", "share", "Gflop", "Gflop/s", "at best", "bound, s")
-    ]
-    for kind, work in shortened(timer.kinds).items():
-        rate = rates.flops.get(kind, math.inf)
-        least += work.flops / rate
-        shown = [f"{work.flops / 1e9:.0f}", f"{work.flops / 1e9 / work.seconds:.1f}"]
-        shown += [f"{rate / 1e9:.1f}", f"{work.flops / rate:.1f}"]
-        counted = shown if work.flops else [""] * 4
-        rows.append((kind, f"{work.seconds:.1f}", f"{work.seconds / wall:.0%}", *counted))
-    rest = wall - sum(work.seconds for work in timer.kinds.values())
-    rows.append(("outside of torch", f"{rest:.1f}", f"{rest / wall:.0%}", "", "", "", ""))
-    rows.append(("disk", "", "", "", "", "", f"{disk:.1f}"))
-    rows.append(("in all", f"{wall:.1f}", "", "", "", "", f"{least:.1f}"))
-    for row in rows:
-        click.echo(f"{row[0]:<22}" + "".join(f"{cell:>10}" for cell in row[1:]))
-    click.echo(f"{wall / least:.2f} times the bound")
+    return Outcome(timer.kinds, seconds, read / rates.read + written / rates.write, rates)
+
+
+def table(found: Outcome) -> str:
+    """Where the time went, beside the bound."""
+    bound = found.disk
+    rows = [["", "seconds", "share", "Gflop", "Gflop/s", "at best", "bound, s"]]
+    for kind, work in shortened(found.kinds).items():
+        rate = found.rates.flops.get(kind, math.inf)
+        bound += work.flops / rate
+        row = [kind, f"{work.seconds:.1f}", f"{work.seconds / found.seconds:.0%}"]
+        if work.flops:
+            row += [f"{work.flops / 1e9:.0f}", f"{work.flops / 1e9 / work.seconds:.1f}"]
+            row += [f"{rate / 1e9:.1f}", f"{work.flops / rate:.1f}"]
+        rows.append(row)
+    rest = found.seconds - sum(work.seconds for work in found.kinds.values())
+    rows.append(["outside of torch", f"{rest:.1f}", f"{rest / found.seconds:.0%}"])
+    rows.append(["disk", *[""] * 5, f"{found.disk:.1f}"])
+    rows.append(["in all", f"{found.seconds:.1f}", *[""] * 4, f"{bound:.1f}"])
+    lines = [f"{row[0]:<22}" + "".join(f"{cell:>10}" for cell in row[1:]) for row in rows]
+    return "\n".join([*lines, f"{found.seconds / bound:.2f} times the bound"])
+
+
+@click.command(help=__doc__.partition("\n")[0])
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    default=torch.get_num_threads(),
+    help="Threads of torch.  [default: torch's own]",
+)
+@click.argument("options", nargs=-1)
+def main(config: Path, threads: int, options: tuple[str, ...]) -> None:
+    """Run the merge and print the table. OPTIONS are passed on to mergekit-yaml."""
+    torch.set_num_threads(threads)
+    click.echo(table(measure(config, options)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

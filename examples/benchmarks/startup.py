@@ -1,10 +1,10 @@
-"""What the plugin adds to the start of a Python process that does nothing, in milliseconds.
+"""Milliseconds that the plugin adds to the start of a Python process that does nothing.
 
-The .pth is read by every process of the environment, so this cost is everybody's. Two virtual
+Every process of the environment reads the .pth file, so all of them pay for it. Two virtual
 environments are made that differ in one thing: one holds mergekit-dam as a wheel installs it. Both
-list what the running environment has installed, since a directory of that size has to be read.
+link to the packages of the running environment, since a directory of that size has to be read.
 
-    python examples/benchmarks/startup.py --pairs 200
+    python -m examples.benchmarks.startup --pairs 200
 """
 
 import argparse
@@ -35,7 +35,7 @@ def make_environment(root: Path, *, with_plugin: bool) -> Path:
     if with_plugin:
         shutil.copytree(PACKAGE, site_packages / PACKAGE.name)
         for name in STARTUP_FILES:
-            # In a checkout they lie in the package, where a wheel has put them beside it.
+            # A checkout holds them in the package; a wheel installs them beside it.
             file = PACKAGE / name if (PACKAGE / name).exists() else PACKAGE.parent / name
             shutil.copy(file, site_packages)
     return root / "bin" / "python"

@@ -1,10 +1,10 @@
-"""What the benchmarks of this folder have in common.
+"""Code that the benchmarks of this folder share.
 
-options     pieces of their command lines
-models      what is merged; adapters merged into their base first
+options     the options that their command lines share
+models      the models to merge; adapters are merged into their base first
 merges      a merge as a mergekit configuration, and the command that runs it
-rows        which rows of a table a user asks for
+selection   the rows of a table that a user asks for
 processes   a command run and measured in a process of its own
-machine     where that was, and with which packages
+machine     the machine, the packages and the command, for a report
 tables      numbers and tables as Markdown
 """

@@ -1,7 +1,9 @@
-"""Where a benchmark ran, and with which packages."""
+"""The machine, the packages and the command of a benchmark, for its report."""
 
 import os
 import platform
+import shlex
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,13 @@ def machine() -> dict[str, Any]:
             [f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in _PACKAGES)]
         ),
     }
+
+
+def command_line() -> str:
+    """The command that started this process, as one can type it again in the checkout."""
+    spec = sys.modules["__main__"].__spec__
+    program = ["python", "-m", spec.name] if spec else [sys.argv[0]]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def processor() -> str:

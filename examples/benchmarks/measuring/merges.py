@@ -14,9 +14,9 @@ class Point:
     """One merge.
 
     Attributes:
-        method: of mergekit, or one that the benchmark runs by a program of its own.
-        parameters: of the whole merge.
-        weights: mergekit's `weight`, of each model.
+        method: a method of mergekit, or one that the benchmark runs by a program of its own.
+        parameters: parameters of the whole merge.
+        weights: mergekit's `weight` of each model.
         base: which model is mergekit's `base_model`: the base, the first specialist, or none.
     """
 
@@ -27,12 +27,12 @@ class Point:
 
     @property
     def fits(self) -> bool:
-        """Whether text has a part in it."""
+        """Whether the merge fits coefficients to text."""
         return self.method == "dam" and "coefficients" not in self.parameters
 
     @property
     def shown(self) -> dict[str, Any]:
-        """What the table says of it."""
+        """The parameters as the table shows them."""
         if len(set(self.weights)) > 1:
             return {"weight": ":".join(f"{weight:g}" for weight in self.weights), **self.parameters}
         return {**({"weight": self.weights[0]} if self.weights else {}), **self.parameters}
@@ -74,10 +74,10 @@ def configuration(
 def merge_command(
     config: Path, out: Path, *, device: str, seed: int, options: Sequence[str] = ()
 ) -> list[str]:
-    """`mergekit-yaml`, of the environment that runs us, on a configuration.
+    """The command `mergekit-yaml` of this environment on a configuration.
 
     Args:
-        options: further ones of that command.
+        options: further options of that command.
     """
     program = [sys.executable, "-m", "mergekit.scripts.run_yaml", str(config), str(out)]
     on = [] if device == "cpu" else ["--device", device]

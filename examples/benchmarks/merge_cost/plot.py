@@ -1,4 +1,4 @@
-"""Peak memory against what was swept, as a picture; matplotlib is an extra of the package."""
+"""Peak memory against the swept size, as a picture; matplotlib is an extra of the package."""
 
 from importlib.util import find_spec
 from pathlib import Path

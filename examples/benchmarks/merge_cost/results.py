@@ -1,4 +1,4 @@
-"""What came out: medians over the rounds, ratios to `linear`, the tables, JSON and Markdown."""
+"""Results: medians over the rounds, ratios to `linear`, the tables, JSON and Markdown."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,10 +28,10 @@ class Row:
     """One line of a table.
 
     Attributes:
-        name: of the merge.
-        parameters: what was set.
-        rounds: how it went, in order; round i stands beside round i of the other rows.
-        reason: why it failed, if it did; its rounds are those before.
+        name: name of the merge.
+        parameters: the parameters of the merge.
+        rounds: measurements in order; round i ran beside round i of the other rows.
+        reason: why it failed, if it did; the rounds before the failure stay.
     """
 
     name: str
@@ -107,11 +107,11 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Curves:
-    """What a sweep found of the memory of every row.
+    """Memory of every row by a swept size.
 
     Attributes:
-        name: of what was swept.
-        values: that it took.
+        name: name of the size.
+        values: values of the size.
         peaks: bytes by kind of peak and row, one for each value; None where a row failed.
     """
 
@@ -120,7 +120,7 @@ class Curves:
     peaks: Mapping[str, Mapping[str, tuple[float | None, ...]]]
 
     def tables(self) -> Iterator[str]:
-        """A table for each kind of peak: a line a value, a column a row."""
+        """A table for each kind of peak, with one line per value and one column per row."""
         for kind, rows in self.peaks.items():
             lines = [
                 [str(value), *(number(_giga(peaks[index]), 3) for peaks in rows.values())]
@@ -137,25 +137,25 @@ class Report:
 
     Attributes:
         comparisons: one, or one for every value of every sweep, in order.
-        settings: what was asked for, and where it ran; as JSON takes it.
+        settings: the settings, the machine and the command; as JSON takes it.
     """
 
     comparisons: tuple[Comparison, ...]
     settings: Mapping[str, Any]
 
     def curves(self) -> Iterator[Curves]:
-        """What the sweeps found, one by one."""
+        """The curves of every sweep."""
         swept = [comparison for comparison in self.comparisons if comparison.case]
         for name, group in groupby(swept, key=lambda comparison: next(iter(comparison.case))):
             yield _curves(name, list(group))
 
     def tables(self) -> str:
-        """What a terminal shows: the tables of memory of the sweeps, else the one table."""
+        """The tables of memory of the sweeps; without a sweep, the table of the one comparison."""
         found = [table for curves in self.curves() for table in curves.tables()]
         return "\n\n".join(found or [comparison.table() for comparison in self.comparisons])
 
     def markdown(self, plots: Sequence[str] = ()) -> str:
-        """A page: all tables, and how they came about.
+        """A page: all tables, and how they were made.
 
         Args:
             plots: names of pictures beside the page.

@@ -1,16 +1,14 @@
 """A whole measurement, step by step.
 
-1. Make the models, or merge the adapters of those that are given.
+1. Make random models, or merge the adapters of existing models.
 2. If coefficients are to be replayed, fit some, unmeasured.
-3. Round after round, merge by every row in turn, each in a process of its own.
+3. Run the rounds: in each, every row merges once, in a process of its own.
 4. With a sweep, do so for each of its values.
 5. After every merge, write JSON and Markdown: what is finished stays if the run is stopped.
 """
 
 import json
-import shlex
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,15 +16,15 @@ from typing import Any
 
 import click
 
-from examples.benchmarks.measuring.machine import machine
+from examples.benchmarks.measuring.machine import command_line, machine
 from examples.benchmarks.measuring.merges import Point, configuration, merge_command
 from examples.benchmarks.measuring.models import resolve_all
 from examples.benchmarks.measuring.processes import Measured, Runner, failure, run_measured
 from examples.benchmarks.merge_cost import page_cache, plot, synthetic
+from examples.benchmarks.merge_cost.methods import ANY_FIT, REPLAY, Choices, Merge, select
 from examples.benchmarks.merge_cost.results import LINEAR, Comparison, Report, Row
-from examples.benchmarks.merge_cost.rows import ANY_FIT, REPLAY, Choices, Merge, select
 from examples.benchmarks.merge_cost.settings import (
-    Given,
+    Inputs,
     Settings,
     Shape,
     Source,
@@ -39,13 +37,13 @@ from mergekit_dam.errors import DamError
 
 @dataclass(frozen=True)
 class Bench:
-    """What every merge needs.
+    """The data that every merge needs.
 
     Attributes:
-        run: how it is run.
+        run: runs the command of a merge.
     """
 
-    given: Given
+    inputs: Inputs
     settings: Settings
     run: Runner
 
@@ -58,7 +56,7 @@ def measure_costs(
     *,
     run: Runner = run_measured,
 ) -> Report:
-    """Run the measurement; the steps stand above.
+    """Run the measurement; the steps are listed above.
 
     Raises:
         DamError: if what was asked for cannot be done. A merge that fails is a row instead.
@@ -72,7 +70,7 @@ def measure_costs(
     report = Report(comparisons=(), settings=_about(source, settings, choices))
     for case, own_source, own_settings in cases:
         done = report.comparisons
-        bench = Bench(_given(own_source, own_settings), own_settings, run)
+        bench = Bench(_inputs(own_source, own_settings), own_settings, run)
         for rows in all_rounds(bench, merges, case):
             comparison = Comparison(case=case, rows=rows)
             report = replace(report, comparisons=(*done, comparison))
@@ -132,8 +130,12 @@ def fit_coefficients(bench: Bench) -> str:
 def _merged(
     point: Point, name: str, bench: Bench, *, keep: Path | None = None
 ) -> tuple[Measured, str]:
-    """Merge, and tell how it went and why it failed; the coefficients alone can be kept."""
-    settings, models = bench.settings, bench.given.models
+    """Merge; returns the measurement, and the reason if it failed.
+
+    Args:
+        keep: folder to copy the coefficients to; all else that was merged is deleted.
+    """
+    settings, models = bench.settings, bench.inputs.models
     folder = settings.out / "merged" / name
     shutil.rmtree(folder, ignore_errors=True)
     if settings.cold:
@@ -149,7 +151,7 @@ def _merged(
 
 def _command(point: Point, name: str, folder: Path, bench: Bench) -> list[str]:
     """Write a merge's configuration, and return the command that runs it."""
-    settings, models = bench.settings, bench.given.models
+    settings, models = bench.settings, bench.inputs.models
     entries = dict(models.specialists)
     if point.method == LINEAR and models.base is not None:
         entries[""] = models.base  # a name that no option can give
@@ -157,7 +159,7 @@ def _command(point: Point, name: str, folder: Path, bench: Bench) -> list[str]:
         point,
         entries,
         base=models.base,
-        calibrations=bench.given.calibrations,
+        calibrations=bench.inputs.calibrations,
         samples=settings.samples,
         sequence_length=settings.sequence_length,
         dtype=settings.dtype,
@@ -174,8 +176,8 @@ def _command(point: Point, name: str, folder: Path, bench: Bench) -> list[str]:
     )
 
 
-def _given(source: Source, settings: Settings) -> Given:
-    """What is merged, made where it has to be."""
+def _inputs(source: Source, settings: Settings) -> Inputs:
+    """The models to merge and their texts; made, where the source is a shape."""
     if isinstance(source, Shape):
         _say(f"Models: {', '.join(f'{name} {value}' for name, value in asdict(source).items())}")
         tokens = settings.samples * settings.sequence_length
@@ -185,7 +187,7 @@ def _given(source: Source, settings: Settings) -> Given:
 
 
 def _require_calibrations(source: Source, merges: Sequence[Merge]) -> None:
-    """Raise DamError if a row needs text that no option names."""
+    """Raise DamError if a row needs calibration text that no option names."""
     if isinstance(source, Shape):
         return
     missing = [name for name in source.models.specialists if name not in source.calibrations]
@@ -200,14 +202,15 @@ def _require_calibrations(source: Source, merges: Sequence[Merge]) -> None:
 def _about(source: Source, settings: Settings, choices: Choices) -> dict[str, Any]:
     """Settings and surroundings, as JSON takes them."""
     if isinstance(source, Shape):
-        what = {"synthetic models": ", ".join(f"{k} {v}" for k, v in asdict(source).items())}
+        models = {"synthetic models": ", ".join(f"{k} {v}" for k, v in asdict(source).items())}
     else:
         named = {f"model {name}": own for name, own in source.models.specialists.items()}
-        what = {**({"base": source.models.base} if source.models.base else {}), **named}
+        models = {**({"base": source.models.base} if source.models.base else {}), **named}
+    text = f"{settings.samples} sequences of {settings.sequence_length} tokens per model"
     return {
-        "command": shlex.join(sys.argv),
-        **what,
-        "calibration": f"{settings.samples} sequences of {settings.sequence_length} tokens a model",
+        "command": command_line(),
+        **models,
+        "calibration": text,
         "dtype": settings.dtype,
         "device": settings.device,
         "seed": settings.seed,

@@ -17,8 +17,8 @@ class Shape:
         layers: decoder layers.
         hidden, intermediate: features of the residual stream, and inside the MLP.
         vocab: rows of the embedding, and of the head, which are not tied.
-        models: how many, all near to one base.
-        dtype: that they are stored in.
+        models: number of models, all near to one base.
+        dtype: dtype in which they are stored.
 
     Raises:
         DamError: if no such model can be made.
@@ -42,19 +42,19 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Given:
-    """Models that are there.
+class Inputs:
+    """Models to merge, and their texts.
 
     Attributes:
-        calibrations: what `calibration:` takes, by name of the model.
+        calibrations: values of the parameter `calibration`, by name of the model.
     """
 
     models: Models
     calibrations: Mapping[str, str]
 
 
-Source = Given | Shape
-"""What is merged."""
+Source = Inputs | Shape
+"""Models that exist, or the shape of models to be made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +65,9 @@ class Settings:
         out: folder of everything that is written, as an absolute path.
         samples: calibration sequences per model.
         sequence_length: tokens per sequence.
-        rounds: how often every row runs, but for fits.
-        fit_rounds: in how many of the first rounds fits run.
-        dtype: what merges are computed and written in.
+        rounds: how often `linear` and `replay` run.
+        fit_rounds: how often rows that fit run, in the first rounds.
+        dtype: dtype in which merges are computed and written.
         device: where merges are computed.
         out_shard_size: mergekit's option of that name; its own default if None.
         cold: drop models from the page cache before every merge.
@@ -88,7 +88,7 @@ class Settings:
 
 
 Case = tuple[Mapping[str, int], Source, Settings]
-"""The size that was swept with its value, what is merged, and the settings with that value."""
+"""The swept size with its value, the models to merge, and the settings with that value."""
 
 OF_SHAPE = ("layers", "hidden", "intermediate", "vocab", "models")
 OF_TEXT = ("samples", "sequence_length")
@@ -96,7 +96,7 @@ OF_TEXT = ("samples", "sequence_length")
 
 @dataclass(frozen=True)
 class Sweep:
-    """One size that takes several values, while all others stay as they are."""
+    """One size that takes several values; all others stay the same."""
 
     name: str
     values: tuple[int, ...]
@@ -105,7 +105,7 @@ class Sweep:
         """The case of every value.
 
         Raises:
-            DamError: if models that are given would have to be of another shape.
+            DamError: if existing models would have to change their shape.
         """
         for value in self.values:
             case: dict[str, Any] = {self.name: value}
@@ -136,10 +136,10 @@ def parse_sweep(text: str) -> Sweep:
 
 
 def every_case(source: Source, settings: Settings, sweeps: Sequence[Sweep]) -> list[Case]:
-    """What is measured: what is given or, with sweeps, each value of each.
+    """The cases to measure: one or, with sweeps, one for each value of each sweep.
 
     Raises:
-        DamError: if a value cannot be had.
+        DamError: if a sweep asks for a value that is impossible.
     """
     if not sweeps:
         return [({}, source, settings)]

@@ -1,6 +1,6 @@
 """Random Llama models of any shape, written with one decoder layer in memory.
 
-    models/shape.json           what they are; written last, so what has it is whole
+    models/shape.json           their shape; written last, so a folder that has it is complete
     models/model_0/             config, tokenizer, a file of weights for every layer
     models/model_0.jsonl        calibration text
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from examples.benchmarks.measuring.models import Models
-from examples.benchmarks.merge_cost.settings import Given, Shape
+from examples.benchmarks.merge_cost.settings import Inputs, Shape
 from examples.benchmarks.merge_cost.texts import make_tokenizer, write_text
 
 _HEAD_DIM = 64
@@ -33,13 +33,13 @@ _MARKER = "shape.json"
 Shapes = dict[str, torch.Size]
 
 
-def make(shape: Shape, folder: Path, *, tokens: int) -> Given:
-    """Models of a shape, with a tokenizer and `tokens` tokens of text each.
+def make(shape: Shape, folder: Path, *, tokens: int) -> Inputs:
+    """Models of a shape, with a tokenizer and `tokens` tokens of text for each.
 
-    Models that are there already are taken if they have the shape, and else deleted.
+    Models that are there already are used if they have the shape, and deleted otherwise.
 
     Args:
-        folder: ours alone.
+        folder: a folder that holds nothing else.
     """
     wanted = json.dumps(asdict(shape))
     marker = folder / _MARKER
@@ -55,7 +55,7 @@ def make(shape: Shape, folder: Path, *, tokens: int) -> Given:
     texts = {name: path.with_suffix(".jsonl") for name, path in paths.items()}
     for index, text in enumerate(texts.values()):
         write_text(text, tokenizer, tokens=tokens, kind=index, seed=shape.seed)
-    return Given(
+    return Inputs(
         Models({name: str(path) for name, path in paths.items()}),
         {name: str(path) for name, path in texts.items()},
     )
@@ -103,7 +103,7 @@ def write_models(shape: Shape, folders: list[Path]) -> None:
 
 
 def _parts(config: LlamaConfig) -> Iterator[Shapes]:
-    """Shapes of the tensors of a file each: what stands before, in or behind a layer."""
+    """Shapes of the tensors of each file: what is before the layers, each layer, what is after."""
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}

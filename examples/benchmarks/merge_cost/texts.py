@@ -1,4 +1,4 @@
-"""Text for models that have learned nothing: the demo's generators, each model its own kind."""
+"""Text for models that have learned nothing; the demo's generators make it."""
 
 import json
 import random
@@ -26,10 +26,10 @@ def make_tokenizer(vocab: int, *, seed: int) -> PreTrainedTokenizerFast:
 def write_text(
     path: Path, tokenizer: PreTrainedTokenizerFast, *, tokens: int, kind: int, seed: int
 ) -> None:
-    """Write documents of `tokens` tokens together, or some more, a `text` a line.
+    """Write documents of at least `tokens` tokens together, one `text` per line.
 
     Args:
-        kind: which text, and which documents of it; models of equal kind would get equal text.
+        kind: number of the text; equal numbers give equal text.
     """
     rng = random.Random(f"{seed}/{kind}")
     make = _KINDS[kind % len(_KINDS)]

@@ -27,7 +27,7 @@ Parts = dict[str, Documents]
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """Where the texts of one domain come from, as files that `calibration:` would take.
+    """Files of one domain's texts, in the forms that the parameter `calibration` takes.
 
     Attributes:
         text: a file for every part that has no file of its own.
@@ -42,7 +42,7 @@ class Sources:
 
 @dataclass(frozen=True, kw_only=True)
 class Shares:
-    """How a file's documents are divided; what counts is the ratio of the parts it serves for."""
+    """How a file's documents are divided among the parts that it serves for, by ratio."""
 
     calibration: float = 0.5
     validation: float = 0.2
@@ -56,7 +56,7 @@ class Shares:
 
 @dataclass(frozen=True)
 class PartSummary:
-    """What a part of a domain holds, and how many documents were left out to keep test unseen."""
+    """Size of a part of a domain, and how many documents were left out to keep test unseen."""
 
     domain: str
     part: str
@@ -66,7 +66,7 @@ class PartSummary:
 
 
 def make_parts(sources: Mapping[str, Sources], shares: Shares) -> tuple[dict[str, Parts], Parts]:
-    """Read and split every domain, and clear calibration and validation of what test holds.
+    """Read and split every domain, and remove from calibration and validation what test holds.
 
     Returns:
         The parts of each domain, and for each domain name.part the documents left out.
@@ -135,7 +135,7 @@ def overlap(unseen: Iterable[str], documents: Sequence[str]) -> list[str]:
 
 
 def write_parts(parts: Mapping[str, Parts], folder: Path) -> None:
-    """Write every part as `DOMAIN.PART.jsonl`, a `text` a line."""
+    """Write every part as `DOMAIN.PART.jsonl`, one `text` per line."""
     folder.mkdir(parents=True, exist_ok=True)
     for domain, own in parts.items():
         for part, documents in own.items():
@@ -166,7 +166,7 @@ def summarise(
 
 
 def statement(summaries: Sequence[PartSummary]) -> list[str]:
-    """What the split is, in sentences; one line a domain."""
+    """Sentences that describe the split: one line per domain, and one for all."""
     lines = []
     for domain in dict.fromkeys(summary.domain for summary in summaries):
         counts = [

@@ -1,7 +1,7 @@
 """The rows of the table: every method with the points of its grid, as something to run.
 
-Grids are small on purpose. Weights of task vectors are given as multiples of 1/N, N being the
-number of models: with 1/N their sum is the plain average.
+Grids are small on purpose. Weights of task vectors are multiples of 1/N, where N is the number of
+models: weights of 1/N give the plain average.
 """
 
 import itertools
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from examples.benchmarks.measuring.merges import Point
-from examples.benchmarks.measuring.rows import chosen, refuse_repeated
+from examples.benchmarks.measuring.selection import chosen, refuse_repeated
 from examples.benchmarks.merge_quality.results import BASE, LINEAR, OWN
 
 REGMEAN = "regmean"
@@ -36,7 +36,7 @@ _END_TO_END = {"objective": "logits"}
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A row of the table to be, with the points that its best is chosen from."""
+    """A row of the table, with the points of which the best is reported."""
 
     name: str
     points: tuple[Point, ...]
@@ -44,11 +44,11 @@ class Method:
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """What a user asks for.
+    """The rows that a user asks for.
 
     Attributes:
         variants: further rows of `dam`, by name, with the parameters that they set.
-        reference_steps: of the end-to-end objectives; by default one pass over the samples.
+        reference_steps: steps of the end-to-end objectives; by default one pass over the samples.
         only, skip: names of rows, with `*` for any letters.
     """
 
@@ -120,7 +120,7 @@ def _regmean() -> Method:
 
 
 def _end_to_end(samples: int, steps: int | None) -> Iterator[Method]:
-    """The reference objective, and the same with our settings; a step sees a sequence each."""
+    """The reference recipe, and our descent; a step takes one sequence per model."""
     count = {"steps": steps or samples, "batch_size": 1}
     for name, settings in (("reference", _REFERENCE), ("end_to_end", _END_TO_END)):
         yield _method(name, [Point(method="dam", parameters={**settings, **count})])

@@ -31,13 +31,13 @@ _BATCH = 4  # sequences per forward pass
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to merge.
+    """The models to merge, and how.
 
     Attributes:
         models: folders or Hub ids.
-        calibrations: text of each, as `calibration:` takes it.
-        alpha: off-diagonals are multiplied by it; 1 is least squares, 0 a weighted average.
-        dtype: of the merged model.
+        calibrations: calibration text of each model.
+        alpha: factor of the off-diagonals; 1 is least squares, 0 a weighted average.
+        dtype: dtype of the merged model.
     """
 
     models: tuple[str, ...]
@@ -58,9 +58,9 @@ def merged_weight(weights: Sequence[Tensor], grams: Sequence[Tensor], alpha: flo
     """The closed form for one layer.
 
     Args:
-        weights: `[out_features, in_features]`, one a model.
-        grams: `[in_features, in_features]`, of each model's own inputs.
-        alpha: what off-diagonals are multiplied by.
+        weights: `[out_features, in_features]`, one per model.
+        grams: Gram matrices `[in_features, in_features]` of each model's own inputs.
+        alpha: factor of the off-diagonals.
 
     Returns:
         fp64 `[out_features, in_features]`; with a single model, its weight as it is.
@@ -112,7 +112,7 @@ def merge(models: Sequence[PreTrainedModel], tokens: Sequence[Tensor], alpha: fl
     """Merge models into the first one.
 
     Args:
-        tokens: int64 `[sequences, sequence_length]`, of each model's own text.
+        tokens: int64 `[sequences, sequence_length]` of each model's own text.
     """
     grams = [input_grams(*each) for each in zip(models, tokens, strict=True)]
     layers = [linears(model) for model in models]

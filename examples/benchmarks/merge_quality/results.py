@@ -1,4 +1,4 @@
-"""What came out: recovery, the table, JSON and Markdown.
+"""Results: recovery, the table, JSON and Markdown.
 
 Recovery of a merged model in a domain is
 
@@ -57,9 +57,9 @@ class Trial:
     """One merge of a method's grid.
 
     Attributes:
-        parameters: what was set.
+        parameters: the parameters of this point.
         seconds, peak_bytes: cost of the merge.
-        validation: its losses there, if it came to that.
+        validation: its losses on validation text; empty if it failed before.
         reason: why it failed; empty if it did not.
     """
 
@@ -75,10 +75,10 @@ class Row:
     """One line of the table.
 
     Attributes:
-        name: of the method.
-        test: losses there; empty if the method failed.
+        name: name of the method.
+        test: losses on test text; empty if the method failed.
         trials: every point of the method's grid.
-        chosen: the trial that `test` is of.
+        chosen: the trial whose merge was measured on test text.
         reason: why there is nothing to report; empty if there is.
     """
 
@@ -93,8 +93,8 @@ class Row:
 def best(trials: Sequence[Trial], *, linear: Losses, own: Losses) -> Trial | None:
     """The trial with the most recovery on validation text; the earlier of equals.
 
-    Where recovery says nothing (`linear` itself, or no specialist with an advantage), the
-    one with the least mean loss.
+    Where there is no recovery (for `linear` itself, or where no specialist has an advantage), the
+    trial with the least mean loss.
     """
     sound = [trial for trial in trials if not trial.reason]
 
@@ -115,8 +115,8 @@ class Report:
     Attributes:
         domains: in the order of the columns.
         rows: in the order of the table.
-        texts: what the split is, in sentences.
-        settings: what was asked for, and where it ran; as JSON takes it.
+        texts: sentences that describe the split.
+        settings: the settings, the machine and the command; as JSON takes it.
     """
 
     domains: tuple[str, ...]
@@ -139,7 +139,7 @@ class Report:
         return markdown_table(self._header(), [self._cells(row) for row in self.rows])
 
     def markdown(self) -> str:
-        """A page: the table and how it came about."""
+        """A page: the table and how it was made."""
         texts = [f"- {line}" for line in self.texts]
         parts = ["# Merges compared", self.table(), DEFINITION, COST, "## Texts", "\n".join(texts)]
         return "\n\n".join([*parts, "## Run", listed(self.settings)]) + "\n"

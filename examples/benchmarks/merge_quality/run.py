@@ -1,7 +1,7 @@
 """A whole comparison, step by step.
 
 1. Split the texts and write the parts; merge adapters into their base.
-2. Measure the base and every specialist at home.
+2. Measure the base on all texts, and every specialist on its own.
 3. For every method: merge each point of its grid in a process of its own, measure it on validation
    text, keep the best; measure that one on test text.
 4. After every row, write JSON and Markdown: what is finished stays if the run is stopped.
@@ -10,24 +10,19 @@
 import json
 import math
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from examples.benchmarks.measuring.machine import machine
-from examples.benchmarks.measuring.merges import Point, configuration, merge_command
+from examples.benchmarks.measuring.machine import command_line, machine
 from examples.benchmarks.measuring.models import Models, resolve_all
-from examples.benchmarks.measuring.processes import Runner, failure, run_measured
+from examples.benchmarks.measuring.processes import Runner, run_measured
 from examples.benchmarks.measuring.tables import named
-from examples.benchmarks.merge_quality import documents, regmean
-from examples.benchmarks.merge_quality.documents import Shares, Sources, part_path
-from examples.benchmarks.merge_quality.methods import REGMEAN, Choices, Method, select
+from examples.benchmarks.merge_quality.documents import Sources
+from examples.benchmarks.merge_quality.methods import Choices, Method, select
 from examples.benchmarks.merge_quality.results import (
     BASE,
     LINEAR,
@@ -40,51 +35,9 @@ from examples.benchmarks.merge_quality.results import (
     mean,
     recovery,
 )
-from mergekit_dam.calibration.load import load_calibration
-from mergekit_dam.evaluate import EvaluationSettings, cross_entropy, load_model, read_tokens
-
-JUDGED = ("validation", "test")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Sizes and places of a run.
-
-    Attributes:
-        out: folder of everything that is written.
-        samples: calibration sequences per model.
-        sequence_length: tokens per sequence, in calibration and in evaluation.
-        sequences: of validation and of test text, per domain, at most.
-        dtype: of what is merged, and written.
-        device: where merges are computed and models are evaluated.
-        keep: leave the chosen merges in `out`.
-    """
-
-    out: Path
-    shares: Shares = field(default_factory=Shares)
-    samples: int = 16
-    sequence_length: int = 256
-    sequences: Mapping[str, int] = field(default_factory=lambda: {"validation": 8, "test": 24})
-    dtype: str = "float32"
-    device: str = "cpu"
-    seed: int = 0
-    adapter_cache: Path | None = None
-    keep: bool = False
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What every step needs: the models, their texts as tokens, and the settings.
-
-    Attributes:
-        tokens: by part and domain, int64 `[sequences, sequence_length]`.
-        run: how a merge is run.
-    """
-
-    models: Models
-    tokens: Mapping[str, Mapping[str, torch.Tensor]]
-    settings: Settings
-    run: Runner
+from examples.benchmarks.merge_quality.settings import JUDGED, Bench, Settings
+from examples.benchmarks.merge_quality.texts import count_sequences, prepare_texts, tokens_by_part
+from examples.benchmarks.merge_quality.trials import losses_of, measure, run_trial
 
 
 def compare(
@@ -95,7 +48,7 @@ def compare(
     *,
     run: Runner = run_measured,
 ) -> Report:
-    """Run the comparison; the steps stand above.
+    """Run the comparison; the steps are listed above.
 
     Raises:
         DamError: if models or texts cannot be used. A merge that fails is a row instead.
@@ -111,8 +64,8 @@ def compare(
         (settings.out / folder).mkdir(parents=True, exist_ok=True)
     models = resolve_all(models, settings.adapter_cache or settings.out / "adapters")
     texts = prepare_texts(models, sources, settings)
-    bench = Bench(models, _read_all(models, settings), settings, run)
-    texts.append(_judged_on(bench))
+    bench = Bench(models, tokens_by_part(models, settings), settings, run)
+    texts.append(count_sequences(bench.tokens, settings))
     for line in texts:
         _say(line)
     report = Report(
@@ -134,31 +87,6 @@ def write(report: Report, out: Path) -> None:
     (out / "quality.md").write_text(report.markdown(), encoding="utf-8")
 
 
-def prepare_texts(models: Models, sources: Mapping[str, Sources], settings: Settings) -> list[str]:
-    """Split and write the texts, see that they suffice, and say what they are."""
-    tokenizer = AutoTokenizer.from_pretrained(models.any)
-
-    def count_tokens(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    parts, left_out = documents.make_parts(sources, settings.shares)
-    folder = settings.out / "data"
-    documents.write_parts(parts, folder)
-    lines = documents.statement(documents.summarise(parts, left_out, count_tokens))
-    vocab_size = _vocab_size(models)
-    for domain, model in models.specialists.items():
-        load_calibration(
-            str(part_path(folder, domain, "calibration")),
-            model=model,
-            tokenizer=tokenizer,
-            samples=settings.samples,
-            sequence_length=settings.sequence_length,
-            vocab_size=vocab_size,
-            seed=settings.seed,
-        )
-    return lines
-
-
 def all_rows(bench: Bench, methods: Sequence[Method]) -> Iterator[Row]:
     """Every row of the table, one by one, as it is finished."""
     specialists, base = bench.models.specialists, bench.models.base
@@ -178,7 +106,11 @@ def all_rows(bench: Bench, methods: Sequence[Method]) -> Iterator[Row]:
 
 
 def row_of_models(name: str, models: Mapping[str, str], bench: Bench) -> Row:
-    """The losses of models that are there before any merge: in each domain, the one named."""
+    """The losses of models before any merge.
+
+    Args:
+        models: by domain, the model that is measured there.
+    """
     losses: dict[str, dict[str, float]] = {part: {} for part in JUDGED}
     for model in dict.fromkeys(models.values()):
         _say(f"{name}: {model}")
@@ -212,7 +144,7 @@ def row_of_method(method: Method, bench: Bench, *, linear: Losses, own: Losses) 
     chosen = best(trials, linear=linear, own=own)
     if chosen is None:
         return Row(name=method.name, trials=tuple(trials), reason=trials[0].reason)
-    test, reason = _losses(best_folder, "test", bench)
+    test, reason = losses_of(best_folder, "test", bench)
     if not bench.settings.keep:
         _remove(best_folder)
     return Row(
@@ -225,121 +157,14 @@ def row_of_method(method: Method, bench: Bench, *, linear: Losses, own: Losses) 
     )
 
 
-def run_trial(point: Point, name: str, folder: Path, bench: Bench) -> Trial:
-    """Merge one point into `folder`, and measure it on validation text."""
-    log = bench.settings.out / "logs" / f"{name}.log"
-    measured = bench.run(_command(point, name, folder, bench), log)
-    reason = failure(measured, log)
-    losses: Losses = {}
-    if not reason:
-        losses, reason = _losses(folder, "validation", bench)
-    return Trial(
-        parameters=point.shown,
-        seconds=measured.seconds,
-        peak_bytes=measured.peak_bytes,
-        validation=losses,
-        reason=reason,
-    )
-
-
-def measure(
-    model: str, tokens: Mapping[str, Mapping[str, torch.Tensor]], settings: Settings
-) -> dict[str, dict[str, float]]:
-    """Cross-entropy of a model, loaded once: by part and domain, as the tokens are."""
-    evaluation = _evaluation(settings)
-    loaded = load_model(model, evaluation)
-    return {
-        part: {
-            domain: cross_entropy(loaded, text, batch_size=evaluation.batch_size)
-            for domain, text in own.items()
-        }
-        for part, own in tokens.items()
-    }
-
-
-def _losses(folder: Path, part: str, bench: Bench) -> tuple[Losses, str]:
-    """Losses of a merged model, or none and the reason."""
-    try:
-        losses = measure(str(folder), {part: bench.tokens[part]}, bench.settings)[part]
-    except Exception as error:  # whatever a method left there that is no model
-        return {}, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    if not all(map(math.isfinite, losses.values())):
-        return {}, f"its losses on {part} text are not finite"
-    return losses, ""
-
-
-def _command(point: Point, name: str, folder: Path, bench: Bench) -> list[str]:
-    """Write what a merge needs, and return the command that runs it."""
-    settings, specialists = bench.settings, bench.models.specialists
-    config = settings.out / "configs" / f"{name}.yaml"
-    data = settings.out / "data"
-    calibrations = {d: str(part_path(data, d, "calibration").absolute()) for d in specialists}
-    if point.method == REGMEAN:
-        regmean.Job(
-            models=tuple(specialists.values()),
-            calibrations=tuple(calibrations.values()),
-            samples=settings.samples,
-            sequence_length=settings.sequence_length,
-            seed=settings.seed,
-            alpha=point.parameters["alpha"],
-            device=settings.device,
-            dtype=settings.dtype,
-        ).save(config)  # JSON is YAML
-        return [sys.executable, regmean.__file__, str(config), str(folder)]
-    text = configuration(
-        point,
-        specialists,
-        base=bench.models.base,
-        calibrations=calibrations,
-        samples=settings.samples,
-        sequence_length=settings.sequence_length,
-        dtype=settings.dtype,
-    )
-    config.write_text(text, encoding="utf-8")
-    return merge_command(config, folder, device=settings.device, seed=settings.seed)
-
-
-def _read_all(models: Models, settings: Settings) -> dict[str, dict[str, torch.Tensor]]:
-    """Validation and test text as tokens, which are the same for all models."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(models.any)
-    return {
-        part: {
-            domain: read_tokens(
-                part_path(settings.out / "data", domain, part),
-                tokenizer,
-                replace(_evaluation(settings), sequences=settings.sequences[part]),
-                vocab_size=_vocab_size(models),
-            )
-            for domain in models.specialists
-        }
-        for part in JUDGED
-    }
-
-
-def _evaluation(settings: Settings) -> EvaluationSettings:
-    return EvaluationSettings(sequence_length=settings.sequence_length, device=settings.device)
-
-
-def _vocab_size(models: Models) -> int:
-    return int(AutoConfig.from_pretrained(models.any).get_text_config().vocab_size)
-
-
-def _judged_on(bench: Bench) -> str:
-    counts = (
-        f"{part} " + ", ".join(f"{domain} {len(own)}" for domain, own in bench.tokens[part].items())
-        for part in JUDGED
-    )
-    length = bench.settings.sequence_length
-    return f"Sequences of {length} tokens that losses are measured on: {'; '.join(counts)}."
-
-
 def _about(models: Models, settings: Settings, choices: Choices) -> dict[str, Any]:
     """Settings and surroundings, as JSON takes them."""
+    text = f"{settings.samples} sequences of {settings.sequence_length} tokens per model"
     return {
-        "command": " ".join(sys.argv),
+        "command": command_line(),
         "base": models.base,
         **{f"model {domain}": model for domain, model in models.specialists.items()},
-        "calibration": f"{settings.samples} sequences of {settings.sequence_length} tokens a model",
+        "calibration": text,
         "dtype": settings.dtype,
         "device": settings.device,
         "seed": settings.seed,

@@ -1,4 +1,4 @@
-"""Which rows of a table run, by name."""
+"""The rows of a table that a user asks for, by name."""
 
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
@@ -9,12 +9,12 @@ from mergekit_dam.errors import DamError
 def chosen(
     names: Sequence[str], *, only: Sequence[str], skip: Sequence[str], always: Collection[str]
 ) -> frozenset[str]:
-    """Those of `names` that run.
+    """The names of the rows that run.
 
     Args:
-        names: of all rows.
+        names: names of all rows.
         only, skip: names, with `*` for any letters; without `only`, every row is asked for.
-        always: rows that the others are measured by, and so cannot be left out.
+        always: rows that the others are compared with, and that therefore always run.
 
     Raises:
         DamError: if something in `only` or `skip` names no row.

@@ -1,4 +1,4 @@
-"""The rows of the table: what is merged how."""
+"""The rows of the table: `linear`, `dam` replayed, and fits of `dam`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.benchmarks.measuring.merges import Point
-from examples.benchmarks.measuring.rows import chosen, refuse_repeated
+from examples.benchmarks.measuring.selection import chosen, refuse_repeated
 from examples.benchmarks.merge_cost.results import LINEAR
 
 REPLAY = "replay"
@@ -24,7 +24,7 @@ class Merge:
 
     @property
     def shown(self) -> dict[str, Any]:
-        """What the table says of it; of a file its name alone."""
+        """The parameters as the table shows them; a file is shown by its name alone."""
         return {
             key: Path(value).name if key == "coefficients" else value
             for key, value in self.point.shown.items()
@@ -33,7 +33,7 @@ class Merge:
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """What a user asks for.
+    """The rows that a user asks for.
 
     Attributes:
         variants: further rows of `dam`, by name, with the parameters that they set.
