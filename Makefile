@@ -35,7 +35,7 @@ test: $(STAMP)
 test-mergekit: $(STAMP)
 	$(BIN)/python -m tests.host.suite
 
-# Merges a tiny model of every architecture, and writes the README's table of what was seen.
+# Merges a tiny model of every architecture, and writes the table in examples/architectures.md.
 architectures: $(STAMP)
 	$(BIN)/python -m tests.architectures
 
