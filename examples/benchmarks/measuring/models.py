@@ -12,7 +12,7 @@ from mergekit_dam.errors import DamError
 
 @dataclass(frozen=True)
 class Models:
-    """What is merged, as paths of folders or Hub ids.
+    """The models to merge, as paths of folders or Hub ids.
 
     Attributes:
         specialists: by domain, in the order in which they are merged.

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def named(parameters: Mapping[str, Any]) -> str:
-    """Parameters in a line."""
+    """Parameters on one line."""
     return ", ".join(f"{k}={_value(value)}" for k, value in parameters.items()) or "defaults"
 
 

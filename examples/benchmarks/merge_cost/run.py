@@ -4,7 +4,7 @@
 2. If coefficients are to be replayed, fit some, unmeasured.
 3. Run the rounds: in each, every row merges once, in a process of its own.
 4. With a sweep, do so for each of its values.
-5. After every merge, write JSON and Markdown: what is finished stays if the run is stopped.
+5. After every merge, write JSON and Markdown: a run that is stopped keeps what it has finished.
 """
 
 import json

@@ -4,7 +4,7 @@
 2. Measure the base on all texts, and every specialist on its own.
 3. For every method: merge each point of its grid in a process of its own, measure it on validation
    text, keep the best; measure that one on test text.
-4. After every row, write JSON and Markdown: what is finished stays if the run is stopped.
+4. After every row, write JSON and Markdown: a run that is stopped keeps what it has finished.
 """
 
 import json
