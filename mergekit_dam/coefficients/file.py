@@ -1,4 +1,4 @@
-"""TODO mergekit_dam/coefficients/file.py."""
+"""The file of a merge's coefficients, from which it can be replayed."""
 
 import json
 import logging

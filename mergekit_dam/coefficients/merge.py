@@ -1,4 +1,8 @@
-"""TODO mergekit_dam/coefficients/merge.py."""
+"""Merged tensors of coefficients, and the gradient of coefficients.
+
+A merged weight is `W = sum_s c_s * W_s` over the sources s (the models, and the base where there
+is one), with one coefficient per input column of each (arXiv 2410.08371).
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -1,8 +1,4 @@
-"""Coefficients: what they multiply, where they start, how they are saved.
-
-A merged weight is `W = sum_s c_s * W_s` over the sources s (the models, and the base where
-there is one), with one coefficient per input column of each (arXiv 2410.08371).
-"""
+"""The affine form of coefficients: which of them can be reached, and where a fit starts."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass

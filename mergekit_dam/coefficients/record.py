@@ -1,4 +1,4 @@
-"""TODO mergekit_dam/coefficients/record.py."""
+"""What is known of a merge so far: coefficients, reports, and the trials of a search."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field

@@ -1,17 +1,8 @@
 """`mergekit-dam demo`: three tiny specialists made on the spot, merged and compared.
 
-settings    every size and rate
-texts       the three domains, from the standard library, `arithmetic` and `records`
-tokenizer   byte-level BPE
-training    base and specialists, with `muon`
-recipes     the YAML files
-merging     mergekit's own command
-result      the table
-run         these steps in a row
+May import: evaluate, errors. Start reading at `run.run_demo`; in the order of its steps:
+texts, arithmetic, records   the three domains
+training, muon               a tokenizer, the base and the specialists
+recipes                      the YAML files, and mergekit's own command
+result                       the table
 """
-
-from mergekit_dam.demo.result import DemoResult
-from mergekit_dam.demo.run import run_demo
-from mergekit_dam.demo.settings import DemoSettings
-
-__all__ = ["DemoResult", "DemoSettings", "run_demo"]

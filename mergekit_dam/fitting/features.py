@@ -1,4 +1,4 @@
-"""TODO mergekit_dam/fitting/features.py."""
+"""Sufficient statistics of the fit of a norm, feature by feature."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""TODO mergekit_dam/fitting/judged.py."""
+"""A fit kept, or given up for its start where held-out data likes that better."""
 
 import math
 import time

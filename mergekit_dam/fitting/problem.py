@@ -1,4 +1,4 @@
-"""TODO mergekit_dam/fitting/problem.py."""
+"""The quadratic of one linear, and products with its normal matrix."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""TODO mergekit_dam/host/checks.py."""
+"""Checks of the sources' tensors that need no weight: names and shapes, from headers alone."""
 
 from collections.abc import Mapping, Sequence
 

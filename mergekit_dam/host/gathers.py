@@ -1,4 +1,4 @@
-"""TODO mergekit_dam/sources/gathers.py."""
+"""mergekit's tasks that gather a tensor of all sources, scheduled with their stage."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Checks of the sources' tensors that need no weight: names and shapes, from headers alone."""
+"""Headers of the models' files: name, shape, dtype and place of tensors, without values."""
 
 import json
 import struct

@@ -1,4 +1,4 @@
-"""TODO mergekit_dam/host/output.py."""
+"""The output folder: what an interrupted merge has half written is removed."""
 
 import shutil
 import signal

@@ -1,4 +1,4 @@
-"""TODO mergekit_dam/host/vocabulary.py."""
+"""The merged vocabulary, built by mergekit, and what it would find wrong too late."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

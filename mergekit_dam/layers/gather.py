@@ -1,15 +1,4 @@
-"""Gathering a stage's moments: what enters it, what it should put out, over all data.
-
-The target of a unit inside a part is the teacher's own output. For one that writes to the
-residual stream with scale s it is `y_teacher + (r_teacher - r_merged) / s`, where r are the
-residual streams as they stand at that point. Where a norm stands between, `s * norm(y)` is
-what is added: the target is the y whose norm is `norm(y_teacher) + (r_teacher - r_merged) / s`
-and whose size, which a norm does not see, is the teacher's.
-
-A few tokens (the first of a sequence, delimiters) carry activations, and drifts, hundreds of
-times as large as the others'. No weight is to be spent on them alone: a token counts in full
-up to the median energy of its sequence's targets, beyond that in inverse proportion.
-"""
+"""Sums of a group's moments: what enters it, what it should put out, over all data."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

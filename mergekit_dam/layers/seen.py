@@ -1,4 +1,4 @@
-"""TODO mergekit_dam/layers/seen.py."""
+"""What teachers and the merged part do with a chunk of data, as far as a group of units asks."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""TODO mergekit_dam/model/units.py."""
+"""What a part of a model is made of, as plain data."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""TODO mergekit_dam/request/help.py."""
+"""The parameters as tables, for the documents."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""TODO mergekit_dam/request/models.py."""
+"""Checks of a configuration against the models' own configurations."""
 
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration

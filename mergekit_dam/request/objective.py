@@ -1,4 +1,4 @@
-"""TODO mergekit_dam/request/objective.py."""
+"""Checks of how parameters of the objective go together."""
 
 from collections.abc import Collection, Iterable
 

@@ -1,4 +1,4 @@
-"""TODO mergekit_dam/request/scopes.py."""
+"""The places of a configuration that may hold parameters."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""TODO mergekit_dam/request/slices.py."""
+"""Checks of slices: which layers of which models make a layer of the merged one."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""TODO mergekit_dam/sources/decoders.py."""
+"""The decoders of all sources; models that compute the same share one."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""TODO mergekit_dam/streams/boundaries.py."""
+"""Hidden states and gradients between blocks, in files: depth costs disk, not memory."""
 
 from collections.abc import Sequence
 from pathlib import Path
