@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --constraint constraints.txt
 # An editable install copies these two: a change of them asks for a new one.
 STARTUP := mergekit_dam/mergekit_dam_autoload.pth mergekit_dam/mergekit_dam_autoload.start
 
-.PHONY: setup demo test architectures test-mergekit lint
+.PHONY: setup demo test test-fast architectures test-mergekit lint
 
 setup: $(STAMP)
 
@@ -30,6 +30,10 @@ demo: $(STAMP)
 # Arguments for pytest: make test ARGS="-x -k autoload"
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "slow or not slow" $(ARGS)
+
+# The fast tests alone.
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 # mergekit's own tests, with this package and without it: what goes otherwise is an error.
 test-mergekit: $(STAMP)
