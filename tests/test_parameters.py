@@ -11,7 +11,6 @@ from unittest import mock
 
 import pytest
 import torch
-from mergekit_dam.request.prepare import run_settings
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
@@ -19,6 +18,7 @@ from transformers import AutoTokenizer
 from mergekit_dam.errors import ConfigError
 from mergekit_dam.model.decoder import Decoder
 from mergekit_dam.parameters import RunParameters
+from mergekit_dam.request.prepare import run_settings
 from tests.merging import Merged, dam, linear, merge, tensors_of
 from tests.models import (
     Models,

@@ -6,11 +6,11 @@ from unittest import mock
 
 import pytest
 import torch
-from mergekit_dam.sources.headers import Header, _read_headers
 from safetensors.torch import save_file
 
 from mergekit_dam.host import tasks
 from mergekit_dam.sources import network
+from mergekit_dam.sources.headers import Header, _read_headers
 from mergekit_dam.sources.readahead import Span, read_ahead
 from tests.merging import dam, merge, tensors_of, watched_reads
 from tests.models import save_calibration, save_models, tiny_llama_config

@@ -19,7 +19,6 @@ import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
-from mergekit_dam.request.prepare import prepare
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
 from torch import Tensor
@@ -32,6 +31,7 @@ from mergekit_dam.errors import CalibrationError, ConfigError
 from mergekit_dam.estimate.inventory import take_inventory
 from mergekit_dam.estimate.merge import plan_merge
 from mergekit_dam.evaluate import EvaluationSettings, evaluate
+from mergekit_dam.request.prepare import prepare
 from tests.merging import Merged, dam, merge, tensors_of, watched_reads
 from tests.models import (
     ARCHITECTURES,
