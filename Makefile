@@ -37,11 +37,11 @@ test-fast: $(STAMP)
 
 # mergekit's own tests, with this package and without it: what goes otherwise is an error.
 test-mergekit: $(STAMP)
-	$(BIN)/python -m tests.host.suite
+	$(BIN)/python -m tests.mergekit_suite.suite
 
 # Merges a tiny model of every architecture, and writes the table in examples/architectures.md.
 architectures: $(STAMP)
-	$(BIN)/python -m tests.architectures
+	$(BIN)/python -m tests.architectures.table
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

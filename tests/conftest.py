@@ -1,11 +1,14 @@
-"""Session-wide fixtures: models and text that tests read and never change."""
+"""Fixtures of the whole session: models and text that tests read and never change."""
 
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
-from tests.models import Models, save_calibration, save_models, tiny_llama_config
+from tests.kit.models import Models, save_calibration, save_models, tiny_llama_config
+from tests.kit.tokenizers import make_tokenizer
+from tests.kit.vocabularies import Pair, save_pair
 
 # Nothing here is large enough for a second thread to help; on a busy machine they wait in turns.
 torch.set_num_threads(1)
@@ -25,3 +28,14 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         save_calibration(folder, seed=0),
         save_calibration(folder, seed=1, offset=24),
     )
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Adds nothing by itself, has bos and eos, no chat template."""
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return save_pair(tmp_path_factory.mktemp("pair"))

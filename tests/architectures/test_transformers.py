@@ -1,0 +1,64 @@
+"""Every causal language model of transformers, run in parts."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
+
+from mergekit_dam.errors import ArchitectureError
+from mergekit_dam.model.decoder import Decoder
+from tests.architectures.cases import tiny
+from tests.kit.models import make_model
+
+
+@pytest.mark.slow
+def test_every_causal_model_of_transformers_runs_in_parts_exactly_or_is_refused() -> None:
+    """Of those that are tiny with the sizes at hand; nothing runs otherwise without a word."""
+    exact: list[str] = []
+    refused: list[str] = []
+    wrong: list[str] = []
+    tokens = torch.arange(24).reshape(2, 12) + 4
+    for kind, config_class in CONFIG_MAPPING.items():
+        if config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            continue
+        try:
+            config = tiny(config_class)()
+            with torch.device("meta"):
+                size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+            if size > 3_000_000:
+                continue
+            model = make_model(config)
+            with torch.no_grad():  # attention takes another kernel where gradients are asked for
+                whole = model(tokens, use_cache=False).logits
+        except Exception:  # it needs sizes of its own, or a package
+            continue
+        try:
+            decoder = Decoder(model.config, torch.device("cpu"))
+        except ArchitectureError:
+            refused.append(kind)
+            continue
+        (exact if streamed_equals(decoder, model, tokens, whole) else wrong).append(kind)
+    assert not wrong
+    assert len(exact) > 100
+    assert len(refused) > 5
+
+
+def streamed_equals(
+    decoder: Decoder, model: PreTrainedModel, tokens: Tensor, whole: Tensor
+) -> bool:
+    saved = model.state_dict(keep_vars=True)
+    named = (*model.named_parameters(), *model.named_buffers())
+    weights = {n: w.detach() for n, w in named if n in saved}
+    outside = {n: w for n, w in weights.items() if decoder.block_of(n) is None}
+    with torch.no_grad():
+        hidden = decoder.embed(outside, tokens)
+        for index in range(len(decoder.blocks)):
+            prefix = f"{decoder.block_name(index)}."
+            own = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+            hidden = decoder.run_block(index, own, hidden)
+        return torch.equal(decoder.logits(outside, hidden), whole)

@@ -1,1 +1,0 @@
-"""TODO tests/host/__init__.py."""

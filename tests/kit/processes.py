@@ -1,0 +1,58 @@
+"""Two processes that torchrun starts, and processes that are made up."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from mergekit_dam.streams import distributed
+from mergekit_dam.streams.share import Split
+from mergekit_dam.streams.stream import Stream
+from tests.kit.merging import Merged
+
+BIN = Path(sys.executable).parent
+SPLITS: tuple[Split, ...] = ("fit", "held_out")
+
+
+def torchrun(*command: str | Path) -> subprocess.Popen[str]:
+    """Start two processes of a command."""
+    return subprocess.Popen(
+        [BIN / "torchrun", "--standalone", "--nproc-per-node", "2", *map(str, command)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def difference(found: Merged, expected: Merged) -> float:
+    """The largest difference of a coefficient, relative to the largest of its tensor."""
+    ours, theirs = found.coefficients.coefficients, expected.coefficients.coefficients
+    assert ours.keys() == theirs.keys()
+    gaps = ((ours[n] - theirs[n]).abs().max() / theirs[n].abs().max() for n in theirs)
+    return max(float(gap) for gap in gaps)
+
+
+@contextmanager
+def process(rank: int, size: int) -> Iterator[None]:
+    """Be one of several processes, as far as the division of the sequences goes."""
+    with (
+        mock.patch.object(distributed, "rank", lambda: rank),
+        mock.patch.object(distributed, "size", lambda: size),
+    ):
+        yield
+
+
+def streams_of(size: int, count: int, held_out: int, turn: int) -> list[Stream]:
+    """The streams of all processes; every sequence is its number."""
+    tokens = torch.arange(count)[:, None].expand(-1, 3)
+    found = []
+    for rank in range(size):
+        with process(rank, size):
+            found.append(Stream.of_tokens(0, tokens, held_out, turn=turn))
+    return found

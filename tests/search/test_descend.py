@@ -1,0 +1,355 @@
+"""The descent of the end-to-end objective against a plain one with all models resident."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mergekit_dam.coefficients.record import MergeRecord
+from mergekit_dam.errors import ConfigError
+from mergekit_dam.parameters import LogitsSettings, Resident
+from mergekit_dam.search import descend as descend_module
+from mergekit_dam.search.coordinates import coefficients_of, starting_unknowns
+from mergekit_dam.search.data import Data
+from mergekit_dam.search.descend import Descent, batches_of, descend, verdict_of
+from mergekit_dam.search.gradient import Objective
+from mergekit_dam.search.judge import Verdict
+from mergekit_dam.search.regularisers import column_weights
+from mergekit_dam.streams.boundaries import BoundaryStates
+from tests.kit.autograd import plain_loss
+from tests.kit.networks import Made, make
+from tests.kit.settings import logits_settings
+from tests.kit.tensors import CPU
+
+SEED = 3
+WORST = Verdict((math.inf,), (1.0,))
+
+
+def steps_of(settings: LogitsSettings) -> int:
+    assert settings.steps is not None
+    return settings.steps
+
+
+def rate_of(settings: LogitsSettings) -> float:
+    assert settings.learning_rate is not None
+    return settings.learning_rate
+
+
+def run(
+    made: Made,
+    folder: Path,
+    settings: LogitsSettings,
+    *,
+    start: MergeRecord | None = None,
+    verdict: Verdict = WORST,
+    data: Sequence[Data] | None = None,
+    resident: Resident = "auto",
+    weights: Mapping[str, Tensor] | None = None,
+) -> Descent:
+    objective = Objective(
+        made.network(resident), made.coordinates, settings, BoundaryStates(folder)
+    )
+    return descend(
+        objective,
+        data or made.data(),
+        start or made.average(),
+        verdict,
+        steps=steps_of(settings),
+        column_weights=weights or {},
+        seed=SEED,
+        show=lambda _: None,
+    )
+
+
+@pytest.fixture
+def ever_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A judge that likes every look better than the one before: the last is the result."""
+    count = itertools.count()
+    monkeypatch.setattr(
+        descend_module, "verdict_of", lambda *_: Verdict((1 / (1 + next(count)),), (1.0,))
+    )
+
+
+@dataclass
+class Adam:
+    """AdamW without decay, by the book; of the largest momenta alone where a fraction is given."""
+
+    unknowns: dict[str, Tensor]
+    fraction: float | None
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.first = {n: torch.zeros_like(u) for n, u in self.unknowns.items()}
+        self.second = {n: torch.zeros_like(u) for n, u in self.unknowns.items()}
+
+    @torch.no_grad()
+    def step(self, gradients: Mapping[str, Tensor], rate: float) -> None:
+        self.steps += 1
+        for name, unknown in self.unknowns.items():
+            gradient = gradients[name]
+            self.first[name] = 0.9 * self.first[name] + 0.1 * gradient
+            self.second[name] = 0.999 * self.second[name] + 0.001 * gradient.square()
+            mean = self.first[name] / (1 - 0.9**self.steps)
+            size = (self.second[name] / (1 - 0.999**self.steps)).sqrt()
+            change = rate * mean / (size + 1e-8)
+            if self.fraction is not None:
+                count = max(1, int(self.fraction * unknown.shape[1]))
+                chosen = torch.zeros_like(unknown, dtype=torch.bool)
+                chosen.scatter_(1, self.first[name].abs().topk(count, dim=1).indices, True)
+                change = torch.where(chosen, change, 0.0)
+            unknown -= change
+
+
+def plain_rate(settings: LogitsSettings, step: int) -> float:
+    """Learning rate of a step, counted from 0."""
+    rate, steps = rate_of(settings), steps_of(settings)
+    warm = math.ceil(settings.warmup * steps)
+    if step < warm:
+        return rate * step / warm
+    if settings.lr_schedule == "constant":
+        return rate
+    done = (step - warm) / (steps - warm)
+    falling = 1 - done if settings.lr_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return rate * falling
+
+
+def plain_penalty(
+    rows: Mapping[str, Tensor], settings: LogitsSettings, weights: Mapping[str, Tensor]
+) -> Tensor:
+    """Of coefficients `[models, n]` by tensor."""
+    total = torch.zeros((), dtype=torch.float64)
+    for name, values in rows.items():
+        pairs = list(itertools.combinations(values, 2))
+        total = total + settings.l1 * values.abs().sum()
+        total = total + settings.l2 * values.square().sum(1).sqrt().sum()
+        for index, (a, b) in enumerate(pairs):
+            cosine = torch.cosine_similarity(a, b, dim=0)
+            smaller = torch.minimum(a.abs(), b.abs())
+            total = total + settings.similarity * cosine / len(pairs)
+            total = total + settings.overlap * smaller.sum() / len(pairs)
+            if name in weights:
+                own = (smaller * weights[name][index]).sum()
+                total = total + settings.weighted_overlap * own / len(pairs)
+    return total
+
+
+APPLY = {"none": lambda x: x, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "relu": torch.relu}
+INVERT = {"none": lambda x: x, "tanh": torch.atanh, "sigmoid": torch.logit, "relu": lambda x: x}
+
+
+def plain_descent(
+    made: Made, settings: LogitsSettings, weights: Mapping[str, Tensor], start: MergeRecord
+) -> tuple[dict[str, Tensor], list[float]]:
+    """Coefficients after all steps, and the loss of every step; fp64, one graph."""
+    form = made.settings.parametrisation
+    unknowns = {
+        name: INVERT[settings.nonlinearity](form.unknowns(start.coefficients[name])).repeat(
+            1, own.columns if start.coefficients[name].shape[1] == 1 else 1
+        )
+        for name, own in made.coordinates.items()
+    }
+    axes = {name: own.axis for name, own in made.coordinates.items()}
+    optimizer = Adam(unknowns, settings.mofo_fraction if settings.optimizer == "mofo" else None)
+    batches = batches_of(made.data(), settings.batch_size, SEED)
+
+    def coefficients() -> dict[str, Tensor]:
+        return {
+            n: form.offset[:, None] + form.expand @ APPLY[settings.nonlinearity](u)
+            for n, u in unknowns.items()
+        }
+
+    losses = []
+    for step in range(steps_of(settings)):
+        for unknown in unknowns.values():
+            unknown.requires_grad_()
+        rows = coefficients()
+        # The streamed one keeps its coefficients in fp32.
+        rows = {n: c + (c.float().double() - c).detach() for n, c in rows.items()}
+        merged = made.differentiable(rows, axes)
+        loss = torch.zeros((), dtype=torch.float64)
+        for batch in itertools.chain(
+            *itertools.islice(batches, settings.gradient_accumulation),
+        ):
+            teacher = made.logits(made.weights[batch.source], batch.tokens)
+            own = plain_loss(made.logits(merged, batch.tokens), teacher, settings)
+            loss = loss + batch.weight * own / settings.gradient_accumulation
+        losses.append(float(loss.detach()))
+        models = {n: c[list(form.merged)] for n, c in rows.items()}
+        total = loss + plain_penalty(models, settings, weights)
+        found = torch.autograd.grad(total, list(unknowns.values()))
+        size = torch.cat([g.flatten() for g in found]).norm()
+        factor = min(1.0, settings.max_grad_norm / float(size)) if settings.max_grad_norm else 1.0
+        for unknown in unknowns.values():
+            unknown.requires_grad_(False)
+        gradients = {n: factor * g for n, g in zip(unknowns, found, strict=True)}
+        optimizer.step(gradients, plain_rate(settings, step))
+    return coefficients(), losses
+
+
+DESCENTS: dict[str, dict[str, Any]] = {
+    "adamw": {},
+    "mofo": {"optimizer": "mofo", "mofo_fraction": 0.4},
+    "accumulated": {"gradient_accumulation": 2, "batch_size": 2, "steps": 5},
+    "clipped": {"max_grad_norm": 0.05, "batch_size": 2},
+    "warmed up, cosine": {"lr_schedule": "cosine", "warmup": 0.25},
+    "linear": {"lr_schedule": "linear", "warmup": 0.1, "temperature": 2.0},
+    "tanh": {"nonlinearity": "tanh"},
+    "sigmoid": {"nonlinearity": "sigmoid"},
+    "relu": {"nonlinearity": "relu"},
+    "penalties": {"similarity": 0.1, "l1": 0.01, "l2": 0.02, "overlap": 0.03},
+}
+
+
+def check(
+    made: Made,
+    folder: Path,
+    settings: LogitsSettings,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+    start: MergeRecord | None = None,
+) -> None:
+    start = start or made.average()
+    ended = run(made, folder, settings, weights=weights, start=start)
+    expected, losses = plain_descent(made, settings, weights or {}, start)
+    assert ended.losses == pytest.approx(losses, rel=1e-4)
+    assert ended.steps == settings.steps
+    for name, rows in expected.items():
+        found = ended.record.coefficients[name]
+        assert found.dtype == torch.float32
+        assert found.shape == rows.shape
+        # A step of Adam has the size of the rate, whatever that of the gradient: where the
+        # latter is next to nothing, its rounding decides.
+        apart = (found - rows).abs() / (rate_of(settings) * steps_of(settings))
+        assert float(apart.mean()) < 1e-3, name
+        assert float(apart.max()) < 0.05, name
+
+
+@pytest.mark.usefixtures("ever_better")
+@pytest.mark.parametrize("kind", DESCENTS)
+def test_ten_steps_agree_with_a_plain_descent(kind: str, tmp_path: Path) -> None:
+    free = "nonlinearity" in DESCENTS[kind]
+    made = make("llama", base=not free, sum_to_one=not free)
+    check(made, tmp_path, logits_settings(**DESCENTS[kind]))
+
+
+@pytest.mark.usefixtures("ever_better")
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "qwen2", "gemma2"])
+def test_steps_agree_on_other_architectures(name: str, tmp_path: Path) -> None:
+    check(make(name), tmp_path, logits_settings(steps=5))
+
+
+@pytest.mark.usefixtures("ever_better")
+def test_the_weighted_overlap_is_that_of_the_models_without_the_base(tmp_path: Path) -> None:
+    made = make(base=True, models=3)
+    weights = {
+        name: column_weights([own[name] for own in made.weights[:-1]], made.weights[-1][name])
+        for name, coordinate in made.coordinates.items()
+        if coordinate.kind == "linear"
+    }
+    # Not from the average: where models' coefficients are equal, rounding decides on the smaller.
+    settings = logits_settings(steps=5, weighted_overlap=0.1)
+    check(made, tmp_path, settings, weights=weights, start=made.point(scale=0.05))
+    free = run(made, tmp_path, logits_settings(steps=5)).record
+    penalised = run(
+        made, tmp_path, logits_settings(steps=5, weighted_overlap=100.0), weights=weights
+    ).record
+    name = next(iter(weights))
+    assert not penalised.coefficients[name].equal(free.coefficients[name])
+
+
+def test_the_best_look_is_the_result_and_the_start_is_one_of_them(tmp_path: Path) -> None:
+    made = make()
+    data, start = made.data(32, held_out=12), made.average()
+    network = made.network()
+    verdict = verdict_of(network, start, data)
+    settings = logits_settings(steps=4, batch_size=20, learning_rate=3e-3)
+    ended = run(made, tmp_path, settings, verdict=verdict, data=data)
+    assert 0 < ended.steps <= 4
+    assert ended.verdict.mean < verdict.mean
+    assert verdict_of(network, ended.record, data) == ended.verdict
+    assert ended.record.reports.keys() == made.coordinates.keys()
+    settings = logits_settings(learning_rate=1e3, steps=4)
+    hopeless = run(made, tmp_path, settings, start=start, verdict=verdict, data=data)
+    assert (hopeless.steps, hopeless.verdict) == (0, verdict)
+    assert hopeless.record is start
+
+
+def test_a_descent_that_loses_itself_in_nan_keeps_its_start(tmp_path: Path) -> None:
+    made = make()
+    verdict = verdict_of(made.network(), made.average(), made.data())
+    ended = run(made, tmp_path, logits_settings(learning_rate=1e30, steps=3), verdict=verdict)
+    assert ended.steps == 0
+    assert ended.verdict == verdict
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_resident_or_not_the_descent_is_the_same(name: str, tmp_path: Path) -> None:
+    made, settings = make(name), logits_settings(steps=3)
+    always = run(made, tmp_path, settings, resident="always")
+    never = run(made, tmp_path, settings, resident="never")
+    assert always.losses == never.losses
+    assert always.verdict == never.verdict
+    for name, rows in always.record.coefficients.items():
+        assert never.record.coefficients[name].equal(rows)
+
+
+def test_a_descent_goes_on_from_where_it_is_told(tmp_path: Path) -> None:
+    """From any coefficients, of a column or of a tensor; others than the fitted stay."""
+    made = make(base=True, norms=False)
+    start = made.point()
+    name = "model.layers.0.mlp.up_proj.weight"
+    start.coefficients[name] = torch.tensor([[0.3], [0.5], [0.2]])
+    ended = run(made, tmp_path, logits_settings(steps=1, learning_rate=1e-6), start=start)
+    form = made.settings.parametrisation
+    for name, rows in ended.record.coefficients.items():
+        if name in made.coordinates:
+            nearest = form.coefficients(form.unknowns(start.coefficients[name]))
+            torch.testing.assert_close(rows, nearest.expand_as(rows), rtol=0, atol=1e-5)
+        else:
+            assert rows is start.coefficients[name]
+
+
+def test_one_coefficient_a_tensor_can_start_from_one_a_column(tmp_path: Path) -> None:
+    made, coarse = make(), make(granularity="tensor")
+    ended = run(coarse, tmp_path, logits_settings(steps=1), start=made.point(scale=0.01))
+    for name in coarse.coordinates:
+        assert ended.record.coefficients[name].shape == (2, 1)
+
+
+@pytest.mark.parametrize("nonlinearity", ["tanh", "sigmoid", "relu"])
+def test_unknowns_lead_back_to_the_coefficients_they_were_made_of(nonlinearity: Any) -> None:
+    made = make(sum_to_one=False)
+    coordinates, start = list(made.coordinates.values()), made.average()
+    unknowns = starting_unknowns(coordinates, start, nonlinearity, CPU)
+    for name, rows in coefficients_of(coordinates, unknowns, nonlinearity).items():
+        torch.testing.assert_close(rows, start.coefficients[name].expand_as(rows))
+        assert unknowns[name].is_leaf
+        assert unknowns[name].dtype == torch.float64
+
+
+def test_a_start_that_the_nonlinearity_cannot_reach_is_refused(tmp_path: Path) -> None:
+    made = make()  # the affine form starts at zero
+    with pytest.raises(ConfigError, match="sigmoid can only give coefficients between 0 and 1"):
+        run(made, tmp_path, logits_settings(nonlinearity="sigmoid"))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma2"])
+def test_the_verdict_is_the_kl_of_whole_models_on_held_out_sequences(name: str) -> None:
+    made = make(name)
+    point, data = made.point(scale=0.05), made.data(held_out=2)
+    verdict = verdict_of(made.network(), point, data)
+    rows = {n: c.double() for n, c in point.coefficients.items()}
+    weights = made.differentiable(rows, point.axes)
+    for own, loss in zip(data, verdict.losses, strict=True):
+        tokens = own.tokens[-2:]
+        teacher = made.logits(made.weights[own.source], tokens)
+        expected = plain_loss(made.logits(weights, tokens), teacher, logits_settings())
+        assert loss == pytest.approx(float(expected), rel=1e-5)
+    a, b = verdict.losses
+    assert verdict.mean == pytest.approx((a + 1.5 * b) / 2.5)

@@ -1,0 +1,66 @@
+"""A search leaves no scratch files, however it ends."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mergekit_dam.errors import DamError
+from mergekit_dam.search import search as search_module
+from mergekit_dam.search.search import search
+from tests.kit.models import Calibration, Models
+from tests.kit.networks import files_under, make
+from tests.kit.searches import polished, quiet, searched
+from tests.kit.settings import run_settings
+
+
+class Interrupted(BaseException):
+    """Like Ctrl-C, which would end the tests."""
+
+
+@pytest.mark.parametrize("at", ["start", "block", "step", None])
+@pytest.mark.parametrize("error", [Interrupted, KeyboardInterrupt, DamError])
+def test_scratch_files_go_away_whatever_happens(
+    at: str | None, error: type[BaseException], tmp_path: Path
+) -> None:
+    seen: list[set[str]] = []
+
+    def show(line: str) -> None:
+        seen.append(files_under(tmp_path))
+        if at is not None and line.startswith(at) and len(seen) > 1:
+            raise error("no more")
+
+    made = make()
+    if at is None:
+        searched(made, tmp_path / "scratch", show=show, metric="sensitivity")
+        assert any(name.endswith(".safetensors") for files in seen for name in files)
+    else:
+        with pytest.raises(error):
+            searched(made, tmp_path / "scratch", show=show, metric="sensitivity")
+    assert all(name.startswith("scratch") for files in seen for name in files)
+    assert files_under(tmp_path) == {"scratch"}
+
+
+def test_a_merge_that_ends_early_leaves_no_scratch_files(
+    llama_models: Models,
+    calibration: Calibration,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object, **__: object) -> Mapping[str, Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(search_module, "descend", fail)
+    with pytest.raises(KeyboardInterrupt):
+        polished(llama_models, calibration, tmp_path / "out")
+    assert not [name for name in files_under(tmp_path) if ".dam" in name or "tensors" in name]
+
+
+def test_weights_that_were_kept_are_let_go_of(tmp_path: Path) -> None:
+    made = make()
+    network = made.network("always")
+    settings = dataclasses.replace(run_settings(), objective="layer", metric="sensitivity")
+    search(network, made.streams(), settings, made.average(), scratch=tmp_path, show=quiet)
+    assert not any(network.keeps(number) for number in range(len(network.stages)))

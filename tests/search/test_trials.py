@@ -1,0 +1,132 @@
+"""Trials of a search: the best is kept."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mergekit_dam.coefficients.record import MergeRecord
+from mergekit_dam.layers.fit import fit_stage
+from mergekit_dam.search import backprop as backprop_module
+from mergekit_dam.search import descend as descend_module
+from mergekit_dam.search import search as search_module
+from mergekit_dam.search.descend import Descent, verdict_of
+from mergekit_dam.search.judge import Verdict
+from mergekit_dam.search.search import Best, survey
+from mergekit_dam.streams.boundaries import BoundaryStates
+from tests.kit.networks import make
+from tests.kit.searches import quiet, searched
+from tests.kit.settings import logits_settings
+
+
+def test_a_layer_sweep_that_is_worse_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = fit_stage
+
+    def ruin(opened: Any, streams: Any, record: MergeRecord, **rest: Any) -> Any:
+        result = stock(opened, streams, record, **rest)
+        for stream in streams:
+            stream.merged = -stream.merged if opened.stage.kind == "block" else stream.merged
+        return result
+
+    monkeypatch.setattr(search_module, "fit_stage", ruin)
+    made = make()
+    record = searched(made, tmp_path, objective="layer", metric="sensitivity")
+    kept = {trial.name: trial.kept for trial in record.trials}
+    assert kept.pop("start")
+    assert kept
+    assert not any(kept.values())
+    start = made.average()
+    for name, rows in record.coefficients.items():
+        assert rows.equal(start.coefficients[name])
+
+
+@pytest.mark.parametrize(
+    ("loss", "kept"), [(0.9, True), (1.0, False), (1.1, False), (math.nan, False)]
+)
+def test_the_best_is_kept(loss: float, kept: bool) -> None:
+    start, other = MergeRecord(), MergeRecord()
+    best = Best(start, Verdict((1.0, 1.0), (1.0, 2.0)), [])
+    verdict = Verdict((loss, loss), (1.0, 2.0))
+    best.consider("another", other, verdict, 0.0, steps=3)
+    assert best.record is (other if kept else start)
+    assert (best.verdict is verdict) == kept
+    (trial,) = best.trials
+    assert (trial.name, trial.kept, trial.details) == ("another", kept, {"steps": 3})
+    assert trial.held_out_kl == verdict.losses
+
+
+def test_the_mean_of_a_verdict_is_by_loss_weights() -> None:
+    assert Verdict((1.0, 4.0), (1.0, 0.5)).mean == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("metric", ["identity", "sensitivity"])
+def test_a_search_in_memory_is_never_worse_than_its_start(metric: Any, tmp_path: Path) -> None:
+    made = make("gpt2")
+    record = searched(made, tmp_path, metric=metric)
+    data = made.data(9, 3)
+    start, *rest = record.trials
+    found = verdict_of(made.network(), record, data)
+    assert found.mean == pytest.approx(min(r.mean_held_out_kl for r in record.trials), rel=1e-4)
+    assert found.mean < start.mean_held_out_kl
+    assert {trial.name for trial in rest if trial.kept}
+    assert record.coefficients.keys() == made.weights[0].keys()
+    assert record.axes["transformer.h.0.mlp.c_fc.weight"] == 0
+
+
+def test_the_surveys_teachers_are_the_models(tmp_path: Path) -> None:
+    made = make("llama-tied")
+    _, data, _ = survey(
+        made.network(), made.streams(), made.average(), BoundaryStates(tmp_path), show=quiet
+    )
+    for own, expected in zip(data, made.data(), strict=True):
+        torch.testing.assert_close(own.teacher, expected.teacher, rtol=1e-4, atol=1e-5)
+        assert own.tokens.equal(expected.tokens)
+        assert (own.source, own.weight, own.held_out) == (
+            expected.source,
+            expected.weight,
+            expected.held_out,
+        )
+
+
+@pytest.mark.parametrize(("factor", "descents"), [(0.5, 2), (0.95, 1), (1.5, 1)])
+def test_a_long_descent_follows_a_short_one_that_paid(
+    factor: float, descents: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds, asked = [], []
+
+    def fake(_: Any, data: Any, start: MergeRecord, verdict: Verdict, **rest: Any) -> Descent:
+        seeds.append(rest["seed"])
+        asked.append(rest["steps"])
+        losses = tuple(factor * loss for loss in verdict.losses)
+        return Descent(start, dataclasses.replace(verdict, losses=losses), rest["steps"], ())
+
+    monkeypatch.setattr(search_module, "descend", fake)
+    logits = logits_settings(steps=None)
+    record = searched(make(), tmp_path, objective="logits", logits=logits)
+    assert [trial.kept for trial in record.trials] == [True] + [factor < 1] * descents
+    assert len(set(seeds)) == descents
+    assert asked == sorted(set(asked))
+    assert len(asked) == descents
+
+
+def test_a_descent_is_looked_at_on_held_out_data_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    stock = backprop_module.forward
+
+    def forward(network: Any, weights_of: Any, tokens: Sequence[Tensor], *rest: Any) -> Any:
+        seen.append([len(own) for own in tokens])
+        return stock(network, weights_of, tokens, *rest)
+
+    monkeypatch.setattr(descend_module, "forward", forward)
+    searched(make(), tmp_path)
+    assert seen
+    assert all(counts == [3, 3] for counts in seen)

@@ -1,0 +1,77 @@
+"""What is asked for ahead of time is what will be read, and no more."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mergekit_dam.host import tasks
+from mergekit_dam.sources import network
+from mergekit_dam.sources.headers import Header, _read_headers
+from mergekit_dam.sources.readahead import Span, read_ahead
+from tests.kit.merging import dam, merge, tensors_of, watched_reads
+from tests.kit.models import save_calibration, save_models, tiny_llama_config
+
+
+def spans(path: Path) -> dict[str, Span]:
+    """Where the tensors of a file lie."""
+    headers = _read_headers(str(path.parent), (path.name,))
+    return {name: span(header) for name, header in headers.items()}
+
+
+def span(header: Header) -> Span:
+    return Span(header.file, header.offset, header.length)
+
+
+def test_spans_are_the_bytes_of_the_tensors(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "c": torch.zeros(0)}
+    path = tmp_path / "model.safetensors"
+    save_file(tensors, path, metadata={"format": "pt"})
+    found = spans(path)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        span = found[name]
+        raw = path.read_bytes()[span.offset : span.offset + span.length]
+        assert raw == tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def test_a_file_that_is_gone_troubles_nobody(tmp_path: Path) -> None:
+    read_ahead([Span(tmp_path / "none", 0, 10)])
+
+
+@pytest.mark.parametrize("metric", ["identity", "sensitivity"])
+def test_what_a_sweep_comes_to_next_is_asked_for(metric: str, tmp_path: Path) -> None:
+    models = save_models(tmp_path, tiny_llama_config(num_hidden_layers=3), count=2)
+    text = save_calibration(tmp_path / "text.jsonl")
+    asked: list[Span] = []
+
+    def note(spans: Iterable[Span]) -> None:
+        asked.extend(spans)
+
+    config = dam(
+        models.models,
+        [text, text],
+        base=models.base,
+        objective="layer",
+        metric=metric,
+    )
+    with (
+        mock.patch.object(network, "read_ahead", note),
+        mock.patch.object(tasks, "read_ahead", note),
+        watched_reads() as reads,
+    ):
+        merge(config, tmp_path / "out")
+    names = {
+        (span.path.parent.as_posix(), name)
+        for folder in {Path(folder) for folder, _ in reads.order}
+        for name, span in spans(folder / "model.safetensors").items()
+        if span in asked
+    }
+    first = {"model.embed_tokens.weight"}
+    assert len({folder for folder, _ in names}) == 3
+    assert {name for _, name in names} == tensors_of(models.base).keys() - first
+    if metric == "identity":  # one sweep
+        assert len(asked) == len(set(asked))

@@ -1,0 +1,49 @@
+"""Sequences are divided between processes, and sums are taken over all."""
+
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from mergekit.options import MergeOptions
+
+from mergekit_dam.errors import DamError
+from mergekit_dam.streams import distributed
+from tests.kit.processes import SPLITS, streams_of
+
+
+def test_a_sum_that_fails_says_that_another_process_has_stopped() -> None:
+    broken = mock.Mock(side_effect=RuntimeError("Connection closed by peer"))
+    with (
+        mock.patch.object(distributed, "_several", lambda: True),
+        mock.patch.object(dist, "all_reduce", broken),
+        pytest.raises(DamError, match="another process of this merge has stopped"),
+    ):
+        distributed.all_sum(torch.zeros(3))
+
+
+def test_alone_nothing_is_set_up() -> None:
+    options, x = MergeOptions(), torch.arange(3.0)
+    with distributed.joined_processes(options) as own:
+        assert own is options
+        assert not dist.is_initialized()
+        assert distributed.is_first()
+        assert (distributed.rank(), distributed.size()) == (0, 1)
+        assert distributed.all_sum(x) is x
+        assert distributed.all_rows(x) is x
+        assert distributed.all_sums([1.0, 2.0]) == [1.0, 2.0]
+        assert distributed.from_first(lambda: 5) == 5
+
+
+@pytest.mark.parametrize("turn", [0, 1, 2])
+@pytest.mark.parametrize(("count", "held_out"), [(7, 2), (8, 0), (2, 1), (4, 4)])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_every_sequence_is_one_process_s(size: int, count: int, held_out: int, turn: int) -> None:
+    streams = streams_of(size, count, held_out, turn)
+    expected = {"fit": range(count - held_out), "held_out": range(count - held_out, count)}
+    for split in SPLITS:
+        seen = [n for s in streams for n in s.teacher[slice(*s.border(split))][:, 0].tolist()]
+        assert sorted(seen) == list(expected[split])
+        assert {s.count(split) for s in streams} == {len(expected[split])}
+    sizes = [len(s.own) for s in streams]
+    assert max(sizes) - min(sizes) <= 1
