@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from tests.kit.models import Models, save_calibration, save_models, tiny_llama_config
-from tests.kit.tokenizers import make_tokenizer
+from tests.kit.models import Models, save_models, tiny_llama_config
+from tests.kit.texts import save_calibration
+from tests.kit.tokenizers import byte_tokenizer
 from tests.kit.vocabularies import Pair, save_pair
 
 # Nothing here is large enough for a second thread to help; on a busy machine they wait in turns.
@@ -33,7 +34,7 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """Adds nothing by itself, has bos and eos, no chat template."""
-    return make_tokenizer()
+    return byte_tokenizer()
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import pytest
 
 from tests.architectures.cases import CASES
 from tests.architectures.seen import Seen, see
-from tests.kit.models import save_token_ids
+from tests.kit.texts import save_token_ids
 
 
 @pytest.fixture(scope="session")

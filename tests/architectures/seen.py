@@ -13,21 +13,22 @@ from mergekit.architecture import arch_info_for_config
 from safetensors.torch import load_file, save_file
 
 from mergekit_dam.errors import DamError
-from tests.architectures.cases import NO_DECODER, Case
-from tests.kit.merging import Merged, dam, linear, merge, watched_reads
+from tests.architectures.case import NO_DECODER, Case
+from tests.kit.merging import Merged, dam, linear, merge
 from tests.kit.models import Models
 from tests.kit.models import save_models as save
+from tests.kit.reads import watched_reads
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What became of two models of a case.
+    """The outcome of the merges of two models of a case.
 
     Attributes:
         defined: mergekit has a definition of the architecture.
-        linear: what mergekit's own `linear` makes of it.
-        refusal: what dam said where it refused, before any weight was read.
-        merged: what dam wrote.
+        linear: "works", "loses weights" or "fails": the outcome of mergekit's own `linear`.
+        refusal: dam's message, if it refused before any weight was read.
+        merged: the model that dam wrote.
     """
 
     case: Case

@@ -12,7 +12,7 @@ from mergekit.architecture.json_definitions import NAME_TO_ARCH
 
 from tests.architectures.cases import CASES
 from tests.architectures.seen import Seen, see
-from tests.kit.models import save_token_ids
+from tests.kit.texts import save_token_ids
 
 README = Path(__file__).parents[2] / "README.md"
 _BEGIN, _END = "| what `dam` does |", "\n\n"

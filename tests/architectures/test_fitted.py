@@ -6,29 +6,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from mergekit_dam.coefficients.file import FILE_NAME, CoefficientFile
 from mergekit_dam.model.build import build_model
 from mergekit_dam.model.decoder import Decoder
 from mergekit_dam.model.names import WeightNames
-from tests.architectures.cases import CASES, MERGED, OUTSIDE
+from tests.architectures.case import OUTSIDE
+from tests.architectures.cases import CASES, MERGED
 from tests.architectures.seen import Seen, merged_of, unfound
 from tests.architectures.table import LOST, written_table
 from tests.kit.merging import dam, merge, tensors_of
-from tests.kit.models import make_model, weights_of
+from tests.kit.models import logits_of, make_model, weights_of
+from tests.kit.parts import of_block
+from tests.kit.tensors import CPU
 
 MAY_KEEP_START = {"other", "bias", "head", "router", "experts"}
 """Kinds that there may be one tensor of, or little text for."""
-
-
-def logits(model: PreTrainedModel, seed: int = 0) -> Tensor:
-    tokens = torch.randint(4, 50, (2, 12), generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        found: Tensor = model(tokens, use_cache=False).logits
-    return found
 
 
 @pytest.mark.parametrize("name", MERGED)
@@ -37,18 +33,14 @@ def test_blocks_run_one_by_one_equal_the_whole_model_exactly(name: str) -> None:
     case = CASES[name]
     model = make_model(case.config(), kind=case.kind)
     model.config.architectures = [type(model).__name__]  # as it is saved
-    decoder = Decoder(model.config, torch.device("cpu"))
-    saved = model.state_dict(keep_vars=True)
-    named = (*model.named_parameters(), *model.named_buffers())
-    weights = {n: w.detach() for n, w in named if n in saved}
+    decoder, weights = Decoder(model.config, CPU), weights_of(model)
     outside = {n: w for n, w in weights.items() if decoder.block_of(n) is None}
     texts = [torch.arange(24).reshape(2, 12) + first for first in (4, 20)]
     with torch.no_grad():
         whole = [model(tokens, use_cache=False).logits for tokens in texts]
         streams = [decoder.embed(outside, tokens) for tokens in texts]
         for index in range(len(decoder.blocks)):
-            prefix = f"{decoder.block_name(index)}."
-            own = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+            own = of_block(decoder, index, weights)
             streams = [decoder.run_block(index, own, hidden) for hidden in streams]
         streamed = [decoder.logits(outside, hidden) for hidden in streams]
     for a, b in zip(streamed, whole, strict=True):
@@ -137,8 +129,9 @@ def test_replays_are_the_merge_and_one_hot_coefficients_a_source(
     a, b = (
         kind.from_pretrained(path, dtype=torch.float32) for path in (copied.path, models.models[1])
     )
-    assert all(map(torch.equal, weights_of(a), weights_of(b)))
-    assert torch.equal(logits(a), logits(b))
+    assert all(map(torch.equal, weights_of(a).values(), weights_of(b).values()))
+    tokens = torch.randint(4, 50, (2, 12), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(logits_of(a, tokens), logits_of(b, tokens))
 
 
 @pytest.mark.parametrize(

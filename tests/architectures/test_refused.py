@@ -8,7 +8,8 @@ import pytest
 
 from tests.architectures.cases import CASES, REFUSED
 from tests.architectures.seen import Seen, save_case
-from tests.kit.merging import dam, merge, watched_reads
+from tests.kit.merging import dam, merge
+from tests.kit.reads import watched_reads
 
 
 @pytest.mark.parametrize("name", REFUSED)

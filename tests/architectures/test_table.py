@@ -5,7 +5,8 @@ from typing import Any
 from mergekit.architecture.json_definitions import NAME_TO_ARCH
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from tests.architectures.cases import CASES, Case
+from tests.architectures.case import Case
+from tests.architectures.cases import CASES
 from tests.architectures.table import LOST, written_table
 
 

@@ -2,18 +2,17 @@
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
-    PreTrainedModel,
 )
 
 from mergekit_dam.errors import ArchitectureError
 from mergekit_dam.model.decoder import Decoder
-from tests.architectures.cases import tiny
-from tests.kit.models import make_model
+from tests.architectures.sizes import tiny
+from tests.kit.models import make_model, weights_of
+from tests.kit.parts import streamed
 
 
 @pytest.mark.slow
@@ -42,23 +41,8 @@ def test_every_causal_model_of_transformers_runs_in_parts_exactly_or_is_refused(
         except ArchitectureError:
             refused.append(kind)
             continue
-        (exact if streamed_equals(decoder, model, tokens, whole) else wrong).append(kind)
+        equal = torch.equal(streamed(decoder, weights_of(model), tokens), whole)
+        (exact if equal else wrong).append(kind)
     assert not wrong
     assert len(exact) > 100
     assert len(refused) > 5
-
-
-def streamed_equals(
-    decoder: Decoder, model: PreTrainedModel, tokens: Tensor, whole: Tensor
-) -> bool:
-    saved = model.state_dict(keep_vars=True)
-    named = (*model.named_parameters(), *model.named_buffers())
-    weights = {n: w.detach() for n, w in named if n in saved}
-    outside = {n: w for n, w in weights.items() if decoder.block_of(n) is None}
-    with torch.no_grad():
-        hidden = decoder.embed(outside, tokens)
-        for index in range(len(decoder.blocks)):
-            prefix = f"{decoder.block_name(index)}."
-            own = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
-            hidden = decoder.run_block(index, own, hidden)
-        return torch.equal(decoder.logits(outside, hidden), whole)

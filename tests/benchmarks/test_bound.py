@@ -10,7 +10,8 @@ from click.testing import CliRunner
 
 from examples.benchmarks.bound import Timer, Work, main, shortened
 from tests.kit.merging import dam
-from tests.kit.models import save_calibration, save_models, tiny_llama_config
+from tests.kit.models import save_models, tiny_llama_config
+from tests.kit.texts import save_calibration
 
 
 def test_operations_are_counted_by_what_they_do() -> None:

@@ -100,7 +100,8 @@ class TestRun:
         found = measure_costs(given, settings, QUICK, run=run)
         assert run.names == ["fit", LINEAR, REPLAY, "layer_identity", LINEAR]
         replay = found.comparisons[0].rows[1]
-        assert replay.reason == "Error: no luck" and not replay.rounds
+        assert replay.reason == "Error: no luck"
+        assert not replay.rounds
 
     def test_without_coefficients_there_is_no_replay(self, given, settings):
         run = Recorder(failing=("fit",))
@@ -168,7 +169,8 @@ class TestCommand:
     def test_what_is_written_wrongly_is_refused(self, arguments, message, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         result = CliRunner().invoke(cost.main, arguments)
-        assert result.exit_code and not (tmp_path / "cost").exists()
+        assert result.exit_code
+        assert not (tmp_path / "cost").exists()
         assert message in " ".join(result.output.replace("\n", " ").split())
 
     @pytest.mark.slow
@@ -189,7 +191,8 @@ class TestCommand:
         assert list(rows) == [LINEAR, REPLAY, "bad"]
         assert "did you mean `samples`?" in rows["bad"]["parameters, or why it failed"]
         for name in (LINEAR, REPLAY):
-            assert float(rows[name]["seconds"]) > 0 and float(rows[name]["GB"]) > 0.1
+            assert float(rows[name]["seconds"]) > 0
+            assert float(rows[name]["GB"]) > 0.1
         if sys.platform == "linux":
             assert 0.1 < float(rows[REPLAY]["own GB"]) < float(rows[REPLAY]["GB"])
         assert done.stdout.strip() in (tmp_path / "out" / "cost.md").read_text()

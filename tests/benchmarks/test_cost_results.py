@@ -56,7 +56,8 @@ class TestResults:
         assert linear.of("own_peak_bytes") is None
         assert linear.ratio("seconds", failed) is None
         cells = cells_of(Comparison(case={}, rows=(linear, failed)).table())
-        assert cells[LINEAR]["seconds"] == "1.0" and cells[LINEAR]["own GB"] == ""
+        assert cells[LINEAR]["seconds"] == "1.0"
+        assert cells[LINEAR]["own GB"] == ""
         assert cells["fit"]["seconds"] == cells["fit"]["rounds"] == ""
         assert cells["fit"]["parameters, or why it failed"] == "no luck"
 
@@ -85,7 +86,8 @@ class TestResults:
         page = found.markdown(["layers.png"])
         for comparison in found.comparisons:
             assert comparison.table() in page
-        assert found.tables() in page and "![layers.png](layers.png)" in page
+        assert found.tables() in page
+        assert "![layers.png](layers.png)" in page
         data = json.loads(json.dumps(found.to_json()))
         assert [own["case"] for own in data["comparisons"]] == [
             {"layers": 2},

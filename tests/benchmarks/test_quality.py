@@ -23,7 +23,8 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.evaluate import EvaluationSettings, evaluate, read_tokens
 from tests.kit.benchmarks import cells_of, never
 from tests.kit.merging import merge
-from tests.kit.models import VOCAB_SIZE, save_calibration, save_models, tiny_llama_config
+from tests.kit.models import VOCAB_SIZE, save_models, tiny_llama_config
+from tests.kit.texts import save_calibration
 
 NAMES = ("first", "second")
 
@@ -104,7 +105,8 @@ class TestRun:
         ]
         assert found.table() in (settings.out / "quality.md").read_text()
         shares = {row.name: results.mean(found.recovery(row)) for row in found.rows}
-        assert (shares[LINEAR], shares[OWN]) == (0, 1) and None not in shares.values()
+        assert (shares[LINEAR], shares[OWN]) == (0, 1)
+        assert None not in shares.values()
         assert list((settings.out / "merged").iterdir()) == []
 
     def test_losses_are_those_of_evaluate_on_the_written_parts(self, bed):
@@ -113,7 +115,8 @@ class TestRun:
         choices = Choices(only=("task_arithmetic",))
         found = compare(models, sources, kept, choices, run=in_this_process)
         row = found.rows[-1]
-        assert row.chosen is not None and len(row.trials) == 4
+        assert row.chosen is not None
+        assert len(row.trials) == 4
         oracle = {
             part: evaluate(
                 [str(settings.out / "merged" / "task_arithmetic")],
@@ -154,10 +157,12 @@ class TestRun:
         choices = Choices(only=("ties", "task_arithmetic", REGMEAN))
         found = compare_on(bed, choices, run)
         rows = {row.name: row for row in found.rows}
-        assert rows["ties"].reason == "Error: no luck" and not rows["ties"].test
+        assert rows["ties"].reason == "Error: no luck"
+        assert not rows["ties"].test
         assert cells_of(found.table())["ties"]["parameters, or why it failed"] == "Error: no luck"
         assert [bool(t.reason) for t in rows["task_arithmetic"].trials] == [True] + [False] * 3
-        assert rows["task_arithmetic"].test and rows[REGMEAN].test
+        assert rows["task_arithmetic"].test
+        assert rows[REGMEAN].test
 
     def test_a_merge_that_leaves_no_model_becomes_a_row(self, bed):
         def run(command, log):
@@ -205,7 +210,8 @@ class TestCommand:
     def test_what_is_written_wrongly_is_refused(self, arguments, message, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         result = CliRunner().invoke(quality.main, arguments)
-        assert result.exit_code and not (tmp_path / "quality").exists()
+        assert result.exit_code
+        assert not (tmp_path / "quality").exists()
         assert message in " ".join(result.output.replace("\n", " ").split())
 
     @pytest.mark.slow
@@ -228,9 +234,11 @@ class TestCommand:
         rows = cells_of(done.stdout)
         assert list(rows) == ["base", OWN, LINEAR, REGMEAN, "dam", "bad"]
         assert "did you mean `samples`?" in rows["bad"]["parameters, or why it failed"]
-        assert rows[LINEAR]["recovery"] == "0.000" and rows[OWN]["recovery"] == "1.000"
+        assert rows[LINEAR]["recovery"] == "0.000"
+        assert rows[OWN]["recovery"] == "1.000"
         for name in (LINEAR, REGMEAN, "dam"):
-            assert float(rows[name]["seconds"]) > 0 and float(rows[name]["GB"]) > 0.1
+            assert float(rows[name]["seconds"]) > 0
+            assert float(rows[name]["GB"]) > 0.1
         found = json.loads((tmp_path / "out" / "quality.json").read_text())
         assert {row["name"]: row["test"] for row in found["rows"]}["dam"].keys() == set(NAMES)
         assert done.stdout.strip() in (tmp_path / "out" / "quality.md").read_text()

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mergekit_dam.calibration.load import load_calibration
 from mergekit_dam.calibration.sets import CalibrationSet
-from tests.kit.tokenizers import CHAT, WORDS, make_tokenizer
+from tests.kit.tokenizers import CHAT, SENTENCE, byte_tokenizer
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
 Write = Callable[..., str]
@@ -20,12 +20,12 @@ Load = Callable[..., CalibrationSet]
 @pytest.fixture(scope="session")
 def chat_tokenizer() -> PreTrainedTokenizerFast:
     """Adds bos by itself; its template writes bos too."""
-    return make_tokenizer(adds_bos=True, chat=CHAT)
+    return byte_tokenizer(adds_bos=True, chat=CHAT)
 
 
 @pytest.fixture(scope="session")
 def tokenizer_factory() -> MakeTokenizer:
-    return make_tokenizer
+    return byte_tokenizer
 
 
 @pytest.fixture
@@ -66,5 +66,5 @@ def load(tokenizer: PreTrainedTokenizerFast) -> Load:
 @pytest.fixture
 def texts() -> list[str]:
     """Twenty short documents of different words."""
-    words = WORDS.split()
+    words = SENTENCE.split()
     return [f"{words[i % 16]} {words[(3 * i) % 16]} number {i}" for i in range(20)]

@@ -17,7 +17,8 @@ from mergekit_dam.coefficients.file import CoefficientFile
 from mergekit_dam.coefficients.merge import merge_weights
 from mergekit_dam.errors import DamError
 from tests.kit.merging import Merged, dam, merge, tensors_of
-from tests.kit.models import ARCHITECTURES, Models, save_calibration, save_models
+from tests.kit.models import ARCHITECTURES, Models, save_models
+from tests.kit.texts import save_calibration
 
 A = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
 B = torch.tensor([[0.5, 0.0, -1.0], [8.0, 1.0, 2.0]])

@@ -1,7 +1,5 @@
 """The stock commands, as users run them: mergekit-yaml, mergekit-multi, and our own way in."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal
@@ -20,8 +18,9 @@ from mergekit.scripts.run_yaml import main as mergekit_yaml
 
 from tests.kit.environments import installed_environment
 from tests.kit.merging import Merged, dam, linear, merge
-from tests.kit.models import Calibration, Models, save_calibration, save_models, tiny_llama_config
+from tests.kit.models import Models, save_models, tiny_llama_config
 from tests.kit.processes import BIN
+from tests.kit.texts import Calibration, save_calibration
 
 
 def write(folder: Path, *configurations: dict[str, Any]) -> Path:

@@ -18,15 +18,9 @@ from mergekit.scripts.run_yaml import main as mergekit_yaml
 from transformers import AutoTokenizer
 
 from tests.kit.merging import Merged, dam, tensors_of
-from tests.kit.models import (
-    ARCHITECTURES,
-    Models,
-    make_model,
-    make_tokenizer,
-    save_calibration,
-    save_models,
-    tiny_llama_config,
-)
+from tests.kit.models import ARCHITECTURES, Models, make_model, save_models, tiny_llama_config
+from tests.kit.texts import save_calibration
+from tests.kit.tokenizers import make_tokenizer
 
 ONE = tiny_llama_config(num_hidden_layers=1)
 

@@ -15,7 +15,8 @@ from mergekit_dam.model.part import block_part, output_part
 from mergekit_dam.search.search import DESCENTS
 from tests.kit.estimates import ROOM, SPEEDS, planned
 from tests.kit.merging import dam
-from tests.kit.models import save_calibration, save_models, tiny_llama_config
+from tests.kit.models import save_models, tiny_llama_config
+from tests.kit.texts import save_calibration
 
 
 class TestWork:

@@ -14,7 +14,8 @@ from mergekit_dam.estimate.report import table
 from mergekit_dam.estimate.sweeps import sweeps
 from tests.kit.estimates import ROOM, inventory, planned, planned_estimate
 from tests.kit.merging import dam, merge
-from tests.kit.models import ARCHITECTURES, Models, save_calibration, save_models
+from tests.kit.models import ARCHITECTURES, Models, save_models
+from tests.kit.texts import save_calibration
 
 
 class TestInventory:

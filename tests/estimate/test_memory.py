@@ -12,8 +12,10 @@ from mergekit_dam.estimate.memory import Room
 from mergekit_dam.estimate.report import table
 from mergekit_dam.estimate.sweeps import sweeps
 from tests.kit.estimates import GB, ROOM, SPEEDS, inventory, planned_estimate
-from tests.kit.merging import dam, merge, watched_reads
-from tests.kit.models import Models, save_calibration, save_models, tiny_llama_config
+from tests.kit.merging import dam, merge
+from tests.kit.models import Models, save_models, tiny_llama_config
+from tests.kit.reads import watched_reads
+from tests.kit.texts import save_calibration
 
 
 class TestBytes:

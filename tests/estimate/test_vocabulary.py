@@ -10,8 +10,9 @@ from mergekit.options import MergeOptions
 
 from mergekit_dam.estimate.inventory import take_inventory
 from mergekit_dam.estimate.merge import plan_merge
-from tests.kit.merging import merge, tensors_of, watched_reads
+from tests.kit.merging import merge, tensors_of
 from tests.kit.models import EMBEDDING, HEAD
+from tests.kit.reads import watched_reads
 from tests.kit.vocabularies import Pair
 
 

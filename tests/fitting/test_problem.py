@@ -10,7 +10,8 @@ from torch import Tensor
 from mergekit_dam.fitting.metric import PLAIN, Metric
 from mergekit_dam.fitting.problem import ColumnProblem, Term
 from mergekit_dam.fitting.solver import solve_columns, solve_tensor
-from tests.kit.metrics import DOMAINS, IN, MODELS, OUT, dense, metric_of, metrics_of
+from tests.kit.fits import MODELS
+from tests.kit.metrics import DOMAINS, IN, OUT, dense, metric_of, metrics_of
 from tests.kit.tensors import randn
 
 

@@ -12,7 +12,8 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.scripts.multimerge import main as mergekit_multi
 
 from tests.kit.merging import Merged, dam, linear, merge
-from tests.kit.models import Models, save_calibration, save_models, tiny_llama_config
+from tests.kit.models import Models, save_models, tiny_llama_config
+from tests.kit.texts import save_calibration
 
 
 @pytest.fixture(scope="module")

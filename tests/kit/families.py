@@ -4,14 +4,12 @@ All differ in every tensor. `stack` makes the expected model of a merge of slice
 tensors of the sources.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.kit.merging import SMALL, tensors_of
 from tests.kit.models import Models
@@ -65,20 +63,3 @@ def stack(family: Family, *layers: tuple[int, int], ends: tuple[int, int]) -> di
             if name.startswith(own):
                 made[f"model.layers.{number}.{name.removeprefix(own)}"] = tensor
     return made | {name: last[name] for name in ("model.norm.weight", "lm_head.weight")}
-
-
-def loaded(path: Path) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    return model
-
-
-def dam_of(models: Sequence[Path], texts: Sequence[Path], **settings: Any) -> dict[str, Any]:
-    return {
-        "merge_method": "dam",
-        "models": [
-            {"model": str(model), "parameters": {"calibration": str(text)}}
-            for model, text in zip(models, texts, strict=False)
-        ],
-        "parameters": dict(SMALL),
-        **settings,
-    }

@@ -9,6 +9,7 @@ from mergekit_dam.coefficients.parametrisation import Parametrisation
 from mergekit_dam.coefficients.tensors import TensorSettings, TensorSources
 from mergekit_dam.fitting.evidence import Evidence
 from mergekit_dam.fitting.features import FeatureMoments
+from mergekit_dam.fitting.metric import PLAIN, Metric
 from mergekit_dam.fitting.moments import InputMoments, LinearMoments
 from tests.kit.tensors import CPU, randn
 
@@ -53,19 +54,35 @@ def truth(form: str, columns: int) -> Tensor:
     return FORMS[form].coefficients(FORMS[form].start[:, None] + 0.5 * unknowns)
 
 
+def moments_of(x: Tensor, y: Tensor, metric: Metric = PLAIN) -> LinearMoments:
+    """Sums over all tokens, each of weight one."""
+    own = LinearMoments.zeros(y.shape[1], InputMoments.zeros(x.shape[1], CPU), metric)
+    own.inputs.add(x, torch.ones(len(x)))
+    own.add(x, y, y, torch.ones(len(x)))
+    return own
+
+
 def linear_evidence(
     x: Tensor, y: Tensor, held_out: tuple[Tensor, Tensor] | None = None
 ) -> Evidence[LinearMoments]:
     """Evidence of one model's data, weighted as `gather` weights it."""
 
-    def moments(x: Tensor, y: Tensor) -> LinearMoments:
-        own = LinearMoments.zeros(y.shape[1], InputMoments.zeros(x.shape[1], CPU))
-        own.inputs.add(x, torch.ones(x.shape[0]))
-        own.add(x, y, y, torch.ones(x.shape[0]))
-        return own.scaled(1 / own.energy)
+    def scaled(x: Tensor, y: Tensor) -> LinearMoments:
+        moments = moments_of(x, y)
+        return moments.scaled(1 / moments.energy)
 
-    fit = moments(x, y)
-    return Evidence([fit], [fit if held_out is None else moments(*held_out)], 1.0)
+    fit = scaled(x, y)
+    return Evidence([fit], [fit if held_out is None else scaled(*held_out)], 1.0)
+
+
+def evidence_of_domains(
+    domains: Sequence[tuple[Tensor, Tensor, Metric]],
+) -> Evidence[LinearMoments]:
+    """Evidence of inputs, outputs and the metric of every domain."""
+    terms = [moments_of(x, y, metric) for x, y, metric in domains]
+    for term in terms:
+        term.scale = 1 / term.energy
+    return Evidence(terms, terms, float(len(domains)))
 
 
 def feature_evidence(n: Tensor, y: Tensor) -> Evidence[FeatureMoments]:

@@ -1,24 +1,18 @@
-"""Merges run in this process, by mergekit's own entry point, and what they leave behind.
+"""Merges run in this process, by mergekit's own entry point, and the files that they write.
 
 merged = merge(dam(models.models, calibration, base=models.base), tmp_path / "out")
 """
 
-from __future__ import annotations
-
-import contextlib
 import json
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
-from unittest import mock
 
 import pytest
 import torch
 from mergekit.config import MergeConfiguration
-from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
@@ -26,10 +20,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mergekit_dam.calibration.load import load_calibration
 from mergekit_dam.coefficients.file import FILE_NAME, CoefficientFile
 from mergekit_dam.errors import DamError
-from tests.kit.models import VOCAB_SIZE, Calibration, make_tokenizer
+from tests.kit.reads import watched_reads
+from tests.kit.texts import Calibration
 
 SMALL: dict[str, Any] = {
     "samples": 4,
@@ -38,6 +32,9 @@ SMALL: dict[str, Any] = {
     "metric": "identity",
 }
 """Parameters of a merge that takes a second."""
+
+SAMPLES, HELD_OUT = 6, 2
+"""Sequences of each model, and those of them that are held out, in the merge of the session."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +99,10 @@ def dam(
     The objective `logits` alone has no metric: it takes that of `SMALL` away.
 
     Args:
-        calibration: of each model, or none.
+        calibration: text of each model, or None.
         each: further parameters of each model.
         settings: further keys of the configuration, such as `dtype`.
-        parameters: of the merge.
+        parameters: parameters of the merge.
     """
     entries = []
     for index, model in enumerate(models):
@@ -146,67 +143,6 @@ def merge(configuration: Mapping[str, Any], out: Path, **options: Any) -> Merged
         MergeOptions(**{"quiet": True, **options}),
     )
     return Merged(out)
-
-
-@dataclass
-class Reads:
-    """What was read of the models, tensor by tensor.
-
-    Attributes:
-        order: (folder of the model, name of the tensor) of every read.
-        live: bytes of the tensors read that are still alive.
-        peak: the most that were alive at a time.
-    """
-
-    order: list[tuple[str, str]] = field(default_factory=list)
-    live: int = 0
-    peak: int = 0
-
-    def add(self, folder: str, name: str, tensor: Tensor) -> None:
-        """Note a read, and wait for the end of its tensor."""
-        size = tensor.untyped_storage().nbytes()
-        self.order.append((folder, name))
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(tensor, self._release, size)
-
-    def _release(self, size: int) -> None:
-        self.live -= size
-
-
-@contextlib.contextmanager
-def watched_reads() -> Iterator[Reads]:
-    """Note everything that mergekit's loaders read while the body runs."""
-    reads = Reads()
-    stock = LazyTensorLoader.get_tensor
-
-    def get_tensor(loader: LazyTensorLoader, key: str, *args: Any, **kwargs: Any) -> Any:
-        # A copy: a tensor of a memory-mapped file has no storage of its own.
-        tensor = stock(loader, key, *args, **kwargs)
-        if tensor is not None:
-            tensor = tensor.clone()
-            reads.add(loader.index.base_path, key, tensor)
-        return tensor
-
-    with mock.patch.object(LazyTensorLoader, "get_tensor", get_tensor):
-        yield reads
-
-
-HELD_OUT = 2
-"""Sequences of each model that judge the fit of the merge below."""
-
-
-def calibration_tokens(model: Path, text: Path) -> Tensor:
-    """The calibration tokens of a model in the merge above, `[sequences, length]`."""
-    return load_calibration(
-        str(text),
-        model=str(model),
-        tokenizer=make_tokenizer(),
-        samples=6,
-        sequence_length=SMALL["sequence_length"],
-        vocab_size=VOCAB_SIZE,
-        seed=0,
-    ).tokens
 
 
 def refused(configuration: dict[str, Any], out: Path, *messages: str) -> None:

@@ -6,9 +6,9 @@ from torch import Tensor
 from mergekit_dam.fitting.metric import PLAIN, Metric
 from tests.kit.tensors import randn
 
-OUT, IN, MODELS = 6, 7, 3
+OUT, IN = 6, 7
 TOKENS = {"as a matrix": 40, "as gradients": 4}
-"""Of the gradients: more than outputs, or fewer."""
+"""Tokens whose gradients make a metric: more than outputs, or fewer."""
 
 
 def metric_of(kind: str, seed: int = 0, out: int = OUT) -> Metric:
@@ -18,7 +18,7 @@ def metric_of(kind: str, seed: int = 0, out: int = OUT) -> Metric:
 
 
 def dense(metric: Metric, out: int = OUT) -> Tensor:
-    """S itself."""
+    """The matrix S of a metric."""
     return metric(torch.eye(out, dtype=torch.float64))
 
 

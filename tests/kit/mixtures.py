@@ -17,10 +17,10 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from mergekit_dam.model.decoder import Decoder
 from mergekit_dam.model.part import Part, block_part
-from tests.kit.models import Models, make_model, save_models, save_token_ids
-from tests.kit.tensors import CPU
+from tests.kit.models import Models, save_models
+from tests.kit.parts import part_and_weights
+from tests.kit.texts import save_token_ids
 
 EXPERTS = 4
 
@@ -67,20 +67,8 @@ FUSED = {"gpt-oss": 1}
 """Input axis of fused weights, where it is not the last."""
 
 
-def block_of(name: str) -> tuple[Part, dict[str, Tensor]]:
-    """The last block of a tiny model, and its weights by relative names."""
-    model = make_model(CONFIGS[name]())
-    part = block_part(Decoder(model.config, CPU), 1)
-    own = {
-        full.removeprefix(part.prefix): weight.detach().clone()
-        for full, weight in model.named_parameters()
-        if full.startswith(part.prefix)
-    }
-    return part, own
-
-
 def save_mixtures(what: str | PretrainedConfig, folder: Path) -> tuple[Models, list[Path]]:
-    """Two models, and token ids for each: what Qwen's own tokenizer makes of words is one word."""
+    """Two models, and token ids for each: Qwen's own tokenizer turns all words into one token."""
     config = CONFIGS[what]() if isinstance(what, str) else what
     models = save_models(folder, config, count=2)
     return models, save_token_ids(folder)
@@ -95,3 +83,8 @@ def afmoe(**sizes: Any) -> PretrainedConfig:
     """mergekit plans its experts one by one; its routers are plain linears."""
     own = {**_SIZES, **_HEADS, **_OWN, "num_dense_layers": 1, "num_shared_experts": 1, **sizes}
     return AfmoeConfig(**own, sliding_window=8, layer_types=["sliding_attention"] * 2)
+
+
+def block_of(name: str) -> tuple[Part, dict[str, Tensor]]:
+    """The last block of a tiny model, and its weights by relative names."""
+    return part_and_weights(CONFIGS[name](), lambda decoder: block_part(decoder, 1))

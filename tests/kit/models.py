@@ -6,8 +6,6 @@
 Everything is drawn from a seed: the same call writes the same bytes.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, pre_tokenizers, processors
-from tokenizers import models as tokenizer_models
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -37,20 +33,14 @@ from transformers import (
     PhiConfig,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     StableLmConfig,
     Starcoder2Config,
 )
 
-_TEXT = """
-zero one two three four five six seven eight nine ten plus minus times is equals the a of and in to
-cat dog bird fish tree house river hill runs sits flies swims red green blue old new big small
-def return print if else for while not true false
-"""
-WORDS = tuple(_TEXT.split())
-VOCABULARY = ("<unk>", "<s>", "</s>", "<pad>", *WORDS)
+from tests.kit.tokenizers import make_tokenizer
+
 VOCAB_SIZE = 64
 """Rows of every embedding: a few more than the tokenizer knows words, as real models have."""
 POSITIONS = 64
@@ -141,11 +131,15 @@ ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
 """A tiny configuration of every architecture under test, by name."""
 
 
-def weights_of(model: PreTrainedModel) -> list[Tensor]:
-    """Every parameter once, and the buffers that a checkpoint holds."""
+def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """All weights by name, tied ones once, with the buffers that a checkpoint holds."""
     saved = model.state_dict(keep_vars=True)
-    buffers = [buffer for name, buffer in model.named_buffers() if name in saved]
-    return [*model.parameters(), *(b for b in buffers if b.is_floating_point())]
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {name: weight.detach() for name, weight in named if name in saved}
+
+
+def _floating_weights(model: PreTrainedModel) -> list[Tensor]:
+    return [weight for weight in weights_of(model).values() if weight.is_floating_point()]
 
 
 def make_model(
@@ -154,16 +148,16 @@ def make_model(
     """A model in fp32 whose every weight is random, norms and biases included.
 
     Args:
-        kind: its class; by default transformers' class of causal language models.
+        kind: class of the model; by default transformers' class of causal language models.
     """
     build = AutoModelForCausalLM.from_config if kind is None else kind._from_config
-    # What else there is for experts rounds otherwise than what models run in parts take.
+    # Other implementations of experts round differently from a model that runs in parts.
     model: PreTrainedModel = build(
         config, dtype=torch.float32, experts_implementation="eager"
     ).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in weights_of(model):
+        for parameter in _floating_weights(model):
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim > 1:
                 # A stream of unit size, whatever the width.
@@ -178,26 +172,9 @@ def fine_tune(model: PreTrainedModel, seed: int, scale: float) -> None:
     """Add noise to every parameter in place: `scale` of its own size, and of 1 for vectors."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in weights_of(model):
+        for parameter in _floating_weights(model):
             size = parameter.square().mean().sqrt() if parameter.ndim > 1 else 1.0
             parameter.add_(scale * size * torch.randn(parameter.shape, generator=generator))
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word of `WORDS`; begins every text with <s>."""
-    vocabulary = {word: index for index, word in enumerate(VOCABULARY)}
-    backend = Tokenizer(tokenizer_models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-    )
 
 
 def save_models(
@@ -215,8 +192,8 @@ def save_models(
     Args:
         folder: gets `base`, `model_0`, `model_1`, ...
         scale: size of the fine-tunes' deltas, relative to the base's weights.
-        dtype: in which they are saved.
-        kind: their class; by default transformers' class of causal language models.
+        dtype: dtype of the saved weights.
+        kind: class of the models; by default transformers' class of causal language models.
     """
 
     def save(name: str, model: PreTrainedModel) -> Path:
@@ -236,46 +213,6 @@ def save_models(
     return Models(base, tuple(models))
 
 
-def save_calibration(
-    path: Path, *, seed: int = 0, documents: int = 64, words: int = 24, offset: int = 0
-) -> Path:
-    """Write documents of random words as JSON lines, a `text` each; returns the path.
-
-    Args:
-        path: of the file, or of a folder to get a `calibration_SEED.jsonl`.
-        words: in a document; one token each, and one more for <s>.
-        offset: the words drawn most begin here in `WORDS`, so that texts can differ in kind.
-    """
-    file = path if path.suffix else path / f"calibration_{seed}.jsonl"
-    generator = torch.Generator().manual_seed(seed)
-    ranks = torch.arange(len(WORDS)).sub(offset).remainder(len(WORDS))
-    drawn = torch.multinomial(
-        1.0 / (1.0 + ranks), documents * words, replacement=True, generator=generator
-    )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", encoding="utf-8") as handle:
-        for document in drawn.reshape(documents, words).tolist():
-            handle.write(json.dumps({"text": " ".join(WORDS[index] for index in document)}) + "\n")
-    return file
-
-
-def save_token_ids(folder: Path) -> list[Path]:
-    """Write token ids of two kinds of text; returns a path for each.
-
-    Ids, for what Qwen2's own tokenizer class makes of the words is one unknown word.
-    """
-    files = []
-    for index in range(2):
-        texts = save_calibration(folder / f"text_{index}.jsonl", seed=index, offset=24 * index)
-        rows = [json.loads(line)["text"].split() for line in texts.read_text("utf-8").splitlines()]
-        files.append(folder / f"ids_{index}.jsonl")
-        ids = [json.dumps({"input_ids": [VOCABULARY.index(word) for word in row]}) for row in rows]
-        files[-1].write_text("\n".join(ids), encoding="utf-8")
-    return files
-
-
-Calibration = tuple[Path, Path]
-
 MLP = "model.layers.1.mlp.up_proj.weight"
 ATTENTION = "model.layers.1.self_attn.q_proj.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -293,3 +230,29 @@ def model_with_new_words(folder: Path) -> tuple[Path, Path]:
     line = json.dumps({"text": "alpha cat beta dog " * 5})
     text.write_text("\n".join([line] * 40), encoding="utf-8")
     return folder / "other", text
+
+
+def parameters_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """All parameters by name, tied ones once."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def loaded(path: Path) -> PreTrainedModel:
+    """A saved model in fp32."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return model
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    logits: Tensor = model(tokens, use_cache=False).logits
+    return logits
+
+
+def fine_tunes(config: PretrainedConfig, count: int, scale: float = 0.3) -> list[PreTrainedModel]:
+    """Models with one base, in memory."""
+    models = []
+    for seed in range(count):
+        models.append(make_model(config))
+        fine_tune(models[-1], seed=100 + seed, scale=scale)
+    return models

@@ -1,7 +1,7 @@
 """Networks of models that are in memory, and the same models as one plain network with autograd.
 
 made = make("llama", base=True)
-loss, gradients = Objective(made.network(), made.coordinates, settings, shelf)(point, batches)
+loss, gradients = Objective(made.network(), made.coordinates, settings, boundaries)(point, batches)
 logits = made.logits(made.differentiable(point), tokens)
 """
 
@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import PretrainedConfig, PreTrainedModel
 
-from mergekit_dam.coefficients.parametrisation import Parametrisation
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.coefficients.tensors import TensorSettings, TensorSpec
 from mergekit_dam.model.decoder import Decoder
@@ -27,10 +26,11 @@ from mergekit_dam.search.coordinates import Coordinate, coordinates_of
 from mergekit_dam.search.data import Data
 from mergekit_dam.search.gradient import Batch
 from mergekit_dam.sources.network import Network
-from mergekit_dam.sources.stage import Models, Stage, StageKind
+from mergekit_dam.sources.stage import Models, Stage
 from mergekit_dam.streams.stream import Stream
-from tests.kit.models import ARCHITECTURES, fine_tune, make_model
-from tests.kit.settings import run_settings
+from tests.kit.models import ARCHITECTURES, fine_tunes, make_model, parameters_of
+from tests.kit.parts import hidden_of, stage_of, stages_of
+from tests.kit.settings import run_settings, tensor_settings
 from tests.kit.tensors import CPU, tokens_of
 
 
@@ -78,17 +78,16 @@ class Made:
     @cached_property
     def weights(self) -> list[dict[str, Tensor]]:
         """Parameters of every source by name; a tied one goes by its first name."""
-        return [{n: p.detach() for n, p in m.named_parameters()} for m in self.sources]
+        return [parameters_of(source) for source in self.sources]
 
     def network(self, resident: Resident = "auto") -> Network:
         order = tuple(ModelReference.model_validate(f"m{i}") for i in range(len(self.sources)))
         models = Models(self.decoder, (self.decoder,) * len(order), order, self.run)
-        blocks: list[tuple[StageKind, int]] = [
-            ("block", i) for i in range(len(self.decoder.blocks))
-        ]
         stages, gathers = [], []
-        for kind, index in [("input", 0), *blocks, ("output", 0)]:
-            own = [self._plan(n) for n in self.weights[0] if self._place(n) == (kind, index)]
+        for kind, index in stages_of(self.decoder):
+            own = [
+                self._plan(n) for n in self.weights[0] if stage_of(self.decoder, n) == (kind, index)
+            ]
             tied = self.tied_to if kind == "output" else None
             borrowed = [] if tied is None else [self._plan(tied)]
             stages.append(Stage(models, kind, index, own, borrowed))
@@ -108,12 +107,6 @@ class Made:
         return Tensors(
             {model: own[plan.name] for model, own in zip(order, self.weights, strict=True)}
         )
-
-    def _place(self, name: str) -> tuple[str, int]:
-        block = self.decoder.block_of(name)
-        if block is not None:
-            return "block", block
-        return self.decoder.input_or_output(frozenset([name]))[name], 0
 
     @cached_property
     def coordinates(self) -> dict[str, Coordinate]:
@@ -154,7 +147,7 @@ class Made:
             sources = torch.stack([own[name] for own in self.weights]).to(rows)
             shape, axis = [len(sources), *[1] * (sources.ndim - 1)], axes.get(name, -1)
             shape[1 + axis if axis >= 0 else axis] = -1
-            if sources.ndim == 4 and rows.shape[1] > 1:  # a coefficient a column of every expert
+            if sources.ndim == 4 and rows.shape[1] > 1:  # one per column of every expert
                 shape[1] = sources.shape[1]
             total = (sources * rows.reshape(shape)).sum(0)
             dtype = self.written or self.weights[0][name].dtype
@@ -175,19 +168,10 @@ class Made:
         logits: Tensor = output.logits
         return logits
 
-    @torch.no_grad()
     def last_hidden(self, source: int, tokens: Tensor) -> Tensor:
-        """What leaves the last block of a source's own model, fp32."""
-        left: list[Tensor] = []
-
-        def keep(_: object, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            left.append(output[0] if isinstance(output, tuple) else output)
-
-        last = self.decoder.block_name(len(self.decoder.blocks) - 1)
-        handle = self.plain.get_submodule(last).register_forward_hook(keep)
-        self.logits(self.weights[source], tokens)
-        handle.remove()
-        return left[0].float()
+        """The output of the last block of a source's own model, fp32."""
+        weights = {name: weight.double() for name, weight in self.weights[source].items()}
+        return hidden_of(self.plain, weights, tokens, self.decoder).float()
 
     def batches(self, sequences: int = 2, weights: Sequence[float] = (1.0, 0.5)) -> list[Batch]:
         """Random sequences of every model."""
@@ -226,23 +210,22 @@ def make(
     """Fine-tunes of one model, and that model as a base where asked for.
 
     Args:
-        scale: of the fine-tunes' deltas.
-        dtype: in which the sources are kept.
+        scale: size of the fine-tunes' deltas, relative to the weights.
+        dtype: dtype of the sources.
         settings: changes of the `TensorSettings`.
     """
     config = config or ARCHITECTURES[name]()
-    sources = []
-    for seed in range(models):
-        sources.append(make_model(config))
-        fine_tune(sources[-1], seed=100 + seed, scale=scale)
+    sources = fine_tunes(config, models, scale)
     if base:
         sources.append(make_model(config))
     index = models if base else None
-    form = Parametrisation.create(
-        [1.0] * len(sources), base=index, include_base=False, sum_to_one=sum_to_one
+    plain = tensor_settings(
+        len(sources),
+        base=index,
+        sum_to_one=sum_to_one,
+        ridge=1e-2,
+        loss_weights=[1.0 + 0.5 * k for k in range(len(sources))],
     )
-    weights = tuple(1.0 + 0.5 * k for k in range(len(sources)))
-    plain = TensorSettings(form, weights, 1e-2, "column", True, True, True)
     return Made(
         config,
         [source.to(dtype) for source in sources],  # type: ignore[arg-type]

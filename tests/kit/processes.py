@@ -1,11 +1,13 @@
 """Two processes that torchrun starts, and processes that are made up."""
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -30,6 +32,19 @@ def torchrun(*command: str | Path) -> subprocess.Popen[str]:
     )
 
 
+def start_merges(configurations: Mapping[str, Any], folder: Path) -> subprocess.Popen[str]:
+    """Start merges by two processes: each merge goes to a subfolder of its name."""
+    folder.mkdir(exist_ok=True)
+    (folder / "merges.json").write_text(json.dumps(configurations), encoding="utf-8")
+    return torchrun("-m", "tests.kit.worker", folder)
+
+
+def finish(running: subprocess.Popen[str]) -> None:
+    """Wait until the merges are written."""
+    output, _ = running.communicate(timeout=300)
+    assert running.returncode == 0, output
+
+
 def difference(found: Merged, expected: Merged) -> float:
     """The largest difference of a coefficient, relative to the largest of its tensor."""
     ours, theirs = found.coefficients.coefficients, expected.coefficients.coefficients
@@ -42,8 +57,8 @@ def difference(found: Merged, expected: Merged) -> float:
 def process(rank: int, size: int) -> Iterator[None]:
     """Be one of several processes, as far as the division of the sequences goes."""
     with (
-        mock.patch.object(distributed, "rank", lambda: rank),
-        mock.patch.object(distributed, "size", lambda: size),
+        mock.patch.object(distributed, "rank", return_value=rank),
+        mock.patch.object(distributed, "size", return_value=size),
     ):
         yield
 

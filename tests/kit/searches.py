@@ -12,12 +12,12 @@ from tests.kit.models import Models
 from tests.kit.networks import Made
 from tests.kit.settings import logits_settings, run_settings
 
-SAMPLES, LENGTH, HELD_OUT = 12, 16, 4
+SAMPLES, HELD_OUT = 12, 4
 POLISH: dict[str, Any] = {
     "objective": "layer+logits",
     "samples": SAMPLES,
     "holdout": HELD_OUT / SAMPLES,
-    "sequence_length": LENGTH,
+    "sequence_length": 16,
     "steps": 3,
     "batch_size": 4,
     "learning_rate": 5e-3,

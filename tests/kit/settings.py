@@ -1,8 +1,11 @@
 """Settings of a merge, with everything off but for what a test changes."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from mergekit_dam.parameters import LogitsSettings, Objective, RunSettings
+from mergekit_dam.coefficients.parametrisation import Parametrisation
+from mergekit_dam.coefficients.tensors import TensorSettings
+from mergekit_dam.parameters import ExpertFeed, LogitsSettings, Objective, RunSettings
 
 PLAIN: dict[str, Any] = {
     "nonlinearity": "none",
@@ -38,4 +41,32 @@ def run_settings(
         gpu_memory=None,
         forward_dtype="auto",
         seed=0,
+    )
+
+
+def tensor_settings(
+    count: int,
+    *,
+    base: int | None = None,
+    sum_to_one: bool = True,
+    ridge: float = 1e-3,
+    granularity: str = "column",
+    loss_weights: Sequence[float] | None = None,
+    embeddings: bool = True,
+    norms: bool = True,
+    head: bool = True,
+    experts: ExpertFeed = "routed",
+) -> TensorSettings:
+    """Settings of the tensors of `count` sources."""
+    return TensorSettings(
+        parametrisation=Parametrisation.create(
+            [1.0] * count, base=base, include_base=False, sum_to_one=sum_to_one
+        ),
+        loss_weights=tuple(loss_weights or [1.0] * count),
+        ridge=ridge,
+        granularity=granularity,
+        embeddings=embeddings,
+        norms=norms,
+        head=head,
+        experts=experts,
     )

@@ -3,10 +3,17 @@
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
-WORDS = "the quick brown fox jumps over a lazy dog while numbers 0 1 2 3 add up to sums "
+_TEXT = """
+zero one two three four five six seven eight nine ten plus minus times is equals the a of and in to
+cat dog bird fish tree house river hill runs sits flies swims red green blue old new big small
+def return print if else for while not true false
+"""
+WORDS = tuple(_TEXT.split())
+VOCABULARY = ("<unk>", "<s>", "</s>", "<pad>", *WORDS)
+
+SENTENCE = "the quick brown fox jumps over a lazy dog while numbers 0 1 2 3 add up to sums "
 CHAT = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'tool' %}{{ raise_exception('roles must alternate') }}{% endif %}"
@@ -14,10 +21,10 @@ CHAT = (
 )
 
 
-def make_tokenizer(
+def byte_tokenizer(
     *, bos: bool = True, eos: bool = True, adds_bos: bool = False, chat: str | None = None
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE without unknown tokens. `adds_bos`: its post-processor adds bos."""
+    """A byte-level BPE without unknown tokens; with `adds_bos` its post-processor adds bos."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -27,7 +34,7 @@ def make_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator([WORDS] * 4, trainer)
+    backend.train_from_iterator([SENTENCE] * 4, trainer)
     if adds_bos:
         backend.post_processor = processors.TemplateProcessing(
             single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 0)]
@@ -46,14 +53,14 @@ BYTES = tuple(f"<0x{number:02X}>" for number in range(256))
 def bpe(tokens: Sequence[str], merges: Sequence[tuple[str, str]] = ()) -> PreTrainedTokenizerFast:
     """Tokens in the order of their ids, made of their parts, or of bytes if those are tokens."""
     ids = {token: index for index, token in enumerate(tokens)}
-    model = tokenizer_models.BPE(ids, list(merges), byte_fallback=BYTES[0] in ids)
+    model = models.BPE(ids, list(merges), byte_fallback=BYTES[0] in ids)
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model))
 
 
 def word_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
-    """One token a word; begins every text with <s>."""
+    """One token per word; begins every text with <s>."""
     ids = {word: index for index, word in enumerate(vocabulary)}
-    backend = Tokenizer(tokenizer_models.WordLevel(ids, unk_token="<unk>"))
+    backend = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", ids["<s>"])]
@@ -65,3 +72,8 @@ def word_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
         eos_token="</s>",
         pad_token="<pad>",
     )
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word of `WORDS`; begins every text with <s>."""
+    return word_tokenizer(VOCABULARY)

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from mergekit_dam.calibration.load import load_calibration
 from mergekit_dam.coefficients.file import CoefficientFile
 from tests.kit.merging import Merged, dam
 from tests.kit.models import ARCHITECTURES, fine_tune, make_model
+from tests.kit.texts import save_text
 from tests.kit.tokenizers import word_tokenizer
 
 # Of one length, so that no word is found in another: an added token is cut out of any text.
@@ -28,16 +28,6 @@ SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
 LEFT_VOCABULARY = (*SPECIAL, *SHARED, *LEFT)
 RIGHT_VOCABULARY = (*RIGHT, *reversed(SHARED), *reversed(SPECIAL))
 LENGTH = 16
-
-
-def save_text(path: Path, words: Sequence[str], seed: int = 0) -> Path:
-    """Documents of random words, some of them more often than others."""
-    generator = torch.Generator().manual_seed(seed)
-    chances = 1.0 / torch.arange(1, len(words) + 1)
-    drawn = torch.multinomial(chances, 64 * 24, replacement=True, generator=generator)
-    lines = [" ".join(words[i] for i in row) for row in drawn.reshape(64, 24).tolist()]
-    path.write_text("\n".join(json.dumps({"text": line}) for line in lines), encoding="utf-8")
-    return path
 
 
 @dataclass(frozen=True)
@@ -100,13 +90,6 @@ def one_hot(merged: Merged, source: int, path: Path) -> Path:
     return path
 
 
-@torch.no_grad()
-def logits(model: Path, tokens: Tensor) -> Tensor:
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    found: Tensor = loaded(input_ids=tokens).logits
-    return found
-
-
 def lines_of(text: Path) -> list[str]:
     return [json.loads(line)["text"] for line in text.read_text("utf-8").splitlines()]
 
@@ -121,16 +104,3 @@ def own_columns(model: Path, merged: Path) -> Tensor:
     own = AutoTokenizer.from_pretrained(model).get_vocab()
     new = AutoTokenizer.from_pretrained(merged).get_vocab()
     return torch.tensor([new[token] for token in sorted(own, key=own.__getitem__)])
-
-
-def calibration_ids(merged: Merged, text: Path) -> Tensor:
-    """The sequences that a merge of `SMALL` makes of a text, as ids of the merged model."""
-    return load_calibration(
-        str(text),
-        model="merged",
-        tokenizer=AutoTokenizer.from_pretrained(merged.path),
-        samples=4,
-        sequence_length=LENGTH,
-        vocab_size=28,
-        seed=0,
-    ).tokens

@@ -8,55 +8,18 @@ from mergekit.common import ModelReference
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from mergekit_dam.coefficients.parametrisation import Parametrisation
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.coefficients.tensors import TensorSettings, TensorSources, TensorSpec
 from mergekit_dam.layers.fit import fit_stage
 from mergekit_dam.layers.state import Walk
 from mergekit_dam.model.decoder import Decoder
 from mergekit_dam.model.part import Part
-from mergekit_dam.parameters import ExpertFeed
-from mergekit_dam.sources.stage import Models, Stage, StageKind, open_stage
+from mergekit_dam.sources.stage import Models, Stage, open_stage
 from mergekit_dam.streams.stream import Stream
-from tests.kit.models import ARCHITECTURES, fine_tune, make_model
-from tests.kit.settings import run_settings
+from tests.kit.models import ARCHITECTURES, fine_tunes
+from tests.kit.parts import stage_of, stages_of
+from tests.kit.settings import run_settings, tensor_settings
 from tests.kit.tensors import CPU, tokens_of
-
-
-def settings_of(
-    count: int,
-    *,
-    base: int | None = None,
-    sum_to_one: bool = True,
-    ridge: float = 1e-3,
-    granularity: str = "column",
-    loss_weights: Sequence[float] | None = None,
-    embeddings: bool = True,
-    norms: bool = True,
-    head: bool = True,
-    experts: ExpertFeed = "routed",
-) -> TensorSettings:
-    return TensorSettings(
-        parametrisation=Parametrisation.create(
-            [1.0] * count, base=base, include_base=False, sum_to_one=sum_to_one
-        ),
-        loss_weights=tuple(loss_weights or [1.0] * count),
-        ridge=ridge,
-        granularity=granularity,
-        embeddings=embeddings,
-        norms=norms,
-        head=head,
-        experts=experts,
-    )
-
-
-def fine_tunes(config: PretrainedConfig, count: int, scale: float = 0.3) -> list[PreTrainedModel]:
-    models = []
-    for seed in range(count):
-        models.append(make_model(config))
-        fine_tune(models[-1], seed=100 + seed, scale=scale)
-    return models
-
 
 Merged = tuple[dict[str, Tensor], MergeRecord, list[Stream]]
 
@@ -78,8 +41,8 @@ class Merge:
         models = Models(decoder, (decoder,) * len(order), order, run_settings(0.25))
         weights = [dict(model.named_parameters()) for model in self.models]
         record, merged = MergeRecord(), dict[str, Tensor]()
-        for kind, index in self._stages(decoder):
-            names = [n for n in weights[0] if self._stage_of(decoder, n) == (kind, index)]
+        for kind, index in stages_of(decoder):
+            names = [n for n in weights[0] if stage_of(decoder, n) == (kind, index)]
             plans = [TensorSpec(name, self.settings, self.dtype) for name in names]
             loaded = {
                 name: {m: w[name].detach() for m, w in zip(order, weights, strict=True)}
@@ -90,20 +53,6 @@ class Merge:
             result = fit_stage(opened, self.streams, record, show=lambda _: None)
             merged.update(result.merged)
         return merged, record
-
-    @staticmethod
-    def _stages(decoder: Decoder) -> list[tuple[StageKind, int]]:
-        blocks: list[tuple[StageKind, int]] = [("block", i) for i in range(len(decoder.blocks))]
-        return [("input", 0), *blocks, ("output", 0)]
-
-    @staticmethod
-    def _stage_of(decoder: Decoder, name: str) -> tuple[str, int]:
-        block = decoder.block_of(name)
-        return (
-            ("block", block)
-            if block is not None
-            else (decoder.input_or_output(frozenset([name]))[name], 0)
-        )
 
 
 def merge_here(
@@ -118,13 +67,9 @@ def merge_here(
     """Merge models on random tokens, different ones each; `data` by index of the model."""
     data = {k: tokens_of(k) for k in range(len(models))} if data is None else data
     streams = [Stream.of_tokens(k, tokens, held_out) for k, tokens in data.items()]
-    settings_ = settings_of(len(models), **settings)  # type: ignore[arg-type]
+    settings_ = tensor_settings(len(models), **settings)  # type: ignore[arg-type]
     merged, record = Merge(config, models, streams, settings_, dtype).run()
     return merged, record, streams
-
-
-def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def alike(models: Sequence[PreTrainedModel], kind: str) -> None:
@@ -134,11 +79,6 @@ def alike(models: Sequence[PreTrainedModel], kind: str) -> None:
             for name, parameter in model.named_parameters():
                 if name.endswith(kind):
                     parameter.copy_(models[0].get_parameter(name))
-
-
-def close(a: Mapping[str, Tensor], b: Mapping[str, Tensor], atol: float) -> None:
-    for name, tensor in a.items():
-        torch.testing.assert_close(tensor, b[name], rtol=0, atol=atol, msg=lambda m: f"{name}: {m}")  # noqa: B023
 
 
 def walk_of(
@@ -165,7 +105,7 @@ def walk_of(
         n.removeprefix(part.prefix): TensorSources(
             n,
             [model.get_parameter(n).detach() for model in models],
-            settings_of(2, **settings),  # type: ignore[arg-type]
+            tensor_settings(2, **settings),  # type: ignore[arg-type]
             torch.float32,
         )
         for n in names

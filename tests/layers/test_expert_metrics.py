@@ -16,7 +16,7 @@ def test_the_metric_of_an_expert_is_that_of_the_tokens_that_are_sent_to_it() -> 
     routing = part.captured(weights, randn(4, 9, 16), inputs=(unit.name,)).routing[unit.name]
     gradients = randn(36, 16, seed=3)
     own = {p: weights[unit.parameter(p)] for p in unit.parameters}
-    felt = ExpertGradients(
+    expert_gradients = ExpertGradients(
         routing, gradients, lambda e: {p: weight[e] for p, weight in own.items()}
     )
     module = part.root.get_submodule(unit.name)
@@ -27,7 +27,7 @@ def test_the_metric_of_an_expert_is_that_of_the_tokens_that_are_sent_to_it() -> 
         gate, value = inner.chunk(2, dim=1)
         output = (silu(gate) * value) @ own["down_proj"][expert].T
         (up,) = torch.autograd.grad(output, inner, gradients[rows])
-        found = felt.metrics(module, expert)
+        found = expert_gradients.metrics(module, expert)
         for name, expected in (("gate_up_proj", up), ("down_proj", gradients[rows])):
             metric = Metric.of_gradients(expected)
             assert metric.factors is not None
@@ -42,10 +42,10 @@ def test_an_expert_that_no_token_is_sent_to_has_the_metric_of_all_tokens() -> No
     own = {p: weights[unit.parameter(p)] for p in unit.parameters}
     gradients = randn(36, 16, seed=3)
     elsewhere = routing._replace(experts=torch.zeros_like(routing.experts))
-    felt = ExpertGradients(
+    expert_gradients = ExpertGradients(
         elsewhere, gradients, lambda e: {p: weight[e] for p, weight in own.items()}
     )
-    found = felt.metrics(part.root.get_submodule(unit.name), 2)["down_proj"]
+    found = expert_gradients.metrics(part.root.get_submodule(unit.name), 2)["down_proj"]
     expected = Metric.of_gradients(gradients)
     assert expected.factors is not None
     torch.testing.assert_close(found.factors, expected.factors)

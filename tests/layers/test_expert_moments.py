@@ -8,8 +8,9 @@ import pytest
 from mergekit_dam.fitting.moments import InputMoments
 from mergekit_dam.layers import experts as experts_module
 from tests.kit.mixtures import CONFIGS
+from tests.kit.models import fine_tunes
 from tests.kit.tensors import tokens_of
-from tests.kit.walks import fine_tunes, merge_here
+from tests.kit.walks import merge_here
 
 
 def live_moments(experts: int, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:

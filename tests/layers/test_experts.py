@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from torch.nn.functional import kl_div, log_softmax, silu
+from torch.nn.functional import silu
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mergekit_dam.coefficients.tensors import TensorSources
@@ -19,9 +19,9 @@ from mergekit_dam.layers import experts as experts_module
 from mergekit_dam.layers import groups as stages
 from mergekit_dam.model.hooks import capture
 from tests.kit.mixtures import CONFIGS, EXPERTS
-from tests.kit.models import make_model
-from tests.kit.tensors import LENGTH, tokens_of
-from tests.kit.walks import alike, fine_tunes, merge_here, weights_of
+from tests.kit.models import fine_tunes, make_model, parameters_of
+from tests.kit.tensors import LENGTH, kl, tokens_of
+from tests.kit.walks import alike, merge_here
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def specialists(config: PretrainedConfig) -> list[PreTrainedModel]:
     embedding[32:, 0::2] = 0
     embedding.mul_(30)  # what attention adds, in all features, is little beside it
     for model in models:
-        for name, weight in weights_of(model).items():
+        for name, weight in parameters_of(model).items():
             if weight.ndim != 3 and weight.shape[0] != EXPERTS:
                 weight.copy_(base.get_parameter(name))
     return models
@@ -48,10 +48,9 @@ def words_of(half: int, *, seed: int, sequences: int = 40) -> Tensor:
 
 
 @torch.no_grad()
-def kl(model: PreTrainedModel, tokens: Tensor, *weights: Mapping[str, Tensor]) -> float:
-    """From a teacher to a merged model in nats per token; their weights in this order."""
-    p, q = (log_softmax(functional_call(model, dict(own), (tokens,)).logits, -1) for own in weights)
-    return float(kl_div(q, p, log_target=True, reduction="none").sum(-1).mean())
+def kl_of_weights(model: PreTrainedModel, tokens: Tensor, *weights: Mapping[str, Tensor]) -> float:
+    """KL divergence from a teacher, in nats per token: the teacher's weights, then the merged."""
+    return kl(*(functional_call(model, dict(own), (tokens,)).logits for own in weights))
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2-moe", "gpt-oss"])
@@ -69,8 +68,8 @@ def test_fitted_experts_and_routers_come_nearer_to_the_teachers(
                 patch.delitem(stages.FITS, kind)
             merged, _, _ = merge_here(config, models, data=data, held_out=8, head=False)
         text = [words_of(k, seed=9) for k in range(2)]
-        own = [weights_of(model) for model in models]
-        return sum(kl(models[0], text[k], own[k], merged) for k in range(2))
+        own = [parameters_of(model) for model in models]
+        return sum(kl_of_weights(models[0], text[k], own[k], merged) for k in range(2))
 
     fitted, averaged_routers, averaged = apart(), apart("router"), apart("router", "experts")
     assert fitted < 0.8 * averaged_routers
@@ -86,7 +85,7 @@ def test_the_data_of_one_model_alone_gives_back_its_experts(name: str) -> None:
     merged, _, _ = merge_here(
         config, models, data={1: tokens_of(1, 60)}, ridge=1e-9, head=False, held_out=6
     )
-    teacher, other = weights_of(models[1]), weights_of(models[0])
+    teacher, other = parameters_of(models[1]), parameters_of(models[0])
     own = [n for n, weight in teacher.items() if weight.ndim == 3 or weight.shape[0] == EXPERTS]
     assert len(own) >= 3
     for full in own:
@@ -95,7 +94,7 @@ def test_the_data_of_one_model_alone_gives_back_its_experts(name: str) -> None:
             assert (merged[full] - teacher[full]).norm() <= 0.05 * apart, full
 
 
-def evidence_of(
+def expert_evidence(
     monkeypatch: pytest.MonkeyPatch, config: PretrainedConfig, **settings: Any
 ) -> tuple[dict[str, Evidence[LinearMoments]], Any]:
     """What the linears of experts are fitted to, by name and number of the expert."""
@@ -118,9 +117,9 @@ def test_an_expert_is_fitted_to_its_teachers_on_the_tokens_that_are_sent_to_it(
 ) -> None:
     """Of the first block: by hand, from whole models."""
     config = CONFIGS["mixtral"](num_hidden_layers=1)
-    evidence, (models, (merged, _, _)) = evidence_of(monkeypatch, config)
+    evidence, (models, (merged, _, _)) = expert_evidence(monkeypatch, config)
     tokens = tokens_of(1, 40)[:32]
-    teacher, name = weights_of(models[1]), "model.layers.0.mlp.experts"
+    teacher, name = parameters_of(models[1]), "model.layers.0.mlp.experts"
     fed = []
     for weights in (teacher, merged):
         with capture(models[0], inputs=(name,), outputs=(name,)) as captured:
@@ -153,7 +152,7 @@ def test_all_tokens_feed_every_expert_where_that_is_asked_for(
 ) -> None:
     config = CONFIGS["mixtral"](num_hidden_layers=1)
     for fed in ("routed", "all"):
-        evidence, _ = evidence_of(monkeypatch, config, experts=fed)
+        evidence, _ = expert_evidence(monkeypatch, config, experts=fed)
         counts = [own.fit[0].count for name, own in evidence.items() if "gate_up" in name]
         assert len(counts) == EXPERTS
         assert (max(counts) == pytest.approx(min(counts))) == (fed == "all")

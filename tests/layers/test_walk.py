@@ -1,42 +1,25 @@
-"""The walk through a model: what every stage is fitted to, and what becomes of the streams."""
+"""The walk through a model: the fit of every stage, and the streams after it."""
 
-from collections.abc import Mapping
 from functools import cache, partial
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from mergekit_dam.coefficients.merge import merge_weights
 from mergekit_dam.layers.walk import walk_part
-from mergekit_dam.model.decoder import Decoder
 from mergekit_dam.model.part import block_part
 from mergekit_dam.streams import storage as storage_module
 from mergekit_dam.streams import stream as streams_module
-from tests.kit.models import ARCHITECTURES, make_model, tiny_llama_config
-from tests.kit.tensors import CPU, LENGTH, randn, tokens_of
-from tests.kit.walks import Merged, alike, close, fine_tunes, merge_here, walk_of, weights_of
-
-
-@torch.no_grad()
-def hidden_of(model: PreTrainedModel, weights: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
-    """What leaves the last block of a whole model, run with other weights."""
-    left: list[Tensor] = []
-
-    def keep(_: object, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        left.append(output[0] if isinstance(output, tuple) else output)
-
-    name, count = Decoder(model.config, CPU).blocks_name, model.config.num_hidden_layers
-    handle = model.get_submodule(f"{name}.{count - 1}").register_forward_hook(keep)
-    torch.func.functional_call(model, dict(weights), (tokens,), {"use_cache": False})
-    handle.remove()
-    return left[0]
+from tests.kit.models import ARCHITECTURES, fine_tunes, make_model, parameters_of, tiny_llama_config
+from tests.kit.parts import hidden_of
+from tests.kit.tensors import LENGTH, randn, tokens_of
+from tests.kit.walks import Merged, alike, merge_here, walk_of
 
 
 @cache
 def merged_tiny_models(name: str) -> tuple[list[PreTrainedModel], Merged]:
-    """Two fine-tunes of an architecture, merged with the defaults of `merge`; not to be changed."""
+    """Two fine-tunes of an architecture, merged with defaults; they must not be changed."""
     config = ARCHITECTURES[name]()
     models = fine_tunes(config, 2)
     return models, merge_here(config, models)
@@ -83,7 +66,7 @@ def test_streams_end_as_the_models_own_hidden_states(name: str) -> None:
     models, (merged, _, streams) = merged_tiny_models(name)
     for stream in streams:
         tokens = tokens_of(stream.source)
-        own = weights_of(models[stream.source])
+        own = parameters_of(models[stream.source])
         torch.testing.assert_close(stream.teacher, hidden_of(models[0], own, tokens))
         torch.testing.assert_close(
             stream.merged, hidden_of(models[0], merged, tokens), rtol=1e-4, atol=1e-4
@@ -93,7 +76,7 @@ def test_streams_end_as_the_models_own_hidden_states(name: str) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_fitted_stream_is_nearer_to_the_teachers_than_the_averages(name: str) -> None:
     models, (_, _, streams) = merged_tiny_models(name)
-    own = [weights_of(model) for model in models]
+    own = [parameters_of(model) for model in models]
     average = {n: (own[0][n] + own[1][n]) / 2 for n in own[0]}
     fitted = averaged = 0.0
     for stream in streams:
@@ -120,7 +103,7 @@ def test_the_data_of_one_model_alone_gives_back_that_model(name: str) -> None:
     merged, _, streams = merge_here(
         config, models, data={1: tokens_of(1, 24)}, ridge=1e-7, head=False
     )
-    teacher, other = weights_of(models[1]), weights_of(models[0])
+    teacher, other = parameters_of(models[1]), parameters_of(models[0])
     for full, tensor in merged.items():
         if full != "lm_head.weight":
             apart = (teacher[full] - other[full]).norm()
@@ -133,7 +116,7 @@ def test_a_merge_in_bfloat16_is_judged_and_passed_on_as_it_is_written() -> None:
     config = tiny_llama_config()
     models = fine_tunes(config, 2)
     merged, record, streams = merge_here(config, models, dtype=torch.bfloat16, head=False)
-    weights = [weights_of(model) for model in models]
+    weights = [parameters_of(model) for model in models]
     for full, tensor in merged.items():
         again = merge_weights([w[full] for w in weights], record.coefficients[full])
         assert tensor.dtype == torch.bfloat16
@@ -205,7 +188,7 @@ def test_outputs_kept_in_memory_change_nothing(name: str, monkeypatch: pytest.Mo
     kept, _, kept_streams = merge_here(config, models, head=False)
     monkeypatch.setattr(storage_module, "SHARE", 0)
     again, _, streams = merge_here(config, models, head=False)
-    close(kept, again, 1e-6)
+    torch.testing.assert_close(kept, {name: again[name] for name in kept}, rtol=0, atol=1e-6)
     for a, b in zip(kept_streams, streams, strict=True):
         torch.testing.assert_close(a.merged, b.merged, rtol=0, atol=1e-5)
         torch.testing.assert_close(a.teacher, b.teacher, rtol=0, atol=1e-5)
@@ -217,7 +200,7 @@ def test_the_size_of_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     whole, _, _ = merge_here(config, models, ridge=1e-1, head=False)
     monkeypatch.setattr(streams_module, "CHUNK_TOKENS", 3 * LENGTH)
     chunked, _, _ = merge_here(config, models, ridge=1e-1, head=False)
-    close(whole, chunked, 1e-4)
+    torch.testing.assert_close(whole, {name: chunked[name] for name in whole}, rtol=0, atol=1e-4)
 
 
 def test_more_of_the_same_data_counts_no_more() -> None:
@@ -228,7 +211,7 @@ def test_more_of_the_same_data_counts_no_more() -> None:
     twice = {0: tokens_of(0).repeat(3, 1), 1: tokens_of(1)}
     a, _, _ = merge_here(config, models, data=once, held_out=0, head=False, ridge=1e-1)
     b, _, _ = merge_here(config, models, data=twice, held_out=0, head=False, ridge=1e-1)
-    close(a, b, 1e-4)
+    torch.testing.assert_close(a, {name: b[name] for name in a}, rtol=0, atol=1e-4)
 
 
 def test_data_of_no_loss_weight_counts_for_nothing() -> None:
@@ -236,7 +219,7 @@ def test_data_of_no_loss_weight_counts_for_nothing() -> None:
     models = fine_tunes(config, 2)
     silent, _, _ = merge_here(config, models, loss_weights=(1.0, 0.0), head=False)
     alone, _, _ = merge_here(config, models, data={0: tokens_of(0)}, head=False)
-    close(silent, alone, 1e-5)
+    torch.testing.assert_close(silent, {name: alone[name] for name in silent}, rtol=0, atol=1e-5)
 
 
 def test_scaling_all_loss_weights_changes_nothing() -> None:
@@ -244,7 +227,7 @@ def test_scaling_all_loss_weights_changes_nothing() -> None:
     models = fine_tunes(config, 2)
     a, _, _ = merge_here(config, models, loss_weights=(1.0, 3.0))
     b, _, _ = merge_here(config, models, loss_weights=(2.0, 6.0))
-    close(a, b, 1e-5)
+    torch.testing.assert_close(a, {name: b[name] for name in a}, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "granite", "cohere", "phi3", "mixtral"])

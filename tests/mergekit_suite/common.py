@@ -54,7 +54,8 @@ def run_and_check_merge(
             loader = LazyTensorLoader.from_disk(folder)
             for name in loader.index.tensor_paths:
                 tensor = loader.get_tensor(name)
-                assert tensor is not None and not tensor.isnan().any(), name
+                assert tensor is not None, name
+                assert not tensor.isnan().any(), name
         if check_tensors:
             model = AutoConfig.from_pretrained(folder)
             options = MergeOptions()

@@ -1,16 +1,15 @@
 """Merges, and models and text, that several files read and never change."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.kit.cases import Case
 from tests.kit.families import LAYERS, Family
-from tests.kit.merging import HELD_OUT, Merged, dam, merge
-from tests.kit.models import Calibration, Models, save_calibration, save_models, tiny_llama_config
+from tests.kit.inputs import Inputs
+from tests.kit.merging import HELD_OUT, SAMPLES, Merged, dam, merge
+from tests.kit.models import Models, save_models, tiny_llama_config
+from tests.kit.texts import Calibration, save_calibration
 from tests.kit.vocabularies import Pair
 
 
@@ -23,14 +22,18 @@ def family(tmp_path_factory) -> Family:
 
 
 @pytest.fixture
-def case(llama_models: Models, calibration: tuple[Path, Path], tmp_path: Path) -> Case:
-    return Case(tmp_path, list(llama_models.models), llama_models.base, list(calibration))
+def inputs(llama_models: Models, calibration: tuple[Path, Path], tmp_path: Path) -> Inputs:
+    return Inputs(tmp_path, list(llama_models.models), llama_models.base, list(calibration))
 
 
 @pytest.fixture(scope="session")
 def configuration(llama_models: Models, calibration: Calibration) -> dict[str, Any]:
     return dam(
-        llama_models.models, calibration, base=llama_models.base, samples=6, holdout=HELD_OUT / 6
+        llama_models.models,
+        calibration,
+        base=llama_models.base,
+        samples=SAMPLES,
+        holdout=HELD_OUT / SAMPLES,
     )
 
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from tests.kit.adapters import save_adapter
-from tests.kit.families import LAYERS, Family, dam_of, loaded
-from tests.kit.merging import merge, tensors_of
+from tests.kit.families import LAYERS, Family
+from tests.kit.merging import dam, merge, tensors_of
+from tests.kit.models import loaded
+from tests.kit.tokenizers import make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +20,8 @@ def adapters(family: Family, tmp_path_factory) -> tuple[Path, Path]:
         warnings.simplefilter("ignore", FutureWarning)  # peft's
         first = save_adapter(family.models.base, folder / "a", ("q_proj", "down_proj"), seed=0)
         second = save_adapter(family.models.base, folder / "b", ("v_proj", "up_proj"), seed=1)
+    for adapter in (first, second):
+        make_tokenizer().save_pretrained(adapter)
     return first, second
 
 
@@ -45,7 +49,7 @@ class TestAdapters:
         self, family: Family, adapters: tuple[Path, Path], tmp_path: Path
     ) -> None:
         references = [Path(f"{family.models.base}+{adapter}") for adapter in adapters]
-        configuration = dam_of(references, family.texts, base_model=str(family.models.base))
+        configuration = dam(references, family.texts, base=family.models.base)
         merged = merge(configuration, tmp_path / "out", lora_merge_cache=str(tmp_path / "cache"))
         fitted = {n for n, entry in merged.entries.items() if entry["outcome"] == "fitted"}
         assert {name.split(".")[-2] for name in fitted} <= {

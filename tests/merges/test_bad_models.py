@@ -1,8 +1,6 @@
 """Bad models and weights: each is refused before any work is lost."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,55 +8,56 @@ from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
 from mergekit_dam.errors import ArchitectureError, CalibrationError, ConfigError, DamError
-from tests.kit.cases import Case
+from tests.kit.inputs import Inputs
 from tests.kit.merging import merge
-from tests.kit.models import ARCHITECTURES, make_tokenizer, tiny_llama_config
+from tests.kit.models import ARCHITECTURES, tiny_llama_config
+from tests.kit.tokenizers import make_tokenizer
 
 
 class TestModels:
-    def test_missing_folder(self, case: Case) -> None:
-        case.models[1] = case.folder / "nothing"
-        case.refused(CalibrationError, f"the tokenizer of {case.models[1]} cannot be loaded")
+    def test_missing_folder(self, inputs: Inputs) -> None:
+        inputs.models[1] = inputs.folder / "nothing"
+        inputs.refused(CalibrationError, f"the tokenizer of {inputs.models[1]} cannot be loaded")
 
-    def test_tensors_of_other_shapes(self, case: Case) -> None:
-        model = case.other_model(tiny_llama_config(intermediate_size=32))
-        case.refused(
+    def test_tensors_of_other_shapes(self, inputs: Inputs) -> None:
+        model = inputs.other_model(tiny_llama_config(intermediate_size=32))
+        inputs.refused(
             ArchitectureError,
             "model.layers.0.mlp.up_proj.weight: shapes differ",
             f"{model} [32, 16]",
             "and 1 more",
         )
 
-    def test_vocabularies_of_other_sizes(self, case: Case) -> None:
-        case.other_model(tiny_llama_config(vocab_size=66))
-        case.refused(
+    def test_vocabularies_of_other_sizes(self, inputs: Inputs) -> None:
+        inputs.other_model(tiny_llama_config(vocab_size=66))
+        inputs.refused(
             ArchitectureError,
             "model.embed_tokens.weight: shapes differ",
             "write `tokenizer: {source: union}`, or pass --unsafe-truncate-embeddings",
         )
 
-    def test_missing_tensor(self, case: Case) -> None:
-        model = case.own_model()
+    def test_missing_tensor(self, inputs: Inputs) -> None:
+        model = inputs.own_model()
         file = model / "model.safetensors"
         tensors = load_file(file)
         del tensors["model.layers.1.mlp.up_proj.weight"]
         save_file(tensors, file, metadata={"format": "pt"})
         message = f"model.layers.1.mlp.up_proj.weight: {model} has not"
-        case.refused(ArchitectureError, message)
+        inputs.refused(ArchitectureError, message)
 
-    def test_layers_outside_of_a_model(self, case: Case) -> None:
-        configuration = case.configuration()
+    def test_layers_outside_of_a_model(self, inputs: Inputs) -> None:
+        configuration = inputs.configuration()
         models = configuration.pop("models")
         configuration["slices"] = [
             {"sources": [{**entry, "layer_range": [1, 3]} for entry in models]}
         ]
-        case.refused(
+        inputs.refused(
             ConfigError,
-            f"slices[0]: `layer_range` is [1, 3], but {case.models[0]} has ",
+            f"slices[0]: `layer_range` is [1, 3], but {inputs.models[0]} has ",
             configuration=configuration,
         )
 
-    def test_encoder_and_decoder(self, case: Case) -> None:
+    def test_encoder_and_decoder(self, inputs: Inputs) -> None:
         config = T5Config(
             vocab_size=64,
             d_model=16,
@@ -70,40 +69,40 @@ class TestModels:
         )
         for index in range(2):
             torch.manual_seed(index)
-            case.models[index] = case.folder / str(index)
-            T5ForConditionalGeneration(config).save_pretrained(case.models[index])
-            make_tokenizer().save_pretrained(case.models[index])
-        case.refused(
+            inputs.models[index] = inputs.folder / str(index)
+            T5ForConditionalGeneration(config).save_pretrained(inputs.models[index])
+            make_tokenizer().save_pretrained(inputs.models[index])
+        inputs.refused(
             ArchitectureError,
             "got T5ForConditionalGeneration (model type t5): AutoModelForSeq2SeqLM loads it",
         )
 
-    def test_another_architecture_by_force(self, case: Case) -> None:
-        case.other_model(ARCHITECTURES["qwen3"]())
-        case.options["allow_crimes"] = True
-        case.refused(
+    def test_another_architecture_by_force(self, inputs: Inputs) -> None:
+        inputs.other_model(ARCHITECTURES["qwen3"]())
+        inputs.options["allow_crimes"] = True
+        inputs.refused(
             ArchitectureError,
             "mergekit plans no tensor for model.layers.0.self_attn.q_norm.weight",
             "which Qwen3ForCausalLM needs",
         )
 
-    def test_a_head_of_its_own_beside_a_tied_first_model(self, case: Case) -> None:
-        case.other_model(tiny_llama_config(tie_word_embeddings=True), 0)
-        case.refused(ArchitectureError, f"{case.models[1]} has an output head of its own")
+    def test_a_head_of_its_own_beside_a_tied_first_model(self, inputs: Inputs) -> None:
+        inputs.other_model(tiny_llama_config(tie_word_embeddings=True), 0)
+        inputs.refused(ArchitectureError, f"{inputs.models[1]} has an output head of its own")
 
 
 class TestWeights:
     """What only shows when weights are read; the tensor or the block is named all the same."""
 
     @pytest.fixture(params=[float("nan"), float("inf")])
-    def broken(self, case: Case, request: pytest.FixtureRequest) -> Iterator[Callable[[str], None]]:
+    def broken(self, inputs: Inputs, request: pytest.FixtureRequest) -> Callable[[str], None]:
         def break_tensor(name: str) -> None:
-            file = case.own_model() / "model.safetensors"
+            file = inputs.own_model() / "model.safetensors"
             tensors = load_file(file)
             tensors[name][0, 0] = request.param
             save_file(tensors, file, metadata={"format": "pt"})
 
-        yield break_tensor
+        return break_tensor
 
     @pytest.mark.parametrize(
         ("name", "place"),
@@ -114,13 +113,13 @@ class TestWeights:
         ],
     )
     def test_that_are_not_finite(
-        self, case: Case, broken: Callable[[str], None], name: str, place: str
+        self, inputs: Inputs, broken: Callable[[str], None], name: str, place: str
     ) -> None:
         broken(name)
         with pytest.raises(DamError, match="not finite") as error:
-            merge(case.configuration(head=True), case.folder / "out")
+            merge(inputs.configuration(head=True), inputs.folder / "out")
         assert place in error.value.message
-        assert not (case.folder / "out").exists()
+        assert not (inputs.folder / "out").exists()
 
     @pytest.mark.parametrize("objective", ["layer", "logits"])
     @pytest.mark.parametrize(
@@ -128,25 +127,25 @@ class TestWeights:
         [("model.layers.1.mlp.down_proj.weight", "block 2/2"), ("lm_head.weight", "output")],
     )
     def test_that_are_not_finite_in_a_search(
-        self, case: Case, broken: Callable[[str], None], name: str, place: str, objective: str
+        self, inputs: Inputs, broken: Callable[[str], None], name: str, place: str, objective: str
     ) -> None:
         broken(name)
         more = {"metric": "sensitivity"} if objective == "layer" else {}
         with pytest.raises(DamError, match=f"^{place}: what leaves it is not finite"):
-            merge(case.configuration(objective=objective, **more), case.folder / "out")
-        assert not (case.folder / "out").exists()
+            merge(inputs.configuration(objective=objective, **more), inputs.folder / "out")
+        assert not (inputs.folder / "out").exists()
 
-    def test_a_ridge_too_small_to_solve_with(self, case: Case) -> None:
-        configuration = case.configuration(ridge=1e-300, sum_to_one=False)
+    def test_a_ridge_too_small_to_solve_with(self, inputs: Inputs) -> None:
+        configuration = inputs.configuration(ridge=1e-300, sum_to_one=False)
         with pytest.raises(DamError, match=r"block 1/2: .*`ridge` is too small"):
-            merge(configuration, case.folder / "out")
+            merge(configuration, inputs.folder / "out")
 
-    def test_of_an_earlier_merge_stay_when_the_next_fails(self, case: Case) -> None:
-        out = case.folder / "out"
-        first = merge(case.configuration(), out)
+    def test_of_an_earlier_merge_stay_when_the_next_fails(self, inputs: Inputs) -> None:
+        out = inputs.folder / "out"
+        first = merge(inputs.configuration(), out)
         before = {path.name: path.read_bytes() for path in out.iterdir()}
         (out / "notes.txt").write_text("mine")
         with pytest.raises(DamError):
-            merge(case.configuration(ridge=1e-300, sum_to_one=False), out)
+            merge(inputs.configuration(ridge=1e-300, sum_to_one=False), out)
         assert {path.name for path in out.iterdir()} == {*before, "notes.txt"}
         assert first.model_bytes == before["model.safetensors"]

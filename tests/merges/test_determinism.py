@@ -1,7 +1,5 @@
 """The same merge gives the same bytes, and another seed takes other text."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from tests.kit.merging import Merged, dam, merge
-from tests.kit.models import Calibration, Models
-from tests.kit.processes import difference, torchrun
+from tests.kit.models import Models
+from tests.kit.processes import difference, finish, start_merges
+from tests.kit.texts import Calibration
 from tests.kit.worker import counted_tokens
 
 SIZES: dict[str, Any] = {"samples": 16, "sequence_length": 16}
@@ -51,16 +52,14 @@ def folders(
     """Where the merges of one process are, and those of two, with the tokens that each ran."""
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
     merges = {name: dam(llama_models.models, calibration, **fit) for name, fit in FITS.items()}
-    (two / "merges.json").write_text(json.dumps(merges), encoding="utf-8")
-    running = torchrun("-m", "tests.kit.worker", two)
+    running = start_merges(merges, two)
     tokens = {}
     for name, configuration in merges.items():
         with counted_tokens() as counts:
             merge(configuration, one / name)
         tokens[name] = counts
     (one / "tokens-0.json").write_text(json.dumps(tokens), encoding="utf-8")
-    output, _ = running.communicate(timeout=300)
-    assert running.returncode == 0, output
+    finish(running)
     return one, two
 
 

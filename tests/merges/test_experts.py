@@ -1,6 +1,5 @@
 """Whole merges of mixtures of experts."""
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from mergekit_dam.sources import fused as fused_module
 from mergekit_dam.streams.storage import Storage
 from tests.kit.merging import Merged, dam, linear, merge, tensors_of
 from tests.kit.mixtures import CONFIGS, EXPERTS, FUSED, afmoe, fused_weights, save_mixtures
-from tests.kit.processes import difference, torchrun
+from tests.kit.processes import difference, finish, start_merges
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -236,12 +235,9 @@ def test_two_processes_fit_experts_as_one_does(tmp_path: Path) -> None:
     # The second process has nothing of the last model to judge by.
     every["few"] = dam(models.models, texts, samples=2, sequence_length=24, experts="all")
     two = tmp_path / "two"
-    two.mkdir()
-    (two / "merges.json").write_text(json.dumps(every), encoding="utf-8")
-    running = torchrun("-m", "tests.kit.worker", two)
+    running = start_merges(every, two)
     one = {name: merge(own, tmp_path / "one" / name) for name, own in every.items()}
-    output, _ = running.communicate(timeout=300)
-    assert running.returncode == 0, output
+    finish(running)
     for name, expected in one.items():
         found = Merged(two / name)
         for tensor, entry in expected.entries.items():

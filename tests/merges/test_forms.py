@@ -1,7 +1,5 @@
 """Every form of a configuration, and its effect on a whole merge."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -9,9 +7,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from tests.kit.adapters import save_query_adapter
+from tests.kit.adapters import save_adapter
 from tests.kit.merging import dam, mean, merge, rows, sliced_dam
-from tests.kit.models import ATTENTION, Calibration, Models
+from tests.kit.models import ATTENTION, Models
+from tests.kit.texts import Calibration
 
 
 class TestForms:
@@ -102,7 +101,7 @@ class TestForms:
     def test_an_adapter_on_a_base_is_a_model(
         self, llama_models: Models, calibration: Calibration, tmp_path: Path
     ) -> None:
-        adapter = save_query_adapter(llama_models.base, tmp_path / "adapter")
+        adapter = save_adapter(llama_models.base, tmp_path / "adapter")
         reference = Path(f"{llama_models.base}+{adapter}")
         configuration = dam(
             [reference, llama_models.models[1]], calibration, base=llama_models.base, head=False

@@ -14,8 +14,9 @@ import yaml
 
 from mergekit_dam.host.output import no_half_written_model
 from tests.kit.merging import dam
-from tests.kit.models import Calibration, Models
+from tests.kit.models import Models
 from tests.kit.processes import BIN, torchrun
+from tests.kit.texts import Calibration
 
 
 def killed_when(ready: Callable[[], bool], running: subprocess.Popen[str]) -> str:
@@ -78,10 +79,14 @@ def terminable() -> Iterator[None]:
 
 @pytest.mark.usefixtures("terminable")
 def test_a_terminated_merge_leaves_a_clean_folder(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit), no_half_written_model(tmp_path / "out"):
-        (tmp_path / "out" / ".dam-1").mkdir(parents=True)
-        (tmp_path / "out" / "model-1.safetensors").touch()
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(5)
+    def write_until_terminated() -> None:
+        with no_half_written_model(tmp_path / "out"):
+            (tmp_path / "out" / ".dam-1").mkdir(parents=True)
+            (tmp_path / "out" / "model-1.safetensors").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
+    with pytest.raises(SystemExit):
+        write_until_terminated()
     assert not (tmp_path / "out").exists()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

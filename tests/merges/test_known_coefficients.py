@@ -1,7 +1,5 @@
 """Merges whose result is known: coefficients written by hand, and replayed."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,8 @@ from torch import Tensor
 
 from mergekit_dam.coefficients.file import FILE_NAME, CoefficientFile
 from tests.kit.merging import dam, linear, merge, tensors_of
-from tests.kit.models import Calibration, Models, save_models, tiny_llama_config
+from tests.kit.models import Models, save_models, tiny_llama_config
+from tests.kit.texts import Calibration
 
 
 class TestKnownCoefficients:

@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from mergekit_dam.errors import ConfigError
-from tests.kit.families import Family, dam_of
-from tests.kit.merging import linear, merge, tensors_of, watched_reads
-from tests.kit.models import save_calibration, save_models, tiny_llama_config
+from tests.kit.families import Family
+from tests.kit.merging import dam, linear, merge, tensors_of
+from tests.kit.models import save_models, tiny_llama_config
+from tests.kit.reads import watched_reads
+from tests.kit.texts import save_calibration
 
 
 class TestModels:
     def test_the_base_may_be_listed_or_not(self, family: Family, tmp_path: Path) -> None:
         base = str(family.models.base)
-        unlisted = dam_of(family.models.models[:2], family.texts, base_model=base)
+        unlisted = dam(family.models.models[:2], family.texts, base=family.models.base)
         plain = merge(unlisted, tmp_path / "plain")
         for place in (0, 1, 2):
             listed = copy.deepcopy(unlisted)
@@ -30,7 +32,7 @@ class TestModels:
     def test_any_number_of_models(self, tmp_path: Path, count: int) -> None:
         models = save_models(tmp_path, tiny_llama_config(num_hidden_layers=1), count=count)
         texts = [save_calibration(tmp_path, seed=k, offset=8 * k) for k in range(count)]
-        merged = merge(dam_of(models.models, texts), tmp_path / "out")
+        merged = merge(dam(models.models, texts), tmp_path / "out")
         assert len(merged.coefficients.sources) == count
         assert "fitted" in {entry["outcome"] for entry in merged.entries.values()}
         merged.load()
@@ -60,7 +62,7 @@ class TestModels:
     def test_the_same_model_by_two_names_is_copied(self, family: Family, tmp_path: Path) -> None:
         other = tmp_path / "link"
         other.symlink_to(family[0])
-        merged = merge(dam_of([family[0], other], family.texts), tmp_path / "out")
+        merged = merge(dam([family[0], other], family.texts), tmp_path / "out")
         own = tensors_of(family[0])
         assert all(torch.equal(tensor, own[name]) for name, tensor in merged.tensors.items())
         stock = merge(linear([family[0], other]), tmp_path / "stock")
@@ -70,7 +72,7 @@ class TestModels:
         self, family: Family, tmp_path: Path
     ) -> None:
         with pytest.raises(ConfigError, match="is listed 2 times; list it once"):
-            merge(dam_of([family[0], family[0]], family.texts), tmp_path / "out")
+            merge(dam([family[0], family[0]], family.texts), tmp_path / "out")
         with pytest.raises(ValueError, match="Duplicate merge inputs"):
             merge(linear([family[0], family[0]]), tmp_path / "out")
 
@@ -79,12 +81,14 @@ class TestModels:
     ) -> None:
         other = tmp_path / "link"
         other.symlink_to(family[0])
-        merged = merge(dam_of([family[0], other, family[1]], family.texts), tmp_path / "out")
+        merged = merge(dam([family[0], other, family[1]], family.texts), tmp_path / "out")
         assert "fitted" in {entry["outcome"] for entry in merged.entries.values()}
         assert all(tensor.isfinite().all() for tensor in merged.tensors.values())
 
     def test_dtypes_are_mergekits(self, family: Family, tmp_path: Path) -> None:
         settings = {"dtype": "float16", "out_dtype": "bfloat16"}
-        merged = merge(dam_of(family.models.models[:2], family.texts, **settings), tmp_path / "out")
+        merged = merge(
+            dam(family.models.models[:2], family.texts, settings=settings), tmp_path / "out"
+        )
         assert {tensor.dtype for tensor in merged.tensors.values()} == {torch.bfloat16}
         assert json.loads((merged.path / "config.json").read_text("utf-8"))["dtype"] == "bfloat16"

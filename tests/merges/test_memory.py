@@ -15,8 +15,10 @@ from torch import Tensor
 from mergekit_dam.host import tasks
 from mergekit_dam.layers.fit import fit_stage
 from mergekit_dam.sources.stage import OpenStage
-from tests.kit.merging import Reads, dam, merge, tensors_of, watched_reads
-from tests.kit.models import Models, save_calibration, save_models, tiny_llama_config
+from tests.kit.merging import dam, merge, tensors_of
+from tests.kit.models import Models, save_models, tiny_llama_config
+from tests.kit.reads import Reads, watched_reads
+from tests.kit.texts import save_calibration
 
 MODELS = 2
 BASE = 1

@@ -1,7 +1,5 @@
 """One model, many models, adapters, shards, tied heads: merges of models of every kind."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,17 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.kit.merging import dam, merge, rows, tensors_of
-from tests.kit.models import (
-    EMBEDDING,
-    HEAD,
-    Calibration,
-    Models,
-    make_model,
-    make_tokenizer,
-    save_calibration,
-    save_models,
-    tiny_llama_config,
-)
+from tests.kit.models import EMBEDDING, HEAD, Models, make_model, save_models, tiny_llama_config
+from tests.kit.texts import Calibration, save_calibration
+from tests.kit.tokenizers import make_tokenizer
 
 
 class TestModels:

@@ -1,7 +1,5 @@
 """Options of mergekit that change how a merge runs."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,8 @@ import torch
 
 from mergekit_dam.errors import ConfigError
 from tests.kit.merging import dam, merge, tensors_of
-from tests.kit.models import Calibration, Models
+from tests.kit.models import Models
+from tests.kit.texts import Calibration
 
 
 class TestOptions:

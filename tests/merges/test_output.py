@@ -1,7 +1,5 @@
 """The files that a merge writes."""
 
-from __future__ import annotations
-
 import hashlib
 from importlib.metadata import version
 from pathlib import Path
@@ -12,8 +10,10 @@ import torch
 import yaml
 
 import mergekit_dam
-from tests.kit.merging import Merged, calibration_tokens, tensors_of
-from tests.kit.models import Calibration, Models
+from tests.kit.merging import SAMPLES, Merged, tensors_of
+from tests.kit.models import Models
+from tests.kit.texts import Calibration, calibration_tokens
+from tests.kit.tokenizers import make_tokenizer
 
 
 class TestOutput:
@@ -96,7 +96,7 @@ class TestCoefficients:
         assert metadata["parameters"] == configuration["parameters"]
         assert metadata["calibration_sha256"] == {
             str(model): hashlib.sha256(
-                calibration_tokens(model, text).numpy().tobytes()
+                calibration_tokens(text, make_tokenizer(), samples=SAMPLES).numpy().tobytes()
             ).hexdigest()
             for model, text in zip(llama_models.models, calibration, strict=True)
         }

@@ -1,7 +1,5 @@
 """A replay of saved coefficients gives back the merge."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 from pathlib import Path
@@ -11,13 +9,8 @@ import torch
 
 from mergekit_dam.coefficients.file import FILE_NAME
 from tests.kit.merging import Merged, dam, merge, refused, sliced_dam
-from tests.kit.models import (
-    Calibration,
-    Models,
-    model_with_new_words,
-    save_models,
-    tiny_llama_config,
-)
+from tests.kit.models import Models, model_with_new_words, save_models, tiny_llama_config
+from tests.kit.texts import Calibration
 
 
 class TestReplay:

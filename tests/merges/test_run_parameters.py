@@ -1,7 +1,5 @@
 """Every parameter of a run, and its effect on a whole merge."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,7 +12,8 @@ from mergekit_dam.model.decoder import Decoder
 from mergekit_dam.parameters import RunParameters
 from mergekit_dam.request.prepare import run_settings
 from tests.kit.merging import dam, merge, one_sweep_and_a_search, rows, tensors_of
-from tests.kit.models import HEAD, MLP, Calibration, Models, save_calibration
+from tests.kit.models import HEAD, MLP, Models
+from tests.kit.texts import Calibration, save_calibration
 
 
 class TestRunParameters:

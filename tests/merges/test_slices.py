@@ -17,16 +17,12 @@ from mergekit_dam.host import tasks
 from mergekit_dam.layers.fit import fit_stage
 from mergekit_dam.sources.stage import OpenStage
 from mergekit_dam.streams.stream import Stream
-from tests.kit.families import Family, Range, dam_of, loaded, sliced, stack
-from tests.kit.merging import SMALL, merge, tensors_of, watched_reads
-from tests.kit.models import (
-    ARCHITECTURES,
-    make_model,
-    make_tokenizer,
-    save_calibration,
-    save_models,
-    tiny_llama_config,
-)
+from tests.kit.families import Family, Range, sliced, stack
+from tests.kit.merging import SMALL, dam, merge, tensors_of
+from tests.kit.models import ARCHITECTURES, loaded, make_model, save_models, tiny_llama_config
+from tests.kit.reads import watched_reads
+from tests.kit.texts import save_calibration
+from tests.kit.tokenizers import make_tokenizer
 
 BOUNDED = {
     "objective": "logits",
@@ -307,7 +303,7 @@ class TestSlices:
         short = save_models(
             tmp_path / "short", tiny_llama_config(num_hidden_layers=1), count=1
         ).models[0]
-        configuration = dam_of([family[0], short], family.texts)
+        configuration = dam([family[0], short], family.texts)
         with pytest.raises(ConfigError, match=r"models: required as many layers of every model, g"):
             merge(configuration, tmp_path / "out")
         assert not (tmp_path / "out").exists()

@@ -8,12 +8,13 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from transformers import AutoTokenizer
 
-from mergekit_dam.calibration.load import load_calibration
 from mergekit_dam.errors import CalibrationError
 from mergekit_dam.request.prepare import prepare
 from tests.kit.merging import dam, merge
-from tests.kit.models import WORDS, make_model, make_tokenizer, tiny_llama_config
-from tests.kit.vocabularies import LENGTH, lines_of, save_text
+from tests.kit.models import make_model, tiny_llama_config
+from tests.kit.texts import calibration_tokens, save_text
+from tests.kit.tokenizers import WORDS, make_tokenizer
+from tests.kit.vocabularies import lines_of
 
 
 class TestSpecialTokens:
@@ -69,19 +70,7 @@ class TestSpecialTokens:
         prepared = prepare(config, MergeOptions(quiet=True))
         for index, (model, text) in enumerate(zip(models, texts, strict=True)):
             own = AutoTokenizer.from_pretrained(model)
-            made = (
-                load_calibration(
-                    str(text),
-                    model="own",
-                    tokenizer=own,
-                    samples=4,
-                    sequence_length=LENGTH,
-                    vocab_size=64,
-                    seed=0,
-                )
-                .tokens.flatten()
-                .tolist()
-            )
+            made = calibration_tokens(text, own, samples=4).flatten().tolist()
             words = own.convert_ids_to_tokens(made)
             found = list(prepared.calibration.values())[index].tokens.flatten().tolist()
             assert tokenizer.convert_ids_to_tokens(found) == words

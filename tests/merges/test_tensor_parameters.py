@@ -1,14 +1,13 @@
 """Every parameter of a tensor or a model, and its effect on a whole merge."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.kit.merging import dam, linear, mean, merge, rows
-from tests.kit.models import ATTENTION, EMBEDDING, HEAD, MLP, Calibration, Models
+from tests.kit.models import ATTENTION, EMBEDDING, HEAD, MLP, Models
+from tests.kit.texts import Calibration
 
 
 class TestTensorParameters:

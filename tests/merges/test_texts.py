@@ -14,9 +14,10 @@ from mergekit_dam.demo.training import train_tokenizer
 from mergekit_dam.evaluate import EvaluationSettings, evaluate
 from mergekit_dam.request.prepare import prepare
 from tests.kit.merging import Merged, dam, merge
-from tests.kit.models import EMBEDDING, HEAD, VOCABULARY, Models, make_model, tiny_llama_config
-from tests.kit.tokenizers import word_tokenizer
-from tests.kit.vocabularies import LENGTH, Pair, one_hot, save_text
+from tests.kit.models import EMBEDDING, HEAD, Models, make_model, tiny_llama_config
+from tests.kit.texts import save_text
+from tests.kit.tokenizers import VOCABULARY, word_tokenizer
+from tests.kit.vocabularies import LENGTH, Pair, one_hot
 
 
 def test_losses_of_a_model_and_of_its_union_compare(

@@ -10,16 +10,11 @@ import torch
 from transformers import AutoTokenizer
 
 from mergekit_dam.errors import ConfigError
-from tests.kit.merging import dam, merge, tensors_of, watched_reads
-from tests.kit.models import EMBEDDING, HEAD
-from tests.kit.vocabularies import (
-    LEFT_VOCABULARY,
-    Pair,
-    calibration_ids,
-    logits,
-    one_hot,
-    own_columns,
-)
+from tests.kit.merging import dam, merge, tensors_of
+from tests.kit.models import EMBEDDING, HEAD, loaded, logits_of
+from tests.kit.reads import watched_reads
+from tests.kit.texts import calibration_tokens
+from tests.kit.vocabularies import LEFT_VOCABULARY, Pair, one_hot, own_columns
 
 
 class TestOverrides:
@@ -57,11 +52,13 @@ class TestOverrides:
         only = merge(pair.dam(tokenizer, coefficients=start), tmp_path / "only")
         model = pair.models[1]
         columns = own_columns(model, only.path)
-        ids = calibration_ids(only, pair.texts[1])
+        ids = calibration_tokens(
+            pair.texts[1], AutoTokenizer.from_pretrained(only.path), samples=4, vocab_size=28
+        )
         own = (ids[..., None] == columns).int().argmax(-1)
         assert new in ids
-        wanted = logits(model, own)[..., : len(columns)].double().log_softmax(-1)
-        got = logits(only.path, ids).double().log_softmax(-1)[..., columns]
+        wanted = logits_of(loaded(model), own)[..., : len(columns)].double().log_softmax(-1)
+        got = logits_of(loaded(only.path), ids).double().log_softmax(-1)[..., columns]
         expected = float((wanted.exp() * (wanted - got)).sum(-1).mean())
         assert searched.report["search"][0]["held_out_kl"][1] == pytest.approx(expected, rel=1e-5)
 

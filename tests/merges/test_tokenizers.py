@@ -1,7 +1,5 @@
 """Merges with mergekit's section `tokenizer`, of equal and of extended vocabularies."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +8,9 @@ import torch
 from transformers import AutoTokenizer
 
 from tests.kit.merging import dam, merge
-from tests.kit.models import (
-    EMBEDDING,
-    HEAD,
-    Calibration,
-    Models,
-    make_tokenizer,
-    model_with_new_words,
-)
+from tests.kit.models import EMBEDDING, HEAD, Models, model_with_new_words
+from tests.kit.texts import Calibration
+from tests.kit.tokenizers import make_tokenizer
 
 
 class TestTokenizers:

@@ -1,6 +1,5 @@
 """Merges by the union of two vocabularies."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,8 +7,9 @@ import torch
 from transformers import AutoTokenizer
 
 from tests.kit.merging import Merged, merge, tensors_of
-from tests.kit.models import EMBEDDING, HEAD
-from tests.kit.processes import difference, torchrun
+from tests.kit.models import EMBEDDING, HEAD, loaded, logits_of
+from tests.kit.processes import difference, finish, start_merges
+from tests.kit.texts import calibration_tokens
 from tests.kit.vocabularies import (
     LEFT,
     LEFT_VOCABULARY,
@@ -17,10 +17,8 @@ from tests.kit.vocabularies import (
     RIGHT_VOCABULARY,
     SHARED,
     Pair,
-    calibration_ids,
     ids_of,
     lines_of,
-    logits,
     one_hot,
     own_columns,
     save_pair,
@@ -70,8 +68,8 @@ class TestUnion:
             own, new = (ids_of(path, lines_of(text)) for path in (model, merged.path))
             columns = own_columns(model, merged.path)
             assert torch.equal(columns[own], new)
-            expected = logits(model, own)[..., : len(columns)]
-            torch.testing.assert_close(logits(merged.path, new)[..., columns], expected)
+            expected = logits_of(loaded(model), own)[..., : len(columns)]
+            torch.testing.assert_close(logits_of(loaded(merged.path), new)[..., columns], expected)
 
     def test_every_fit_is_no_worse_than_the_average(self, union: Merged) -> None:
         fitted = [e for e in union.entries.values() if e["outcome"] == "fitted"]
@@ -90,9 +88,11 @@ class TestUnion:
         merged = merge(configuration, tmp_path / "out")
         found = merged.report["search"][0]["held_out_kl"][source]
         only = merge(pair.dam(coefficients=start), tmp_path / "only")
-        tokens = calibration_ids(only, pair.texts[source])
+        tokens = calibration_tokens(
+            pair.texts[source], AutoTokenizer.from_pretrained(only.path), samples=4, vocab_size=28
+        )
         known = own_columns(pair.models[source], only.path)
-        of_all = logits(only.path, tokens).double()
+        of_all = logits_of(loaded(only.path), tokens).double()
         missing = of_all.logsumexp(-1) - of_all[..., known].logsumexp(-1)
         assert found == pytest.approx(float(missing.mean()), rel=1e-5)
         assert found > 1e-3
@@ -100,11 +100,7 @@ class TestUnion:
 
 @pytest.mark.slow
 def test_two_processes_have_one_vocabulary(pair: Pair, union: Merged, tmp_path: Path) -> None:
-    merges = {"union": pair.dam()}
-    (tmp_path / "merges.json").write_text(json.dumps(merges), encoding="utf-8")
-    running = torchrun("-m", "tests.kit.worker", tmp_path)
-    output, _ = running.communicate(timeout=300)
-    assert running.returncode == 0, output
+    finish(start_merges({"union": pair.dam()}, tmp_path))
     two = Merged(tmp_path / "union")
     assert difference(two, union) < 1e-5
     torch.testing.assert_close(two.tensors, union.tensors, atol=1e-5, rtol=1e-4)

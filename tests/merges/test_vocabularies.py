@@ -9,8 +9,8 @@ import torch
 
 from mergekit_dam.coefficients.file import CoefficientFile
 from tests.kit.merging import Merged, merge, tensors_of
-from tests.kit.models import HEAD
-from tests.kit.vocabularies import Pair, ids_of, lines_of, logits, own_columns, save_pair
+from tests.kit.models import HEAD, loaded, logits_of
+from tests.kit.vocabularies import Pair, ids_of, lines_of, own_columns, save_pair
 
 
 class TestSlices:
@@ -89,7 +89,9 @@ def distance(pair: Pair, merged: Merged) -> float:
     found = 0.0
     for model, text in zip(pair.models, pair.texts, strict=True):
         lines, columns = lines_of(text), own_columns(model, merged.path)
-        own = logits(model, ids_of(model, lines))[..., : len(columns)].log_softmax(-1)
-        new = logits(merged.path, ids_of(merged.path, lines)).log_softmax(-1)[..., columns]
+        own = logits_of(loaded(model), ids_of(model, lines))[..., : len(columns)].log_softmax(-1)
+        new = logits_of(loaded(merged.path), ids_of(merged.path, lines)).log_softmax(-1)[
+            ..., columns
+        ]
         found += float((own.exp() * (own - new)).sum(-1).mean())
     return found

@@ -11,15 +11,10 @@ from mergekit.options import MergeOptions
 from mergekit_dam.estimate.inventory import take_inventory
 from mergekit_dam.estimate.merge import plan_merge
 from tests.kit.merging import Merged, dam, merge
-from tests.kit.models import (
-    EMBEDDING,
-    HEAD,
-    WORDS,
-    make_model,
-    make_tokenizer,
-    tiny_llama_config,
-)
-from tests.kit.vocabularies import Pair, save_text
+from tests.kit.models import EMBEDDING, HEAD, make_model, tiny_llama_config
+from tests.kit.texts import save_text
+from tests.kit.tokenizers import WORDS, make_tokenizer
+from tests.kit.vocabularies import Pair
 
 
 class TestPadding:

@@ -8,7 +8,8 @@ from transformers import AutoTokenizer
 
 from mergekit_dam.errors import CalibrationError
 from tests.kit.merging import Merged, dam, merge
-from tests.kit.vocabularies import SHARED, Pair, ids_of, lines_of, logits, one_hot
+from tests.kit.models import logits_of
+from tests.kit.vocabularies import SHARED, Pair, ids_of, lines_of, one_hot
 
 
 class TestSources:
@@ -39,9 +40,8 @@ class TestSources:
             own, new = ids_of(model, lines), ids_of(only.path, lines)
             words = AutoTokenizer.from_pretrained(model).convert_tokens_to_ids(list(SHARED))
             there = [vocabulary[word] for word in SHARED]
-            torch.testing.assert_close(
-                logits(only.path, new)[..., there], logits(model, own)[..., words]
-            )
+            found = logits_of(loaded(only.path), new)[..., there]
+            torch.testing.assert_close(found, logits_of(loaded(model), own)[..., words])
 
     @pytest.mark.parametrize("source", [0, 1])
     def test_text_in_words_that_it_lacks_is_refused(

@@ -1,23 +1,21 @@
-"""Models run in parts against the same models run whole."""
-
-from collections.abc import Mapping
+"""Models run in parts, against the same models run whole."""
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     BartConfig,
     Gemma3nTextConfig,
     PretrainedConfig,
-    PreTrainedModel,
     RwkvConfig,
     T5Config,
 )
 
 from mergekit_dam.errors import ArchitectureError
 from mergekit_dam.model.decoder import Decoder
-from tests.kit.models import ARCHITECTURES, VOCAB_SIZE, make_model, tiny_llama_config
-from tests.kit.tensors import CPU
+from tests.kit.models import ARCHITECTURES, VOCAB_SIZE, make_model, tiny_llama_config, weights_of
+from tests.kit.parts import of_block, streamed
+from tests.kit.tensors import CPU, tokens_of
 
 TIED = ("llama-tied", "gpt2", "gemma2", "gemma3", "falcon", "bloom", "cohere", "starcoder2")
 
@@ -26,40 +24,13 @@ def decoder_of(config: PretrainedConfig) -> Decoder:
     return Decoder(config, CPU)
 
 
-def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
-    """All weights by name, tied ones once, with the buffers that a checkpoint holds."""
-    saved = model.state_dict(keep_vars=True)
-    named = (*model.named_parameters(), *model.named_buffers())
-    return {name: weight.detach() for name, weight in named if name in saved}
-
-
-def tokens_of(batch: int = 3, length: int = 12, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(VOCAB_SIZE, (batch, length), generator=generator)
-
-
-def of_block(decoder: Decoder, index: int, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    prefix = f"{decoder.block_name(index)}."
-    return {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
-
-
-@torch.no_grad()
-def streamed(decoder: Decoder, weights: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
-    """Logits by input, blocks and output, each given its own weights alone."""
-    outside = {n: w for n, w in weights.items() if decoder.block_of(n) is None}
-    hidden = decoder.embed(outside, tokens)
-    for index in range(len(decoder.blocks)):
-        hidden = decoder.run_block(index, of_block(decoder, index, weights), hidden)
-    return decoder.logits(outside, hidden)
-
-
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_streamed_parts_equal_the_whole_model_exactly(name: str) -> None:
     """Lengths beyond the sliding windows; several batch sizes from one decoder."""
     model = make_model(ARCHITECTURES[name]())
     decoder, weights = decoder_of(model.config), weights_of(model)
     for batch, length in ((3, 12), (1, 12), (2, 5)):
-        tokens = tokens_of(batch, length)
+        tokens = tokens_of(0, batch, length)
         with torch.no_grad():
             whole = model(tokens, use_cache=False).logits
         assert (streamed(decoder, weights, tokens) - whole).abs().max() == 0
@@ -131,7 +102,7 @@ def test_a_block_runs_on_hidden_states_of_any_content_and_keeps_them() -> None:
 def test_running_parts_leaves_the_module_tree_as_it_was() -> None:
     model = make_model(tiny_llama_config())
     decoder = decoder_of(model.config)
-    streamed(decoder, weights_of(model), tokens_of())
+    streamed(decoder, weights_of(model), tokens_of(0, 3))
     assert not any("forward" in vars(module) for module in decoder.model.modules())
     assert {p.device.type for p in decoder.model.parameters()} == {"meta"}
 
@@ -164,7 +135,7 @@ def test_a_moved_decoder_runs_on_its_new_device(name: str) -> None:
     decoder = decoder_of(model.config)
     decoder.calls(3, 12)
     decoder.move(device)
-    tokens = tokens_of().to(device)
+    tokens = tokens_of(0, 3).to(device)
     nn.Module.to(model, device)
     with torch.no_grad():
         whole = model(tokens, use_cache=False).logits

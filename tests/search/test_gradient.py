@@ -154,7 +154,7 @@ def test_what_is_run_is_what_is_written(
     assert (rounded == exact) == (written == torch.float32)
 
 
-def test_nothing_but_what_enters_each_block_is_put_on_the_shelf(tmp_path: Path) -> None:
+def test_the_files_hold_the_inputs_of_all_blocks_and_nothing_else(tmp_path: Path) -> None:
     made = make()
     objective = Objective(
         made.network(), made.coordinates, logits_settings(), BoundaryStates(tmp_path)

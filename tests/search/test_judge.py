@@ -2,21 +2,17 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributions import Categorical, kl_divergence
 
 from mergekit_dam.fitting.divergence import divergence
 from mergekit_dam.model.part import Part, without_tokens
-
-
-def random_logits(seed: int = 0) -> tuple[Tensor, Tensor]:
-    merged, teacher = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(seed)).double()
-    return merged, teacher
+from tests.kit.tensors import randn
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_it_is_that_of_the_distributions(temperature: float) -> None:
-    merged, teacher = random_logits()
+    merged, teacher = randn(2, 5, 7).double()
     expected = kl_divergence(
         Categorical(logits=teacher / temperature), Categorical(logits=merged / temperature)
     )
@@ -25,7 +21,7 @@ def test_it_is_that_of_the_distributions(temperature: float) -> None:
 
 
 def test_mass_on_tokens_that_a_teacher_lacks_is_missing_from_the_others() -> None:
-    merged, teacher = random_logits()
+    merged, teacher = randn(2, 5, 7).double()
     unknown = torch.tensor([False, True, False, False, True, False, False])
     part = Part("output", "", nn.Identity(), lambda _, hidden: hidden)
     ruled_out = without_tokens(part, unknown).run({}, teacher)

@@ -11,14 +11,14 @@ from torch.nn.functional import kl_div, log_softmax, mse_loss, softmax
 
 from mergekit_dam.search.losses import logit_loss
 from tests.kit.settings import logits_settings
+from tests.kit.tensors import randn
 
 INF = math.inf
 EVERYTHING: dict[str, Any] = {"temperature": 2.0, "mse": 0.3, "entropy": 0.1}
 
 
 def random_logits(tokens: int = 12, vocabulary: int = 7, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    merged, teacher = 3 * torch.randn(2, tokens, vocabulary, generator=generator).double()
+    merged, teacher = 3 * randn(2, tokens, vocabulary, seed=seed).double()
     return merged, teacher
 
 

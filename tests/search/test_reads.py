@@ -12,11 +12,13 @@ from mergekit_dam.search.search import survey
 from mergekit_dam.sources import network as network_module
 from mergekit_dam.sources.network import Network
 from mergekit_dam.streams.boundaries import BoundaryStates
-from tests.kit.merging import tensors_of, watched_reads
-from tests.kit.models import Models, save_calibration, save_models, tiny_llama_config
+from tests.kit.merging import tensors_of
+from tests.kit.models import Models, save_models, tiny_llama_config
 from tests.kit.networks import Given, make
+from tests.kit.reads import watched_reads
 from tests.kit.searches import polished, quiet
 from tests.kit.settings import logits_settings
+from tests.kit.texts import save_calibration
 
 
 def read_counts(

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -20,13 +21,11 @@ from mergekit_dam.search.regularisers import (
     weighted_overlap,
 )
 from tests.kit.settings import logits_settings
+from tests.kit.tensors import randn
 
 Penalty = Callable[[Tensor], Tensor]
 
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
+random = partial(randn, dtype=torch.float64)
 
 
 def weighted(coefficients: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ import pytest
 from mergekit_dam.errors import DamError
 from mergekit_dam.search import search as search_module
 from mergekit_dam.search.search import search
-from tests.kit.models import Calibration, Models
+from tests.kit.models import Models
 from tests.kit.networks import files_under, make
 from tests.kit.searches import polished, quiet, searched
 from tests.kit.settings import run_settings
+from tests.kit.texts import Calibration
 
 
 class Interrupted(BaseException):

@@ -7,21 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mergekit_dam.calibration.load import load_calibration
 from tests.kit.merging import Merged, dam, linear, merge, tensors_of
-from tests.kit.models import (
-    VOCAB_SIZE,
-    Calibration,
-    Models,
-    make_tokenizer,
-    save_models,
-    tiny_llama_config,
-)
-from tests.kit.searches import HELD_OUT, LENGTH, POLISH, SAMPLES, polished
+from tests.kit.models import Models, loaded, logits_of, save_models, tiny_llama_config
+from tests.kit.searches import HELD_OUT, POLISH, SAMPLES, polished
+from tests.kit.tensors import kl
+from tests.kit.texts import Calibration, calibration_tokens
+from tests.kit.tokenizers import make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -31,45 +24,32 @@ def merged(
     return polished(llama_models, calibration, tmp_path_factory.mktemp("search") / "out")
 
 
-def held_out_tokens(model: Path, text: Path) -> Tensor:
-    return load_calibration(
-        str(text),
-        model=str(model),
-        tokenizer=make_tokenizer(),
-        samples=SAMPLES,
-        sequence_length=LENGTH,
-        vocab_size=VOCAB_SIZE,
-        seed=0,
-    ).tokens[-HELD_OUT:]
-
-
 @torch.no_grad()
 def divergences(
     merged: PreTrainedModel, models: Models, calibration: Sequence[Path]
 ) -> list[float]:
-    """KL of a model from each of its teachers, both as transformers loads them, nats a token."""
+    """KL of a model from each of its teachers, in nats per token, as transformers loads them."""
     found = []
     for folder, text in zip(models.models, calibration, strict=True):
-        tokens = held_out_tokens(folder, text)
-        teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        p, q = (log_softmax(m(tokens).logits.double(), -1) for m in (teacher, merged))
-        found.append(float((p.exp() * (p - q)).sum(-1).mean()))
+        tokens = calibration_tokens(text, make_tokenizer(), samples=SAMPLES)[-HELD_OUT:]
+        teacher = loaded(folder)
+        found.append(kl(logits_of(teacher, tokens), logits_of(merged, tokens)))
     return found
 
 
-def rungs_of(merged: Merged) -> dict[str, dict[str, Any]]:
+def trials_of(merged: Merged) -> dict[str, dict[str, Any]]:
     """By what they begin with: "start", "layer" or "logits"; the last of each."""
     return {trial["name"].split(",")[0]: trial for trial in merged.report["search"]}
 
 
 def best_of(merged: Merged) -> dict[str, Any]:
-    """The last rung that was kept."""
+    """The last trial that was kept."""
     trial: dict[str, Any] = [trial for trial in merged.report["search"] if trial["kept"]][-1]
     return trial
 
 
 def assert_sound(merged: Merged) -> None:
-    """A rung is kept where it is better than all before it, and the result is the best of them."""
+    """A trial is kept where it is better than all before it, and the result is the best of them."""
     lowest = math.inf
     for trial in merged.report["search"]:
         assert trial["kept"] == (trial["mean_held_out_kl"] < lowest), trial
@@ -92,19 +72,19 @@ def test_the_kl_of_the_start_is_that_of_the_plain_average(
     average = merge(linear(llama_models.models, dtype="float32"), tmp_path / "average")
     model = AutoModelForCausalLM.from_pretrained(average.path, dtype=torch.float32)
     expected = divergences(model, llama_models, calibration)
-    assert rungs_of(merged)["start"]["held_out_kl"] == pytest.approx(expected, rel=1e-4)
+    assert trials_of(merged)["start"]["held_out_kl"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_each_rung_is_judged_and_the_best_is_the_result(merged: Merged) -> None:
-    names = list(rungs_of(merged))
+def test_each_trial_is_judged_and_the_best_is_the_result(merged: Merged) -> None:
+    names = list(trials_of(merged))
     assert names[0] == "start"
     assert names[-1] == "logits"
     assert names[1:-1] == ["layer"]
     assert_sound(merged)
     assert best_of(merged)["name"].startswith("logits")
-    assert best_of(merged)["mean_held_out_kl"] < rungs_of(merged)["start"]["mean_held_out_kl"]
+    assert best_of(merged)["mean_held_out_kl"] < trials_of(merged)["start"]["mean_held_out_kl"]
     assert all(trial["seconds"] > 0 for trial in merged.report["search"])
-    (best_step,) = rungs_of(merged)["logits"]["details"].values()
+    (best_step,) = trials_of(merged)["logits"]["details"].values()
     assert 0 < best_step <= POLISH["steps"]
 
 
@@ -153,13 +133,13 @@ def test_a_replay_gives_the_same_bytes(
     assert merge(replay, tmp_path / "out").model_bytes == merged.model_bytes
 
 
-def test_a_rung_that_is_worse_is_not_kept(
+def test_a_trial_that_is_worse_is_not_kept(
     llama_models: Models, calibration: Calibration, tmp_path: Path
 ) -> None:
     """A hopeless descent leaves the layer fit, which is that of a merge without a search."""
     hopeless = polished(llama_models, calibration, tmp_path / "out", learning_rate=1e3)
     assert_sound(hopeless)
-    assert not rungs_of(hopeless)["logits"]["kept"]
+    assert not trials_of(hopeless)["logits"]["kept"]
     layer = polished(llama_models, calibration, tmp_path / "layer", objective="layer")
     assert "layer" in best_of(hopeless)["name"]
     assert hopeless.model_bytes == layer.model_bytes
@@ -181,7 +161,7 @@ def test_the_paper_alone(llama_models: Models, calibration: Calibration, tmp_pat
         mse=0.01,
     )
     assert_sound(merged)
-    assert list(rungs_of(merged)) == ["start", "logits"]
+    assert list(trials_of(merged)) == ["start", "logits"]
     expected = divergences(merged.load(), llama_models, calibration)
     assert best_of(merged)["held_out_kl"] == pytest.approx(expected, rel=1e-4)
 
@@ -194,7 +174,7 @@ def test_the_sensitivity_metric(
     merged = polished(llama_models, calibration, tmp_path / "out", changes)
     assert_sound(merged)
     assert any("sensitivity" in trial["name"] for trial in merged.report["search"])
-    assert ("logits" in rungs_of(merged)) == (objective == "layer+logits")
+    assert ("logits" in trials_of(merged)) == (objective == "layer+logits")
     expected = divergences(merged.load(), llama_models, calibration)
     assert best_of(merged)["held_out_kl"] == pytest.approx(expected, rel=1e-4)
     again = polished(
@@ -212,7 +192,7 @@ def test_a_random_start_is_that_of_the_seed(
         for i, seed in enumerate([1, 1, 2])
     ]
     assert runs[0].model_bytes == runs[1].model_bytes
-    starts = [rungs_of(run)["start"]["mean_held_out_kl"] for run in runs]
+    starts = [trials_of(run)["start"]["mean_held_out_kl"] for run in runs]
     assert starts[0] == starts[1] != starts[2]
     for run in runs:
         assert_sound(run)
@@ -223,7 +203,7 @@ def test_a_search_goes_on_from_the_coefficients_of_an_earlier_merge(
 ) -> None:
     changes = {"objective": "logits", "start": str(merged.path)}
     again = polished(llama_models, calibration, tmp_path / "out", changes)
-    start = rungs_of(again)["start"]
+    start = trials_of(again)["start"]
     assert start["held_out_kl"] == pytest.approx(best_of(merged)["held_out_kl"], rel=1e-6)
     assert_sound(again)
     nowhere = polished(llama_models, calibration, tmp_path / "no", changes, learning_rate=1e3)

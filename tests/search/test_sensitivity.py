@@ -118,7 +118,8 @@ def _keep(kept: dict[str, Tensor], name: str, _: object, args: object, output: A
     kept[name] = output[0] if isinstance(output, tuple) else output
 
 
-def close(found: Tensor, expected: Tensor, accuracy: float = 2e-5) -> None:
+def assert_equal_to_scale(found: Tensor, expected: Tensor, accuracy: float = 2e-5) -> None:
+    """To a fraction of the largest entry."""
     scale = float(expected.abs().max())
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=accuracy * scale)
 
@@ -130,13 +131,13 @@ def test_metrics_of_all_linears_are_those_of_plain_autograd(name: str, tmp_path:
     sensitivity, network, labels = measure(made, point, tmp_path)
     inner, left = plain_gradients(made, point, labels)
     for (number, source), gradient in left.items():
-        close(BoundaryStates(tmp_path / "left").get(number)[source], gradient)
+        assert_equal_to_scale(BoundaryStates(tmp_path / "left").get(number)[source], gradient)
     found = dict(metrics_of(sensitivity, network))
     assert found.keys() == inner.keys()
     for key, metric in found.items():
         identity = torch.eye(inner[key].shape[1], dtype=torch.float64)
         expected = Metric.of_gradients(inner[key].float())
-        close(metric(identity), expected(identity), 1e-4)
+        assert_equal_to_scale(metric(identity), expected(identity), 1e-4)
 
 
 def test_held_out_sequences_have_no_gradients(tmp_path: Path) -> None:
@@ -193,7 +194,7 @@ def test_chunks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     chunked = dict(metrics_of(*measure(made, point, tmp_path / "b")[:2]))
     for key, metric in whole.items():
         identity = torch.eye(_outputs(made, key), dtype=torch.float64)
-        close(chunked[key](identity), metric(identity))
+        assert_equal_to_scale(chunked[key](identity), metric(identity))
 
 
 def test_one_token_with_huge_gradients_does_not_take_the_metric_over(tmp_path: Path) -> None:

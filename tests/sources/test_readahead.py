@@ -12,8 +12,10 @@ from mergekit_dam.host import tasks
 from mergekit_dam.sources import network
 from mergekit_dam.sources.headers import Header, _read_headers
 from mergekit_dam.sources.readahead import Span, read_ahead
-from tests.kit.merging import dam, merge, tensors_of, watched_reads
-from tests.kit.models import save_calibration, save_models, tiny_llama_config
+from tests.kit.merging import dam, merge, tensors_of
+from tests.kit.models import save_models, tiny_llama_config
+from tests.kit.reads import watched_reads
+from tests.kit.texts import save_calibration
 
 
 def spans(path: Path) -> dict[str, Span]:

@@ -7,7 +7,7 @@ import torch
 from mergekit_dam.streams.boundaries import BoundaryStates
 
 
-def test_a_shelf_gives_back_what_was_put_there(tmp_path: Path) -> None:
+def test_boundary_states_come_back_as_they_were_put_in(tmp_path: Path) -> None:
     boundaries = BoundaryStates(tmp_path / "a" / "b")
     tensors = [torch.randn(2, 3, 4).transpose(0, 1), torch.randn(5, 3), *torch.randn(10, 2)]
     boundaries.put(3, tensors)

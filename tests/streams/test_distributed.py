@@ -15,7 +15,7 @@ from tests.kit.processes import SPLITS, streams_of
 def test_a_sum_that_fails_says_that_another_process_has_stopped() -> None:
     broken = mock.Mock(side_effect=RuntimeError("Connection closed by peer"))
     with (
-        mock.patch.object(distributed, "_several", lambda: True),
+        mock.patch.object(distributed, "_several", return_value=True),
         mock.patch.object(dist, "all_reduce", broken),
         pytest.raises(DamError, match="another process of this merge has stopped"),
     ):

@@ -75,22 +75,22 @@ def test_what_units_put_out_is_kept_as_far_as_there_is_room(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("place", ["device", "host", "disk"])
-def test_a_tape_gives_back_what_it_kept(place: Location, tmp_path: Path) -> None:
-    tape = OutputCache(Storage("host", place, tmp_path), keep=True)
-    tape.add(0, slice(0, 3), {"a": HIDDEN[:3], "b": HIDDEN[:3, :, :2]})
-    tape.add(1, slice(0, 3), {"a": HIDDEN[1:4]})
-    tape.add(0, slice(3, 6), {"a": HIDDEN[3:6]})
-    first = tape.of(0, slice(0, 3), CPU)
+def test_an_output_cache_gives_back_what_it_kept(place: Location, tmp_path: Path) -> None:
+    cache = OutputCache(Storage("host", place, tmp_path), keep=True)
+    cache.add(0, slice(0, 3), {"a": HIDDEN[:3], "b": HIDDEN[:3, :, :2]})
+    cache.add(1, slice(0, 3), {"a": HIDDEN[1:4]})
+    cache.add(0, slice(3, 6), {"a": HIDDEN[3:6]})
+    first = cache.of(0, slice(0, 3), CPU)
     assert set(first) == {"a", "b"}
     assert first["a"].equal(HIDDEN[:3])
     assert first["b"].equal(HIDDEN[:3, :, :2])
-    assert tape.of(1, slice(0, 3), CPU)["a"].equal(HIDDEN[1:4])
-    assert set(tape.of(0, slice(0, 3), CPU, only=frozenset({"b"}))) == {"b"}
-    assert tape.of(0, slice(6, 7), CPU) == {}
+    assert cache.of(1, slice(0, 3), CPU)["a"].equal(HIDDEN[1:4])
+    assert set(cache.of(0, slice(0, 3), CPU, only=frozenset({"b"}))) == {"b"}
+    assert cache.of(0, slice(6, 7), CPU) == {}
     assert not list(tmp_path.iterdir())
 
 
-def test_a_tape_that_keeps_nothing_has_nothing(tmp_path: Path) -> None:
-    tape = OutputCache(Storage("host", "disk", tmp_path), keep=False)
-    tape.add(0, slice(0, 3), {"a": HIDDEN[:3]})
-    assert tape.of(0, slice(0, 3), CPU) == {}
+def test_an_output_cache_that_keeps_nothing_has_nothing(tmp_path: Path) -> None:
+    cache = OutputCache(Storage("host", "disk", tmp_path), keep=False)
+    cache.add(0, slice(0, 3), {"a": HIDDEN[:3]})
+    assert cache.of(0, slice(0, 3), CPU) == {}

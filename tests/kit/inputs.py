@@ -1,6 +1,4 @@
-"""A merge that is right but for what a test changes."""
-
-from __future__ import annotations
+"""Inputs of a merge, which a test spoils."""
 
 import shutil
 from dataclasses import dataclass, field
@@ -11,18 +9,20 @@ import pytest
 from transformers import PretrainedConfig
 
 from mergekit_dam.errors import DamError
-from tests.kit.merging import dam, merge, watched_reads
-from tests.kit.models import make_model, make_tokenizer
+from tests.kit.merging import dam, merge
+from tests.kit.models import make_model
+from tests.kit.reads import watched_reads
+from tests.kit.tokenizers import make_tokenizer
 
 
 @dataclass
-class Case:
-    """A merge that is right but for what a test changes.
+class Inputs:
+    """Inputs of a merge that are right, until a test changes one of them.
 
     Attributes:
-        folder: to write into.
-        models, base, texts: to be named in the configuration.
-        options: of mergekit.
+        folder: folder to write into.
+        models, base, texts: paths for the configuration.
+        options: mergekit's options.
     """
 
     folder: Path
