@@ -63,7 +63,7 @@ class Tree:
         return result
 
     def lines(self, code: str, *options: str) -> list[str]:
-        """What `code` prints; it must write nothing to stderr."""
+        """The output of `code`, which must write nothing to stderr."""
         result = self.run(code, *options)
         assert result.stderr == ""
         return result.stdout.splitlines()
@@ -136,7 +136,7 @@ def test_a_plugin_that_imports_its_own_modules_works_whichever_comes_first(
     tree.write("mergekit_dam/request/method.py", "import mergekit.plan\nMETHOD = 'dam'\n")
     tree.write(
         "mergekit_dam/host/plugin.py",
-        "from mergekit_dam.method import METHOD\n"
+        "from mergekit_dam.request.method import METHOD\n"
         "def on_import(module): print(METHOD, module.__name__)\n",
     )
     assert tree.lines(INSTALL + f"import {first}") == [

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from mergekit_dam.errors import CalibrationError
 from tests.kit.merging import Merged, dam, merge
-from tests.kit.models import logits_of
+from tests.kit.models import loaded, logits_of
 from tests.kit.vocabularies import SHARED, Pair, ids_of, lines_of, one_hot
 
 
@@ -26,12 +26,12 @@ class TestSources:
         vocabulary = AutoTokenizer.from_pretrained(chosen).get_vocab()
         tokenizer = AutoTokenizer.from_pretrained(merged.path)
         assert tokenizer.get_vocab() == vocabulary
-        loaded = merged.load()
-        assert loaded.config.vocab_size == len(vocabulary) == 20
+        whole = merged.load()
+        assert whole.config.vocab_size == len(vocabulary) == 20
         for special in ("bos_token_id", "eos_token_id", "pad_token_id"):
             expected = getattr(tokenizer, special)
-            assert getattr(loaded.config, special) == expected
-            assert getattr(loaded.generation_config, special) == expected
+            assert getattr(whole.config, special) == expected
+            assert getattr(whole.generation_config, special) == expected
         for index, model in enumerate(pair.models):
             coefficients = str(one_hot(merged, index, tmp_path / f"coefficients {index}"))
             configuration["parameters"]["coefficients"] = coefficients
