@@ -17,7 +17,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def seen(texts: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Seen]:
-    """What became of a case; every case is merged once."""
+    """Gives the outcome of a case; every case is merged once."""
     known: dict[str, Seen] = {}
 
     def of(name: str) -> Seen:

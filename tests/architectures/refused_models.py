@@ -10,7 +10,7 @@ from tests.kit.models import ARCHITECTURES, VOCAB_SIZE
 
 
 def _class(title: str) -> str:
-    """What transformers' classes of an architecture begin with."""
+    """The beginning of the names of transformers' classes of an architecture."""
     return title.replace("RoBERT", "Robert").replace("BERT", "Bert").replace("-", "")
 
 

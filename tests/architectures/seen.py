@@ -84,7 +84,7 @@ def see(case: Case, folder: Path, texts: Sequence[Path]) -> Seen:
 
 
 def unfound(folder: Path, case: Case) -> dict[str, Any]:
-    """What transformers misses, or does not expect, in a saved model."""
+    """Weights that transformers misses, or does not expect, in a saved model."""
     kind: Any = tf.AutoModelForCausalLM if case.kind is None else case.kind
     _, info = kind.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
     return {what: names for what, names in info.items() if names}

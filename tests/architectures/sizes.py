@@ -72,7 +72,7 @@ _SIZES: dict[str, Any] = {
 
 
 def sizes(kind: type[tf.PretrainedConfig], **others: Any) -> dict[str, Any]:
-    """What makes a configuration as small as its class has names for sizes."""
+    """Small values for all sizes that a class of configurations has names for."""
     mapped = kind.attribute_map  # names that stand for others: one of the two is enough
     fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
     names = {*(field.name for field in fields), *signature(kind.__init__).parameters, *mapped}

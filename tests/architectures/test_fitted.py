@@ -61,7 +61,7 @@ def test_the_merge_loads_and_every_fit_beats_the_average(
 
 
 @pytest.mark.parametrize("name", MERGED)
-def test_what_is_averaged_is_what_is_said(name: str, seen: Callable[[str], Seen]) -> None:
+def test_the_averaged_tensors_are_those_of_the_case(name: str, seen: Callable[[str], Seen]) -> None:
     merged = merged_of(seen(name))
     averaged = {t: e["outcome"] for t, e in merged.entries.items() if "averaged" in e["outcome"]}
     patterns = CASES[name].averaged

@@ -13,7 +13,7 @@ from tests.kit.reads import watched_reads
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_fitted_is_refused_before_a_weight_is_read(
+def test_architectures_that_cannot_be_fitted_are_refused_before_a_weight_is_read(
     name: str, seen: Callable[[str], Seen]
 ) -> None:
     found = seen(name)  # which asserts that nothing is read, and nothing left behind

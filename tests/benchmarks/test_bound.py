@@ -25,7 +25,7 @@ def test_operations_are_counted_by_what_they_do() -> None:
     assert all(work.seconds > 0 for work in timer.kinds.values())
 
 
-def test_what_takes_little_is_shown_as_one() -> None:
+def test_operations_that_take_little_time_are_shown_as_one() -> None:
     kinds = {f"op {i}": Work(float(i)) for i in range(5)} | {"products": Work(0.5, 7.0)}
     found = shortened(kinds, shown=3)
     assert list(found) == ["products", "op 4", "op 3", "  3 other operations"]

@@ -110,7 +110,7 @@ class TestRun:
         assert found.comparisons[0].rows[1].reason == "Error: no luck"
         assert not found.comparisons[0].rows[2].reason
 
-    def test_what_is_finished_stays_when_a_run_is_stopped(self, given, settings):
+    def test_finished_rows_stay_when_a_run_is_stopped(self, given, settings):
         class Stopped(Recorder):
             def __call__(self, command, log):
                 if log.stem == "layer_identity":
@@ -166,7 +166,7 @@ class TestCommand:
             (["--synthetic", "--out", "a+b"], "has a + or @"),
         ],
     )
-    def test_what_is_written_wrongly_is_refused(self, arguments, message, tmp_path, monkeypatch):
+    def test_wrong_options_are_refused(self, arguments, message, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         result = CliRunner().invoke(cost.main, arguments)
         assert result.exit_code

@@ -24,7 +24,7 @@ class TestRows:
         with pytest.raises(DamError, match="a row named dam is there already"):
             names(variants={"dam": {}})
 
-    def test_rows_that_fit_are_told_from_those_that_do_not(self, tmp_path):
+    def test_rows_that_fit_are_distinguished_from_others(self, tmp_path):
         merges = select(Choices(), coefficients=tmp_path / "file")
         assert [merge.name for merge in merges if not merge.point.fits] == [LINEAR, REPLAY]
         assert merges[1].point.parameters == {"coefficients": str(tmp_path / "file")}
@@ -49,7 +49,7 @@ class TestResults:
         assert fit.ratio("peak_bytes", linear) == 2.0
         assert linear.ratio("seconds", linear) == 1.0
 
-    def test_what_is_not_known_is_left_out(self):
+    def test_unknown_values_are_left_out(self):
         linear = row(LINEAR, [1.0], [100])
         failed = Row(name="fit", parameters={"ridge": 1.0}, reason="no luck")
         assert failed.of("seconds") is failed.ratio("seconds", linear) is None

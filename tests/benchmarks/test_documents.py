@@ -111,7 +111,7 @@ class TestParts:
             ([{"input_ids": [1, 2]}], "holds token ids"),
         ],
     )
-    def test_what_cannot_be_split_is_refused(self, rows, message, tmp_path):
+    def test_texts_that_cannot_be_split_are_refused(self, rows, message, tmp_path):
         file = tmp_path / "a.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         with pytest.raises(DamError, match=message):

@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, rows, models, tables, and a command that is measured."""
+"""The shared parts of benchmarks: options, rows, models, tables, and a measured command."""
 
 import os
 import subprocess
@@ -148,7 +148,7 @@ class TestProcesses:
         assert 200e6 < measured.peak_bytes < 300e6
 
     @LINUX
-    def test_mapped_files_are_told_from_memory_of_its_own(self, tmp_path):
+    def test_mapped_files_are_not_counted_as_own_memory(self, tmp_path):
         (tmp_path / "file").write_bytes(b"x" * 100_000_000)
         code = (
             "import mmap, time\n"

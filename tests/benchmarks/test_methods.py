@@ -61,7 +61,7 @@ class TestMethods:
         with pytest.raises(DamError, match="a row named dam is there already"):
             select(Choices(variants={"dam": {}}), count=3, has_base=True, samples=4)
 
-    def test_the_reference_sees_each_sample_once_unless_told(self):
+    def test_the_reference_sees_each_sample_once_by_default(self):
         def steps(choices):
             (found,) = (
                 m

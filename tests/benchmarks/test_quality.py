@@ -174,7 +174,7 @@ class TestRun:
         row = compare_on(bed, Choices(only=("ties",)), run).rows[-1]
         assert row.reason.startswith("DamError: the model ")
 
-    def test_what_is_finished_stays_when_a_run_is_stopped(self, bed):
+    def test_finished_rows_stay_when_a_run_is_stopped(self, bed):
         def run(command, log):
             if "ties" in log.name:
                 raise KeyboardInterrupt
@@ -207,7 +207,7 @@ class TestCommand:
             (["--model", "a=x", "--out", "a+b"], "has a + or @"),
         ],
     )
-    def test_what_is_written_wrongly_is_refused(self, arguments, message, tmp_path, monkeypatch):
+    def test_wrong_options_are_refused(self, arguments, message, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         result = CliRunner().invoke(quality.main, arguments)
         assert result.exit_code

@@ -81,7 +81,7 @@ class TestRegMean:
 
 
 def recorded_inputs(model, tokens):
-    """What every linear layer was fed, [tokens, in_features]."""
+    """The inputs of every linear layer, [tokens, in_features]."""
     found = {}
     hooks = [
         module.register_forward_hook(

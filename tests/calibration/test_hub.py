@@ -115,7 +115,7 @@ def test_without_the_hubs_answer_the_revision_is_the_users(
         (RuntimeError("Dataset scripts are no longer supported"), "RuntimeError: Dataset scripts"),
     ],
 )
-def test_what_goes_wrong_is_said_with_the_remedy(
+def test_errors_of_the_hub_are_reported_with_the_remedy(
     hub: FakeHub, load: Any, error: Exception, message: str
 ) -> None:
     hub.error = error

@@ -19,7 +19,7 @@ def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "data" / name).write_text("x", encoding="utf-8")
 
 
-def test_a_file_a_directory_and_a_dataset_are_told_apart() -> None:
+def test_a_file_a_directory_and_a_dataset_are_distinguished() -> None:
     assert parse("data/math.jsonl").kind == "file"
     assert parse("data/code/").kind == "directory"
     assert parse("org/german-corpus").kind == "hub"
@@ -95,7 +95,7 @@ def test_a_bad_source_is_refused_with_its_reason(text: str, message: str) -> Non
         parse(text)
 
 
-def test_all_problems_are_told_together() -> None:
+def test_all_problems_are_reported_together() -> None:
     with pytest.raises(CalibrationError) as caught:
         parse("data/math.jsonl:split=a:samples=x:colum=b")
     for part in ("`split` is for Hub", "`samples` must be", "unknown option 'colum'"):

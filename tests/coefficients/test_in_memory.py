@@ -87,7 +87,7 @@ class TestTensors:
         ],
         ids=str,
     )
-    def test_what_cannot_be_merged_is_refused(
+    def test_tensors_that_cannot_be_merged_are_refused(
         self, parameters: dict[str, Any], reason: str
     ) -> None:
         with pytest.raises(DamError, match=reason):
@@ -131,7 +131,7 @@ class TestStateDicts:
         assert all(torch.equal(tensor, result.tensors[n]) for n, tensor in found.items())
         assert not caplog.records
 
-    def test_other_names_are_told_once(
+    def test_other_names_are_reported_once(
         self, merged: tuple[Models, Merged], caplog: pytest.LogCaptureFixture
     ) -> None:
         _, result = merged

@@ -70,7 +70,7 @@ class TestBadConfiguration:
         assert (result.exit_code, result.output) == (1, self.MESSAGE)
         assert not (tmp_path / "out").exists()
 
-    def test_keys_that_mergekit_drops_are_told(
+    def test_keys_that_mergekit_drops_are_reported(
         self, llama_models: Models, calibration: Calibration, tmp_path: Path
     ) -> None:
         configuration = dam(llama_models.models, calibration, settings={"samples": 8, "dtpye": 1})
@@ -242,7 +242,7 @@ def content(folder: Path) -> dict[str, bytes | list[bytes]]:
 
 
 def _without_stock_noise(stderr: str) -> str:
-    """What is left of stderr without what every method of mergekit prints there."""
+    """stderr without the lines that every method of mergekit prints there."""
     lines = [line for line in stderr.splitlines() if "`torch_dtype` is deprecated" not in line]
     return "\n".join(lines)
 

@@ -106,7 +106,7 @@ def test_another_tokenizer_is_warned_of(models, texts, tmp_path, caplog):
     assert "differs" not in caplog.text
 
 
-def test_texts_of_one_name_are_told_apart(texts, tmp_path):
+def test_texts_with_one_name_are_distinguished(texts, tmp_path):
     (tmp_path / "b").mkdir()
     twin = tmp_path / "b" / "prose.txt"
     assert list(evaluation.name_texts([*texts, twin])) == [
@@ -143,7 +143,7 @@ def test_the_command_prints_a_table_and_writes_json(models, texts, tmp_path):
         ("{text}", "is a file"),
     ],
 )
-def test_what_is_no_model_is_refused_before_any_work(model, message, texts, tmp_path):
+def test_a_path_that_is_no_model_is_refused_before_any_work(model, message, texts, tmp_path):
     (tmp_path / "empty").mkdir()
     name = model.format(folder=tmp_path / "empty", text=texts[0])
     with pytest.raises(DamError, match=message):

@@ -61,7 +61,7 @@ def merged(configuration: dict[str, Any], out: Path, *options: str | Path) -> Me
 
 
 def refused(configuration: dict[str, Any], out: Path, *options: str | Path) -> str:
-    """What a merge that is refused says; nothing is left of it."""
+    """The message of a merge that is refused; nothing is left of the merge."""
     result = invoke(configuration, out, *options)
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit), repr(result.exception)  # and no traceback

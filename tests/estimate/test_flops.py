@@ -69,7 +69,7 @@ class TestWork:
         work = flops.layer_sweep(take(head=head), kept=True, sensitivity=False)
         assert (work["head", "fp32"] > 0) == head
 
-    def test_what_is_not_kept_runs_again(self, take: Any) -> None:
+    def test_outputs_that_are_not_kept_are_computed_again(self, take: Any) -> None:
         found = take()
         kept, again = (
             flops.layer_fit(found.blocks[0], found, kept=kept, sensitivity=False)

@@ -107,7 +107,7 @@ class TestMemory:
 
 
 class TestProblems:
-    def test_what_does_not_fit_is_told_with_what_to_turn(self, take: Any) -> None:
+    def test_memory_that_does_not_suffice_is_reported_with_remedies(self, take: Any) -> None:
         found = take(metric="sensitivity", stream_offload="host")
         assert not any(tensor.converted for tensor in found.tensors)
         small = replace(SPEEDS, memory=1000, available=1000, disk=10)
@@ -122,7 +122,7 @@ class TestProblems:
         assert "resident" not in memory_  # pages of files take no memory of the process's own
         assert disk.startswith("disk: the merged model and hidden states take")
 
-    def test_memory_that_others_hold_is_told_apart(self, take: Any) -> None:
+    def test_memory_held_by_other_processes_is_named_as_such(self, take: Any) -> None:
         busy = replace(SPEEDS, available=1000)
         (problem,) = planned_estimate(take(), machine=busy).problems
         assert "free at the moment" in problem
@@ -132,7 +132,7 @@ class TestProblems:
         assert problem.startswith("GPU memory: ")
         assert "leave out --cuda" in problem
 
-    def test_what_fits_is_no_problem(self, take: Any) -> None:
+    def test_a_merge_that_fits_has_no_problems(self, take: Any) -> None:
         made = planned_estimate(take())
         assert made.problems == ()
         assert "Everything fits." in table(made)

@@ -78,7 +78,7 @@ def test_fit_bias_judges_with_the_weight_it_is_given() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_was_fitted_and_judged_is_what_is_written(dtype: torch.dtype) -> None:
+def test_the_fit_and_its_judgement_are_of_the_written_weights(dtype: torch.dtype) -> None:
     tensors = [tensor.to(dtype) for tensor in randn(MODELS, 12, 6)]
     x, y = randn(80, 6, seed=1), randn(80, 12, seed=2)
     weight = sources_of(tensors, dtype=dtype, ridge=1e-2)

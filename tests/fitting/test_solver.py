@@ -37,7 +37,7 @@ def test_columns_agree_with_dense_least_squares(domains: int, tokens: int, ridge
     solution = solve_columns(layer.problem, ridge)
     assert solution.method == "cholesky"
     assert solution.residual < 1e-9
-    # What the data does not decide, a residual of that size moves by its inverse over the ridge.
+    # In directions without data, a residual of that size moves the solution by it over the ridge.
     torch.testing.assert_close(solution.step, layer.dense(ridge), rtol=1e-5, atol=1e-9 / ridge)
 
 

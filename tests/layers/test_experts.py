@@ -97,7 +97,7 @@ def test_the_data_of_one_model_alone_gives_back_its_experts(name: str) -> None:
 def expert_evidence(
     monkeypatch: pytest.MonkeyPatch, config: PretrainedConfig, **settings: Any
 ) -> tuple[dict[str, Evidence[LinearMoments]], Any]:
-    """What the linears of experts are fitted to, by name and number of the expert."""
+    """The evidence that the linears of experts are fitted to, by name and number of the expert."""
     found: dict[str, Evidence[LinearMoments]] = {}
 
     def keep(weight: TensorSources, bias: None, evidence: Any, *, axis: int) -> Any:

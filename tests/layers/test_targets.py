@@ -128,7 +128,7 @@ def test_a_first_writer_that_meets_its_target_sets_what_follows_right(name: str)
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "olmo2"])
 def test_a_writer_behind_a_norm_steers_it_to_where_the_teachers_stream_is(name: str) -> None:
-    """What the norm puts out then points to what is missing; its size is the norm's own.
+    """The output of the norm then points to the missing part; its size is the norm's own.
 
     The norm itself, fitted next, gets the whole of what is missing for its target.
     """

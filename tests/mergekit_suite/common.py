@@ -1,4 +1,4 @@
-"""What mergekit's tests import from their `tests.common`, which its source distribution lacks.
+"""The module `tests.common` of mergekit's tests, which its source distribution lacks.
 
 Tiny models of the kinds that those tests name, and a merge whose output is looked at: names
 and signatures are theirs. It is copied beside them by `tests.mergekit_suite.suite`.

@@ -95,7 +95,7 @@ def outcomes(report: Path) -> dict[str, str]:
 
 
 def differences(without: Mapping[str, str], within: Mapping[str, str]) -> list[str]:
-    """What goes otherwise with the package than without it, a line a test."""
+    """Tests whose outcome differs with the package, one per line."""
     found = [
         f"{test}: {outcome} without it, {within.get(test, 'not run')} with it"
         for test, outcome in without.items()
@@ -110,7 +110,7 @@ def differences(without: Mapping[str, str], within: Mapping[str, str]) -> list[s
 
 
 def summary(found: Mapping[str, str]) -> str:
-    """How many tests have which outcome."""
+    """The number of tests per outcome."""
     kinds = ("passed", "skipped", "failed")
     return ", ".join(f"{sum(o == kind for o in found.values())} {kind}" for kind in kinds)
 

@@ -89,7 +89,7 @@ class TestConfiguration:
             ConfigError, "start: made from 2 models", "got 3", configuration=configuration
         )
 
-    def test_every_problem_is_told_at_once(self, inputs: Inputs) -> None:
+    def test_all_problems_are_reported_together(self, inputs: Inputs) -> None:
         configuration = inputs.configuration(sampels=4, ridge=-1)
         configuration["models"][0]["parameters"]["granularity"] = "tensor"
         inputs.refused(

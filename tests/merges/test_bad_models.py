@@ -92,7 +92,7 @@ class TestModels:
 
 
 class TestWeights:
-    """What only shows when weights are read; the tensor or the block is named all the same."""
+    """Errors that only show when weights are read; they name the tensor or the block too."""
 
     @pytest.fixture(params=[float("nan"), float("inf")])
     def broken(self, inputs: Inputs, request: pytest.FixtureRequest) -> Callable[[str], None]:

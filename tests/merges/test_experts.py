@@ -146,7 +146,7 @@ def test_fused_experts_are_those_of_the_layers_that_slices_name(tmp_path: Path) 
             assert merge_weights(weights, rows).equal(parameter), name
 
 
-def test_what_transformers_turns_around_is_not_taken_apart() -> None:
+def test_experts_that_transformers_transposes_are_not_split() -> None:
     """Where a piece does not lie in the fused tensor as it is, it cannot be cut out again."""
     experts = "model.layers.0.mlp.experts"
     names = [f"{experts}.{e}.{p}_proj.weight" for e in (0, 1) for p in ("gate", "up")]

@@ -97,7 +97,7 @@ class TestLosses:
             distance(
                 teacher.streams[layer] - own.streams[layer],
                 teacher.outputs[name],
-                # What would bring the merged stream onto the teacher's.
+                # The output that would bring the merged stream onto the teacher's.
                 weights([teacher.streams[layer] - own.streams[layer] + own.outputs[name]]),
             )
             for teacher, own in runs

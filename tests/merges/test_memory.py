@@ -1,4 +1,4 @@
-"""What a merge keeps in memory: one block of all models, however deep they are."""
+"""A merge keeps one block of all models in memory, however deep they are."""
 
 import contextlib
 import gc
@@ -34,7 +34,7 @@ def bytes_of(folder: Path, *parts: str) -> int:
 
 
 def merge_watched(folder: Path, layers: int, *, replayed: bool = False) -> tuple[Models, Reads]:
-    """What a merge of models with so many layers reads."""
+    """Reads of a merge of models with so many layers."""
     models = save_models(folder, tiny_llama_config(num_hidden_layers=layers), count=MODELS)
     text = save_calibration(folder / "text.jsonl")
     configuration = dam(models.models, [text] * MODELS, base=models.base, head=False, samples=2)

@@ -250,7 +250,7 @@ class TestExamples:
         [m for m in merge_methods.registered_methods() if _names(m) - _names(DamMerge)],
         ids=lambda method: method.spec.name,
     )
-    def test_every_parameter_of_every_other_method_is_told(
+    def test_every_parameter_of_every_other_method_is_refused_by_name(
         self, family: Family, tmp_path: Path, method: merge_methods.MergeMethod
     ) -> None:
         names, own = _names(method), _names(DamMerge)

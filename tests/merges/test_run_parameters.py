@@ -209,7 +209,7 @@ class TestObjective:
                 half, full = (rows(made[d], name) for d in (torch.bfloat16, torch.float32))
                 assert 0 < (half - full).norm() < 0.05 * full.norm(), name
 
-    def test_a_gpu_takes_half_precision_unless_told_otherwise(self) -> None:
+    def test_a_gpu_takes_half_precision_by_default(self) -> None:
         cuda, cpu = torch.device("cuda"), torch.device("cpu")
         for asked, on_cuda, on_cpu in (
             ("auto", torch.bfloat16, torch.float32),
@@ -236,7 +236,7 @@ class TestObjective:
             found, given = torch.broadcast_tensors(rows(second, name), rows(first, name))
             torch.testing.assert_close(found, given)
 
-    def test_what_was_searched_is_replayed(
+    def test_a_replay_gives_back_a_search(
         self, llama_models: Models, calibration: Calibration, tmp_path: Path
     ) -> None:
         first = merge(

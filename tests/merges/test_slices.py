@@ -57,7 +57,7 @@ def leaving_teachers():
 
 
 def before_the_norm(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """What leaves the last layer of a Llama, by its own forward pass."""
+    """The output of the last layer of a Llama, by its own forward pass."""
     found: list[Tensor] = []
     body: Any = model.model
     handle = body.norm.register_forward_pre_hook(lambda _, args: found.append(args[0]))
@@ -243,7 +243,7 @@ class TestSlices:
         torch.testing.assert_close(hidden, before_the_norm(shorter, tokens), rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "gemma3"])
-    def test_what_a_configuration_says_of_each_layer_follows_the_layers(
+    def test_settings_of_each_layer_follow_the_layers(
         self, architecture: str, tmp_path: Path
     ) -> None:
         """mergekit's own methods fail here: transformers refuses to save what they leave."""

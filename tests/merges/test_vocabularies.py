@@ -53,8 +53,8 @@ def test_every_objective_comes_nearer_to_the_models_and_is_replayed(
 ) -> None:
     pair = save_pair(tmp_path, architecture)
     merged = merge(pair.dam(samples=8, **fit), tmp_path / "out")
-    loaded = merged.load()
-    assert loaded.config.vocab_size == 28
+    whole = merged.load()
+    assert whole.config.vocab_size == 28
     assert (HEAD in merged.tensors) is (architecture == "llama")
     search = merged.report["search"]
     assert bool(search) is (fit.get("metric") != "identity")

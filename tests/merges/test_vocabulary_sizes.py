@@ -50,7 +50,7 @@ class TestSizes:
             models.append(tmp_path / str(rows))
         return models, [save_text(tmp_path / f"{n}.jsonl", WORDS, seed=n) for n in (0, 1)]
 
-    def test_what_only_padding_tells_apart_can_be_cut(
+    def test_rows_of_padding_can_be_cut(
         self, padded: tuple[list[Path], list[Path]], tmp_path: Path
     ) -> None:
         models, texts = padded

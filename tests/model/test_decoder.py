@@ -77,7 +77,7 @@ def test_parts_of_names_that_no_forward_uses_are_absent() -> None:
     }
 
 
-def test_places_of_parameters_are_told() -> None:
+def test_the_place_of_a_parameter_follows_from_its_name() -> None:
     decoder = decoder_of(tiny_llama_config(tie_word_embeddings=True))
     assert decoder.canonical("lm_head.weight") == "model.embed_tokens.weight"
     assert decoder.canonical("model.norm.weight") == "model.norm.weight"

@@ -20,7 +20,7 @@ def test_captured_tensors_are_copies_from_a_run_that_stops_early() -> None:
     assert len(ran) == 0
 
 
-def test_what_goes_wrong_inside_a_capture_is_raised_and_hooks_are_removed() -> None:
+def test_an_error_inside_a_capture_is_raised_and_hooks_are_removed() -> None:
     module = nn.Linear(4, 4)
     with pytest.raises(RuntimeError), capture(module, outputs=("",)):
         module(torch.randn(2, 5))

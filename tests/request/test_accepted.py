@@ -116,7 +116,7 @@ def test_without_the_yaml_the_parsed_configuration_is_checked_alone() -> None:
     assert check_configuration(config).models == refs("org/a", "org/b")
 
 
-def test_problems_of_settings_and_of_models_are_told_together() -> None:
+def test_problems_of_settings_and_of_models_are_reported_together() -> None:
     source = {
         "merge_method": "dam",
         "parameters": {"smaples": 4, "include_base": True},

@@ -16,7 +16,7 @@ VALUES = {
 
 
 @pytest.mark.parametrize("name", LogitsParameters.model_fields)
-def test_what_only_the_end_to_end_fit_reads_is_refused_without_it(name: str) -> None:
+def test_parameters_of_the_end_to_end_fit_are_refused_without_it(name: str) -> None:
     given = f"{name}: {VALUES.get(name, '1')}"
     assert only_problem(configuration(parameters=f"{{objective: layer, {given}}}")) == (
         f"parameters (top level): `objective: layer` takes no `{name}`; set `objective: logits` or "

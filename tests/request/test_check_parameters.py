@@ -185,7 +185,7 @@ def test_a_parameter_of_the_whole_merge_is_refused_for_one_model() -> None:
     )
 
 
-def test_samples_of_one_model_are_told_where_to_go() -> None:
+def test_samples_of_one_model_are_refused_with_the_right_place() -> None:
     problem = only_problem(configuration(models=model("{calibration: a, samples: 3}")))
     assert "holds for the whole merge" in problem
     assert problem.endswith("for one model's sequences write `calibration: SOURCE:samples=N`")

@@ -80,7 +80,7 @@ def test_batches_of_all_processes_make_those_of_one(size: int) -> None:
         assert sum(len(share[number]) for share in shares) == len(whole)
 
 
-def test_what_judges_is_numbered_from_its_own_first() -> None:
+def test_held_out_sequences_are_numbered_from_the_first_of_them() -> None:
     for stream in streams_of(2, 7, 3, turn=0):
         tokens = stream.merged
         assert isinstance(tokens, torch.Tensor)

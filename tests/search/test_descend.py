@@ -136,7 +136,7 @@ def test_the_weighted_overlap_is_that_of_the_models_without_the_base(tmp_path: P
     assert not penalised.coefficients[name].equal(free.coefficients[name])
 
 
-def test_the_best_look_is_the_result_and_the_start_is_one_of_them(tmp_path: Path) -> None:
+def test_the_best_of_the_start_and_all_judged_points_is_the_result(tmp_path: Path) -> None:
     made = make()
     data, start = made.data(32, held_out=12), made.average()
     network = made.network()
@@ -172,7 +172,7 @@ def test_resident_or_not_the_descent_is_the_same(name: str, tmp_path: Path) -> N
         assert never.record.coefficients[name].equal(rows)
 
 
-def test_a_descent_goes_on_from_where_it_is_told(tmp_path: Path) -> None:
+def test_a_descent_begins_at_the_given_coefficients(tmp_path: Path) -> None:
     """From any coefficients, of a column or of a tensor; others than the fitted stay."""
     made = make(base=True, norms=False)
     start = made.point()

@@ -82,7 +82,7 @@ def test_every_tensor_of_these_models_has_coefficients(name: str) -> None:
 
 
 @pytest.mark.parametrize("off", ["norms", "embeddings", "head"])
-def test_what_is_switched_off_has_no_coefficients(off: str, tmp_path: Path) -> None:
+def test_tensors_that_are_switched_off_have_no_coefficients(off: str, tmp_path: Path) -> None:
     switched: dict[str, Any] = {off: False}
     made = make(**switched)
     coordinates = made.coordinates
@@ -141,7 +141,7 @@ def test_the_gradient_is_that_of_the_point_it_is_asked_at(resident: Any, tmp_pat
     ("dtype", "written"),
     [(torch.bfloat16, None), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)],
 )
-def test_what_is_run_is_what_is_written(
+def test_weights_are_run_as_they_are_written(
     dtype: torch.dtype, written: torch.dtype | None, tmp_path: Path
 ) -> None:
     """Weights are rounded as they are written; gradients are those at the rounded weights."""

@@ -133,7 +133,7 @@ def test_padding_of_the_vocabulary_changes_nothing(padding: float, temperature: 
     assert gradient(wide, wide_teacher, temperature=temperature, mse=1.0).isfinite().all()
 
 
-def test_what_only_the_teacher_rules_out_costs_a_finite_loss() -> None:
+def test_tokens_that_only_the_teacher_rules_out_cost_a_finite_loss() -> None:
     merged, teacher = random_logits()
     teacher[:, 0] = -INF
     expected = kl_divergence(
@@ -148,7 +148,7 @@ def test_what_only_the_teacher_rules_out_costs_a_finite_loss() -> None:
     assert gradient(merged, teacher, mse=1.0).isfinite().all()
 
 
-def test_what_only_the_merged_model_rules_out_costs_an_infinite_loss_but_no_nan() -> None:
+def test_tokens_that_only_the_merged_model_rules_out_cost_an_infinite_loss_but_no_nan() -> None:
     merged, teacher = random_logits()
     merged[:, 0] = -INF
     assert float(logit_loss(merged, teacher, logits_settings())) == INF

@@ -1,4 +1,4 @@
-"""What a search reads, and how much of it is in memory."""
+"""Reads of a search, and how much of them is in memory."""
 
 from collections import Counter
 from pathlib import Path
@@ -32,7 +32,7 @@ def read_counts(
     return models, Counter(reads.order), reads.peak, reads.live
 
 
-def test_what_stays_in_memory_is_read_once_and_once_to_be_written(tmp_path: Path) -> None:
+def test_resident_weights_are_read_once_and_once_to_be_written(tmp_path: Path) -> None:
     _, counts, _, live = read_counts(tmp_path, 3, resident="always")
     assert set(counts.values()) == {2}
     assert live == 0

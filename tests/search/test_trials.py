@@ -116,7 +116,7 @@ def test_a_long_descent_follows_a_short_one_that_paid(
     assert len(asked) == descents
 
 
-def test_a_descent_is_looked_at_on_held_out_data_alone(
+def test_a_descent_is_judged_on_held_out_data_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []

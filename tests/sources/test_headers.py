@@ -1,4 +1,4 @@
-"""What is wrong with the sources' tensors, from their headers alone."""
+"""Problems of the sources' tensors, found in their headers alone."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ def save(folder: Path, shapes: Shapes, *, model_type: str = "llama") -> ModelRef
 
 
 def plan(models: Sequence[ModelReference], *weights: WeightInfo) -> Planned:
-    """What mergekit's planner would hand over."""
+    """A plan as mergekit's planner would make it."""
     planned = []
     for weight in weights:
         gather = GatherTensors(weight_info=ImmutableMap(data=dict.fromkeys(models, weight)))
@@ -67,7 +67,7 @@ NORM = WeightInfo(name="norm.weight")
 EMBEDDING = WeightInfo(name="embed.weight", vocabulary_axis=0)
 
 
-def test_tensors_that_agree_pass_and_their_shapes_are_told(check: Any) -> None:
+def test_tensors_that_agree_pass_and_their_shapes_are_returned(check: Any) -> None:
     shapes = {"norm.weight": [4], "embed.weight": [6, 4], "unplanned": [1]}
     found = check(shapes, {**shapes, "unplanned": [2]}, NORM, EMBEDDING)
     assert found == {"norm.weight": (4,), "embed.weight": (6, 4)}

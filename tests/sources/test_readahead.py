@@ -1,4 +1,4 @@
-"""What is asked for ahead of time is what will be read, and no more."""
+"""The bytes that are asked for ahead of time are those that will be read, and no more."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_a_file_that_is_gone_troubles_nobody(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("metric", ["identity", "sensitivity"])
-def test_what_a_sweep_comes_to_next_is_asked_for(metric: str, tmp_path: Path) -> None:
+def test_the_next_weights_of_a_sweep_are_asked_for(metric: str, tmp_path: Path) -> None:
     models = save_models(tmp_path, tiny_llama_config(num_hidden_layers=3), count=2)
     text = save_calibration(tmp_path / "text.jsonl")
     asked: list[Span] = []

@@ -23,7 +23,7 @@ def kept(place: Location, folder: Path) -> Sequences:
 @pytest.mark.parametrize(
     "index", [slice(None), slice(0, 1), slice(2, 6), slice(5, 9), torch.tensor([6, 0, 3])]
 )
-def test_what_is_kept_is_read_back(place: Location, index: slice | Tensor, tmp_path: Path) -> None:
+def test_kept_states_are_read_back(place: Location, index: slice | Tensor, tmp_path: Path) -> None:
     found = kept(place, tmp_path)
     assert found.shape == HIDDEN.shape
     assert found[index].equal(HIDDEN[index])
@@ -57,13 +57,13 @@ def test_auto_takes_the_host_as_long_as_it_has_room(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("offload", "outputs"), [("auto", "disk"), ("host", "host")])
-def test_what_units_put_out_leaves_the_memory_of_a_cpu_unless_told_otherwise(
+def test_outputs_of_units_go_to_disk_on_a_cpu_by_default(
     offload: Offload, outputs: Location, tmp_path: Path
 ) -> None:
     assert choose_storage(offload, 1000, CPU, tmp_path).outputs == outputs
 
 
-def test_what_units_put_out_is_kept_as_far_as_there_is_room(tmp_path: Path) -> None:
+def test_outputs_of_units_are_kept_as_far_as_there_is_room(tmp_path: Path) -> None:
     sizes: dict[Location, int] = {
         "host": psutil.virtual_memory().total,
         "disk": psutil.disk_usage(str(tmp_path)).free,

@@ -46,7 +46,7 @@ def test_ids_are_those_of_the_same_tokens(tmp_path: Path) -> None:
     assert torch.equal(found, torch.tensor([[2, 0], [1, 2]]))
 
 
-def test_what_a_model_lacks_is_unknown_to_it_and_so_is_padding(tmp_path: Path) -> None:
+def test_tokens_that_a_model_lacks_and_padding_are_unknown_to_it(tmp_path: Path) -> None:
     vocabulary, other = translations(tmp_path, bpe(["a", "b"]), bpe(["c", "a"]), "union")
     base = next(model for model in vocabulary.info.permutations if model != other.model)
     assert torch.equal(other.translated(torch.tensor([0, 1])), torch.tensor([2, 0]))
