@@ -1,4 +1,4 @@
-"""The README's table of architectures.
+"""The documented table of architectures.
 
 python -m tests.architectures.table    # merges all cases, and writes the table
 """
@@ -14,14 +14,14 @@ from tests.architectures.cases import CASES
 from tests.architectures.seen import Seen, see
 from tests.kit.texts import save_token_ids
 
-README = Path(__file__).parents[2] / "README.md"
+DOCUMENT = Path(__file__).parents[2] / "examples" / "architectures.md"
 _BEGIN, _END = "| what `dam` does |", "\n\n"
 LOST = "\\*"
 """Marks what mergekit's own `linear` loses weights of."""
 
 
 def table(all_seen: Sequence[Seen]) -> str:
-    """The README's table of architectures."""
+    """The documented table of architectures."""
     cells: dict[str, dict[bool, dict[str, None]]] = {}
     for seen in sorted(all_seen, key=lambda s: (s.row.startswith("refused"), s.row != "fitted")):
         title = seen.case.title + (LOST if seen.linear == "loses weights" else "")
@@ -39,8 +39,8 @@ def table(all_seen: Sequence[Seen]) -> str:
 
 
 def written_table() -> str:
-    """The table that the README has."""
-    text = README.read_text(encoding="utf-8")
+    """The table that the document has."""
+    text = DOCUMENT.read_text(encoding="utf-8")
     return text[text.index(_BEGIN) : text.index(_END, text.index(_BEGIN))]
 
 
@@ -51,8 +51,8 @@ def main() -> None:
         for name, case in CASES.items():
             seen.append(see(case, Path(folder) / name, texts))
             print(name, seen[-1].linear, "|", seen[-1].row, "|", seen[-1].refusal or "", flush=True)
-    text = README.read_text(encoding="utf-8")
-    README.write_text(text.replace(written_table(), table(seen)), encoding="utf-8")
+    text = DOCUMENT.read_text(encoding="utf-8")
+    DOCUMENT.write_text(text.replace(written_table(), table(seen)), encoding="utf-8")
 
 
 if __name__ == "__main__":

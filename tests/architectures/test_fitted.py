@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from mergekit_dam.coefficients.file import FILE_NAME, CoefficientFile
 from mergekit_dam.model.build import build_model
-from mergekit_dam.model.decoder import Decoder
 from mergekit_dam.model.names import WeightNames
+from mergekit_dam.model.probe import make_decoder
 from tests.architectures.case import OUTSIDE
 from tests.architectures.cases import CASES, MERGED
 from tests.architectures.seen import Seen, merged_of, unfound
@@ -33,8 +33,8 @@ def test_blocks_run_one_by_one_equal_the_whole_model_exactly(name: str) -> None:
     case = CASES[name]
     model = make_model(case.config(), kind=case.kind)
     model.config.architectures = [type(model).__name__]  # as it is saved
-    decoder, weights = Decoder(model.config, CPU), weights_of(model)
-    outside = {n: w for n, w in weights.items() if decoder.block_of(n) is None}
+    decoder, weights = make_decoder(model.config, CPU), weights_of(model)
+    outside = {n: w for n, w in weights.items() if decoder.names.block_of(n) is None}
     texts = [torch.arange(24).reshape(2, 12) + first for first in (4, 20)]
     with torch.no_grad():
         whole = [model(tokens, use_cache=False).logits for tokens in texts]

@@ -9,7 +9,7 @@ from transformers import (
 )
 
 from mergekit_dam.errors import ArchitectureError
-from mergekit_dam.model.decoder import Decoder
+from mergekit_dam.model.probe import make_decoder
 from tests.architectures.sizes import tiny
 from tests.kit.models import make_model, weights_of
 from tests.kit.parts import streamed
@@ -37,7 +37,7 @@ def test_every_causal_model_of_transformers_runs_in_parts_exactly_or_is_refused(
         except Exception:  # it needs sizes of its own, or a package
             continue
         try:
-            decoder = Decoder(model.config, torch.device("cpu"))
+            decoder = make_decoder(model.config, torch.device("cpu"))
         except ArchitectureError:
             refused.append(kind)
             continue

@@ -14,10 +14,10 @@ from examples.benchmarks import cost
 from examples.benchmarks.measuring.models import Models
 from examples.benchmarks.measuring.processes import Measured
 from examples.benchmarks.merge_cost import plot
+from examples.benchmarks.merge_cost.methods import REPLAY, Choices
 from examples.benchmarks.merge_cost.results import LINEAR
-from examples.benchmarks.merge_cost.rows import REPLAY, Choices
 from examples.benchmarks.merge_cost.run import measure_costs
-from examples.benchmarks.merge_cost.settings import Given, Settings, Sweep
+from examples.benchmarks.merge_cost.settings import Inputs, Settings, Sweep
 from mergekit_dam.errors import DamError
 from tests.kit.benchmarks import TINY_SHAPE, cells_of, never
 from tests.kit.merging import merge
@@ -32,7 +32,7 @@ def settings(tmp_path):
 def given(llama_models, calibration):
     names = ("first", "second")
     models = Models(dict(zip(names, map(str, llama_models.models), strict=True)))
-    return Given(models, dict(zip(names, map(str, calibration), strict=True)))
+    return Inputs(models, dict(zip(names, map(str, calibration), strict=True)))
 
 
 class Recorder:
@@ -180,8 +180,8 @@ class TestCommand:
         arguments += ["16", "--rounds", "1", "--out", str(tmp_path / "out")]
         arguments += ["--only", "replay", "--only", "bad", "--dam", "bad: sampels=3"]
         done = subprocess.run(
-            [sys.executable, str(Path(cost.__file__)), *arguments],
-            cwd=tmp_path,
+            [sys.executable, "-m", "examples.benchmarks.cost", *arguments],
+            cwd=Path(cost.__file__).parents[2],
             capture_output=True,
             text=True,
             timeout=600,

@@ -6,8 +6,8 @@ import pytest
 
 from examples.benchmarks.measuring.processes import Measured
 from examples.benchmarks.merge_cost import plot
+from examples.benchmarks.merge_cost.methods import REPLAY, Choices, select
 from examples.benchmarks.merge_cost.results import LINEAR, Comparison, Report, Row
-from examples.benchmarks.merge_cost.rows import REPLAY, Choices, select
 from mergekit_dam.errors import DamError
 from tests.kit.benchmarks import cells_of
 

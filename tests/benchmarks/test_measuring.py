@@ -16,7 +16,7 @@ from examples.benchmarks.measuring.merges import Point, configuration, merge_com
 from examples.benchmarks.measuring.models import resolve
 from examples.benchmarks.measuring.options import named_paths, output_folder, parse_variant
 from examples.benchmarks.measuring.processes import failure, run_measured
-from examples.benchmarks.measuring.rows import chosen, refuse_repeated
+from examples.benchmarks.measuring.selection import chosen, refuse_repeated
 from mergekit_dam.errors import DamError
 from tests.kit.adapters import save_adapter
 from tests.kit.merging import tensors_of

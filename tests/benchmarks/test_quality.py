@@ -18,7 +18,8 @@ from examples.benchmarks.merge_quality import regmean, results
 from examples.benchmarks.merge_quality.documents import Sources
 from examples.benchmarks.merge_quality.methods import REGMEAN, Choices
 from examples.benchmarks.merge_quality.results import LINEAR, OWN
-from examples.benchmarks.merge_quality.run import Settings, compare
+from examples.benchmarks.merge_quality.run import compare
+from examples.benchmarks.merge_quality.settings import Settings
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluate import EvaluationSettings, evaluate, read_tokens
 from tests.kit.benchmarks import cells_of, never
@@ -222,10 +223,9 @@ class TestCommand:
         arguments += ["--samples", "4", "--sequence-length", "16", "--out", str(tmp_path / "out")]
         arguments += ["--only", "dam", "--only", "regmean", "--only", "bad"]
         arguments += ["--dam", "bad: sampels=3"]
-        script = str(Path(quality.__file__))
         done = subprocess.run(
-            [sys.executable, script, *arguments],
-            cwd=tmp_path,
+            [sys.executable, "-m", "examples.benchmarks.quality", *arguments],
+            cwd=Path(quality.__file__).parents[2],
             capture_output=True,
             text=True,
             timeout=600,

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.benchmarks.measuring.models import Models
 from examples.benchmarks.merge_cost import page_cache, synthetic
-from examples.benchmarks.merge_cost.settings import Given, Settings, Sweep, every_case, parse_sweep
+from examples.benchmarks.merge_cost.settings import Inputs, Settings, Sweep, every_case, parse_sweep
 from mergekit_dam.errors import DamError
 from tests.kit.benchmarks import TINY_SHAPE
 from tests.kit.texts import calibration_tokens
@@ -38,7 +38,7 @@ class TestSizes:
         assert every_case(TINY_SHAPE, settings, []) == [({}, TINY_SHAPE, settings)]
 
     def test_models_that_are_given_keep_their_shape(self, tmp_path):
-        given = Given(Models({"a": "/a"}), {})
+        given = Inputs(Models({"a": "/a"}), {})
         settings = Settings(out=tmp_path)
         with pytest.raises(DamError, match="pass --synthetic, or sweep samples or sequence_length"):
             every_case(given, settings, [Sweep("layers", (1,))])

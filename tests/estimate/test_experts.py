@@ -60,7 +60,6 @@ def test_a_plan_counts_the_flops_of_experts_that_tokens_are_sent_to(tmp_path: Pa
     plan, found = planned("qwen2-moe", tmp_path)
     decoder = plan.stages[0].models.output
     decoder.model.set_attn_implementation("eager")  # type: ignore[operator]
-    decoder.calls.cache_clear()
     part, weights = block_part(decoder, 1), block_of("qwen2-moe")[1]
     with FlopCounterMode(display=False) as counted:
         part.run(weights, randn(2, found.text.length, found.hidden))

@@ -31,7 +31,6 @@ class TestWork:
         found = take_inventory(plan)
         decoder = plan.stages[0].models.output
         decoder.model.set_attn_implementation("eager")  # type: ignore[operator]
-        decoder.calls.cache_clear()
         part = block_part(decoder, 0) if kind == "block" else output_part(decoder)
         stage = plan.stages[1 if kind == "block" else -1]
         weights = {

@@ -1,4 +1,4 @@
-"""Private names of mergekit and transformers stand in one file each: their next release breaks it."""
+"""Private names of mergekit and transformers stand in one file each."""
 
 import ast
 from collections.abc import Iterator

@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from mergekit_dam.coefficients.record import MergeRecord
-from mergekit_dam.parameters import LogitsSettings
+from mergekit_dam.parameters import RunParameters
 from mergekit_dam.search.gradient import Batch, Objective
 from mergekit_dam.streams.boundaries import BoundaryStates
 from tests.kit.networks import Made
 from tests.kit.settings import logits_settings
 
 
-def plain_loss(merged: Tensor, teacher: Tensor, settings: LogitsSettings) -> Tensor:
+def plain_loss(merged: Tensor, teacher: Tensor, settings: RunParameters) -> Tensor:
     """The loss of logits `[sequences, length, vocabulary]`, a mean over their tokens."""
     t = settings.temperature
     q, p = log_softmax(merged / t, -1), log_softmax(teacher / t, -1)
@@ -27,7 +27,7 @@ def plain_loss(merged: Tensor, teacher: Tensor, settings: LogitsSettings) -> Ten
 
 
 def plain(
-    made: Made, point: MergeRecord, batches: Sequence[Batch], settings: LogitsSettings
+    made: Made, point: MergeRecord, batches: Sequence[Batch], settings: RunParameters
 ) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients by the coefficients of every tensor, all models in one graph, fp64."""
     rows = {n: c.double().requires_grad_() for n, c in point.coefficients.items()}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.coefficients.record import MergeRecord
-from mergekit_dam.parameters import LogitsSettings
+from mergekit_dam.parameters import RunParameters
 from mergekit_dam.search.descend import batches_of
 from tests.kit.autograd import plain_loss
 from tests.kit.networks import Made
@@ -17,12 +17,12 @@ from tests.kit.networks import Made
 SEED = 3
 
 
-def steps_of(settings: LogitsSettings) -> int:
+def steps_of(settings: RunParameters) -> int:
     assert settings.steps is not None
     return settings.steps
 
 
-def rate_of(settings: LogitsSettings) -> float:
+def rate_of(settings: RunParameters) -> float:
     assert settings.learning_rate is not None
     return settings.learning_rate
 
@@ -57,7 +57,7 @@ class Adam:
             unknown -= change
 
 
-def plain_rate(settings: LogitsSettings, step: int) -> float:
+def plain_rate(settings: RunParameters, step: int) -> float:
     """Learning rate of a step, counted from 0."""
     rate, steps = rate_of(settings), steps_of(settings)
     warm = math.ceil(settings.warmup * steps)
@@ -71,7 +71,7 @@ def plain_rate(settings: LogitsSettings, step: int) -> float:
 
 
 def plain_penalty(
-    rows: Mapping[str, Tensor], settings: LogitsSettings, weights: Mapping[str, Tensor]
+    rows: Mapping[str, Tensor], settings: RunParameters, weights: Mapping[str, Tensor]
 ) -> Tensor:
     """Of coefficients `[models, n]` by tensor."""
     total = torch.zeros((), dtype=torch.float64)
@@ -97,7 +97,7 @@ INVERT = {"none": lambda x: x, "tanh": torch.atanh, "sigmoid": torch.logit, "rel
 
 
 def plain_descent(
-    made: Made, settings: LogitsSettings, weights: Mapping[str, Tensor], start: MergeRecord
+    made: Made, settings: RunParameters, weights: Mapping[str, Tensor], start: MergeRecord
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Coefficients after all steps, and the loss of every step; fp64, one graph."""
     form = made.settings.parametrisation
@@ -109,7 +109,7 @@ def plain_descent(
     }
     axes = {name: own.axis for name, own in made.coordinates.items()}
     optimizer = Adam(unknowns, settings.mofo_fraction if settings.optimizer == "mofo" else None)
-    batches = batches_of(made.data(), settings.batch_size, SEED)
+    batches = batches_of(made.data(), made.settings.loss_weights, settings.batch_size, SEED)
 
     def coefficients() -> dict[str, Tensor]:
         return {

@@ -6,14 +6,13 @@ logits = made.logits(made.differentiable(point), tokens)
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from mergekit.common import ModelReference
-from mergekit.graph import Task
 from torch import Tensor
 from torch.func import functional_call
 from transformers import PretrainedConfig, PreTrainedModel
@@ -21,12 +20,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.coefficients.tensors import TensorSettings, TensorSpec
 from mergekit_dam.model.decoder import Decoder
-from mergekit_dam.parameters import Resident, RunSettings
+from mergekit_dam.model.probe import hidden_size, make_decoder
+from mergekit_dam.parameters import Resident, RunParameters
 from mergekit_dam.search.coordinates import Coordinate, coordinates_of
-from mergekit_dam.search.data import Data
 from mergekit_dam.search.gradient import Batch
 from mergekit_dam.sources.network import Network
-from mergekit_dam.sources.stage import Models, Stage
+from mergekit_dam.sources.readahead import Span
+from mergekit_dam.sources.stage import Loaded, Models, Stage
+from mergekit_dam.streams.share import Share
 from mergekit_dam.streams.stream import Stream
 from tests.kit.models import ARCHITECTURES, fine_tunes, make_model, parameters_of
 from tests.kit.parts import hidden_of, stage_of, stages_of
@@ -34,25 +35,11 @@ from tests.kit.settings import run_settings, tensor_settings
 from tests.kit.tensors import CPU, tokens_of
 
 
-@dataclass(eq=False)
-class Tensors:
-    """One tensor of every source, and how often it was asked for."""
+@dataclass
+class CountedNetwork(Network):
+    """A network of tensors in memory, which counts how often each stage is read."""
 
-    tensors: Mapping[ModelReference, Tensor]
-    reads: int = 0
-
-
-class Given(Task[Any], frozen=True, arbitrary_types_allowed=True):
-    """Stands for mergekit's gather of a tensor."""
-
-    given: Tensors
-
-    def arguments(self) -> dict[str, Task[Any]]:
-        return {}
-
-    def execute(self, **_: Any) -> dict[ModelReference, Tensor]:
-        self.given.reads += 1
-        return dict(self.given.tensors)
+    reads: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -63,7 +50,7 @@ class Made:
     sources: Sequence[PreTrainedModel]
     base: int | None
     settings: TensorSettings
-    run: RunSettings
+    run: RunParameters
     written: torch.dtype | None = None
 
     @property
@@ -73,40 +60,46 @@ class Made:
 
     @cached_property
     def decoder(self) -> Decoder:
-        return Decoder(self.config, CPU)
+        return make_decoder(self.config, CPU)
 
     @cached_property
     def weights(self) -> list[dict[str, Tensor]]:
         """Parameters of every source by name; a tied one goes by its first name."""
         return [parameters_of(source) for source in self.sources]
 
-    def network(self, resident: Resident = "auto") -> Network:
+    def network(self, resident: Resident = "auto") -> CountedNetwork:
         order = tuple(ModelReference.model_validate(f"m{i}") for i in range(len(self.sources)))
         models = Models(self.decoder, (self.decoder,) * len(order), order, self.run)
-        stages, gathers = [], []
+        stages = []
         for kind, index in stages_of(self.decoder):
             own = [
-                self._plan(n) for n in self.weights[0] if stage_of(self.decoder, n) == (kind, index)
+                self._spec(n) for n in self.weights[0] if stage_of(self.decoder, n) == (kind, index)
             ]
             tied = self.tied_to if kind == "output" else None
-            borrowed = [] if tied is None else [self._plan(tied)]
+            borrowed = [] if tied is None else [self._spec(tied)]
             stages.append(Stage(models, kind, index, own, borrowed))
-            gathers.append([Given(given=self._given(plan, order)) for plan in (*own, *borrowed)])
-        return Network(stages, gathers, CPU, resident)
+
+        def load(number: int) -> Loaded:
+            network.reads[number] += 1
+            return {
+                spec.name: {m: own[spec.name] for m, own in zip(order, self.weights, strict=True)}
+                for spec in stages[number].all_tensors
+            }
+
+        def spans(_: int) -> tuple[Span, ...]:
+            return ()  # nothing lies in a file
+
+        network = CountedNetwork(stages, load, spans, CPU, resident, reads=[0] * len(stages))
+        return network
 
     @property
     def tied_to(self) -> str | None:
         """The embedding that is the head too."""
-        name = self.decoder.canonical(f"{self.decoder.head_name}.weight")
+        name = self.decoder.names.canonical(f"{self.decoder.head_name}.weight")
         return name if name != f"{self.decoder.head_name}.weight" else None
 
-    def _plan(self, name: str) -> TensorSpec:
+    def _spec(self, name: str) -> TensorSpec:
         return TensorSpec(name, self.settings, self.written)
-
-    def _given(self, plan: TensorSpec, order: Sequence[ModelReference]) -> Tensors:
-        return Tensors(
-            {model: own[plan.name] for model, own in zip(order, self.weights, strict=True)}
-        )
 
     @cached_property
     def coordinates(self) -> dict[str, Coordinate]:
@@ -115,7 +108,7 @@ class Made:
         for number in range(len(network.stages)):
             opened = network.open(number)
             last = number == len(network.stages) - 1
-            hidden = torch.zeros(1, 4, self.decoder._hidden_size())
+            hidden = torch.zeros(1, 4, hidden_size(self.decoder))
             like = hidden if number else torch.zeros(1, 4, dtype=torch.long)
             head = self.decoder.head_name if last else None
             for coordinate in coordinates_of(opened, opened.anatomy(like), head):
@@ -181,10 +174,10 @@ class Made:
             for tokens in [tokens_of(k, sequences)]
         ]
 
-    def data(self, sequences: int = 5, held_out: int = 2) -> list[Data]:
-        """Calibration data of every model."""
+    def data(self, sequences: int = 5, held_out: int = 2) -> list[Stream]:
+        """Calibration data of every model: its own run to the end, the merged one at its start."""
         return [
-            Data(k, self.settings.loss_weights[k], tokens, self.last_hidden(k, tokens), held_out)
+            Stream(k, self.last_hidden(k, tokens), tokens, Share.of_all(len(tokens), held_out))
             for k in self.merged
             for tokens in [tokens_of(k, sequences)]
         ]
@@ -203,7 +196,7 @@ def make(
     dtype: torch.dtype = torch.float32,
     written: torch.dtype | None = None,
     sum_to_one: bool = True,
-    run: RunSettings | None = None,
+    run: RunParameters | None = None,
     config: PretrainedConfig | None = None,
     **settings: Any,
 ) -> Made:
@@ -230,7 +223,7 @@ def make(
         config,
         [source.to(dtype) for source in sources],  # type: ignore[arg-type]
         index,
-        replace(plain, **settings),
+        plain.model_copy(update=settings),
         run or run_settings(),
         written,
     )

@@ -13,12 +13,10 @@ from unittest import mock
 import torch
 
 from mergekit_dam.streams import distributed
-from mergekit_dam.streams.share import Split
 from mergekit_dam.streams.stream import Stream
 from tests.kit.merging import Merged
 
 BIN = Path(sys.executable).parent
-SPLITS: tuple[Split, ...] = ("fit", "held_out")
 
 
 def torchrun(*command: str | Path) -> subprocess.Popen[str]:

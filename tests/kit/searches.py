@@ -1,6 +1,5 @@
 """Searches that take a second or two."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from mergekit_dam.search.search import search
 from tests.kit.merging import Merged, dam, merge
 from tests.kit.models import Models
 from tests.kit.networks import Made
-from tests.kit.settings import logits_settings, run_settings
+from tests.kit.settings import run_settings
 
 SAMPLES, HELD_OUT = 12, 4
 POLISH: dict[str, Any] = {
@@ -42,14 +41,7 @@ def polished(
     return merge(dam(models.models, calibration, base=own, **settings), out)
 
 
-def quiet(_: str) -> None:
-    pass
-
-
-def searched(made: Made, scratch: Path, *, show: Any = quiet, **changes: Any) -> MergeRecord:
-    logits = logits_settings(steps=2, batch_size=4, learning_rate=5e-3)
-    settings = dataclasses.replace(run_settings(), objective="layer+logits", logits=logits)
-    settings = dataclasses.replace(settings, **changes)
-    return search(
-        made.network(), made.streams(9, 3), settings, made.average(), scratch=scratch, show=show
-    )
+def searched(made: Made, scratch: Path, **changes: Any) -> MergeRecord:
+    small = {"steps": 2, "batch_size": 4, "learning_rate": 5e-3, "objective": "layer+logits"}
+    settings = run_settings(**{**small, **changes})
+    return search(made.network(), made.streams(9, 3), settings, made.average(), scratch=scratch)

@@ -5,7 +5,7 @@ from typing import Any
 
 from mergekit_dam.coefficients.parametrisation import Parametrisation
 from mergekit_dam.coefficients.tensors import TensorSettings
-from mergekit_dam.parameters import ExpertFeed, LogitsSettings, Objective, RunSettings
+from mergekit_dam.parameters import ExpertFeed, Granularity, Objective, RunParameters
 
 PLAIN: dict[str, Any] = {
     "nonlinearity": "none",
@@ -21,27 +21,17 @@ PLAIN: dict[str, Any] = {
 }
 
 
-def logits_settings(**changes: Any) -> LogitsSettings:
-    """Settings with everything off, but for what is changed."""
-    return LogitsSettings(**{**PLAIN, **changes})
+def logits_settings(**changes: Any) -> RunParameters:
+    """Parameters of the end-to-end objective with everything off, but for what is changed."""
+    return RunParameters(**{**PLAIN, **changes})
 
 
 def run_settings(
-    holdout: float = 0.25, objective: Objective = "layer", **logits: Any
-) -> RunSettings:
-    """Settings of a whole merge."""
-    return RunSettings(
-        holdout=holdout,
-        objective=objective,
-        metric="identity",
-        logits=logits_settings(**logits),
-        start="average",
-        resident="auto",
-        stream_offload="auto",
-        gpu_memory=None,
-        forward_dtype="auto",
-        seed=0,
-    )
+    holdout: float = 0.25, objective: Objective = "layer", **changes: Any
+) -> RunParameters:
+    """Parameters of a whole merge."""
+    fixed = {"holdout": holdout, "objective": objective, "metric": "identity", "seed": 0}
+    return RunParameters(**{**PLAIN, **fixed, **changes})
 
 
 def tensor_settings(
@@ -50,7 +40,7 @@ def tensor_settings(
     base: int | None = None,
     sum_to_one: bool = True,
     ridge: float = 1e-3,
-    granularity: str = "column",
+    granularity: Granularity = "column",
     loss_weights: Sequence[float] | None = None,
     embeddings: bool = True,
     norms: bool = True,

@@ -14,7 +14,9 @@ from mergekit_dam.layers.fit import fit_stage
 from mergekit_dam.layers.state import Walk
 from mergekit_dam.model.decoder import Decoder
 from mergekit_dam.model.part import Part
+from mergekit_dam.model.probe import input_or_output, make_decoder
 from mergekit_dam.sources.stage import Models, Stage, open_stage
+from mergekit_dam.streams.share import Share
 from mergekit_dam.streams.stream import Stream
 from tests.kit.models import ARCHITECTURES, fine_tunes
 from tests.kit.parts import stage_of, stages_of
@@ -36,7 +38,7 @@ class Merge:
 
     def run(self) -> tuple[dict[str, Tensor], MergeRecord]:
         """Merged tensors by name, and the record."""
-        decoder = Decoder(self.config, CPU)
+        decoder = make_decoder(self.config, CPU)
         order = tuple(ModelReference.model_validate(f"m{i}") for i in range(len(self.models)))
         models = Models(decoder, (decoder,) * len(order), order, run_settings(0.25))
         weights = [dict(model.named_parameters()) for model in self.models]
@@ -50,7 +52,7 @@ class Merge:
             }
             stage = Stage(models, kind, index, plans)
             opened = open_stage(stage, loaded, CPU)
-            result = fit_stage(opened, self.streams, record, show=lambda _: None)
+            result = fit_stage(opened, self.streams, record)
             merged.update(result.merged)
         return merged, record
 
@@ -93,9 +95,9 @@ def walk_of(
     """A walk at its start, through a part of two fine-tunes; the data is model 1's alone."""
     config = ARCHITECTURES[name]()
     models = fine_tunes(config, 2, scale)
-    decoder = Decoder(config, CPU)
+    decoder = make_decoder(config, CPU)
     part = make(decoder)
-    places = decoder.input_or_output(frozenset(n for n, _ in models[0].named_parameters()))
+    places = input_or_output(decoder, frozenset(n for n, _ in models[0].named_parameters()))
     names = [
         n
         for n, _ in models[0].named_parameters()
@@ -111,7 +113,7 @@ def walk_of(
         for n in names
     }
     weights = {n: s.merged(s.start()) for n, s in sources.items()}
-    stream = Stream(1, entering, entering + displacement, 0)
+    stream = Stream(1, entering, entering + displacement, Share.of_all(len(entering)))
     anatomy = part.anatomy(weights, entering)
     walk = Walk(part, [part, part], sources, [stream], anatomy, weights, lambda _: None)
     return walk, models

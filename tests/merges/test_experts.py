@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from mergekit_dam.coefficients.file import CoefficientFile
 from mergekit_dam.coefficients.merge import column_counts, merge_weights, rows_of_expert
 from mergekit_dam.errors import DamError
-from mergekit_dam.sources import fused as fused_module
+from mergekit_dam.host import fused as fused_module
 from mergekit_dam.streams.storage import Storage
 from tests.kit.merging import Merged, dam, linear, merge, tensors_of
 from tests.kit.mixtures import CONFIGS, EXPERTS, FUSED, afmoe, fused_weights, save_mixtures

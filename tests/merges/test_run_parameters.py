@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from mergekit_dam.model.decoder import Decoder
 from mergekit_dam.parameters import RunParameters
-from mergekit_dam.request.prepare import run_settings
 from tests.kit.merging import dam, merge, one_sweep_and_a_search, rows, tensors_of
 from tests.kit.models import HEAD, MLP, Models
 from tests.kit.texts import Calibration, save_calibration
@@ -216,7 +215,7 @@ class TestObjective:
             ("float32", torch.float32, torch.float32),
             ("bfloat16", torch.bfloat16, torch.bfloat16),
         ):
-            settings = run_settings(RunParameters(forward_dtype=asked), seed=0)
+            settings = RunParameters(forward_dtype=asked)
             assert (settings.dtype_on(cuda), settings.dtype_on(cpu)) == (on_cuda, on_cpu)
 
     def test_a_fit_goes_on_from_an_earlier_merge(

@@ -9,7 +9,7 @@ from mergekit.options import MergeOptions
 from transformers import AutoTokenizer
 
 from mergekit_dam.errors import CalibrationError
-from mergekit_dam.request.prepare import prepare
+from mergekit_dam.host.prepare import prepare
 from tests.kit.merging import dam, merge
 from tests.kit.models import make_model, tiny_llama_config
 from tests.kit.texts import calibration_tokens, save_text

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_dam.demo.training import train_tokenizer
 from mergekit_dam.evaluate import EvaluationSettings, evaluate
-from mergekit_dam.request.prepare import prepare
+from mergekit_dam.host.prepare import prepare
 from tests.kit.merging import Merged, dam, merge
 from tests.kit.models import EMBEDDING, HEAD, Models, make_model, tiny_llama_config
 from tests.kit.texts import save_text

@@ -13,6 +13,7 @@ from transformers import (
 
 from mergekit_dam.errors import ArchitectureError
 from mergekit_dam.model.decoder import Decoder
+from mergekit_dam.model.probe import input_or_output, make_decoder
 from tests.kit.models import ARCHITECTURES, VOCAB_SIZE, make_model, tiny_llama_config, weights_of
 from tests.kit.parts import of_block, streamed
 from tests.kit.tensors import CPU, tokens_of
@@ -21,7 +22,7 @@ TIED = ("llama-tied", "gpt2", "gemma2", "gemma3", "falcon", "bloom", "cohere", "
 
 
 def decoder_of(config: PretrainedConfig) -> Decoder:
-    return Decoder(config, CPU)
+    return make_decoder(config, CPU)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -47,15 +48,15 @@ def test_a_decoder_holds_no_weights(name: str) -> None:
 def test_every_parameter_acts_in_one_place(name: str) -> None:
     decoder = decoder_of(ARCHITECTURES[name]())
     names = [n for n, _ in decoder.model.named_parameters()]
-    outside = frozenset(n for n in names if decoder.block_of(n) is None)
-    parts = decoder.input_or_output(outside)
+    outside = frozenset(n for n in names if decoder.names.block_of(n) is None)
+    parts = input_or_output(decoder, outside)
     assert parts.keys() == outside
     for full, part in parts.items():
         at_the_end = "final" in full or "lm_head" in full or full.split(".")[1] in ("norm", "ln_f")
         assert part == ("output" if at_the_end else "input"), full
     for index, block in enumerate(decoder.blocks):
-        own = {n for n in names if decoder.block_of(n) == index}
-        prefix = f"{decoder.block_name(index)}."
+        own = {n for n in names if decoder.names.block_of(n) == index}
+        prefix = f"{decoder.names.block_name(index)}."
         assert {n for n, _ in block.named_parameters()} == {n.removeprefix(prefix) for n in own}
     assert len(decoder.blocks) == 2
 
@@ -64,14 +65,14 @@ def test_every_parameter_acts_in_one_place(name: str) -> None:
 def test_the_head_is_found_and_known_to_be_tied_or_not(name: str) -> None:
     decoder = decoder_of(ARCHITECTURES[name]())
     assert decoder.head_name == "lm_head"
-    tied = decoder.canonical("lm_head.weight") != "lm_head.weight"
+    tied = decoder.names.canonical("lm_head.weight") != "lm_head.weight"
     assert tied == (name in TIED)
 
 
 def test_parts_of_names_that_no_forward_uses_are_absent() -> None:
     decoder = decoder_of(tiny_llama_config())
     names = frozenset({"model.embed_tokens.weight", "model.norm.weight", "model.rotary.weight"})
-    assert decoder.input_or_output(names) == {
+    assert input_or_output(decoder, names) == {
         "model.embed_tokens.weight": "input",
         "model.norm.weight": "output",
     }
@@ -79,13 +80,13 @@ def test_parts_of_names_that_no_forward_uses_are_absent() -> None:
 
 def test_the_place_of_a_parameter_follows_from_its_name() -> None:
     decoder = decoder_of(tiny_llama_config(tie_word_embeddings=True))
-    assert decoder.canonical("lm_head.weight") == "model.embed_tokens.weight"
-    assert decoder.canonical("model.norm.weight") == "model.norm.weight"
-    assert decoder.canonical("model.other.weight") is None
-    assert decoder.block_of("model.layers.1.mlp.up_proj.weight") == 1
-    assert decoder.block_of("model.layers.x.weight") is None
-    assert decoder.block_of("model.layersnorm.weight") is None
-    assert decoder.block_name(1) == "model.layers.1"
+    assert decoder.names.canonical("lm_head.weight") == "model.embed_tokens.weight"
+    assert decoder.names.canonical("model.norm.weight") == "model.norm.weight"
+    assert decoder.names.canonical("model.other.weight") is None
+    assert decoder.names.block_of("model.layers.1.mlp.up_proj.weight") == 1
+    assert decoder.names.block_of("model.layers.x.weight") is None
+    assert decoder.names.block_of("model.layersnorm.weight") is None
+    assert decoder.names.block_name(1) == "model.layers.1"
 
 
 def test_a_block_runs_on_hidden_states_of_any_content_and_keeps_them() -> None:
@@ -119,10 +120,14 @@ def test_gradients_flow_to_the_weights_handed_in() -> None:
 
 def test_moving_takes_buffers_along_and_forgets_recorded_calls() -> None:
     decoder = decoder_of(tiny_llama_config())
-    decoder.calls(1, 4)
+    hidden, weights = torch.randn(1, 4, 16), weights_of(make_model(tiny_llama_config()))
+    with torch.no_grad():
+        decoder.run_block(0, of_block(decoder, 0, weights), hidden)
     decoder.move(torch.device("meta"))
     assert {buffer.device.type for buffer in decoder.model.buffers()} == {"meta"}
-    assert decoder.calls.cache_info().currsize == 0
+    block = {n: w.to("meta") for n, w in of_block(decoder, 0, weights).items()}
+    with torch.no_grad():  # what was recorded on the other device would not run
+        assert decoder.run_block(0, block, hidden.to("meta")).device.type == "meta"
     decoder.move(torch.device("meta"))  # nothing to do
 
 
@@ -133,7 +138,7 @@ def test_a_moved_decoder_runs_on_its_new_device(name: str) -> None:
     device = torch.device("cuda:0")
     model = make_model(ARCHITECTURES[name]())
     decoder = decoder_of(model.config)
-    decoder.calls(3, 12)
+    streamed(decoder, weights_of(model), tokens_of(0, 3))
     decoder.move(device)
     tokens = tokens_of(0, 3).to(device)
     nn.Module.to(model, device)

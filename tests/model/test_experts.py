@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mergekit_dam.model.anatomy import examine
-from mergekit_dam.model.decoder import Decoder
 from mergekit_dam.model.experts import run_expert
 from mergekit_dam.model.part import block_part
+from mergekit_dam.model.probe import make_decoder
 from tests.kit.mixtures import CONFIGS, EXPERTS, FUSED, block_of
 from tests.kit.models import make_model
 from tests.kit.tensors import CPU, LENGTH, randn
@@ -53,9 +53,9 @@ def test_a_routers_correction_of_its_scores_is_part_of_the_forward_pass() -> Non
     buffers = dict(model.named_buffers())
     (name,) = (n for n in buffers if n.endswith("e_score_correction_bias"))
     buffers[name].copy_(torch.tensor([3.0, -3.0, 2.0, -2.0]))
-    decoder = Decoder(model.config, CPU)
+    decoder = make_decoder(model.config, CPU)
     part = block_part(decoder, 1)
-    assert decoder.canonical(name) == name
+    assert decoder.names.canonical(name) == name
     own = {n: w for n, w in model.state_dict().items() if n.startswith(part.prefix)}
     weights = {n.removeprefix(part.prefix): w for n, w in own.items()}
     x = randn(1, LENGTH, 16)
@@ -68,7 +68,7 @@ def test_a_routers_correction_of_its_scores_is_part_of_the_forward_pass() -> Non
 
 
 def test_models_that_hand_out_their_routers_logits_are_cut_into_blocks_too() -> None:
-    Decoder(CONFIGS["mixtral"](output_router_logits=True), CPU)
+    make_decoder(CONFIGS["mixtral"](output_router_logits=True), CPU)
 
 
 class Listed(nn.Module):

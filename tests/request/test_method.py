@@ -1,7 +1,5 @@
 """The entry in mergekit's registry."""
 
-import dataclasses
-
 import pytest
 import torch
 from mergekit import merge_methods
@@ -11,14 +9,14 @@ from pydantic import ValidationError
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.parameters import (
+    NAME,
     LogitsParameters,
-    LogitsSettings,
     ModelParameters,
     RunParameters,
     TensorParameters,
 )
 from mergekit_dam.request.help import HEADINGS, SCOPES, fields, parameter_help, parameter_tables
-from mergekit_dam.request.method import NAME, DamMerge
+from mergekit_dam.request.method import DamMerge
 
 
 def test_mergekit_knows_the_method() -> None:
@@ -98,10 +96,7 @@ def test_every_parameter_is_in_one_table() -> None:
         assert parameter_tables().count(f"\n| `{row.name}` | {row.type} | {row.default} |") == 1
 
 
-def test_parameters_of_the_logits_are_settings_of_the_logits() -> None:
-    """But for the temperature, which the fit of the head has as well, and the start."""
-    settings = {field.name for field in dataclasses.fields(LogitsSettings)}
-    assert settings - {"temperature"} == LogitsParameters.model_fields.keys() - {"start"}
+def test_the_table_of_the_logits_has_the_parameters_that_layer_fits_do_not_read() -> None:
     in_table = {row.name for row in parameter_help() if row.table == "logits"}
     assert in_table == LogitsParameters.model_fields.keys()
 

@@ -7,22 +7,27 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mergekit_dam.search.data import Data
 from mergekit_dam.search.descend import batches_of, verdict_of
 from mergekit_dam.search.gradient import Batch
+from mergekit_dam.streams.share import Share
 from mergekit_dam.streams.stream import Stream
 from tests.kit.networks import make
 from tests.kit.processes import streams_of
 
 
-def numbered(count: int, held_out: int, source: int = 0) -> Data:
+def numbered(count: int, held_out: int, source: int = 0) -> Stream:
     """Data whose every sequence is its number."""
     tokens = torch.arange(count)[:, None].expand(-1, 3)
-    return Data(source, 1.0 + source, tokens, tokens[..., None].float(), held_out)
+    share = Share.of_all(count, held_out)
+    return Stream(source, tokens[..., None].float(), tokens, share)
 
 
-def drawn(data: Sequence[Data], size: int, seed: int, count: int) -> list[list[Batch]]:
-    return list(itertools.islice(batches_of(data, size, seed), count))
+WEIGHTS = (1.0, 2.0)
+"""Loss weights of the sources."""
+
+
+def drawn(data: Sequence[Stream], size: int, seed: int, count: int) -> list[list[Batch]]:
+    return list(itertools.islice(batches_of(data, WEIGHTS, size, seed), count))
 
 
 def test_batches_go_through_the_sequences_of_the_fit_alone_and_evenly() -> None:
@@ -35,7 +40,7 @@ def test_batches_go_through_the_sequences_of_the_fit_alone_and_evenly() -> None:
     for batch in found:
         for own, source in zip(batch, data, strict=True):
             assert own.teacher[..., 0].equal(own.tokens.float())
-            assert (own.source, own.weight) == (source.source, source.weight)
+            assert (own.source, own.weight) == (source.source, WEIGHTS[source.source])
 
 
 def test_batches_are_no_larger_than_the_data() -> None:
@@ -55,17 +60,14 @@ def test_without_held_out_data_the_data_of_the_fit_judges() -> None:
     made = make()
     network, point, data = made.network(), made.point(), made.data(held_out=0)
     assert verdict_of(network, point, data).losses[0] > 0
-    judged = [replace(own, held_out=len(own.tokens)) for own in data]
+    judged = [replace(own, share=replace(own.share, held_out=own.merged.shape[0])) for own in data]
     assert verdict_of(network, point, data) == verdict_of(network, point, judged)
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_batches_of_all_processes_make_those_of_one(size: int) -> None:
     def batches(stream: Stream) -> list[set[int]]:
-        tokens = stream.merged
-        assert isinstance(tokens, torch.Tensor)
-        data = [Data(0, 1.0, tokens, tokens, stream.held_out, stream.numbers)]
-        drawn = batches_of(data, 2, seed=3)
+        drawn = batches_of([stream], WEIGHTS, 2, seed=3)
         found = []
         for _ in range(8):
             (batch,) = next(drawn)
@@ -82,9 +84,6 @@ def test_batches_of_all_processes_make_those_of_one(size: int) -> None:
 
 def test_held_out_sequences_are_numbered_from_the_first_of_them() -> None:
     for stream in streams_of(2, 7, 3, turn=0):
-        tokens = stream.merged
-        assert isinstance(tokens, torch.Tensor)
-        data = Data(0, 1.0, tokens, tokens, stream.held_out, stream.numbers)
-        held_out = data.of("held_out")
-        assert [4 + n for n in held_out.own] == held_out.tokens[:, 0].tolist()
-        assert held_out.stream(held_out.tokens).count("held_out") == 3
+        held_out = stream.of("held_out")
+        assert [4 + n for n in held_out.share.numbers] == held_out.merged[:][:, 0].tolist()
+        assert held_out.share.count("held_out") == 3

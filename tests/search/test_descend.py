@@ -12,15 +12,15 @@ from torch import Tensor
 
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.errors import ConfigError
-from mergekit_dam.parameters import LogitsSettings, Resident
+from mergekit_dam.parameters import Resident, RunParameters
 from mergekit_dam.search import descend as descend_module
 from mergekit_dam.search.coordinates import coefficients_of, starting_unknowns
-from mergekit_dam.search.data import Data
 from mergekit_dam.search.descend import Descent, descend, verdict_of
 from mergekit_dam.search.gradient import Objective
 from mergekit_dam.search.judge import Verdict
 from mergekit_dam.search.regularisers import column_weights
 from mergekit_dam.streams.boundaries import BoundaryStates
+from mergekit_dam.streams.stream import Stream
 from tests.kit.autograd import plain_loss
 from tests.kit.descents import SEED, plain_descent, rate_of, steps_of
 from tests.kit.networks import Made, make
@@ -33,11 +33,11 @@ WORST = Verdict((math.inf,), (1.0,))
 def run(
     made: Made,
     folder: Path,
-    settings: LogitsSettings,
+    settings: RunParameters,
     *,
     start: MergeRecord | None = None,
     verdict: Verdict = WORST,
-    data: Sequence[Data] | None = None,
+    data: Sequence[Stream] | None = None,
     resident: Resident = "auto",
     weights: Mapping[str, Tensor] | None = None,
 ) -> Descent:
@@ -52,7 +52,6 @@ def run(
         steps=steps_of(settings),
         column_weights=weights or {},
         seed=SEED,
-        show=lambda _: None,
     )
 
 
@@ -82,7 +81,7 @@ DESCENTS: dict[str, dict[str, Any]] = {
 def check(
     made: Made,
     folder: Path,
-    settings: LogitsSettings,
+    settings: RunParameters,
     *,
     weights: Mapping[str, Tensor] | None = None,
     start: MergeRecord | None = None,
@@ -220,7 +219,7 @@ def test_the_verdict_is_the_kl_of_whole_models_on_held_out_sequences(name: str) 
     rows = {n: c.double() for n, c in point.coefficients.items()}
     weights = made.differentiable(rows, point.axes)
     for own, loss in zip(data, verdict.losses, strict=True):
-        tokens = own.tokens[-2:]
+        tokens = own.merged[-2:]
         teacher = made.logits(made.weights[own.source], tokens)
         expected = plain_loss(made.logits(weights, tokens), teacher, logits_settings())
         assert loss == pytest.approx(float(expected), rel=1e-5)

@@ -10,13 +10,12 @@ from mergekit_dam.search.descend import verdict_of
 from mergekit_dam.search.gradient import Objective
 from mergekit_dam.search.search import survey
 from mergekit_dam.sources import network as network_module
-from mergekit_dam.sources.network import Network
 from mergekit_dam.streams.boundaries import BoundaryStates
 from tests.kit.merging import tensors_of
 from tests.kit.models import Models, save_models, tiny_llama_config
-from tests.kit.networks import Given, make
+from tests.kit.networks import CountedNetwork, make
 from tests.kit.reads import watched_reads
-from tests.kit.searches import polished, quiet
+from tests.kit.searches import polished
 from tests.kit.settings import logits_settings
 from tests.kit.texts import save_calibration
 
@@ -54,31 +53,26 @@ def test_without_room_one_stage_of_all_models_is_in_memory(
     assert len(blocks) == 1
 
 
-def reads_of(network: Network) -> list[set[int]]:
-    """How often the tensors of each stage were read since the last time this was asked."""
-    found = []
-    for gathers in network.gathers:
-        given = [task.given for task in gathers if isinstance(task, Given)]
-        found.append({own.reads for own in given})
-        for own in given:
-            own.reads = 0
+def reads_of(network: CountedNetwork) -> list[int]:
+    """How often each stage was read since the last time this was asked."""
+    found, network.reads = network.reads, [0] * len(network.stages)
     return found
 
 
 def test_a_sweep_reads_a_stage_once_and_a_step_twice(tmp_path: Path) -> None:
     made = make(base=True)
     network = made.network("never")
-    survey_ = survey(network, made.streams(), made.average(), BoundaryStates(tmp_path), show=quiet)
-    assert reads_of(network) == [{1}] * 4
+    survey_ = survey(network, made.streams(), made.average(), BoundaryStates(tmp_path))
+    assert reads_of(network) == [1] * 4
     assert len(survey_[1]) == 2
     verdict_of(network, made.average(), made.data())
-    assert reads_of(network) == [{1}] * 4
+    assert reads_of(network) == [1] * 4
     objective = Objective(network, made.coordinates, logits_settings(), BoundaryStates(tmp_path))
     for _ in range(3):
         objective(made.average(), made.batches())
-        assert reads_of(network) == [{2}, {2}, {2}, {1}]
+        assert reads_of(network) == [2, 2, 2, 1]
     resident = made.network("always")
     objective = Objective(resident, made.coordinates, logits_settings(), BoundaryStates(tmp_path))
     for _ in range(3):
         objective(made.average(), made.batches())
-    assert reads_of(resident) == [{1}] * 4
+    assert reads_of(resident) == [1] * 4

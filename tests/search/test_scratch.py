@@ -1,6 +1,5 @@
 """A search leaves no scratch files, however it ends."""
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from mergekit_dam.search import search as search_module
 from mergekit_dam.search.search import search
 from tests.kit.models import Models
 from tests.kit.networks import files_under, make
-from tests.kit.searches import polished, quiet, searched
+from tests.kit.searches import polished, searched
 from tests.kit.settings import run_settings
 from tests.kit.texts import Calibration
 
@@ -62,6 +61,6 @@ def test_a_merge_that_ends_early_leaves_no_scratch_files(
 def test_weights_that_were_kept_are_let_go_of(tmp_path: Path) -> None:
     made = make()
     network = made.network("always")
-    settings = dataclasses.replace(run_settings(), objective="layer", metric="sensitivity")
-    search(network, made.streams(), settings, made.average(), scratch=tmp_path, show=quiet)
+    settings = run_settings(metric="sensitivity")
+    search(network, made.streams(), settings, made.average(), scratch=tmp_path)
     assert not any(network.keeps(number) for number in range(len(network.stages)))

@@ -1,6 +1,7 @@
 """Sensitivity, one stage in memory at a time, against autograd of the whole resident model."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.fitting.metric import Metric
 from mergekit_dam.model.hooks import capture, watch
 from mergekit_dam.search.backprop import forward
-from mergekit_dam.search.sensitivity import Sensitivity
+from mergekit_dam.search.sensitivity import Sensitivity, sweep_back
 from mergekit_dam.sources.network import Network
 from mergekit_dam.streams import stream as streams_module
 from mergekit_dam.streams.boundaries import BoundaryStates
@@ -45,18 +46,22 @@ def measure(
     """Sensitivity with the labels that were drawn for it."""
     drawn, network, data = Drawn(), made.network(resident), made.data(held_out=HELD_OUT)
     entered, left = BoundaryStates(folder / "entered"), BoundaryStates(folder / "left")
-    fit = [own.of("fit").tokens for own in data]
-    hidden = forward(network, lambda _, opened: opened.merged_weights(point), fit, entered)
-    streams = [own.of("fit").stream(x) for own, x in zip(data, hidden, strict=True)]
+    fit = [own.of("fit") for own in data]
+    hidden = forward(
+        network,
+        lambda _, opened: opened.merged_weights(point),
+        [own.merged[:] for own in fit],
+        entered,
+    )
+    streams = [replace(own, merged=x) for own, x in zip(fit, hidden, strict=True)]
     with mock.patch.object(torch, "multinomial", drawn), torch.no_grad():
-        found = Sensitivity(
+        found = sweep_back(
             network,
             point,
             streams,
             entered=entered,
             left=left,
             seed=seed,
-            show=lambda _: None,
         )
     return found, network, drawn.labels
 
@@ -81,7 +86,7 @@ def plain_gradients(
     """
     rows = {n: c.double() for n, c in point.coefficients.items()}
     weights = made.differentiable(rows, point.axes)
-    blocks = [made.decoder.block_name(i) for i in range(len(made.decoder.blocks))]
+    blocks = [made.decoder.names.block_name(i) for i in range(len(made.decoder.blocks))]
     linears = [
         c.name.removesuffix(".weight") for c in made.coordinates.values() if c.kind == "linear"
     ]
@@ -89,7 +94,7 @@ def plain_gradients(
     left: dict[tuple[int, int], Tensor] = {}
     remaining = iter(labels)
     for own in made.data(held_out=HELD_OUT):
-        tokens = own.tokens[:-HELD_OUT]
+        tokens = own.merged[:-HELD_OUT]
         own_labels = torch.stack([next(remaining).squeeze(1) for _ in tokens])
         live = {n: w.requires_grad_() for n, w in weights.items()}
         leaving: dict[str, Tensor] = {}
@@ -156,7 +161,7 @@ def test_labels_are_drawn_from_the_merged_models_own_distribution(tmp_path: Path
     expected = torch.zeros(VOCAB_SIZE, dtype=torch.float64)
     for own in made.data(held_out=HELD_OUT):
         with torch.no_grad():
-            expected += made.logits(weights, own.tokens[:-HELD_OUT]).softmax(-1).sum((0, 1))
+            expected += made.logits(weights, own.merged[:-HELD_OUT]).softmax(-1).sum((0, 1))
     counts, draws = torch.zeros(VOCAB_SIZE, dtype=torch.float64), 10
     for seed in range(draws):
         drawn = torch.cat(measure(made, point, tmp_path, seed=seed)[2]).flatten()
@@ -182,7 +187,7 @@ def test_the_same_seed_gives_the_same_bytes_resident_or_not(resident: Any, tmp_p
 
 def _outputs(made: Made, key: Key) -> int:
     number, _, unit = key
-    name = f"{made.decoder.block_name(number - 1)}.{unit}.weight"
+    name = f"{made.decoder.names.block_name(number - 1)}.{unit}.weight"
     return made.weights[0][name].shape[0]
 
 

@@ -20,8 +20,7 @@ from mergekit_dam.search.judge import Verdict
 from mergekit_dam.search.search import Best, survey
 from mergekit_dam.streams.boundaries import BoundaryStates
 from tests.kit.networks import make
-from tests.kit.searches import quiet, searched
-from tests.kit.settings import logits_settings
+from tests.kit.searches import searched
 
 
 def test_a_layer_sweep_that_is_worse_is_not_kept(
@@ -82,17 +81,11 @@ def test_a_search_in_memory_is_never_worse_than_its_start(metric: Any, tmp_path:
 
 def test_the_surveys_teachers_are_the_models(tmp_path: Path) -> None:
     made = make("llama-tied")
-    _, data, _ = survey(
-        made.network(), made.streams(), made.average(), BoundaryStates(tmp_path), show=quiet
-    )
+    _, data, _ = survey(made.network(), made.streams(), made.average(), BoundaryStates(tmp_path))
     for own, expected in zip(data, made.data(), strict=True):
         torch.testing.assert_close(own.teacher, expected.teacher, rtol=1e-4, atol=1e-5)
-        assert own.tokens.equal(expected.tokens)
-        assert (own.source, own.weight, own.held_out) == (
-            expected.source,
-            expected.weight,
-            expected.held_out,
-        )
+        assert own.merged[:].equal(expected.merged[:])
+        assert (own.source, own.share) == (expected.source, expected.share)
 
 
 @pytest.mark.parametrize(("factor", "descents"), [(0.5, 2), (0.95, 1), (1.5, 1)])
@@ -108,8 +101,7 @@ def test_a_long_descent_follows_a_short_one_that_paid(
         return Descent(start, dataclasses.replace(verdict, losses=losses), rest["steps"], ())
 
     monkeypatch.setattr(search_module, "descend", fake)
-    logits = logits_settings(steps=None)
-    record = searched(make(), tmp_path, objective="logits", logits=logits)
+    record = searched(make(), tmp_path, objective="logits", steps=None)
     assert [trial.kept for trial in record.trials] == [True] + [factor < 1] * descents
     assert len(set(seeds)) == descents
     assert asked == sorted(set(asked))

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from mergekit_dam.errors import ArchitectureError
 from mergekit_dam.host.checks import check_headers
-from mergekit_dam.request.method import NAME
+from mergekit_dam.parameters import NAME
 
 Shapes = Mapping[str, Sequence[int]]
 Planned = list[tuple[WeightInfo, ExecuteMergeMethodTask]]

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from mergekit_dam.host import tasks
+from mergekit_dam.host.headers import Header, _read_headers
 from mergekit_dam.sources import network
-from mergekit_dam.sources.headers import Header, _read_headers
 from mergekit_dam.sources.readahead import Span, read_ahead
 from tests.kit.merging import dam, merge, tensors_of
 from tests.kit.models import save_models, tiny_llama_config

@@ -9,7 +9,8 @@ from mergekit.options import MergeOptions
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.streams import distributed
-from tests.kit.processes import SPLITS, streams_of
+from mergekit_dam.streams.share import SPLITS
+from tests.kit.processes import streams_of
 
 
 def test_a_sum_that_fails_says_that_another_process_has_stopped() -> None:
@@ -42,8 +43,8 @@ def test_every_sequence_is_one_process_s(size: int, count: int, held_out: int, t
     streams = streams_of(size, count, held_out, turn)
     expected = {"fit": range(count - held_out), "held_out": range(count - held_out, count)}
     for split in SPLITS:
-        seen = [n for s in streams for n in s.teacher[slice(*s.border(split))][:, 0].tolist()]
+        seen = [n for s in streams for n in s.teacher[slice(*s.share.rows(split))][:, 0].tolist()]
         assert sorted(seen) == list(expected[split])
-        assert {s.count(split) for s in streams} == {len(expected[split])}
-    sizes = [len(s.own) for s in streams]
+        assert {s.share.count(split) for s in streams} == {len(expected[split])}
+    sizes = [len(s.share.numbers) for s in streams]
     assert max(sizes) - min(sizes) <= 1

@@ -9,7 +9,8 @@ from mergekit.config import MergeConfiguration
 from transformers import PreTrainedTokenizerFast
 
 from mergekit_dam.errors import CalibrationError
-from mergekit_dam.vocabulary.merged import Vocabulary, build_vocabulary
+from mergekit_dam.host.vocabulary import build_vocabulary
+from mergekit_dam.vocabulary.merged import Vocabulary
 from mergekit_dam.vocabulary.translation import Translation
 from tests.kit.models import tiny_llama_config
 from tests.kit.tokenizers import BYTES, bpe
