@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import has_file
+from transformers.utils import has_file  # type: ignore[attr-defined]
 
 from mergekit_dam.errors import CalibrationError
 
