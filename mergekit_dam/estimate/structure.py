@@ -6,6 +6,7 @@ what is fed integers as an embedding.
 """
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +18,7 @@ from torch import Tensor
 from mergekit_dam.model.experts import routing_of, run_expert
 from mergekit_dam.model.hooks import own_weights
 from mergekit_dam.model.part import Part
+from mergekit_dam.model.units import grouped
 
 Kind = Literal["linear", "norm", "embedding", "head", "router", "experts", "other"]
 
@@ -83,7 +85,8 @@ def groups_of(
         for handle in handles:
             handle.remove()
     # Once more, without hooks: an expert is run by running the module of all.
-    return _grouped([(_with_linears(part, unit, x, shapes), x) for unit, x in seen])
+    met = [(_with_linears(part, unit, x, shapes), x) for unit, x in seen]
+    return grouped(met, operator.is_)
 
 
 def _with_linears(
@@ -143,15 +146,3 @@ def _see(
     parameters = sum(math.prod(shape) for shape in shapes)
     sent = 0 if routing is None else routing.experts.shape[1]
     seen.append((UnitShape(name, found, enters, leaves, parameters, sent=sent), x))
-
-
-def _grouped(seen: Sequence[tuple[UnitShape, Tensor]]) -> tuple[Group, ...]:
-    groups: list[list[tuple[UnitShape, Tensor]]] = []
-    for unit, x in seen:
-        same = (g for g in groups if unit.kind == g[0][0].kind == "linear" and g[0][1] is x)
-        group = next(same, None)
-        if group is None:
-            groups.append([(unit, x)])
-        else:
-            group.append((unit, x))
-    return tuple(tuple(unit for unit, _ in group) for group in groups)

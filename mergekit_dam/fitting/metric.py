@@ -20,6 +20,14 @@ FULL = 0.95
 """Fraction of the tokens whose gradients count in full."""
 
 
+def kept_as_rows(tokens: float, out_features: int) -> bool:
+    """Whether a metric is kept as the gradients of its tokens, not as a matrix `[out, out]`.
+
+    Products with them are cheaper, and they take less room.
+    """
+    return 2 * tokens <= out_features
+
+
 @dataclass(frozen=True)
 class Metric:
     """A metric S on the outputs of one linear.
@@ -53,7 +61,7 @@ class Metric:
         rows = gradients * share.sqrt().to(gradients)[:, None]
         energy_in_all, tokens = all_sums([float(rows.square().sum(dtype=torch.float64)), len(rows)])
         mean = energy_in_all / rows.shape[1]
-        if 2 * tokens <= rows.shape[1]:  # then products with them are cheaper
+        if kept_as_rows(tokens, rows.shape[1]):
             return cls(all_rows(rows), False, DAMPING * mean)
         matrix = all_sum(rows.T @ rows)
         # The product is symmetric but for rounding.

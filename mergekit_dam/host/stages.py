@@ -15,7 +15,7 @@ from mergekit_dam.host.places import PlacedTensor
 from mergekit_dam.host.prepare import Prepared
 from mergekit_dam.model.decoder import Decoder
 from mergekit_dam.sources.stage import Loaded, Models, Stage, StageKind
-from mergekit_dam.streams.storage import choose_storage
+from mergekit_dam.streams.storage import choose_storage, streams_bytes
 from mergekit_dam.streams.stream import Stream
 
 
@@ -94,9 +94,8 @@ def calibration_streams(
         hidden: size of a hidden state.
         out_path: where streams are kept that are kept on disk.
     """
-    # Two streams a model, in fp32, and room for what leaves a part while it is still entered.
     tokens = sum(calibration.tokens.numel() for calibration in prepared.calibration.values())
-    size = 4 * hidden * 3 * tokens
+    size = streams_bytes(hidden, tokens)
     storage = choose_storage(prepared.run.stream_offload, size, device, out_path)
     return [
         Stream.of_tokens(

@@ -39,6 +39,16 @@ sees a handful of tokens does not tell a good fit from a bad one.
 """
 
 
+def too_few(tokens: float, fed: ExpertFeed) -> bool:
+    """Whether an expert keeps the average because too few tokens were sent to it.
+
+    Args:
+        tokens: calibration tokens of the fit that were sent to it.
+        fed: which tokens it is fitted to.
+    """
+    return fed == "routed" and tokens < FEWEST
+
+
 @dataclass
 class _Fused:
     """What became of one linear, expert by expert.
@@ -152,7 +162,7 @@ def _too_few(walk: Walk, streams: list[RoutedStream], expert: int, fed: ExpertFe
         return None
     splits: tuple[Split, ...] = ("fit", judging_split(s.share for s in walk.streams))
     fit, judging = (sum(int(s.sums[split].sent[expert]) for s in streams) for split in splits)
-    if fit < FEWEST:
+    if too_few(fit, fed):
         return f"start kept: fewer than {FEWEST} calibration tokens were sent to it"
     return None if judging else "start kept: no held-out token was sent to it"
 

@@ -18,6 +18,12 @@ from mergekit_dam.streams.stream import Stream
 OnSettled = Callable[[FittedTensor], None]
 Metrics = Mapping[tuple[int, str], Metric | ExpertGradients]
 
+RECORDED = ("linear", "norm", "experts")
+"""Kinds of units that are fitted to their teachers' outputs, which are kept while there is room."""
+
+SETTLED = ("linear", "experts")
+"""Kinds of units whose merged outputs are kept, once they are fitted, while there is room."""
+
 
 @dataclass
 class Walk:
@@ -91,22 +97,21 @@ class Walk:
 
     def recorded_units(self) -> tuple[str, ...]:
         """Units whose teachers' outputs the fits will ask for; none if nothing is to be fitted."""
-        kinds = ("linear", "norm", "experts")
         units = [
             unit for unit in self.anatomy.units if unit.name != self.head and unit.kind != "router"
         ]
-        if not any(unit.kind in kinds and self.fittable(unit) for unit in units):
+        if not any(unit.kind in RECORDED and self.fittable(unit) for unit in units):
             return ()
         return tuple(
             unit.name
             for unit in units
-            if unit.write or (unit.kind in kinds and self.fittable(unit))
+            if unit.write or (unit.kind in RECORDED and self.fittable(unit))
         )
 
     def settled_linears(self, group: int) -> tuple[Unit, ...]:
         """Linears and experts of earlier stages: what they put out will not change any more."""
         before = (unit for units in self.anatomy.groups[:group] for unit in units)
-        return tuple(unit for unit in before if unit.kind in ("linear", "experts"))
+        return tuple(unit for unit in before if unit.kind in SETTLED)
 
     def weight(self, unit: Unit) -> TensorSources:
         """Sources of a unit's weight; of experts, of the first."""

@@ -21,7 +21,7 @@ from mergekit_dam.layers.head import fit_head
 from mergekit_dam.layers.state import Walk
 from mergekit_dam.model.hooks import Captured
 from mergekit_dam.model.units import Unit
-from mergekit_dam.streams.outputs import outputs_size
+from mergekit_dam.streams.outputs import cache_bytes, outputs_size
 from mergekit_dam.streams.storage import Sequences
 from mergekit_dam.streams.stream import Stream
 
@@ -120,8 +120,7 @@ def _record(walk: Walk, stream: Stream, chunk: slice, captured: Captured) -> boo
     cache = walk.teacher_outputs
     if cache.keep is None:
         tokens = (chunk.stop - chunk.start) * stream.teacher.shape[1]
-        # The merged part's units put out as much.
-        size = 2 * outputs_size(captured.outputs) * _tokens(walk) // tokens
+        size = cache_bytes(outputs_size(captured.outputs) * _tokens(walk) // tokens)
         cache.keep = walk.merged_outputs.keep = cache.storage.has_room_for_outputs(size)
     cache.add(stream.source, chunk, captured.outputs)
     return cache.keep

@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from mergekit_dam.model.experts import close, fused_linears, makes_logits, routing_of
 from mergekit_dam.model.hooks import After, copy_of, first_tensor, hooked
-from mergekit_dam.model.units import Anatomy, Run, Unit, UnitCall
+from mergekit_dam.model.units import Anatomy, Run, Unit, UnitCall, grouped
 from mergekit_dam.model.writes import measure_writes, same_tensor
 
 
@@ -62,7 +62,8 @@ def examine(
         for name in _of_some_tokens(root, owners, records, source[..., 0].numel()):
             units[name] = Unit(name, "other", owners[name])
         units, residual_scale = measure_writes(root, run, units, records, source)
-    return Anatomy(_groups(units, records), residual_scale)
+    met = [(unit, records[name].input) for name, unit in units.items()]
+    return Anatomy(grouped(met, same_tensor), residual_scale)
 
 
 def _of_some_tokens(
@@ -165,21 +166,3 @@ def norm_parts(module: nn.Module, x: Tensor, own: Mapping[str, Tensor]) -> tuple
     at_zero = functional_call(module, zeros, (x,))
     at_one = functional_call(module, {**zeros, "weight": torch.ones_like(own["weight"])}, (x,))
     return at_zero, at_one - at_zero
-
-
-def _groups(
-    units: Mapping[str, Unit], records: Mapping[str, UnitCall]
-) -> tuple[tuple[Unit, ...], ...]:
-    """Group linears whose recorded inputs are equal; keep call order otherwise."""
-    groups: list[list[Unit]] = []
-    for name, unit in units.items():
-        for group in groups:
-            first = group[0]
-            if unit.kind == first.kind == "linear" and same_tensor(
-                records[name].input, records[first.name].input
-            ):
-                group.append(unit)
-                break
-        else:
-            groups.append([unit])
-    return tuple(tuple(group) for group in groups)

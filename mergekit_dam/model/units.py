@@ -1,8 +1,8 @@
 """What a part of a model is made of, as plain data."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -77,6 +77,38 @@ class Anatomy:
             for unit in units
             if unit.write and unit.write.through is None
         )
+
+
+class OfKind(Protocol):
+    """A unit, as far as grouping asks."""
+
+    @property
+    def kind(self) -> str: ...
+
+
+U = TypeVar("U", bound=OfKind)
+X = TypeVar("X")
+
+
+def grouped(
+    units: Iterable[tuple[U, X]], same: Callable[[X, X], bool]
+) -> tuple[tuple[U, ...], ...]:
+    """Groups of units that are fitted together: linears that see one input; all others alone.
+
+    Args:
+        units: in call order, each with what enters it.
+        same: tells whether two inputs are the same.
+    """
+    groups: list[list[tuple[U, X]]] = []
+    for unit, x in units:
+        for group in groups:
+            first, entered = group[0]
+            if unit.kind == first.kind == "linear" and same(x, entered):
+                group.append((unit, x))
+                break
+        else:
+            groups.append([(unit, x)])
+    return tuple(tuple(unit for unit, _ in group) for group in groups)
 
 
 @dataclass

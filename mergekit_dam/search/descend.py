@@ -27,7 +27,13 @@ from mergekit_dam.streams.storage import Sequences
 from mergekit_dam.streams.stream import Stream
 
 LOOKS = 8
-"""How often a descent is judged on held-out data."""
+"""How often a descent is judged on held-out data, about."""
+
+
+def judged_steps(steps: int) -> frozenset[int]:
+    """The steps, counted from 1, after which a descent is judged: the last one is among them."""
+    every = max(1, round(steps / LOOKS))
+    return frozenset((*range(every, steps + 1, every), steps))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +77,12 @@ def descend(
     batches = batches_of(data, network.loss_weights, objective.settings.batch_size, seed)
     best, lowest, best_step = start, verdict, 0
     losses = []
-    every = max(1, round(steps / LOOKS))
+    judged = judged_steps(steps)
     for step in range(1, steps + 1):
         loss = descender.step(batches, column_weights)
         losses.append(loss)
         progress.show(f"step {step}/{steps} loss {loss:.4g} held-out KL {lowest.mean:.4g}")
-        if step % every == 0 or step == steps:
+        if step in judged:
             with torch.no_grad():
                 now = descender.point()
             seen = verdict_of(network, now, data)

@@ -44,6 +44,15 @@ WORTHWHILE = 0.1
 """A descent is followed by a longer one if it lowered the held-out KL by this fraction."""
 
 
+def descents(asked: int | None) -> tuple[int, ...]:
+    """Steps of the descents that may be run, one after the other.
+
+    Args:
+        asked: the number of steps that the configuration asks for, if it does.
+    """
+    return DESCENTS if asked is None else (asked,)
+
+
 @dataclasses.dataclass
 class Best:
     """The best coefficients so far, and how the search came to them."""
@@ -198,8 +207,7 @@ def logits_trial(
     if not coordinates:
         return
     objective = Objective(network, coordinates, settings, boundaries)
-    asked = settings.steps
-    for number, steps in enumerate(DESCENTS if asked is None else (asked,)):
+    for number, steps in enumerate(descents(settings.steps)):
         started, before = time.perf_counter(), best.verdict.mean
         ended = descend(
             objective,

@@ -46,9 +46,20 @@ def gradient_tokens(stream: Stream) -> Tensor:
 
 def _gradient_numbers(stream: Stream) -> range:
     """Numbers of this process's sequences among the first of all that metrics are made of."""
-    count = min(stream.share.count("fit"), max(1, TOKENS // stream.merged.shape[1]))
+    count = gradient_sequences(stream.share.count("fit"), stream.merged.shape[1])
     own = stream.share.numbers
     return range(own.start, count, own.step)
+
+
+def gradient_sequences(count: int, length: int, *, tokens: int = TOKENS) -> int:
+    """How many of a model's sequences metrics are made of: the first ones, and at least one.
+
+    Args:
+        count: sequences of the fit.
+        length: tokens per sequence.
+        tokens: about how many tokens are asked for.
+    """
+    return min(count, max(1, tokens // length))
 
 
 def sweep_back(

@@ -109,5 +109,15 @@ class Network:
             self._last.close()
 
 
+def has_room(free: int, whole: int) -> bool:
+    """Whether weights that have just been read may stay in memory for the next sweep.
+
+    Args:
+        free: bytes of the device's memory that are free with these weights in it.
+        whole: bytes of the device's memory.
+    """
+    return free > SPARE * whole
+
+
 def _has_room(device: torch.device) -> bool:
-    return free_memory_of(device) > SPARE * memory_of(device)
+    return has_room(free_memory_of(device), memory_of(device))

@@ -1,4 +1,4 @@
-"""What memory a merge may use: that of the host, and of the GPU up to a limit."""
+"""The memory that a merge may use: that of the host, and that of the GPU up to a limit."""
 
 import ctypes
 import sys
@@ -10,9 +10,9 @@ import torch
 
 
 def limit_gpu(device: torch.device, limit: int | None) -> None:
-    """Have this process use no more than so many bytes of a GPU; all there are if None.
+    """Limit the bytes of a GPU that this process may use; None sets no limit.
 
-    torch holds to it: beyond the limit, it runs out of memory, whatever else is free.
+    torch enforces the limit: beyond it an allocation fails, even if memory is free.
     """
     if device.type != "cuda":
         return
@@ -30,11 +30,11 @@ def memory_of(device: torch.device) -> int:
 
 
 def free_memory_of(device: torch.device) -> int:
-    """Bytes of it that are free at the moment."""
+    """Bytes of that memory that are free at the moment."""
     if device.type != "cuda":
         return psutil.virtual_memory().available
     free, _ = torch.cuda.mem_get_info(device)
-    # What torch has reserved and does not use is free for it, too.
+    # Memory that torch has reserved and does not use is free for this process, too.
     own = torch.cuda.memory_allocated(device)
     idle = torch.cuda.memory_reserved(device) - own
     return max(0, min(free + idle, memory_of(device) - own))
@@ -51,10 +51,10 @@ def _trim() -> Any:
 
 
 def give_back() -> None:
-    """Return what has been freed to the system, where the C library would keep it.
+    """Return freed memory to the system, where the C library would keep it.
 
-    glibc keeps freed pieces for later, and a later stage finds none of them of its size: the
-    process grows with every block, though nothing in it does.
+    glibc keeps freed pieces for later use. They rarely have the size that the next block asks for,
+    so that the process would grow with every block.
     """
     trim = _trim()
     if trim is not None:

@@ -1,7 +1,8 @@
-"""Outputs of units that are kept while a part is walked, where there is room for them.
+"""Outputs of units that are kept while their part is fitted, where there is room for them.
 
-The walk comes back to the same data for every stage. What a teacher's units put out does not
-change, nor does what settled linears of the merged part put out: kept, it is computed once.
+The fit runs the same data through a part once per group of units. The outputs of a teacher's units
+do not change meanwhile, nor do those of merged linears that are fitted already. If they are kept,
+they are computed once.
 """
 
 from collections.abc import Mapping
@@ -18,11 +19,11 @@ Outputs = dict[str, Tensor]
 
 @dataclass
 class OutputCache:
-    """Outputs by unit name, of every chunk of every stream.
+    """Outputs by the name of the unit, for every chunk of every stream.
 
     Attributes:
-        storage: says where they go.
-        keep: whether outputs are kept at all; decided once a part, None before.
+        storage: says where outputs are kept.
+        keep: whether outputs are kept at all; None until that is decided, once per part.
     """
 
     storage: Storage = field(default_factory=Storage)
@@ -32,7 +33,11 @@ class OutputCache:
     def of(
         self, source: int, chunk: slice, device: torch.device, *, only: frozenset[str] | None = None
     ) -> Outputs:
-        """What is kept of one chunk, on a device; of some units only, if they are named."""
+        """The outputs that are kept for one chunk, moved to a device.
+
+        Args:
+            only: names of the units that are asked for; None asks for all.
+        """
         kept = self._outputs.get((source, chunk.start), {})
         return {
             name: output[:].to(device)
@@ -41,7 +46,7 @@ class OutputCache:
         }
 
     def add(self, source: int, chunk: slice, outputs: Mapping[str, Tensor]) -> None:
-        """Keep a chunk's outputs, if any are kept."""
+        """Keep the outputs of a chunk, if outputs are kept at all."""
         if self.keep:
             own = self._outputs.setdefault((source, chunk.start), {})
             own.update({name: self._put(output) for name, output in outputs.items()})
@@ -57,5 +62,13 @@ class OutputCache:
 
 
 def outputs_size(outputs: Mapping[str, Tensor]) -> int:
-    """Bytes of what units put out."""
+    """Bytes of some units' outputs."""
     return sum(output.numel() * output.element_size() for output in outputs.values())
+
+
+def cache_bytes(teachers: int) -> int:
+    """Bytes to find room for, given the bytes of the teachers' outputs.
+
+    The merged part's units put out as much.
+    """
+    return 2 * teachers

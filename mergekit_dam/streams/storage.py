@@ -1,4 +1,8 @@
-"""Where hidden states are kept: on the device of the fit, on the host, or on disk."""
+"""Where hidden states are kept: on the device of the fit, on the host, or on disk.
+
+The rules (`stream_location`, `outputs_location`, `has_room`) are functions of plain sizes, so that
+the estimate of a merge decides as the merge does. `Storage` holds the outcome and does the work.
+"""
 
 import shutil
 import tempfile
@@ -17,33 +21,84 @@ from mergekit_dam.streams.memory import memory_of
 Location = Literal["device", "host", "disk"]
 
 SHARE = 0.25
-"""Part of a memory, or of a disk's free space, that one kind of hidden states may fill."""
+"""Fraction of a memory, or of a disk's free space, that one kind of hidden states may fill."""
+
+
+def stream_bytes(hidden: int, tokens: int) -> int:
+    """Bytes of the fp32 hidden states of so many tokens."""
+    return 4 * hidden * tokens
+
+
+def streams_bytes(hidden: int, tokens: int) -> int:
+    """Bytes of the hidden states that a sweep of layer fits holds at a time.
+
+    Every token has a hidden state in its teacher's stream and one in the merged stream. A third
+    one leaves a part while the other two still enter it.
+    """
+    return 3 * stream_bytes(hidden, tokens)
+
+
+def has_room(size: float, whole: float) -> bool:
+    """Whether hidden states of `size` bytes may be kept in a memory of `whole` bytes."""
+    return size <= SHARE * whole
+
+
+def stream_location(offload: Offload, size: int, *, gpu: int, host: int) -> Location:
+    """Where streams are kept: as near to the device of the fit as there is room for them.
+
+    The rule goes by how much memory there is, not by how much is free at the moment, so that
+    every run decides alike.
+
+    Args:
+        size: bytes of all streams together.
+        gpu: bytes of the GPU that fits, 0 without one.
+        host: bytes of the host's memory.
+    """
+    if offload != "auto":
+        return offload
+    if gpu and has_room(size, gpu):
+        return "device"
+    return "host" if has_room(size, host) else "disk"
+
+
+def outputs_location(offload: Offload, *, gpu: bool) -> Location:
+    """Where outputs of units are kept while their part is fitted, if there is room for them.
+
+    On a GPU they stay there: computing them again is faster than moving them. On a CPU they go to
+    files, which the system keeps in memory as long as nothing else needs it.
+
+    Args:
+        gpu: whether a GPU fits.
+    """
+    if offload != "auto":
+        return offload
+    return "device" if gpu else "disk"
 
 
 class TensorFile:
-    """A file that tensors are appended to, fp32. It has no name, and is gone with the object."""
+    """A file of fp32 tensors, each appended to it. It has no name, and goes with the object."""
 
     def __init__(self, folder: Path | None) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed with the object)
         weakref.finalize(self, self._file.close)
 
     def append(self, tensor: Tensor) -> "DiskTensor":
-        """Write a tensor `[sequences, ...]`; what reads it again."""
+        """Write a tensor `[sequences, ...]`, and return the object that reads it again."""
         start = self._file.seek(0, 2)
         tensor.float().cpu().contiguous().numpy().tofile(self._file)
         return DiskTensor(self, tensor.shape, start)
 
     def read(self, start: int, count: int) -> Tensor:
-        """So many numbers from a byte on, fp32 `[count]`."""
+        """Read `count` numbers, fp32 `[count]`, beginning at the byte `start`."""
         self._file.seek(start)
         return torch.from_numpy(np.fromfile(self._file, dtype=np.float32, count=count))
 
 
 class DiskTensor:
-    """Hidden states fp32 `[sequences, length, hidden]` in a file; what is asked for is read.
+    """Hidden states fp32 `[sequences, length, hidden]` in a file; indexing reads some of them.
 
     Args:
-        start: byte where they begin.
+        start: the byte where they begin.
     """
 
     def __init__(self, file: TensorFile, shape: torch.Size, start: int = 0) -> None:
@@ -51,7 +106,7 @@ class DiskTensor:
         self.shape = shape
 
     def __getitem__(self, index: slice | Tensor) -> Tensor:
-        """Some of the sequences: consecutive ones, or those of an int64 tensor of numbers."""
+        """Read some sequences: a consecutive slice, or those whose numbers an int64 tensor has."""
         if isinstance(index, Tensor):
             return torch.cat([self[:0], *(self[i : i + 1] for i in index.tolist())])
         first, last, step = index.indices(self.shape[0])
@@ -61,7 +116,7 @@ class DiskTensor:
         return self._file.read(self._byte(first), count).reshape(-1, *self.shape[1:])
 
     def narrow(self, dim: int, start: int, length: int) -> "DiskTensor":
-        """The same file's sequences from `start`; as of a tensor, along its first dimension."""
+        """A view of `length` sequences from `start` on, like `Tensor.narrow` in dimension 0."""
         if dim != 0:
             raise IndexError(f"required the first dimension, got {dim}")
         return DiskTensor(self._file, torch.Size((length, *self.shape[1:])), self._byte(start))
@@ -75,13 +130,13 @@ Sequences = Tensor | DiskTensor
 
 
 class Storage:
-    """Keeps what leaves a part, and what its units put out.
+    """Keeps the hidden states that leave a part, and says where outputs of its units are kept.
 
     Args:
-        place: of what leaves a part, until the next part has run.
-        outputs: of what units put out, while their part is fitted.
-        folder: on the disk to use.
-        device: of the fit.
+        place: where hidden states that leave a part are kept until the next part has run.
+        outputs: where outputs of units are kept while their part is fitted.
+        folder: a folder on the disk to use; None for the system's folder of temporary files.
+        device: the device of the fit; None for the CPU.
     """
 
     def __init__(
@@ -95,7 +150,7 @@ class Storage:
         self._device = device or torch.device("cpu")
 
     def keep(self, chunks: Iterable[Tensor], count: int) -> Sequences:
-        """Put the chunks `[some sequences, length, hidden]` of `count` sequences together."""
+        """Keep `count` sequences that come in chunks `[some sequences, length, hidden]`."""
         if self.place == "disk":
             return self._write(chunks, count)
         kept: Tensor | None = None
@@ -116,28 +171,30 @@ class Storage:
         return DiskTensor(file, torch.Size((count, *shapes[0][1:])))
 
     def has_room_for_outputs(self, size: int) -> bool:
-        """Whether so many bytes of what units put out are to be kept."""
-        return size <= room(self.outputs, self._device, self.folder)
-
-
-def room(place: Location, device: torch.device, folder: Path | None) -> float:
-    """Bytes of one kind of hidden states that are to be kept in a place."""
-    if place == "disk":
-        return SHARE * shutil.disk_usage(folder or tempfile.gettempdir()).free
-    return SHARE * memory_of(device if place == "device" else torch.device("cpu"))
+        """Whether there is room for `size` bytes of units' outputs where those are kept."""
+        return has_room(size, _capacity(self.outputs, self._device, self.folder))
 
 
 def choose_storage(offload: Offload, size: int, device: torch.device, folder: Path) -> Storage:
-    """The storage of streams of `size` bytes: the nearest to the device that has room.
+    """The storage for streams of `size` bytes on this machine.
 
-    Going by what memory there is, not by what is free at the moment: the same on every run. What
-    units put out stays on a GPU if it has room; computing it again is faster there than moving
-    it. From a CPU it goes to files, which the system keeps in memory that nobody else needs.
+    Args:
+        offload: where the user wants them, or "auto".
+        device: the device of the fit.
+        folder: a folder on the disk to use.
     """
-    if offload != "auto":
-        return Storage(offload, offload, folder, device)
-    outputs: Location = "device" if device.type == "cuda" else "disk"
-    if device.type == "cuda" and size <= room("device", device, folder):
-        return Storage("device", outputs, folder, device)
-    place: Location = "host" if size <= room("host", device, folder) else "disk"
-    return Storage(place, outputs, folder, device)
+    gpu = memory_of(device) if device.type == "cuda" else 0
+    host = memory_of(torch.device("cpu"))
+    return Storage(
+        stream_location(offload, size, gpu=gpu, host=host),
+        outputs_location(offload, gpu=gpu > 0),
+        folder,
+        device,
+    )
+
+
+def _capacity(location: Location, device: torch.device, folder: Path | None) -> int:
+    """Bytes of a memory, or bytes that are free on the disk."""
+    if location == "disk":
+        return shutil.disk_usage(folder or tempfile.gettempdir()).free
+    return memory_of(device if location == "device" else torch.device("cpu"))

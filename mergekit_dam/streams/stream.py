@@ -13,13 +13,18 @@ CHUNK_TOKENS = 2048
 """Tokens that run through a part at a time."""
 
 
+def chunk_sequences(length: int) -> int:
+    """How many sequences of a length run through a part at a time: at least one."""
+    return max(1, CHUNK_TOKENS // length)
+
+
 def chunks(first: int, last: int, length: int) -> Iterator[slice]:
     """Slices of the sequences from first to before last that run through a part at a time.
 
     Args:
         length: of a sequence, in tokens.
     """
-    size = max(1, CHUNK_TOKENS // length)
+    size = chunk_sequences(length)
     return (slice(begin, min(begin + size, last)) for begin in range(first, last, size))
 
 
