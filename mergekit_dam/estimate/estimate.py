@@ -13,13 +13,14 @@ import torch
 from mergekit.options import MergeOptions
 
 from mergekit_dam.errors import DamError
-from mergekit_dam.estimate import flops
 from mergekit_dam.estimate.advice import problems
 from mergekit_dam.estimate.inventory import Inventory, take_inventory
 from mergekit_dam.estimate.machine import Machine, calibrate
-from mergekit_dam.estimate.memory import Need, Room, disk_bytes, phases, stream_place
+from mergekit_dam.estimate.memory import Need, Room, disk_bytes, stream_place
 from mergekit_dam.estimate.merge import plan_merge
+from mergekit_dam.estimate.phases import phases
 from mergekit_dam.estimate.sweeps import Sweep, sweeps
+from mergekit_dam.fitting.costs import Work
 
 
 @dataclass(frozen=True)
@@ -112,14 +113,14 @@ def sweep_seconds(sweep: Sweep, machine: Machine) -> float:
     )
 
 
-def work_seconds(work: flops.Work, machine: Machine) -> float:
+def work_seconds(work: Work, machine: Machine) -> float:
     """Of computing alone."""
     return sum(count / machine.speed(speed) for (_, speed), count in work.items())
 
 
-def work_of(sweeps: Sequence[Sweep]) -> flops.Work:
+def work_of(sweeps: Sequence[Sweep]) -> Work:
     """What all of them compute."""
-    total = flops.Work()
+    total = Work()
     for sweep in sweeps:
         total += sweep.work
     return total

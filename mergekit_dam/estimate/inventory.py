@@ -1,4 +1,4 @@
-"""What there is to merge: parts, tensors and text, as the headers and configurations tell."""
+"""The sizes of a merge: parts, tensors and text, as headers and configurations tell them."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -13,26 +13,26 @@ from torch import Tensor
 
 from mergekit_dam.estimate.merge import PlannedMerge, PlannedTensor
 from mergekit_dam.estimate.structure import Group, UnitShape, groups_of
+from mergekit_dam.estimate.text import Text
+from mergekit_dam.parameters import ExpertFeed, RunParameters
 from mergekit_dam.host.headers import Header
-from mergekit_dam.parameters import RunParameters
 from mergekit_dam.sources.stage import Stage, StageKind
-from mergekit_dam.streams.share import Share
 
 _PROBE_TOKENS = 2
 
 
 @dataclass(frozen=True)
 class TensorSize:
-    """One output tensor.
+    """Sizes of one output tensor.
 
     Attributes:
-        parameters: of the merged tensor.
+        parameters: number of elements of the merged tensor.
         stored: bytes in the files of all sources.
-        loaded: bytes of all sources once they are loaded.
-        converted: bytes of them that are no pages of a file, since their dtype is another or
-            they are brought into one vocabulary.
-        half: a source's tensor as loaded is not fp32, so that running it takes a copy.
-        written: bytes.
+        loaded: bytes in memory once the tensors of all sources are loaded.
+        converted: those of the loaded bytes that are copies, not pages of a mapped file: tensors
+            that are converted to another dtype or brought into one vocabulary.
+        half: the tensor of some source is not fp32 once it is loaded, so that running takes a copy.
+        written: bytes of the merged tensor as it is written.
     """
 
     name: str
@@ -46,13 +46,15 @@ class TensorSize:
 
 @dataclass(frozen=True)
 class PartSize:
-    """Input, one block, or output of the model.
+    """Sizes of one part of the model: the input, a block, or the output.
 
     Attributes:
-        tensors: of its stage; with those that the output borrows from the input.
-        groups: its units by stages of the fit, in the order the data passes them.
-        unknowns: of a column of a linear.
-        fits_head: it has an output head of its own, which is fitted.
+        tensors: tensors of the part, including those that the output borrows from the input.
+        groups: units of the part, grouped as they are fitted, in the order the data passes them.
+        unknowns: unknowns per column of a linear.
+        fits_head: the part has an output head of its own, which is fitted.
+        by_column: every column of a linear has unknowns of its own.
+        experts: the tokens that experts are fitted to.
     """
 
     kind: StageKind
@@ -60,10 +62,12 @@ class PartSize:
     groups: tuple[Group, ...]
     unknowns: int
     fits_head: bool = False
+    by_column: bool = True
+    experts: ExpertFeed = "routed"
 
     @property
     def parameters(self) -> int:
-        """Of the merged part."""
+        """Number of elements of the merged part."""
         return sum(tensor.parameters for tensor in self.tensors)
 
     @property
@@ -72,66 +76,23 @@ class PartSize:
         return tuple(unit for group in self.groups for unit in group)
 
     def of(self, *kinds: str) -> tuple[UnitShape, ...]:
-        """Units of some kinds."""
+        """The units of some kinds."""
         return tuple(unit for unit in self.units if unit.kind in kinds)
 
 
 @dataclass(frozen=True)
-class Text:
-    """Calibration sequences of the models that have some.
-
-    Attributes:
-        sequences: of each.
-        held_out: of each; the last so many.
-        length: of a sequence, in tokens.
-    """
-
-    sequences: tuple[int, ...]
-    held_out: tuple[int, ...]
-    length: int
-
-    @property
-    def models(self) -> int:
-        """How many have text."""
-        return len(self.sequences)
-
-    @property
-    def tokens(self) -> int:
-        """Of all models."""
-        return self.length * sum(self.sequences)
-
-    @property
-    def held_out_tokens(self) -> int:
-        """Of all models: those that judge."""
-        return self.length * sum(self.held_out)
-
-    @property
-    def fit_tokens(self) -> int:
-        """Of all models: those of the fit."""
-        return self.tokens - self.held_out_tokens
-
-    def first_tokens(self, limit: int) -> int:
-        """Of all models: sequences of the fit of about `limit` tokens of each, at least one."""
-        most = max(1, limit // self.length)
-        splits = zip(self.sequences, self.held_out, strict=True)
-        return self.length * sum(
-            min(Share.of_all(n, held).count("fit"), most) for n, held in splits
-        )
-
-
-@dataclass(frozen=True)
 class Inventory:
-    """What there is to merge.
+    """The sizes of a whole merge.
 
     Attributes:
-        parts: in the order the data passes them; none where nothing is fitted, as in a replay.
-        outside: tensors that no part holds: averaged, or all of them where nothing is fitted.
-        sources: models, and the base where it is none of them.
-        files: bytes of every file of every source, with those of one model together.
+        parts: parts in the order the data passes them; none where nothing is fitted (a replay).
+        outside: tensors that no part has, which are averaged; all where nothing is fitted.
+        sources: number of models, including the base where it is not among the models to merge.
+        files: bytes of every file of every source, one tuple per source.
         hidden: features of the residual stream.
         attended: features of all heads of one attention, 0 if the configuration does not tell.
-        vocabulary: of the logits.
-        settings: of the fit; None where there is none.
+        vocabulary: number of logits.
+        settings: parameters of the fit; None where nothing is fitted.
     """
 
     parts: tuple[PartSize, ...]
@@ -151,13 +112,13 @@ class Inventory:
 
     @property
     def tensors(self) -> tuple[TensorSize, ...]:
-        """All output tensors, each once."""
+        """All output tensors; a tensor of two parts is counted once."""
         every = (*(t for part in self.parts for t in part.tensors), *self.outside)
         return tuple({tensor.name: tensor for tensor in every}.values())
 
 
 def take_inventory(planned: PlannedMerge) -> Inventory:
-    """Put together what a planned merge is made of; no weight is read."""
+    """Take the sizes of a planned merge, without reading any weight."""
     sizes = {
         name: _size(name, tensor, planned, _shape_of(name, planned))
         for name, tensor in planned.tensors.items()
@@ -217,7 +178,7 @@ def _size(
 
 
 def _stored(model: ModelReference, header: Header | None) -> torch.dtype:
-    """The dtype a tensor is stored in; where no header tells, that of the configuration."""
+    """The dtype that a tensor is stored in, by its header or else by the configuration."""
     if header is not None and header.dtype is not None:
         return header.dtype
     configured = getattr(model.config(LoaderCache().trust_remote_code), "dtype", None)
@@ -225,7 +186,7 @@ def _stored(model: ModelReference, header: Header | None) -> torch.dtype:
 
 
 def _shape_of(name: str, planned: PlannedMerge) -> tuple[int, ...]:
-    """A tensor's shape, from the first header that tells it, else from the model's definition."""
+    """A tensor's shape, by the first header that tells it or else by the model's definition."""
     headers, rows = planned.tensors[name].headers.values(), planned.tensors[name].rows
     found = next((header.shape for header in headers if header is not None), None)
     if found is not None and rows is not None:
@@ -255,6 +216,8 @@ def _part(
         groups=known[key],
         unknowns=max(p.settings.parametrisation.expand.shape[1] for p in stage.all_tensors),
         fits_head="head" in units and all(p.settings.fits("head") for p in stage.tensors),
+        by_column=any(p.settings.granularity == "column" for p in stage.all_tensors),
+        experts="all" if any(p.settings.experts == "all" for p in stage.tensors) else "routed",
     )
 
 
@@ -266,14 +229,14 @@ def _entering(stage: Stage) -> Tensor:
 
 
 def _attended(text: Any) -> int:
-    """Features of all heads together."""
+    """Features of all attention heads together."""
     heads = getattr(text, "num_attention_heads", 0)
     size = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
     return int(heads * size)
 
 
 def _files(tensors: Iterable[PlannedTensor]) -> tuple[tuple[int, ...], ...]:
-    """Bytes of the files of each model; those that no header names are not among them."""
+    """Bytes of each model's files, as far as headers name them."""
     found: dict[ModelReference, set[Path]] = {}
     for tensor in tensors:
         for model, header in tensor.headers.items():

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from mergekit_dam.estimate.flops import Speed
+from mergekit_dam.fitting.costs import Speed
 from mergekit_dam.streams.stream import CHUNK_TOKENS
 
 Clock = Callable[[], float]

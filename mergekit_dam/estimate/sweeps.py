@@ -1,72 +1,73 @@
-"""The way of a merge through its models: what each sweep reads, computes and writes."""
+"""The sweeps of a merge through its models: what each of them reads, computes and writes."""
 
 from dataclasses import dataclass
 
-from mergekit_dam.estimate import flops
+from mergekit_dam.estimate import flops, search
 from mergekit_dam.estimate.inventory import Inventory
 from mergekit_dam.estimate.memory import Room, kept_weights, output_cache_bytes
-from mergekit_dam.search.search import DESCENTS
+from mergekit_dam.fitting.costs import Work
+from mergekit_dam.search.search import descents
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """One or more goes through the models' parts, with one purpose.
+    """One or more passes through the models' parts, with one purpose.
 
     Attributes:
-        read: bytes of the models' files that it asks for.
-        work: what it computes.
-        condition: when it is gone through; empty where always.
+        read: bytes that are read of the models' files.
+        work: flops and elements.
+        write: bytes that are written.
+        condition: the condition under which the sweep is run; empty if it is always run.
     """
 
     name: str
     read: int
-    work: flops.Work
+    work: Work
     write: int = 0
     condition: str = ""
 
     @property
     def certain(self) -> bool:
-        """Whether it is always gone through."""
+        """Whether the sweep is always run."""
         return not self.condition
 
 
 def sweeps(inventory: Inventory, room: Room) -> list[Sweep]:
-    """All sweeps of a merge, in order.
+    """All sweeps of a merge, in order, as `search.search` runs them.
 
-    The second layer sweep and the descents after the first may never come: they are not certain.
+    The second layer sweep and the descents after the first are not certain to be run.
     """
     every = sum(tensor.stored for tensor in inventory.tensors)
     written = sum(tensor.written for tensor in inventory.tensors)
-    last = Sweep("merge and write", every, flops.written(inventory), written)
+    last = Sweep("merge and write", every, search.written(inventory), written)
     settings = inventory.settings
     if settings is None:
         return [last]
-    taped = all(output_cache_bytes(part, inventory, room) != (0, 0) for part in inventory.blocks)
+    kept = all(output_cache_bytes(part, inventory, room) != (0, 0) for part in inventory.blocks)
     if settings.one_sweep:
-        work = flops.layer_sweep(inventory, kept=taped, sensitivity=False)
+        work = flops.layer_sweep(inventory, kept=kept, sensitivity=False)
         return [Sweep("fit and write", every, work, written)]
     stages = _stored(inventory, 0)
     # What stays in memory after the first sweep is not read again.
     fraction = 1 - kept_weights(inventory, room) / max(1, _loaded(inventory))
     again = int(fraction * stages)
-    found = [Sweep("survey", stages, flops.survey(inventory))]
+    found = [Sweep("survey", stages, search.survey(inventory))]
     if settings.objective != "logits":
         if settings.metric == "sensitivity":
             back = int(fraction * _stored(inventory, 1))
-            found.append(Sweep("backward", back, flops.backward_sweep(inventory)))
+            found.append(Sweep("backward", back, search.backward_sweep(inventory)))
         for sensitivity in (True, False) if settings.metric == "sensitivity" else (False,):
-            work = flops.layer_sweep(inventory, kept=taped, sensitivity=sensitivity)
-            work += flops.judgement(inventory)
+            work = flops.layer_sweep(inventory, kept=kept, sensitivity=sensitivity)
+            work += search.judgement(inventory)
             name = f"layer fits, {'sensitivity' if sensitivity else 'identity'}"
             first = sensitivity == (settings.metric == "sensitivity")
             condition = "" if first else "if those are no good"
             found.append(Sweep(name, again, work, condition=condition))
     if settings.objective != "layer":
-        asked = settings.steps
-        for index, steps in enumerate(DESCENTS if asked is None else (asked,)):
-            looks = flops.looks(steps)
+        for index, steps in enumerate(descents(settings.steps)):
+            looks = search.looks(steps)
             goes = 2 * steps * settings.gradient_accumulation + looks
-            work = flops.descent(inventory, settings, steps)
+            work = search.descent(inventory, settings, steps)
             name = f"descent, {steps} steps"
             condition = "if that pays" if index else ""
             found.append(Sweep(name, goes * again, work, condition=condition))

@@ -1,0 +1,213 @@
+"""The cost of a linear's fit: flops and bytes as functions of plain sizes.
+
+Each function stands for one operation of this package and must change with it: `moments` (sums over
+tokens), `metric` (products with a metric), `linear` and `solver` (the solution and its judgement).
+Counted are the leading terms: products of matrices, factorisations, and passes over weights or
+activations. A multiplication and the addition that follows it count as two flops.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from mergekit_dam.fitting.metric import kept_as_rows
+from mergekit_dam.fitting.solver import DENSE_LIMIT, precision
+
+Speed = Literal["forward", "fp32", "fp64", "cholesky", "elements"]
+"""What the time of some work depends on: the speed of the models' blocks, of products in one
+precision, of factorisations in fp32 (all in flops), or of passes over elements of tensors."""
+
+Work = Counter[tuple[str, Speed]]
+"""Flops, or elements, by kind of work and by the speed that its time depends on."""
+
+ITERATIONS = 25
+"""Iterations of conjugate gradients without a factorisation, about, at the tolerance of fp32."""
+
+FLOAT = 4
+"""Bytes of a number in fp32."""
+DOUBLE = 8
+"""Bytes of a number in fp64."""
+
+
+@dataclass(frozen=True)
+class MetricSize:
+    """Sizes of one model's metric on the outputs of one linear.
+
+    Attributes:
+        out: output features of the linear.
+        tokens: tokens whose gradients make up the metric.
+    """
+
+    out: int
+    tokens: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of its factors: one per token, or one per feature if it is kept as a matrix."""
+        return self.tokens if kept_as_rows(self.tokens, self.out) else self.out
+
+    @property
+    def making(self) -> int:
+        """Flops of `Metric.of_gradients`."""
+        as_rows = kept_as_rows(self.tokens, self.out)
+        return 0 if as_rows else 2 * self.tokens * self.out**2
+
+    @property
+    def product(self) -> int:
+        """Flops of `S x` per column of x."""
+        as_rows = kept_as_rows(self.tokens, self.out)
+        return (2 if as_rows else 1) * 2 * self.rows * self.out
+
+    @property
+    def square(self) -> int:
+        """Flops of `y^T S y` per token."""
+        return 2 * self.rows * self.out
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its factors."""
+        return FLOAT * self.rows * self.out
+
+
+@dataclass(frozen=True)
+class LinearSize:
+    """Sizes of the fit of one linear.
+
+    Attributes:
+        out, columns: output and input features.
+        unknowns: unknowns per column.
+        sources: tensors that are merged.
+        models: models with calibration data.
+        metric: sizes of each model's metric; None where errors are measured plainly.
+        by_column: every column has unknowns of its own; otherwise all columns share them.
+    """
+
+    out: int
+    columns: int
+    unknowns: int
+    sources: int
+    models: int
+    metric: MetricSize | None = None
+    by_column: bool = True
+
+    @property
+    def weight(self) -> int:
+        """Elements of the weight."""
+        return self.out * self.columns
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of sums and products."""
+        return precision(self.unknowns * self.columns)
+
+    @property
+    def terms(self) -> int:
+        """Terms of the quadratic: models that are measured alike share one."""
+        return 1 if self.metric is None else self.models
+
+    @property
+    def factorised(self) -> bool:
+        """Whether the whole normal matrix is formed and factorised."""
+        return self.by_column and self.unknowns * self.columns <= DENSE_LIMIT
+
+
+def input_moments(columns: int, tokens: int, chunks: int) -> Work:
+    """Work of `InputMoments.add` for some tokens in some chunks."""
+    return Work(
+        {
+            ("Gram matrices", "fp32"): 2 * tokens * columns**2,
+            ("Gram matrices", "elements"): chunks * columns**2,
+        }
+    )
+
+
+def linear_moments(size: LinearSize, tokens: int, chunks: int, *, own_targets: bool) -> Work:
+    """Work of `LinearMoments.add` for some tokens, without the moments of its input.
+
+    Args:
+        own_targets: targets are other than the outputs of the teachers, so that their size in the
+            metric is computed, too.
+    """
+    work = Work(
+        {
+            ("Gram matrices", "fp32"): 2 * tokens * size.weight,
+            ("Gram matrices", "elements"): chunks * size.weight,
+        }
+    )
+    if size.metric is not None:
+        work["metrics", "fp32"] = (2 if own_targets else 1) * tokens * size.metric.square
+    return work
+
+
+def making_metrics(metric: MetricSize | None, models: int) -> Work:
+    """Work of the metrics of all models."""
+    return Work({("metrics", "fp32"): 0 if metric is None else models * metric.making})
+
+
+def judgement(size: LinearSize, held_out_tokens: int) -> Work:
+    """Work of judging the start and the fit on held-out tokens, and of merging both."""
+    square = 0 if size.metric is None else size.metric.square
+    work = Work()
+    # `LinearTokens.add` measures what the teachers put out; `error` is called twice.
+    work["metrics", "fp32"] = held_out_tokens * square
+    work["judging", "fp32"] = 2 * held_out_tokens * (2 * size.weight + square)
+    work["merging", "elements"] = 3 * size.sources * size.weight
+    return work
+
+
+def solution(size: LinearSize) -> Work:
+    """Work of solving for the coefficients of one weight, its loss at the start included."""
+    unknowns, columns, weight = size.unknowns, size.columns, size.weight
+    speed: Speed = "fp64" if size.dtype == torch.float64 else "fp32"
+    metric = 0 if size.metric is None else size.metric.product * columns
+    product = 2 * weight * columns
+    work = Work()
+    # The loss at the start has a product of weight and Gram matrix, the residual has another one;
+    # the metric is applied to the weight for the loss, and to the residual for the right-hand side.
+    work["solves", speed] = size.terms * (2 * product + 2 * metric)
+    work["solves", "elements"] = 4 * (unknowns + 2) * weight * size.sources
+    pairs = unknowns * (unknowns + 1) // 2
+    if not size.by_column:
+        work["solves", speed] += size.terms * unknowns * (product + metric)
+        work["solves", "elements"] += 2 * unknowns**2 * weight
+        return work
+    if size.factorised:
+        work["solves", "fp32"] += size.terms * (pairs * product + unknowns * metric)
+        work["solves", "elements"] += size.terms * pairs * 2 * columns * columns
+        work["solves", "cholesky"] = (unknowns * columns) ** 3 // 3
+        iterations = 2 if speed == "fp64" else 1
+    else:
+        iterations = 1 + ITERATIONS
+    work["solves", speed] += size.terms * iterations * (product + metric)
+    work["solves", "elements"] += iterations * (2 * unknowns + 2) * weight
+    return work
+
+
+def moments_bytes(sizes: Sequence[LinearSize]) -> int:
+    """Bytes of the moments of linears that see one input, at their most."""
+    first = sizes[0]
+    number = first.dtype.itemsize
+    gram = number * first.columns**2
+    cross = number * sum(size.weight for size in sizes)
+    if first.metric is not None:
+        return first.models * (gram + cross)
+    # The moments of one model, and the sum over the models before it, of which each linear has its
+    # own copy.
+    before = len(sizes) * gram + cross
+    return before + (gram + cross if first.models > 1 else 0) + FLOAT * first.columns**2
+
+
+def solution_bytes(size: LinearSize) -> int:
+    """Bytes that solving for one weight takes beside its moments."""
+    unknowns, columns, number = size.unknowns, size.columns, size.dtype.itemsize
+    # Directions, one residual per term, and a product on its way: the average has gone by then.
+    work = number * size.weight * (unknowns + size.terms + 2)
+    if not size.factorised:
+        blocks = 3 * DOUBLE * columns * unknowns**2 if size.by_column else 0
+        return work + number * size.weight + blocks
+    # The factor takes the place of the matrix, which is fp32, as are copies of what it is made of.
+    copies = 0 if number == FLOAT else FLOAT * (unknowns * size.weight + columns**2)
+    return work + copies + FLOAT * ((unknowns * columns) ** 2 + columns**2)
