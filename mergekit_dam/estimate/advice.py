@@ -1,4 +1,4 @@
-"""What would not fit, and which parameter to turn."""
+"""Sentences about what would not fit, with the parameters to change."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,7 +10,7 @@ from mergekit_dam.estimate.memory import Need, Room, disk_bytes, stream_bytes, s
 def problems(
     inventory: Inventory, machine: Machine, room: Room, needs: Sequence[Need]
 ) -> Iterator[str]:
-    """A sentence for everything that would not fit.
+    """One sentence for each thing that would not fit.
 
     Args:
         needs: memory by phase.
@@ -44,7 +44,7 @@ def problems(
 
 
 def _remedy(inventory: Inventory, room: Room, phase: str, place: str) -> str:
-    """What to turn for less memory in a phase."""
+    """The parameters to change for less memory in a phase."""
     settings = inventory.settings
     if settings is None or phase == "merging and writing":
         return "pass a smaller `--out-shard-size`"

@@ -1,10 +1,11 @@
-"""The estimate of a merge: what it reads, computes, holds and takes, and what does not fit.
+"""The estimate of a merge: bytes, flops, memory and time, and what does not fit.
 
-planned merge -> inventory -> sweeps (bytes, flops) + phases (memory) -> with the machine: minutes
+1. The merge is planned as mergekit would plan it, and its sizes are taken (`merge`, `inventory`).
+2. They give the sweeps, with bytes and flops, and the phases, with memory (`sweeps`, `phases`).
+3. Speeds measured on this machine turn bytes and flops into seconds (`machine`).
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,15 +26,18 @@ from mergekit_dam.fitting.costs import Work
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a merge costs.
+    """The cost of a merge.
 
     Attributes:
-        sweeps: in order; the time of each in seconds is in `seconds`.
+        inventory: sizes of the merge.
+        machine: speeds and sizes of the machine.
+        room: memory that the merge may use.
+        sweeps: sweeps in the order they are run; `seconds` has the time of each.
         startup: seconds before the first sweep.
         needs: memory by phase.
         streams: where hidden states are kept between blocks; empty in a replay.
         scratch: bytes of hidden states in files.
-        problems: what would not fit, each with what to turn.
+        problems: sentences about what would not fit, each with the parameters to change.
     """
 
     inventory: Inventory
@@ -48,29 +52,38 @@ class Estimate:
     problems: tuple[str, ...]
 
     @property
+    def certain_work(self) -> Work:
+        """Work of the sweeps that are always run."""
+        work = Work()
+        for sweep in self.sweeps:
+            if sweep.certain:
+                work += sweep.work
+        return work
+
+    @property
     def least_seconds(self) -> float:
-        """With what is certain to be gone through."""
+        """Seconds of the merge if only those sweeps are run that always are."""
         pairs = zip(self.sweeps, self.seconds, strict=True)
         return self.startup + sum(seconds for sweep, seconds in pairs if sweep.certain)
 
     @property
     def most_seconds(self) -> float:
-        """With all that may be."""
+        """Seconds of the merge if all sweeps are run."""
         return self.startup + sum(self.seconds)
 
     @property
     def host(self) -> Need:
-        """The phase with most memory of the process's own on the host."""
+        """The phase that takes most of the process's own memory on the host."""
         return max(self.needs, key=self.own)
 
     @property
     def gpu(self) -> Need:
-        """The phase with most memory on the accelerator."""
+        """The phase that takes most memory on the GPU."""
         return max(self.needs, key=lambda need: need.device)
 
     @property
     def resident_bytes(self) -> int:
-        """The most resident memory, pages of mapped files included."""
+        """The most resident memory on the host, pages of mapped files included."""
         return max(map(self.resident, self.needs))
 
     def own(self, need: Need) -> int:
@@ -78,7 +91,7 @@ class Estimate:
         return need.host + (0 if self.room.gpu else need.device)
 
     def resident(self, need: Need) -> int:
-        """Bytes of a phase on the host, with as many pages of mapped files as there is room for."""
+        """Bytes of a phase on the host, with as many pages of mapped files as have room."""
         own = self.own(need)
         return max(own, min(own + need.mapped, self.room.host))
 
@@ -107,30 +120,24 @@ def estimate(inventory: Inventory, machine: Machine, room: Room, *, startup: flo
 
 
 def sweep_seconds(sweep: Sweep, machine: Machine) -> float:
-    """Of computing, and of reading and writing: one waits for the other."""
+    """Seconds of a sweep: computing, reading and writing wait for one another."""
     return (
         work_seconds(sweep.work, machine) + sweep.read / machine.read + sweep.write / machine.write
     )
 
 
 def work_seconds(work: Work, machine: Machine) -> float:
-    """Of computing alone."""
+    """Seconds of computing alone."""
     return sum(count / machine.speed(speed) for (_, speed), count in work.items())
 
 
-def work_of(sweeps: Sequence[Sweep]) -> Work:
-    """What all of them compute."""
-    total = Work()
-    for sweep in sweeps:
-        total += sweep.work
-    return total
-
-
 def run_plan(file: Path, out_path: Path, options: MergeOptions) -> Estimate:
-    """Estimate what a merge of a configuration would cost here.
+    """Estimate the cost of a merge on this machine.
 
     Args:
+        file: the configuration.
         out_path: where the merged model would go.
+        options: options of the merge.
 
     Raises:
         DamError: the merge would be refused, or there is no GPU where one is asked for.
@@ -160,13 +167,13 @@ def run_plan(file: Path, out_path: Path, options: MergeOptions) -> Estimate:
 
 
 def _memory() -> tuple[int, int]:
-    """Bytes of this process's own, and of files mapped into it where the system tells."""
+    """Bytes of this process's own memory, and of files mapped into it where the system tells."""
     memory = psutil.Process().memory_info()
     mapped = getattr(memory, "shared", 0)
     return memory.rss - mapped, mapped
 
 
 def _widest(inventory: Inventory) -> int:
-    """Features of the widest linear of the blocks."""
+    """Input or output features of the widest linear of the blocks."""
     widths = [max(u.enters, u.leaves) for b in inventory.blocks for u in b.of("linear")]
     return max(widths, default=1)

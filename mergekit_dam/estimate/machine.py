@@ -1,4 +1,4 @@
-"""What this machine does in a second, tried out in about two."""
+"""The speed of this machine, measured in about two seconds."""
 
 import os
 import tempfile
@@ -16,27 +16,31 @@ from mergekit_dam.streams.stream import CHUNK_TOKENS
 Clock = Callable[[], float]
 
 _SECONDS = 0.25
-"""That each measurement goes on for, once it has been done once."""
+"""Seconds that each measurement takes, after a first run that is not measured."""
 _LARGEST = 2048
-"""Rows and columns of a matrix that is tried out, at most."""
+"""The most rows and columns of a matrix in a product that is measured."""
 _FACTORISED = 1536
+"""The most rows of a matrix whose factorisation is measured."""
 _ELEMENTS = 2**22
+"""Elements of a tensor in a pass that is measured."""
 _FILE = 2**26
+"""Bytes of the file that is written and read."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Speeds and sizes.
+    """Speeds and sizes of a machine.
 
     Attributes:
-        forward: flops a second of products of matrices in the dtype of the models' blocks.
-        fp32, fp64: flops a second of products of matrices.
-        cholesky: flops a second of a factorisation in fp32.
-        elements: weights a second that are scaled and added to others.
-        read, write: bytes a second of the disk where the merged model goes.
-        memory: bytes of the host, and `available` of them at the moment.
+        forward: flops per second of products of matrices in the dtype of the models' blocks.
+        fp32, fp64: flops per second of products of matrices.
+        cholesky: flops per second of a factorisation in fp32.
+        elements: elements per second that are scaled and added to others.
+        read, write: bytes per second of the disk where the merged model goes.
+        memory: bytes of the host's memory.
+        available: bytes of that memory that are free at the moment.
         disk: bytes that are free where the merged model goes.
-        gpu: bytes of the accelerator, 0 without one.
+        gpu: bytes of the GPU's memory, 0 without one.
     """
 
     forward: float
@@ -52,7 +56,7 @@ class Machine:
     gpu: int = 0
 
     def speed(self, of: Speed) -> float:
-        """Of one kind of work, a second."""
+        """Flops or elements per second of one kind of work."""
         return {
             "forward": self.forward,
             "fp32": self.fp32,
@@ -73,31 +77,19 @@ def calibrate(
     """Measure this machine.
 
     Args:
-        hidden, inner: features of the residual stream and of the widest linear: products of small
-            matrices are slower.
+        hidden: features of the residual stream: products of small matrices are slower.
+        inner: features of the widest linear.
         out_path: where the merged model would go; a file of 64 MB is written beside it and removed.
-        dtype: of products in the models' blocks.
-        clock: seconds.
+        device: the device of the fit.
+        dtype: dtype of the products in the models' blocks.
+        clock: tells the time in seconds.
     """
     hidden, inner = min(hidden, _LARGEST), min(inner, _LARGEST)
-
-    def rate(count: float, run: Callable[[], object]) -> float:
-        run()  # the first run sets up threads and memory
-        runs, began = 0, _now(clock, device)
-        while (spent := _now(clock, device) - began) < _SECONDS:
-            run()
-            runs += 1
-        return count * runs / spent
+    speed = _Stopwatch(device, clock)
 
     def product(dtype: torch.dtype, rows: int) -> float:
-        x = torch.ones(rows, hidden, dtype=dtype, device=device)
-        w = torch.ones(hidden, inner, dtype=dtype, device=device)
-        return rate(2 * x.numel() * inner, lambda: x @ w)
+        return speed.of_products(rows, hidden, inner, dtype)
 
-    size = min(_FACTORISED, 3 * inner)
-    matrix = torch.eye(size, device=device) + 1e-3
-    half = torch.ones(_ELEMENTS, dtype=torch.bfloat16, device=device)
-    total, scale = half.float(), torch.ones(_ELEMENTS, device=device)
     read, write = _disk_speed(existing_folder(out_path), clock)
     memory = psutil.virtual_memory()
     cuda = device.type == "cuda"
@@ -106,8 +98,8 @@ def calibrate(
         forward=fp32 if dtype == torch.float32 else product(dtype, CHUNK_TOKENS),
         fp32=fp32,
         fp64=product(torch.float64, hidden),
-        cholesky=rate(size**3 / 3, lambda: torch.linalg.cholesky(matrix)),
-        elements=rate(_ELEMENTS, lambda: total.addcmul_(half.float(), scale)),
+        cholesky=speed.of_factorisations(min(_FACTORISED, 3 * inner)),
+        elements=speed.of_passes(),
         read=read,
         write=write,
         memory=memory.total,
@@ -117,10 +109,42 @@ def calibrate(
     )
 
 
-def _now(clock: Clock, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return clock()
+@dataclass(frozen=True)
+class _Stopwatch:
+    """Measures how much of some work a device does per second."""
+
+    device: torch.device
+    clock: Clock
+
+    def of_products(self, rows: int, inner: int, columns: int, dtype: torch.dtype) -> float:
+        """Flops per second of `[rows, inner] @ [inner, columns]`."""
+        x = torch.ones(rows, inner, dtype=dtype, device=self.device)
+        w = torch.ones(inner, columns, dtype=dtype, device=self.device)
+        return self._rate(2 * rows * inner * columns, lambda: x @ w)
+
+    def of_factorisations(self, size: int) -> float:
+        """Flops per second of a Cholesky factorisation in fp32."""
+        matrix = torch.eye(size, device=self.device) + 1e-3
+        return self._rate(size**3 / 3, lambda: torch.linalg.cholesky(matrix))
+
+    def of_passes(self) -> float:
+        """Elements per second that are converted, scaled, and added to others."""
+        half = torch.ones(_ELEMENTS, dtype=torch.bfloat16, device=self.device)
+        total, scale = half.float(), torch.ones(_ELEMENTS, device=self.device)
+        return self._rate(_ELEMENTS, lambda: total.addcmul_(half.float(), scale))
+
+    def _rate(self, count: float, run: Callable[[], object]) -> float:
+        run()  # the first run sets up threads and memory
+        runs, began = 0, self._now()
+        while (spent := self._now() - began) < _SECONDS:
+            run()
+            runs += 1
+        return count * runs / spent
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return self.clock()
 
 
 def existing_folder(path: Path) -> Path:
@@ -130,7 +154,7 @@ def existing_folder(path: Path) -> Path:
 
 
 def _disk_speed(folder: Path, clock: Clock) -> tuple[float, float]:
-    """Bytes read and written a second; not measured where the folder takes no file."""
+    """Bytes per second that are read and written; infinite where no file can be written."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             began = clock()
@@ -138,7 +162,7 @@ def _disk_speed(folder: Path, clock: Clock) -> tuple[float, float]:
             file.flush()
             os.fsync(file.fileno())
             written = clock()
-            if hasattr(os, "posix_fadvise"):  # or it would come from memory
+            if hasattr(os, "posix_fadvise"):  # otherwise it would be read from memory
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             file.seek(0)
             dropped = clock()

@@ -1,7 +1,7 @@
-"""The merge as mergekit would run it, planned from headers and configurations alone.
+"""A merge as mergekit would run it, planned from headers and configurations alone.
 
-1. The configuration is checked. Calibration sequences have a shape, and no text is read for them.
-2. mergekit's planner plans, and its plan is turned into stages, as for a merge.
+1. The configuration is checked. Calibration sequences have a shape; no text is read for them.
+2. mergekit's planner makes its plan, which is turned into stages of the fit, as for a merge.
 """
 
 import contextlib
@@ -48,11 +48,11 @@ class PlannedTensor:
     """One output tensor.
 
     Attributes:
-        headers: by source; None where the file's header does not tell.
-        dtype: that sources are converted to as they are loaded, or None.
-        rows: (the dimension of the vocabulary, its size), where it is not that of the sources.
-        copies: made of a source that is brought into one vocabulary; two, where its teacher goes by
-            other rows than those that are merged.
+        headers: the tensor's header in the files of each source; None where there is none.
+        dtype: the dtype that sources are converted to as they are loaded; None keeps theirs.
+        rows: dimension and size of the merged vocabulary, where it is not that of the sources.
+        copies: copies in memory per source after vocabularies are aligned: 0 where they agree, 2
+            where the teacher keeps its own rows.
     """
 
     headers: Mapping[ModelReference, Header | None]
@@ -63,12 +63,13 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class PlannedMerge:
-    """What mergekit would run.
+    """A merge that mergekit would run.
 
     Attributes:
-        tensors: by name.
+        prepared: the checked configuration, with calibration sequences that have no tokens.
+        tensors: output tensors by name.
         stages: input, blocks and output of the model; none where nothing is fitted.
-        out_dtype: that tensors are written in, if not in that which they are loaded in.
+        out_dtype: the dtype that tensors are written in; None for the dtype they are loaded in.
     """
 
     prepared: Prepared
@@ -81,11 +82,12 @@ def plan_merge(file: Path, options: MergeOptions, out_path: Path) -> PlannedMerg
     """Plan a merge.
 
     Args:
-        file: the YAML.
+        file: the configuration in YAML.
+        options: options of the merge.
         out_path: where the merged model would go; nothing is written there.
 
     Raises:
-        DamError: what a merge would refuse, but for what it would find in text or weights.
+        DamError: the merge would be refused. Faults of text or weights are not found.
     """
     plugin.install()
     from mergekit.merge import _model_out_config  # as run_merge does
@@ -115,10 +117,10 @@ def plan_merge(file: Path, options: MergeOptions, out_path: Path) -> PlannedMerg
 
 
 def read_configuration(file: Path) -> tuple[MergeConfiguration, dict[str, Any]]:
-    """A configuration, and the YAML as parsed.
+    """Read a configuration; the parsed YAML is returned beside it.
 
     Raises:
-        ConfigError: it cannot be read, or is of another method.
+        ConfigError: the file cannot be read, or asks for another merge method.
     """
     try:
         source = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -134,10 +136,10 @@ def read_configuration(file: Path) -> tuple[MergeConfiguration, dict[str, Any]]:
 
 
 def _check_models(models: Iterable[ModelReference], options: MergeOptions) -> None:
-    """See that every model has a configuration that transformers can read.
+    """Check that transformers can read every model's configuration.
 
     Raises:
-        DamError: naming the model.
+        DamError: a configuration cannot be read; the message names the model.
     """
     for model in models:
         try:
@@ -150,7 +152,7 @@ def _check_models(models: Iterable[ModelReference], options: MergeOptions) -> No
 
 
 def _without_text(prepared: Prepared) -> Prepared:
-    """Sequences of the configured number and length, of no tokens at all."""
+    """The same merge with calibration sequences that have a number and a length, but no tokens."""
     run = prepared.run
     if prepared.replay is not None or not prepared.checked.learns:
         return prepared
@@ -165,7 +167,7 @@ def _without_text(prepared: Prepared) -> Prepared:
 
 
 def _provenance(model: str, text: str, sequences: int, length: int) -> Provenance:
-    """Of sequences that nobody has read."""
+    """The provenance of sequences that were not read."""
     return Provenance(
         model=model,
         source=text,
@@ -190,7 +192,7 @@ def _provenance(model: str, text: str, sequences: int, length: int) -> Provenanc
 def _adapters_as_their_bases(
     models: Iterable[ModelReference], options: MergeOptions
 ) -> Iterator[None]:
-    """Have mergekit's loaders find an adapter's base: merging the adapter would read weights."""
+    """Have mergekit load an adapter's base in its place: merging the adapter would read weights."""
     loaders = LoaderCache().loaders
     replaced = [model for model in models if model.lora is not None and model not in loaders]
     for model in replaced:
@@ -204,7 +206,10 @@ def _adapters_as_their_bases(
 
 
 def _whole(task: Task[Any]) -> tuple[str, Task[Any] | None]:
-    """What a task writes: name, and task that merges it; of pieces, what they are cut out of."""
+    """Name of the tensor that a task writes, and the task that merges it.
+
+    Of a piece, these are the tensor that it is cut out of and its task. Other tasks have neither.
+    """
     if not isinstance(task, SaveTensor):
         return "", None
     if isinstance(task.tensor_task, Piece):
@@ -213,7 +218,7 @@ def _whole(task: Task[Any]) -> tuple[str, Task[Any] | None]:
 
 
 def _gather(task: Task[Any]) -> Task[Any]:
-    """The task that brings a tensor of all sources."""
+    """The task that loads a tensor of all sources."""
     if isinstance(task, MergedTensor):
         node = task.fit.node
         names = [spec.name for spec in node.planned.stage.tensors]

@@ -1,11 +1,13 @@
-"""An estimate for people, as a table of text, and for programs, as JSON."""
+"""An estimate as tables of text for people, and as JSON for programs."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from mergekit_dam.estimate.estimate import Estimate, work_of
+from mergekit_dam.estimate.estimate import Estimate
 from mergekit_dam.estimate.flops import total
+from mergekit_dam.estimate.memory import Need
+from mergekit_dam.estimate.sweeps import Sweep
 
 _MEANING = (
     "Memory is the process's own; with mapped files, also pages of weights that the system\n"
@@ -16,7 +18,7 @@ _MEANING = (
 def to_json(estimate: Estimate) -> dict[str, Any]:
     """Everything, in bytes, flops and seconds."""
     inventory = estimate.inventory
-    works = work_of([sweep for sweep in estimate.sweeps if sweep.certain])
+    pairs = zip(estimate.sweeps, estimate.seconds, strict=True)
     return {
         "sources": inventory.sources,
         "blocks": len(inventory.blocks),
@@ -24,37 +26,10 @@ def to_json(estimate: Estimate) -> dict[str, Any]:
         "parameters": sum(tensor.parameters for tensor in inventory.tensors),
         "calibration": asdict(inventory.text),
         "startup_seconds": estimate.startup,
-        "sweeps": [
-            {
-                "name": sweep.name,
-                "condition": sweep.condition,
-                "read_bytes": sweep.read,
-                "write_bytes": sweep.write,
-                "flops": total(sweep.work),
-                "seconds": seconds,
-            }
-            for sweep, seconds in zip(estimate.sweeps, estimate.seconds, strict=True)
-        ],
+        "sweeps": [_sweep_json(sweep, seconds) for sweep, seconds in pairs],
         "seconds": {"least": estimate.least_seconds, "most": estimate.most_seconds},
-        "work": [
-            {
-                "kind": kind,
-                "of": "elements" if speed == "elements" else "flops",
-                "speed": speed,
-                "count": count,
-                "seconds": count / estimate.machine.speed(speed),
-            }
-            for (kind, speed), count in works.items()
-        ],
-        "memory": [
-            {
-                "phase": need.phase,
-                "host_bytes": estimate.own(need),
-                "host_bytes_with_mapped_files": estimate.resident(need),
-                "gpu_bytes": need.device if estimate.room.gpu else 0,
-            }
-            for need in estimate.needs
-        ],
+        "work": _work_json(estimate),
+        "memory": [_need_json(estimate, need) for need in estimate.needs],
         "peak_host_bytes": estimate.own(estimate.host),
         "peak_host_bytes_with_mapped_files": estimate.resident_bytes,
         "peak_gpu_bytes": estimate.gpu.device if estimate.room.gpu else 0,
@@ -65,8 +40,42 @@ def to_json(estimate: Estimate) -> dict[str, Any]:
     }
 
 
+def _sweep_json(sweep: Sweep, seconds: float) -> dict[str, Any]:
+    return {
+        "name": sweep.name,
+        "condition": sweep.condition,
+        "read_bytes": sweep.read,
+        "write_bytes": sweep.write,
+        "flops": total(sweep.work),
+        "seconds": seconds,
+    }
+
+
+def _work_json(estimate: Estimate) -> list[dict[str, Any]]:
+    """Kinds of work of the sweeps that are always run."""
+    return [
+        {
+            "kind": kind,
+            "of": "elements" if speed == "elements" else "flops",
+            "speed": speed,
+            "count": count,
+            "seconds": count / estimate.machine.speed(speed),
+        }
+        for (kind, speed), count in estimate.certain_work.items()
+    ]
+
+
+def _need_json(estimate: Estimate, need: Need) -> dict[str, Any]:
+    return {
+        "phase": need.phase,
+        "host_bytes": estimate.own(need),
+        "host_bytes_with_mapped_files": estimate.resident(need),
+        "gpu_bytes": need.device if estimate.room.gpu else 0,
+    }
+
+
 def table(estimate: Estimate) -> str:
-    """The same in a few tables."""
+    """The same for people, in a few tables."""
     parts = [_models(estimate), _sweeps(estimate), _work(estimate), _memory(estimate)]
     return "\n\n".join([*parts, _verdict(estimate), _MEANING])
 
@@ -98,8 +107,7 @@ def _sweeps(estimate: Estimate) -> str:
         rows.append([name, _size(sweep.read), _size(sweep.write), flops, _time(seconds)])
     read = sum(sweep.read for sweep in estimate.sweeps if sweep.certain)
     written = sum(sweep.write for sweep in estimate.sweeps if sweep.certain)
-    work = work_of([sweep for sweep in estimate.sweeps if sweep.certain])
-    flops = f"{total(work) / 1e12:,.2f}"
+    flops = f"{total(estimate.certain_work) / 1e12:,.2f}"
     rows.append(["in all", _size(read), _size(written), flops, _time(estimate.least_seconds)])
     if estimate.most_seconds > estimate.least_seconds:
         rows.append(["at most", "", "", "", _time(estimate.most_seconds)])
@@ -107,10 +115,9 @@ def _sweeps(estimate: Estimate) -> str:
 
 
 def _work(estimate: Estimate) -> str:
-    """Kinds of work of what is certain, the longest first."""
+    """Kinds of work of the sweeps that are always run, the longest first."""
     found: dict[str, tuple[float, float]] = {}
-    work = work_of([sweep for sweep in estimate.sweeps if sweep.certain])
-    for (kind, speed), count in work.items():
+    for (kind, speed), count in estimate.certain_work.items():
         flops, seconds = found.get(kind, (0.0, 0.0))
         own = 0 if speed == "elements" else count
         found[kind] = (flops + own, seconds + count / estimate.machine.speed(speed))
@@ -141,7 +148,7 @@ def _verdict(estimate: Estimate) -> str:
 
 
 def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text: the first to the left, numbers to the right."""
+    """Lines of a table: the first column is aligned to the left, the others to the right."""
     every = [head, *rows]
     widths = [max(len(row[index]) for row in every) for index in range(len(head))]
     return "\n".join(
@@ -151,7 +158,7 @@ def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _size(count: float) -> str:
-    """Bytes, in units of thousands."""
+    """Bytes in kB, MB, GB or TB."""
     for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
         if count >= unit:
             return f"{count / unit:.2f} {name}"

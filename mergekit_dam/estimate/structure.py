@@ -1,8 +1,9 @@
-"""What a part is made of, as far as shapes tell: run once on weights of zeros that take no memory.
+"""The units of a part, found from shapes: it runs once on weights of zeros that take no memory.
 
-The fit itself looks at what every module returns (`anatomy`), for which it needs weights. Here a
-matrix that is fed features counts as a linear, a vector as wide as what passes as a norm, and
-what is fed integers as an embedding.
+The fit itself examines the values that every module returns (`model.anatomy`), for which it needs
+weights. Without them the shapes have to do: a matrix that gets features is a linear, a vector as
+wide as its input is a norm, a matrix that gets integers is an embedding. Which linears share an
+input is decided by the same function as in the fit.
 """
 
 import math
@@ -25,15 +26,17 @@ Kind = Literal["linear", "norm", "embedding", "head", "router", "experts", "othe
 
 @dataclass(frozen=True)
 class UnitShape:
-    """A module that owns parameters.
+    """Sizes of a module that owns parameters.
 
     Attributes:
-        name: relative to the part.
-        enters, leaves: features of what enters and leaves it; rows of an embedding enter.
-        parameters: how many it has.
-        linears: of one of the experts.
-        experts: how many there are.
-        sent: to how many of them a token is sent.
+        name: path of the module, relative to the part.
+        kind: as in the fit; an output head has a kind of its own.
+        enters: features of its input; of an embedding, the number of rows.
+        leaves: features of its output.
+        parameters: number of elements of its parameters.
+        linears: the linears of one expert, if these are experts.
+        experts: number of experts.
+        sent: number of experts that each token is sent to.
     """
 
     name: str
@@ -47,26 +50,27 @@ class UnitShape:
 
     @property
     def product(self) -> int:
-        """Flops of its products of matrices, a token."""
+        """Flops per token of its products of matrices."""
         if self.kind == "experts":
             return self.sent * sum(linear.product for linear in self.linears)
         return 2 * self.enters * self.leaves if self.kind in ("linear", "router") else 0
 
 
 Group = tuple[UnitShape, ...]
-"""Units that see one input: a stage of the fit."""
+"""Units that are fitted together: linears that see one input, or one other unit."""
 
 
 @torch.no_grad()
 def groups_of(
     part: Part, shapes: Mapping[str, tuple[int, ...]], entering: Tensor, head: str | None
 ) -> tuple[Group, ...]:
-    """The units of a part in the order the data passes them; linears of one input together.
+    """The units of a part, grouped as they are fitted, in the order the data passes them.
 
     Args:
-        shapes: of the part's parameters, by names relative to it.
-        entering: a few token ids, or hidden states.
-        head: name of the output head's unit.
+        part: the part of the merged model.
+        shapes: shapes of the part's parameters, by names relative to it.
+        entering: a few token ids or hidden states to run it on.
+        head: name of the output head's module.
     """
     zero = torch.zeros(())
     weights = {name: zero.expand(shape) for name, shape in shapes.items()}
@@ -92,12 +96,12 @@ def groups_of(
 def _with_linears(
     part: Part, unit: UnitShape, x: Tensor, shapes: Mapping[str, tuple[int, ...]]
 ) -> UnitShape:
-    """Experts with the linears that each of them has."""
+    """Add to experts the linears that each of them has; any other unit is returned as it is."""
     if unit.kind != "experts":
         return unit
     module = part.root.get_submodule(unit.name)
     own = {name: shapes[f"{unit.name}.{name}"] for name, _ in module.named_parameters()}
-    # Zeros of their own for each, by which products are told apart.
+    # Each has zeros of its own: products are told apart by the memory of their weights.
     weights = {name: torch.zeros(()).expand(shape[1:]) for name, shape in own.items()}
     _, products = run_expert(module, weights, x)
     linears = tuple(
@@ -123,7 +127,7 @@ def _see(
     kwargs: Mapping[str, Any],
     output: Any,
 ) -> None:
-    """Note a unit with what entered it, once."""
+    """Note a unit and its input when it is called for the first time."""
     x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
     if x is None or any(unit.name == name for unit, _ in seen):
         return
