@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from mergekit.common import ModelReference
-from mergekit.io.tasks import LoaderCache
 from torch import Tensor
 
 from mergekit_dam.estimate.merge import PlannedMerge, PlannedTensor
 from mergekit_dam.estimate.structure import Group, UnitShape, groups_of
 from mergekit_dam.estimate.text import Text
-from mergekit_dam.parameters import ExpertFeed, RunParameters
+from mergekit_dam.host.compat import LoaderCache
 from mergekit_dam.host.headers import Header
+from mergekit_dam.parameters import ExpertFeed, RunParameters
 from mergekit_dam.sources.stage import Stage, StageKind
 
 _PROBE_TOKENS = 2

@@ -13,20 +13,24 @@ from typing import Any
 
 import torch
 import yaml
-from mergekit.architecture import get_architecture_info
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Task
-from mergekit.io.tasks import GatherTensors, LoaderCache, SaveTensor
 from mergekit.options import MergeOptions
-from mergekit.tokenizer import PermutedVocabulary
-from mergekit.tokenizer.truncate import TruncatedVocabulary
 from pydantic import ValidationError
 
 from mergekit_dam.calibration.sets import CalibrationSet, Provenance
 from mergekit_dam.calibration.source import CalibrationSource
 from mergekit_dam.errors import ConfigError, DamError
 from mergekit_dam.host import plugin
+from mergekit_dam.host.compat import (
+    GatherTensors,
+    LoaderCache,
+    PermutedVocabulary,
+    SaveTensor,
+    TruncatedVocabulary,
+    get_architecture_info,
+)
 from mergekit_dam.host.gathers import TeachersVocabulary
 from mergekit_dam.host.headers import Header, header_of
 from mergekit_dam.host.prepare import Prepared, PreparedConfiguration, check
@@ -90,8 +94,10 @@ def plan_merge(file: Path, options: MergeOptions, out_path: Path) -> PlannedMerg
         DamError: the merge would be refused. Faults of text or weights are not found.
     """
     plugin.install()
-    from mergekit.merge import _model_out_config  # as run_merge does
-    from mergekit.plan import MergePlanner
+    from mergekit_dam.host.compat import (
+        MergePlanner,
+        out_model_config,  # as run_merge does
+    )
 
     config, source = read_configuration(file)
     prepared = _without_text(check(config, options, source))
@@ -102,7 +108,7 @@ def plan_merge(file: Path, options: MergeOptions, out_path: Path) -> PlannedMerg
     architecture = get_architecture_info(planned, options)
     LoaderCache().setup(options=options)
     with _adapters_as_their_bases(planned.referenced_models(), options):
-        out_config = _model_out_config(
+        out_config = out_model_config(
             planned, architecture, trust_remote_code=options.trust_remote_code
         )
         tasks = MergePlanner(planned, architecture, options, out_config).plan_to_disk(str(out_path))

@@ -31,8 +31,8 @@ from mergekit_dam.fitting.metric import PLAIN, Metric
 from mergekit_dam.fitting.moments import InputMoments, LinearMoments, LinearTokens
 from mergekit_dam.parameters import Granularity
 from mergekit_dam.streams import storage
-from tests.merging import Merged, dam, merge
-from tests.models import VOCAB_SIZE, save_calibration, save_models, tiny_llama_config
+from tests.kit.merging import Merged, dam, merge
+from tests.kit.models import VOCAB_SIZE, save_calibration, save_models, tiny_llama_config
 
 SAMPLES, LENGTH = 8, 64
 GB = 10**9

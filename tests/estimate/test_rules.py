@@ -28,8 +28,8 @@ from mergekit_dam.streams.storage import (
     streams_bytes,
 )
 from mergekit_dam.streams.stream import CHUNK_TOKENS, chunk_sequences, chunks
-from tests.merging import dam
-from tests.models import VOCAB_SIZE, Models, save_calibration, save_models
+from tests.kit.merging import dam
+from tests.kit.models import VOCAB_SIZE, Models, save_calibration, save_models
 
 GB = 10**9
 ROOM = Room(host=64 * GB, gpu=0, disk=100 * GB, baseline=0, libraries=0, shard=5 * GB)
