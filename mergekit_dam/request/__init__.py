@@ -1,5 +1,6 @@
-"""The request: parameters, slices and models of a configuration, and what is wrong with them.
+"""The request: the parameters, slices and models of a configuration, and checks of them.
 
-It knows the YAML alone, no file of a model. May import: coefficients, parameters, errors.
-Start reading at `check.check_configuration`; every parameter is declared in `parameters`.
+It reads no weights: only the YAML and the models' configurations. May import: coefficients,
+parameters, errors. Start reading at `check.check_configuration`; `parameters` declares every
+parameter.
 """

@@ -1,4 +1,4 @@
-"""Checks of a dam configuration: everything wrong with it, before any work, in one error."""
+"""Checks of a dam configuration, before any work; one error reports all problems."""
 
 import dataclasses
 import difflib
@@ -36,14 +36,14 @@ from mergekit_dam.request.slices import check_slices
 
 @dataclass(frozen=True)
 class Checked:
-    """What a valid configuration says about the whole merge.
+    """A valid configuration, resolved for the whole merge.
 
     Attributes:
-        run: parameters of the whole merge.
-        models: the models to merge, in the order of the YAML; the base last, if included.
-        base: the base model.
-        calibrations: per model whose data takes part in the fit.
-        learns: there is something to learn, as two models are merged somewhere.
+        run: Parameters of the whole merge.
+        models: Models to merge, in the order of the YAML; the base comes last, if included.
+        base: The base model, if there is one.
+        calibrations: Calibration source of each model whose data takes part in the fit.
+        learns: Whether there is something to learn: two models are merged somewhere.
     """
 
     run: RunParameters
@@ -56,19 +56,21 @@ class Checked:
 def check_configuration(
     config: MergeConfiguration, source: Mapping[str, Any] | None = None
 ) -> Checked:
-    """Check everything that the YAML alone can tell.
+    """Check everything that can be checked from the YAML alone.
 
     Args:
-        source: the YAML as parsed, to find keys that mergekit drops silently.
+        config: The configuration, as read by mergekit.
+        source: The parsed YAML, to find keys that mergekit drops silently.
 
     Raises:
-        ConfigError: with every problem found.
+        ConfigError: With every problem found.
     """
     problems: list[str] = []
     if source is not None:
         problems += _unknown_keys(source, MergeConfiguration, "the configuration")
     scopes, wrong, found = _sound_scopes(config)
     problems += found
+    # A model with an invalid `calibration` must not also be reported as having none.
     reported = any("`calibration`" in problem for problem in problems)
     top = {k: v for scope in scopes if scope.level == "top" for k, v in scope.settings.items()}
     run = RunParameters.model_validate({k: top[k] for k in top if OWNERS[k] is RunParameters})
@@ -89,11 +91,11 @@ def check_configuration(
 
 
 def _sound_scopes(config: MergeConfiguration) -> tuple[list[Scope], set[str], list[str]]:
-    """Every scope with the parameters that are right by themselves.
+    """Every scope with the parameters that are valid by themselves.
 
     Returns:
-        The scopes; the names of parameters whose value is wrong; the problems. What is wrong is
-        reported here, and the rest is checked as if it were not there.
+        The scopes; the names of parameters with an invalid value; the problems. Invalid
+        parameters are reported here, and later checks run as if they were not there.
     """
     scopes, wrong, problems = [], set(), []
     unknown: dict[str, list[str]] = {}
@@ -115,9 +117,9 @@ def _sound_scopes(config: MergeConfiguration) -> tuple[list[Scope], set[str], li
 
 
 def _merges_somewhere(config: MergeConfiguration, run: RunParameters) -> bool:
-    """Whether two models meet in some list of inputs.
+    """Whether some list of inputs has two models.
 
-    A base that is to be merged too is added to lists of models, as mergekit does, not to slices.
+    With `include_base`, the base is added to lists of models, as in mergekit, but not to slices.
     """
     return any(
         len(inputs) > 1 or (run.include_base and path.endswith("models") and bool(inputs))
@@ -126,7 +128,7 @@ def _merges_somewhere(config: MergeConfiguration, run: RunParameters) -> bool:
 
 
 def _check_setting(scope: Scope, name: str, setting: ParameterSetting) -> list[str]:
-    """Problems of one parameter of dam in one scope."""
+    """Problems with one parameter of dam in one scope."""
     owner = OWNERS[name]
     where = f"{scope.label}: `{name}`"
     plain = isinstance(setting, (bool, int, float, str))
@@ -163,7 +165,7 @@ def _check_setting(scope: Scope, name: str, setting: ParameterSetting) -> list[s
 
 
 def _unknown_parameter(name: str) -> str:
-    """Say what an unknown parameter may have been meant to be."""
+    """The problem with an unknown parameter, and the parameter that was probably meant."""
     others = sorted(
         method.spec.name
         for method in merge_methods.registered_methods()
@@ -177,7 +179,7 @@ def _unknown_parameter(name: str) -> str:
 
 
 def _unknown_keys(source: Any, schema: type[BaseModel], where: str) -> list[str]:
-    """Keys of the YAML that mergekit would drop without a word."""
+    """Problems with keys of the YAML that mergekit would drop silently."""
     if not isinstance(source, Mapping):
         return []
     problems = []
@@ -215,7 +217,7 @@ def _check_models(
     listed: list[ModelReference],
     scopes: list[Scope],
 ) -> list[str]:
-    """Problems with which models are merged, and with the base among them."""
+    """Problems with the choice of the models to merge, and with the base."""
     problems = []
     base = config.base_model
     others = [model for model in listed if model != base]
@@ -223,9 +225,9 @@ def _check_models(
         problems.append("models: required at least one model besides the base; got none")
     elif len(others) == 1 and base is not None and not run.include_base and not run.coefficients:
         problems.append(
-            f"models: {others[0]} alone would be merged, as the base is no model to merge unless "
-            f"asked for; set `include_base: true` at top level and give it a `calibration` too, or "
-            f"name no `base_model`"
+            f"models: {others[0]} alone would be merged, because the base is not merged by "
+            f"default; set `include_base: true` at top level and give the base a `calibration` "
+            f"too, or name no `base_model`"
         )
     if run.include_base and base is None:
         problems.append("`include_base` is true, but the configuration names no `base_model`")
@@ -250,10 +252,10 @@ def _calibrations(
     *,
     needed: bool,
 ) -> tuple[dict[ModelReference, str], list[str]]:
-    """The calibration of every model that needs one, and what is missing.
+    """The calibration source of every model that needs one, and the problems found.
 
     Args:
-        needed: there is something to learn; else none is read.
+        needed: Whether there is something to learn; if not, no calibration is read.
     """
     found: dict[ModelReference, str] = {}
     problems = []
@@ -281,7 +283,7 @@ def _calibrations(
 
 
 def _is_zero(weight: ParameterSetting) -> bool:
-    """Whether a loss weight is 0 for every tensor; a filter leaves others at the default."""
+    """Whether a loss weight is 0 for every tensor; a filter leaves the default for others."""
     if isinstance(weight, ConditionalParameter):
         return False
     if isinstance(weight, list) and any(isinstance(w, ConditionalParameter) for w in weight):

@@ -1,4 +1,4 @@
-"""The parameters as tables, for the documents."""
+"""Tables of the parameters, for the README."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ SCOPES: dict[type[Parameters], str] = {
 }
 
 HEADINGS = {
-    "model": "Of a model; at top level, of all models",
-    "tensor": "Of the fit of a tensor; at top level or for a slice, with filters and gradients",
-    "merge": "Of the whole merge; once, at top level",
-    "logits": "Of the objective `logits` (and `layer+logits`); once, at top level",
+    "model": "For one model; at top level, for all models",
+    "tensor": "For the fit of a tensor; at top level or for a slice, with filters and gradients",
+    "merge": "For the whole merge; once, at top level",
+    "logits": "For the objective `logits` (and `layer+logits`); once, at top level",
 }
-"""What the tables in the README hold, by scope; the parameters of the merge are in two tables."""
+"""Headings of the README's tables; the parameters of the whole merge are in two tables."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ParameterHelp:
 
 
 def fields() -> Iterator[tuple[type[Parameters], str, FieldInfo]]:
-    """Every parameter as (class it belongs to, name, field)."""
+    """Yield every parameter as (class that declares it, name, field)."""
     for owner in SCOPES:
         for name, field in owner.model_fields.items():
             yield owner, name, field
@@ -69,7 +69,7 @@ def parameter_tables() -> str:
         lines = [
             f"**{heading}**",
             "",
-            "| parameter | type | default | what it does, and when to touch it |",
+            "| parameter | type | default | what it does, and when to change it |",
             "|---|---|---|---|",
         ]
         lines += [
@@ -82,7 +82,7 @@ def parameter_tables() -> str:
 
 
 def _type_name(annotation: Any) -> str:
-    """`str | None` as `str`, a Literal as its values, bytes as a size, else by its name."""
+    """Name of a type for users: `str` for `str | None`, a Literal's values, `size` for bytes."""
     if ByteSize in getattr(annotation, "__args__", ()):
         return "size"
     arguments = [a for a in getattr(annotation, "__args__", ()) if a is not type(None)]

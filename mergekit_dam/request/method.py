@@ -1,4 +1,4 @@
-"""The entry of `dam` in mergekit's registry, its specification made from the parameters."""
+"""The entry of `dam` in mergekit's registry, with a specification made from the parameters."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ PAPER = "https://arxiv.org/abs/2410.08371"
 
 @dataclass(frozen=True)
 class Average:
-    """Stands for the coefficients of the weighted average, where tensors in memory are merged."""
+    """Requests the weighted average, in place of coefficients, for tensors in memory."""
 
 
 _IN_MEMORY: dict[str, Any] = {
@@ -39,7 +39,7 @@ _IN_MEMORY: dict[str, Any] = {
     | InstanceOf[Average]
     | None
 }
-"""What a caller in this process may hand over, where a YAML has text alone."""
+"""Types that a caller in this process may pass; a YAML file can hold only text."""
 
 
 def _parameter_spec(owner: type[Parameters], name: str, field: FieldInfo) -> ParameterSpec:
@@ -56,11 +56,11 @@ def _parameter_spec(owner: type[Parameters], name: str, field: FieldInfo) -> Par
 
 
 class DamMerge(GroupMergeMethod):
-    """The entry in mergekit's registry.
+    """The entry in mergekit's registry, which declares the parameters.
 
-    It names the parameters. The merge itself is planned over whole decoder blocks, so tensors
-    that come here one by one come from a caller that has no plan: mergekit's functions for
-    tensors in memory, and its command for raw files. Those bring the coefficients.
+    A merge of models is planned over whole decoder blocks and does not call this class. Single
+    tensors come from callers without a plan: mergekit's functions for tensors in memory, and its
+    command for raw files. These callers pass the coefficients.
     """
 
     spec = MergeMethodSpec(
@@ -78,7 +78,7 @@ class DamMerge(GroupMergeMethod):
         *,
         group_name: str | None = None,
     ) -> None:
-        """Check how many inputs there are; a slice of one model may leave out the base."""
+        """Check the number of inputs; a slice of one model may leave out the base."""
         base = base_id if base_id in input_ids else None
         super().validate_inputs(input_ids, base, group_name=group_name)
 
@@ -90,15 +90,17 @@ class DamMerge(GroupMergeMethod):
         parameters: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> tuple[torch.Tensor, ...]:
-        """Merge tensors in memory with the coefficients that `parameters` brings.
+        """Merge tensors in memory with the coefficients in `parameters`.
 
         Args:
-            parameters: `coefficients`, as `given.Given` (or mergekit's PerGroupValues of those);
-                or `weight` alone, for the weighted average that a fit starts from.
-            options: `dtype`, `out_dtype` and `batch_options`, as of every method.
+            groups: The tensors, one group per output tensor.
+            parameters: `coefficients`, as `in_memory.KnownCoefficients` (or mergekit's
+                PerGroupValues of those); or `weight` alone, for the weighted average that a fit
+                starts from.
+            options: `dtype`, `out_dtype` and `batch_options`, as for every method.
 
         Raises:
-            DamError: there are none, or parameters of a fit beside them.
+            DamError: If there are no coefficients, or also parameters of a fit.
         """
         asked = {name: value for name, value in (parameters or {}).items() if value is not None}
         by_weight = "coefficients" not in asked and "weight" in asked
@@ -106,7 +108,7 @@ class DamMerge(GroupMergeMethod):
         if unread:
             raise DamError(
                 f"dam: tensors in memory are merged with given coefficients, not fitted; "
-                f"{', '.join(unread)} would not be read: leave out what is not `coefficients` (or "
+                f"{', '.join(unread)} would not be read: pass only `coefficients` (or only "
                 f"`weight`)"
             )
         if by_weight:
@@ -117,7 +119,7 @@ class DamMerge(GroupMergeMethod):
         """Merge one tensor of every input with given coefficients.
 
         Raises:
-            DamError: none are given: a single tensor holds no activations to fit on.
+            DamError: If none are given; a single tensor has no activations to fit on.
         """
         given = parameters["coefficients"]
         if given is None:
@@ -126,7 +128,7 @@ class DamMerge(GroupMergeMethod):
                 f"{group.metadata.name!r}. For a fit, run it through mergekit-yaml, "
                 f"mergekit-multi, mergekit.merge.run_merge or `mergekit-dam merge`; to merge "
                 f"tensors with known coefficients, pass `coefficients`: the path of a "
-                f"dam_coefficients.safetensors, or a tensor with a row for each input"
+                f"dam_coefficients.safetensors, or a tensor with one row per input"
             )
         if isinstance(given, Average):
             base = next((i for i, entry in enumerate(group.entries) if entry.is_base), None)

@@ -10,25 +10,26 @@ from mergekit_dam.request.slices import check_layers
 
 
 def vocab_size_of(model: ModelReference, options: MergeOptions) -> int:
+    """The vocabulary size in a model's own configuration."""
     config = model.config(trust_remote_code=options.trust_remote_code)
     size: int = config.get_text_config().vocab_size
     return size
 
 
 def check_depth(config: MergeConfiguration, checked: Checked, options: MergeOptions) -> None:
-    """Refuse layers that a model does not have, as far as configurations can be read.
+    """Refuse layers that a model does not have; skips models without a readable configuration.
 
     Raises:
-        ConfigError: with every such range, and with models of different depth.
+        ConfigError: With every such range, and with models of different depth.
     """
     if len(config.modules or {}) > 1:
-        return  # of other towers than that of the text, whose depth other keys tell
+        return  # towers other than the text model have their depth under other keys
     layers = {}
     for model in {m for m in (*checked.models, checked.base) if m is not None}:
         try:
             text = model.config(trust_remote_code=options.trust_remote_code).get_text_config()
         except (OSError, ValueError):
-            continue  # told with the reason when the model is loaded
+            continue  # reported with the reason when the model is loaded
         if getattr(text, "num_hidden_layers", None):
             layers[model] = text.num_hidden_layers
     problems = check_layers(config, layers, checked.calibrations)
@@ -37,10 +38,10 @@ def check_depth(config: MergeConfiguration, checked: Checked, options: MergeOpti
 
 
 def check_length(checked: Checked, options: MergeOptions) -> None:
-    """Refuse sequences longer than a model has positions for.
+    """Refuse sequences that are longer than a model's number of positions.
 
     Raises:
-        CalibrationError: naming the model.
+        CalibrationError: With the name of the model.
     """
     for model in checked.calibrations:
         config = model.config(trust_remote_code=options.trust_remote_code).get_text_config()

@@ -1,4 +1,4 @@
-"""Checks of how parameters of the objective go together."""
+"""Checks of combinations of the objective's parameters."""
 
 from collections.abc import Collection, Iterable
 
@@ -11,10 +11,13 @@ from mergekit_dam.request.scopes import SPECS, Scope, scalars
 def check_objective(
     config: MergeConfiguration, run: RunParameters, scopes: list[Scope], wrong: Collection[str]
 ) -> list[str]:
-    """Problems with how parameters of the objective go together.
+    """Problems with combinations of the objective's parameters.
 
     Args:
-        wrong: parameters whose own value is refused, of which nothing follows for others.
+        config: The configuration, as read by mergekit.
+        run: Parameters of the whole merge.
+        scopes: Every scope with its valid parameters.
+        wrong: Parameters with an invalid value; no combination with them is checked.
     """
     if "objective" in wrong:
         return []
@@ -52,27 +55,28 @@ def check_objective(
 def _check_nonlinearity(
     config: MergeConfiguration, run: RunParameters, scopes: list[Scope]
 ) -> list[str]:
-    """Problems with a nonlinearity that some start is out of the reach of.
+    """Problems with a nonlinearity that cannot produce some starting coefficients.
 
-    What depends on weights, on filters or on a file is left to the plan of the tensors.
+    Starts that depend on weights, on filters or on a file are checked with the tensors' specs.
     """
     if run.objective == "layer+logits":
         return [
-            f"`nonlinearity: {run.nonlinearity}` cannot give every coefficient that layers may be "
-            f"fitted to, where `objective: layer+logits` goes on from; set `objective: logits`, or "
-            f"`nonlinearity: none`"
+            f"`nonlinearity: {run.nonlinearity}` cannot produce every coefficient that the layer "
+            f"fits may find, and `objective: layer+logits` starts from those; set `objective: "
+            f"logits`, or `nonlinearity: none`"
         ]
     settings = [s.settings["sum_to_one"] for s in scopes if "sum_to_one" in s.settings]
     values = [SPECS["sum_to_one"].validate(v) for setting in settings for v in scalars(setting)]
-    # Deviations from the average cancel each other: some are 0 or less, wherever they start.
+    # Deviations from the average sum to zero, so some are 0 or less at every start.
     if config.base_model is None and all(values) and run.nonlinearity in ("sigmoid", "relu"):
         return [
             f"`nonlinearity: {run.nonlinearity}` has no start: with `sum_to_one` and no "
-            f"`base_model`, what is learned are deviations from the average, which start at 0; set "
+            f"`base_model`, the fit learns deviations from the average, which start at 0; set "
             f"`sum_to_one: false`, name a `base_model`, or take `tanh` or `none`"
         ]
     return []
 
 
 def quoted(names: Iterable[str]) -> str:
+    """Names for a message: each in backticks, separated by commas."""
     return ", ".join(f"`{name}`" for name in names)

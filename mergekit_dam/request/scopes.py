@@ -24,12 +24,13 @@ SPECS = {spec.name: spec for spec in DamMerge.spec.parameters}
 
 @dataclass(frozen=True)
 class Scope:
-    """A place in the YAML where parameters stand.
+    """A place in the YAML that may hold parameters.
 
     Attributes:
-        label: the place as a user would point at it.
-        level: what it holds for.
-        model: the model it holds for, if it is one model's.
+        label: Name of the place in messages to the user.
+        level: Range of the parameters: the whole merge, a slice or module, or one model.
+        settings: The parameters that stand there, by name.
+        model: The model that they hold for, at level "model".
     """
 
     label: str
@@ -39,7 +40,7 @@ class Scope:
 
 
 def scopes_of(config: MergeConfiguration) -> Iterator[Scope]:
-    """Every place of a configuration that may hold parameters."""
+    """Yield every place of a configuration that may hold parameters."""
     yield Scope("parameters (top level)", "top", config.parameters or {})
     yield from _inputs("models", config.models)
     yield from _slices("slices", config.slices)
@@ -64,7 +65,7 @@ def _slices(path: str, slices: list[OutputSliceDefinition] | None) -> Iterator[S
 
 
 def input_lists(config: MergeConfiguration) -> Iterator[tuple[str, list[ModelReference]]]:
-    """Every list of inputs, each of which must name a model once."""
+    """Yield every list of inputs, with its place; a list must name each model only once."""
     groups: dict[str, MergeConfiguration | OutputModuleDefinition] = {"": config}
     groups |= {f"modules.{name}.": module for name, module in (config.modules or {}).items()}
     for path, group in groups.items():
@@ -74,13 +75,13 @@ def input_lists(config: MergeConfiguration) -> Iterator[tuple[str, list[ModelRef
 
 
 def listed_models(config: MergeConfiguration) -> list[ModelReference]:
-    """The models that a configuration lists as inputs, in order, each once."""
+    """The models that a configuration lists as inputs, in order, without repetitions."""
     found = [scope.model for scope in scopes_of(config) if scope.model is not None]
     return list(dict.fromkeys(found))
 
 
 def scalars(setting: ParameterSetting) -> Iterator[Any]:
-    """The values inside a setting, without filters and gradients."""
+    """Yield the values inside a setting, without its filters and gradients."""
     if isinstance(setting, ConditionalParameter):
         yield from scalars(setting.value)
     elif isinstance(setting, list):

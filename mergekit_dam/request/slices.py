@@ -1,4 +1,4 @@
-"""Checks of slices: which layers of which models make a layer of the merged one."""
+"""Checks of slices, which say from which layers of the models a merged layer is made."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
@@ -7,7 +7,7 @@ from mergekit.config import InputSliceDefinition, MergeConfiguration, OutputSlic
 
 
 def named_slices(config: MergeConfiguration) -> Iterator[tuple[str, OutputSliceDefinition]]:
-    """Every slice of a configuration, with its place in the YAML."""
+    """Yield every slice of a configuration, with its place in the YAML."""
     for index, entry in enumerate(config.slices or ()):
         yield f"slices[{index}]", entry
     for name, module in (config.modules or {}).items():
@@ -16,7 +16,7 @@ def named_slices(config: MergeConfiguration) -> Iterator[tuple[str, OutputSliceD
 
 
 def check_slices(config: MergeConfiguration) -> list[str]:
-    """Problems of slices that the YAML alone can tell."""
+    """Problems with slices that can be found from the YAML alone."""
     problems = []
     base = config.base_model
     for label, entry in named_slices(config):
@@ -46,7 +46,7 @@ def check_slices(config: MergeConfiguration) -> list[str]:
         lengths = {source.model: _length(source) for source in entry.sources}
         if len(set(lengths.values())) > 1:
             counts = ", ".join(f"{count} of {model}" for model, count in lengths.items())
-            problems.append(f"{label}: required as many layers of every model, got {counts}")
+            problems.append(f"{label}: required equally many layers of every model, got {counts}")
     return problems
 
 
@@ -55,11 +55,12 @@ def check_layers(
     layers: Mapping[ModelReference, int],
     teachers: Collection[ModelReference],
 ) -> list[str]:
-    """Problems of layer ranges that the models' own configurations tell.
+    """Problems with layer ranges that can be found from the models' own configurations.
 
     Args:
-        layers: how many each model has.
-        teachers: the models whose data counts in the fit.
+        config: The configuration of the merge.
+        layers: Number of layers of each model.
+        teachers: Models whose data counts in the fit.
     """
     problems = []
     if config.models:
@@ -68,10 +69,10 @@ def check_layers(
             listed.append(config.base_model)
         counts = {model: layers[model] for model in listed if model in layers}
         if len(set(counts.values())) > 1:
-            told = ", ".join(f"{count} of {model}" for model, count in counts.items())
+            listing = ", ".join(f"{count} of {model}" for model, count in counts.items())
             problems.append(
-                f"models: required as many layers of every model, got {told}; say with `slices` "
-                f"and `layer_range` which layers to merge"
+                f"models: required equally many layers of every model, got {listing}; choose the "
+                f"layers to merge with `slices` and `layer_range`"
             )
     for label, entry in named_slices(config):
         for source in entry.sources:
@@ -87,8 +88,8 @@ def check_layers(
             if model not in listed and end > layers.get(model, end):
                 problems.append(
                     f"{label}: takes layers up to {end} of {listed[0]}; {model}, which is not "
-                    f"merged here, has {layers[model]}, so that it has no such layers to teach by. "
-                    f"Set `loss_weight: 0` for it, or list it in every slice"
+                    f"merged here, has {layers[model]}, too few to be a teacher here. Set "
+                    f"`loss_weight: 0` for it, or list it in every slice"
                 )
     return problems
 
