@@ -1,14 +1,16 @@
-"""Bring the plugin to mergekit: wait for its import, then call ``host.plugin.on_import``.
+"""Load the plugin into mergekit: wait for its import, then call ``host.plugin.on_import``.
 
-mergekit discovers no plugins, so ``mergekit_dam_autoload.pth`` calls `install` in every Python
-process of the environment. Hence three rules for this file: it imports only what a bare interpreter
-has loaded already (``typing`` alone would double its cost), it does nothing until one of the
-`WATCHED` modules is imported, and a failure of the plugin is one warning, never mergekit's failure.
+mergekit does not look for plugins, so ``mergekit_dam_autoload.pth`` calls `install` in every Python
+process of the environment. This file therefore follows three rules:
+
+- It imports only modules that a bare interpreter has loaded (``typing`` would double its cost).
+- It does nothing until one of the `WATCHED` modules is imported.
+- A failure of the plugin causes one warning, and never a failure of mergekit.
 """
 
 import sys
 
-TYPE_CHECKING = False  # type checkers take it for typing's
+TYPE_CHECKING = False  # type checkers treat this name as they treat typing's
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from importlib.abc import Loader
@@ -22,17 +24,17 @@ WATCHED = (
     "mergekit.merge",
     "mergekit.scripts.multimerge",
 )
-"""The modules of mergekit that the plugin gets once they are executed, as mergekit orders them."""
+"""Modules of mergekit that are passed to the plugin after they ran, in mergekit's own order."""
 
 _OWN = "mergekit_dam."
 
 
 class Delivery:
-    """Hands modules of mergekit to the plugin, but never while one of our own is half executed.
+    """Passes modules of mergekit to the plugin, but not while a module of ours is half executed.
 
-    When ``import mergekit_dam.request.method`` is a process's first import, mergekit is executed
-    half-way through it. A plugin called at that moment would import a module that is not finished;
-    so what mergekit has loaded waits until ours is.
+    If ``import mergekit_dam.request.method`` is a process's first import, mergekit is executed in
+    the middle of it. The plugin would then import an unfinished module. Therefore the modules of
+    mergekit wait until our own module is finished.
     """
 
     def __init__(self) -> None:
@@ -41,7 +43,7 @@ class Delivery:
         self._failed = False
 
     def execute(self, loader: "Loader", module: "ModuleType") -> None:
-        """Execute `module`, a watched one or our own, and deliver what can be delivered then."""
+        """Execute `module`, a watched one or one of ours, then deliver what can be delivered."""
         name = module.__name__
         if name.startswith(_OWN):
             self._half_executed.add(name)
@@ -59,15 +61,15 @@ class Delivery:
         self.flush()
 
     def flush(self) -> None:
-        """Call the plugin with every module that waits, unless ours are not ready for it.
+        """Call the plugin with every waiting module, unless a module of ours is half executed.
 
-        After a failure nothing more is delivered: the user has been told that `dam` is missing, and
+        After a failure nothing more is delivered: the user was warned that `dam` is missing, and
         half a plugin would be worse than none.
         """
         if not self._pending or self._half_executed or self._failed:
             return
         try:
-            # Executing plugin.py ends in a flush of its own, which may leave nothing to do here.
+            # The first import of plugin.py calls `flush` too, which may leave nothing to do here.
             from mergekit_dam.host.plugin import on_import
 
             modules, self._pending = self._pending, []
@@ -79,7 +81,7 @@ class Delivery:
 
 
 class PluginLoader:
-    """Stands in for a module's loader until the module is executed, and answers all else as it."""
+    """Replaces a module's loader until the module is executed, and has all its attributes."""
 
     def __init__(self, loader: "Loader", delivery: Delivery) -> None:
         self._loader = loader
@@ -89,9 +91,9 @@ class PluginLoader:
         return getattr(self._loader, name)
 
     def exec_module(self, module: "ModuleType") -> None:
-        """Execute `module`, after giving it back its own loader: resources and inspect ask for it.
+        """Execute `module`, after giving back its own loader, which resources and inspect need.
 
-        Where another hook has wrapped this loader in turn, the module shows that one: leave it.
+        If another hook has wrapped this loader, the module has that hook's loader and keeps it.
         """
         if module.__loader__ is self:
             module.__loader__ = self._loader
@@ -101,7 +103,7 @@ class PluginLoader:
 
 
 class PluginFinder:
-    """A finder for ``sys.meta_path`` that lets the others search and wraps the loader they find."""
+    """A finder for ``sys.meta_path`` that wraps the loader which the other finders find."""
 
     def __init__(self, delivery: Delivery) -> None:
         self._delivery = delivery
@@ -110,10 +112,10 @@ class PluginFinder:
     def find_spec(
         self, name: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
     ) -> "ModuleSpec | None":
-        """The others' spec of `name` with its loader wrapped; None if neither watched nor ours."""
+        """The other finders' spec, its loader wrapped; None if `name` is not watched nor ours."""
         watched = name in WATCHED or name.startswith(_OWN)
-        # Another finder may search by importlib.util.find_spec, which comes back here. Names do for
-        # a guard, threads need none: the interpreter calls finders under its global import lock.
+        # Another finder may call importlib.util.find_spec, which calls this method again: hence the
+        # set of names. No lock is needed: the interpreter calls finders under its import lock.
         if not watched or name in self._searching:
             return None
         self._searching.add(name)
@@ -122,14 +124,14 @@ class PluginFinder:
         finally:
             self._searching.discard(name)
         if spec is not None and hasattr(spec.loader, "exec_module"):  # a namespace has no loader
-            # importlib.abc.Loader would be the base class that mypy asks for; its import is dear.
+            # mypy wants the base class importlib.abc.Loader, but importing it takes too long.
             spec.loader = PluginLoader(spec.loader, self._delivery)  # type: ignore[arg-type, assignment]
         return spec
 
     def _search_elsewhere(
         self, name: str, path: "Sequence[str] | None", target: "ModuleType | None"
     ) -> "ModuleSpec | None":
-        for finder in tuple(sys.meta_path):  # a copy: a search may import, and imports may hook
+        for finder in tuple(sys.meta_path):  # a copy: a search may import, and so add finders
             find_spec = None if finder is self else getattr(finder, "find_spec", None)
             spec: ModuleSpec | None = find_spec(name, path, target) if find_spec else None
             if spec is not None:
@@ -138,7 +140,7 @@ class PluginFinder:
 
 
 def _report(error: Exception) -> None:
-    """Log one warning; `warnings.warn` would turn into an exception under ``-W error``."""
+    """Log one warning; `warnings.warn` would raise an exception under ``-W error``."""
     import logging
 
     log = logging.getLogger("mergekit_dam")
@@ -157,7 +159,7 @@ _finder = PluginFinder(_delivery)
 
 
 def install() -> None:
-    """Watch for mergekit from now on; what is imported of it already is delivered at once.
+    """Watch for mergekit from now on; modules that are imported already are delivered at once.
 
     Idempotent: Python 3.11 reads the .pth files of a virtual environment twice.
     """

@@ -1,6 +1,6 @@
-"""The command `mergekit-dam`: merge where the plugin is not found, plan, try out, compare.
+"""The command `mergekit-dam` with its subcommands `merge`, `plan`, `demo` and `evaluate`.
 
-Heavy imports stand inside the commands, so that help and errors come at once.
+Slow imports stand inside the commands, so that help and usage errors appear at once.
 """
 
 import json
@@ -12,7 +12,7 @@ from mergekit_dam import __version__
 
 
 class _PassThrough(click.Command):
-    """A command that leaves its whole command line, `--help` included, to another one."""
+    """A command that passes its whole command line, with `--help`, to another command."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.args = list(args)
@@ -35,8 +35,8 @@ def main() -> None:
 def merge(ctx: click.Context) -> None:
     """Run mergekit-yaml, with `dam` registered first.
 
-    For installs whose mergekit-yaml does not find plugins. Takes the same arguments and
-    options.
+    For installations in which mergekit-yaml does not find plugins. Takes the same arguments
+    and options.
     """
     from mergekit_dam.host import plugin
 
@@ -51,17 +51,17 @@ def merge(ctx: click.Context) -> None:
     "config", metavar="CONFIG_FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @click.argument("out_path", default=".", type=click.Path(path_type=Path))
-@click.option("--cuda", is_flag=True, help="The merge runs with --cuda.")
+@click.option("--cuda", is_flag=True, help="Estimate a merge that runs with --cuda.")
 @click.option(
     "--out-shard-size",
     default="5B",
     show_default=True,
     metavar="SIZE",
-    help="Of the merge: what is merged is kept in memory until a shard is full.",
+    help="As for the merge: merged tensors stay in memory until a shard is full.",
 )
-@click.option("--transformers-cache", metavar="PATH", help="Of the merge.")
-@click.option("--trust-remote-code", is_flag=True, help="Of the merge.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON in place of the tables.")
+@click.option("--transformers-cache", metavar="PATH", help="As for the merge.")
+@click.option("--trust-remote-code", is_flag=True, help="As for the merge.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the tables.")
 def plan(
     config: Path,
     out_path: Path,
@@ -71,10 +71,10 @@ def plan(
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
-    """Tell what a merge would cost, before it starts.
+    """Estimate the cost of a merge before it starts.
 
-    Reads configurations and headers, no weight and no text, and tries out for two seconds how
-    fast this machine is: bytes, flops, memory, time, and what would not fit.
+    Prints bytes, flops, memory and time, and what would not fit. Reads configurations and
+    headers, but no weights and no text, and measures the speed of this machine for two seconds.
     """
     from mergekit.common import parse_kmb
     from mergekit.options import MergeOptions
@@ -106,21 +106,21 @@ def plan(
 @main.command("demo")
 @click.argument("directory", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--seed", default=0, show_default=True, help="Seed of text, weights and training.")
-@click.option("--force", is_flag=True, help="Write into a folder that holds something else.")
+@click.option("--force", is_flag=True, help="Write into a folder even if it has other files.")
 def demo(directory: Path, seed: int, force: bool) -> None:
     """Make three tiny specialists, merge them, and compare.
 
     Everything is made in DIRECTORY, on the CPU, in a few minutes, without a network: text,
     a base model, specialists for Python code, word problems and records, the YAML files
-    and, with mergekit-yaml, four merges of the specialists. Ends with a table of held-out
-    losses. The same seed gives the same table, on the same machine with the same number of
-    threads.
+    and, with mergekit-yaml, four merges of the specialists. Prints a table of held-out losses
+    at the end. The same seed gives the same table, on the same machine with the same number
+    of threads.
     """
     from mergekit_dam.demo.run import run_demo
     from mergekit_dam.demo.settings import DemoSettings
 
     click.echo(run_demo(directory, settings=DemoSettings(seed=seed), force=force).table())
-    click.echo("recovery: 0 is mergekit's linear, 1 each specialist on its own domain", err=True)
+    click.echo("recovery: 0 for mergekit's linear, 1 for each specialist on its domain", err=True)
 
 
 @main.command("evaluate")
@@ -155,20 +155,20 @@ def demo(directory: Path, seed: int, force: bool) -> None:
     type=click.IntRange(min=1),
     help="Sequences per forward pass.",
 )
-@click.option("--device", default="cpu", show_default=True, help="Such as cuda, cuda:1 or mps.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps, ...")
 @click.option(
     "--dtype",
     default="float32",
     show_default=True,
     type=click.Choice(["float32", "bfloat16", "float16", "auto"]),
-    help="What weights are loaded as; auto is as stored.",
+    help="Dtype in which weights are loaded; auto keeps the stored one.",
 )
 @click.option(
     "--json",
     "json_path",
     metavar="PATH",
     type=click.Path(dir_okay=False, allow_dash=True, path_type=str),
-    help="Write the losses as JSON too; - writes them to the terminal in place of the table.",
+    help="Also write the losses as JSON; with -, print them as JSON instead of the table.",
 )
 def evaluate(
     models: tuple[str, ...],
@@ -182,8 +182,8 @@ def evaluate(
 ) -> None:
     """Measure the cross-entropy of models on held-out text.
 
-    In nats per token. Every MODEL, a folder or an id on the Hub, reads the same documents
-    in the same order.
+    Losses are in nats per token. Every MODEL, a folder or an id on the Hub, reads the same
+    documents in the same order.
     """
     from mergekit_dam import evaluate as evaluation
 

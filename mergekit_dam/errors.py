@@ -1,4 +1,4 @@
-"""What goes wrong for a user, said so that they can mend it."""
+"""Errors for users; the messages say how to fix the problem."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,20 +7,20 @@ import click
 
 
 class DamError(click.ClickException):
-    """Base of every error this package raises on purpose.
+    """Base of every error that this package raises on purpose.
 
-    A click exception, so that `mergekit-yaml` and `mergekit-dam` print the message
-    alone and exit with status 1; in process it is an ordinary exception whose `str`
-    is the message. A message says what was required, where, what was got, the remedy.
+    It is a click exception: `mergekit-yaml` and `mergekit-dam` print only the message and exit
+    with status 1. In Python code it is an ordinary exception whose `str` is the message. A
+    message says what was required, where, what was got, and the remedy.
     """
 
     def inside(self, place: str) -> "DamError":
-        """The same error with the place where it came up, which the inner layer cannot know."""
+        """The same error with its place in front, which the code that raised it cannot know."""
         return type(self)(f"{place}: {self.message}")
 
 
 class ConfigError(DamError):
-    """Everything that is wrong with a configuration, reported together."""
+    """All problems of a configuration, reported together."""
 
     def __init__(self, *problems: str) -> None:
         self.problems = problems
@@ -30,7 +30,7 @@ class ConfigError(DamError):
         super().__init__(f"{head} in the dam configuration:\n{lines}")
 
     def inside(self, place: str) -> "ConfigError":
-        """The same problems, each with its place."""
+        """The same problems, each with its place in front."""
         return ConfigError(*(f"{place}: {problem}" for problem in self.problems))
 
 
@@ -44,7 +44,7 @@ class ArchitectureError(DamError):
 
 @contextmanager
 def inside(place: str) -> Iterator[None]:
-    """Have errors of the body say where they came up: a model, a block, a tensor."""
+    """Put the place (a model, a block, a tensor) in front of errors that the body raises."""
     try:
         yield
     except DamError as error:
@@ -52,10 +52,10 @@ def inside(place: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """What another library says went wrong, without the advice that it adds."""
+    """First line of another library's error, without the advice that follows it."""
     return str(error).strip().split("\n", 1)[0]
 
 
 def listed(names: Sequence[object], most: int = 3) -> str:
-    """Some names for a message: the first of them, and whether there are others."""
+    """The first `most` names for a message, and whether there are others."""
     return ", ".join(map(str, names[:most])) + (" and others" if len(names) > most else "")

@@ -1,6 +1,6 @@
-"""Held-out cross-entropy of models on texts: the number that merges are compared by.
+"""Held-out cross-entropy of models on texts: the number by which merges are compared.
 
-1. Read and pack the texts as calibration text is read, with each model's own tokenizer.
+1. Read and pack the texts like calibration text, with each model's own tokenizer.
 2. Run every model, one in memory at a time, over the same documents in the same order.
 3. Report the mean over all predicted positions, in nats per token.
 """
@@ -33,7 +33,7 @@ LOG = logging.getLogger(__name__)
 
 LOGITS_AT_ONCE = 2**28  # elements: 1 GiB in fp32
 _REMEDY = "name a folder with config.json, safetensors and tokenizer files, or a model on the Hub"
-_ORDER_SEED = 0  # the order of the documents is part of the measure, so it is no option
+_ORDER_SEED = 0  # the order of the documents is part of the measurement, so it is no option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +41,12 @@ class EvaluationSettings:
     """How models are evaluated.
 
     Attributes:
-        sequence_length: tokens per sequence; the first of each is not predicted.
-        sequences: at most so many per text; all there are, if there are fewer.
-        batch_size: sequences per forward pass, fewer where logits would be too large.
-        device: where models run, such as `cpu` or `cuda:0`.
-        dtype: what weights are loaded as: `float32`, `bfloat16`, `float16`, or `auto` for
-            the one they are stored in.
+        sequence_length: Tokens per sequence; the first one is not predicted.
+        sequences: Largest number of sequences per text; a shorter text is used as a whole.
+        batch_size: Sequences per forward pass; fewer if the logits would be too large.
+        device: Device on which the models run, such as `cpu` or `cuda:0`.
+        dtype: Dtype in which weights are loaded: `float32`, `bfloat16`, `float16`, or `auto` for
+            the dtype in which they are stored.
     """
 
     sequence_length: int = 256
@@ -58,14 +58,14 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came out.
+    """The result of an evaluation.
 
     Attributes:
-        settings: what was asked for.
-        models: their names, in the order given.
-        texts: column name -> path, in the order given.
-        sequences: how many sequences of each text were used, per model.
-        losses: cross-entropy in nats per token, per model and text.
+        settings: Settings of the evaluation.
+        models: Names of the models, in the order given.
+        texts: Column name -> path, in the order given.
+        sequences: Number of sequences that were used, per model and text.
+        losses: Cross-entropy in nats per token, per model and text.
     """
 
     settings: EvaluationSettings
@@ -75,16 +75,16 @@ class Evaluation:
     losses: dict[str, dict[str, float]]
 
     def mean(self, model: str) -> float:
-        """Mean over the texts, each counted the same."""
+        """Mean loss over the texts, with equal weights."""
         return sum(self.losses[model].values()) / len(self.losses[model])
 
     def table(self) -> str:
-        """Rows are models, columns are texts."""
+        """The losses as a table: one row per model, one column per text."""
         rows = [(model, [*self.losses[model].values(), self.mean(model)]) for model in self.models]
         return format_table(["nats per token", *self.texts, "mean"], rows)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
+        """Everything, as values that can be written as JSON."""
         return {
             "settings": asdict(self.settings),
             "texts": {name: str(path) for name, path in self.texts.items()},
@@ -106,11 +106,12 @@ def evaluate(
     """Measure the cross-entropy of every model on every text.
 
     Args:
-        models: paths of folders or Hub ids of causal language models with a tokenizer.
-        files: `.jsonl` with a `text` column (or `messages`), `.txt`, `.json` or `.parquet`.
+        models: Folders or Hub ids of causal language models that have a tokenizer.
+        files: `.jsonl` with a `text` column (or `messages`), `.txt`, `.json` or `.parquet` files.
+        settings: Settings of the evaluation.
 
     Raises:
-        DamError: if a text or model is missing, cannot be read, or holds too little text.
+        DamError: If a text or model is missing or cannot be read, or if a text is too short.
     """
     texts = name_texts(files)
     models = tuple(dict.fromkeys(models))
@@ -144,13 +145,14 @@ def cross_entropy(
     batch_size: int,
     progress: tqdm[NoReturn] | None = None,
 ) -> float:
-    """Mean over all predicted positions of -log p(token | those before it), in nats.
+    """Mean of -log p(token | tokens before it) over all predicted positions, in nats.
 
     Args:
-        tokens: int64 `[sequences, sequence_length]`; positions 1 and up are predicted.
-        batch_size: sequences per forward pass; lowered until their logits have at most
+        model: A causal language model.
+        tokens: int64 `[sequences, sequence_length]`; all positions but the first are predicted.
+        batch_size: Sequences per forward pass; lowered until their logits have at most
             `LOGITS_AT_ONCE` elements, though never below one sequence.
-        progress: updated by the number of sequences done.
+        progress: Bar that is updated by the number of sequences done.
     """
     sequences, length = tokens.shape
     vocabulary = model.config.get_text_config().vocab_size
@@ -159,7 +161,8 @@ def cross_entropy(
     with torch.inference_mode():
         for batch in torch.split(tokens.to(model.device), rows):
             logits = model(input_ids=batch, use_cache=False).logits
-            for row, targets in zip(logits, batch, strict=True):  # one fp32 copy at a time
+            for row, targets in zip(logits, batch, strict=True):
+                # Only one sequence's logits are copied to fp32 at a time; the sum is in fp64.
                 losses = functional.cross_entropy(row[:-1].float(), targets[1:], reduction="none")
                 total += losses.double().sum().item()
             if progress is not None:
@@ -170,9 +173,9 @@ def cross_entropy(
 def read_tokens(
     path: Path, tokenizer: Tokenizer, settings: EvaluationSettings, *, vocab_size: int
 ) -> torch.Tensor:
-    """Pack the first sequences of a text: int64 `[sequences, sequence_length]`.
+    """The first sequences of a text as packed ids: int64 `[sequences, sequence_length]`.
 
-    Documents come in an order that depends on the text alone, not on the tokenizer.
+    The order of the documents depends on the text alone, not on the tokenizer.
     """
     source = CalibrationSource.parse(str(path))
     files, _ = find_files(source)
@@ -205,26 +208,27 @@ def read_tokens(
 
 def load_model(name: str, settings: EvaluationSettings) -> PreTrainedModel:
     """Load a model for evaluation, on its device."""
-    transformers_logging.disable_progress_bar()  # ours shows the models
+    transformers_logging.disable_progress_bar()  # `evaluate` has a bar of its own
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=settings.dtype)
     except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, ...
         raise _not_loaded("model", name, error) from error
-    torch.nn.Module.to(model.eval(), settings.device)  # in place; transformers' own is untyped
+    torch.nn.Module.to(model.eval(), settings.device)  # in place; transformers' `to` is untyped
     return model
 
 
 def name_texts(files: Sequence[Path]) -> dict[str, Path]:
-    """Short names for text files: the stem, or the path where stems are not unique."""
+    """Short names of text files: the stem, or the path if the stem is not unique."""
     stems = [path.stem for path in files]
     return {path.stem if stems.count(path.stem) == 1 else path.as_posix(): path for path in files}
 
 
 def format_table(header: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]) -> str:
-    """Lay out losses for a terminal: names to the left, numbers of three digits to the right."""
+    """Lay out losses for a terminal: names on the left, numbers with three decimals aligned."""
     cells = [list(header)]
     for name, row in rows:
-        cells.append([name, *(f"{round(value, 3) + 0.0:.3f}" for value in row)])  # no -0.000
+        # -0.0 + 0.0 is 0.0, so that no -0.000 is printed.
+        cells.append([name, *(f"{round(value, 3) + 0.0:.3f}" for value in row)])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = (
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells
@@ -233,7 +237,7 @@ def format_table(header: Sequence[str], rows: Sequence[tuple[str, Sequence[float
 
 
 def _require_model(name: str) -> None:
-    """Refuse what is neither a folder with a model nor can be an id on the Hub."""
+    """Refuse a name that is neither a folder with a model nor possibly an id on the Hub."""
     path = Path(name)
     if path.is_dir():
         problem = None if (path / "config.json").is_file() else "is a folder without config.json"
@@ -261,7 +265,7 @@ _Words = dict[str, list[str]]
 def _all_tokens(
     model: str, texts: dict[str, Path], settings: EvaluationSettings
 ) -> tuple[_Ids, _Words]:
-    """Every text in a model's ids, and in the tokens that these stand for."""
+    """Every text as a model's ids, and as the tokens that these ids stand for."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
         vocab_size = AutoConfig.from_pretrained(model).get_text_config().vocab_size
@@ -286,13 +290,13 @@ def _not_loaded(what: str, model: str, error: Exception) -> DamError:
 
 
 def _warn_of_different_tokens(words: dict[str, _Words]) -> None:
-    """Other ids for the same tokens, as in a merge of two vocabularies, compare."""
+    """Warn where models split the text differently; equal tokens under other ids are fine."""
     first, *others = words
     different = [model for model in others if words[model] != words[first]]
     if different:
         LOG.warning(
-            "%s: the tokenizer differs from that of %s; losses per token of different "
-            "tokenizers do not compare",
+            "%s: the tokenizer differs from that of %s; losses per token cannot be compared "
+            "between different tokenizers",
             ", ".join(different),
             first,
         )
