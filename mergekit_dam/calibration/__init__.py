@@ -1,10 +1,10 @@
-"""Calibration text made token sequences, one set for each model.
+"""From calibration text to token sequences, one set per model.
 
-May import: errors. Start reading at `load.load_calibration`; in the order of the data:
-source       what the user wrote behind `calibration:`
-files, hub   rows, read lazily from local files or a Hub dataset
-documents    rows made texts (chats by the model's template) or token ids
-pieces       long documents cut, everything in a seeded order
-packing      tokens, laid end to end into full sequences
-sets         the result, with where it came from
+May import: errors. Start reading at `load.load_calibration`; in the order of processing:
+source       parses the value of `calibration:`
+files, hub   read rows lazily from local files or a Hub dataset
+documents    turns rows into texts (chats with the model's template) or token ids
+pieces       cuts long documents, and shuffles all pieces with a seed
+packing      tokenises the pieces and packs them end to end into full sequences
+sets         holds the result and its origin
 """

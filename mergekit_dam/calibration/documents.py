@@ -1,4 +1,4 @@
-"""Rows -> documents: a text, or the tokens a user brings, each with where it came from."""
+"""Rows -> documents: texts or a user's own token ids, each with its origin."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +13,17 @@ from mergekit_dam.errors import CalibrationError
 
 Message = Mapping[str, Any]
 RenderChat = Callable[[Sequence[Message], str], str]
-"""(messages, origin for errors) -> the chat as text, with every special token written out."""
+"""(messages, origin for errors) -> the chat as text that includes every special token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One calibration document. `content` is text, or token ids to be taken as they are.
+    """One calibration document.
 
-    `templated`: the text was made by a chat template, which wrote the special tokens.
+    Attributes:
+        content: Text, or token ids that are used as they are.
+        origin, file: Those of the row (see `Row`).
+        templated: Whether a chat template made the text, special tokens included.
     """
 
     content: str | Sequence[int]
@@ -30,21 +33,22 @@ class Document:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing in it to calibrate on."""
+        """Whether the document has no token ids, or only white space."""
         return not (self.content.strip() if isinstance(self.content, str) else self.content)
 
 
 def documents_from(
     rows: Iterable[Row], *, column: str | None, render: RenderChat
 ) -> Iterator[Document]:
-    """Turn rows into documents, lazily; empty ones are kept, for the reader to count.
+    """Turn rows into documents, lazily; empty documents are kept, so that they can be counted.
 
-    The value is that of `column`, else of the first of `text`, `messages` and `input_ids`
-    that is not null. A string is a text, a list of {role, content} a chat, which `render`
-    turns into text, and a list of integers token ids; null is an empty document.
+    A document's value is the one in `column`, otherwise the first of `text`, `messages` and
+    `input_ids` that is not null. A string is a text; a list of {role, content} is a chat, which
+    `render` turns into text; a list of integers is token ids; null is an empty document.
 
-    Raises CalibrationError naming the row for a column that does not exist (with those
-    that do), and for a value of another type.
+    Raises:
+        CalibrationError: If a row lacks the column, or its value has another type; the message
+            names the row and, for a missing column, the existing ones.
     """
     for row in rows:
         if isinstance(row.value, str):
@@ -70,7 +74,7 @@ def _pick(columns: Mapping[str, Any], column: str | None, origin: str) -> tuple[
             f"{origin} has none of the columns {', '.join(map(repr, STANDARD_COLUMNS))}; its "
             f"columns are {known}: write `:column=NAME` behind the source"
         )
-    # Tables made of several sources hold every column in every row, most of them null.
+    # Tables made from several sources have every column in every row, most of them null.
     filled = [name for name in present if columns[name] is not None]
     name = (filled or present)[0]
     return name, columns[name]
@@ -97,7 +101,7 @@ def _message(message: Mapping[str, Any], number: int, name: str, row: Row) -> Me
             f"{row.origin}: message {number} of {name!r} must have a `role` (a string) and a "
             f"`content`; it has the keys {', '.join(map(repr, message)) or 'none'}"
         )
-    # Parquet fills absent keys with null, which templates would take for present ones.
+    # Parquet fills absent keys with null, which a template would treat as present.
     return {key: value for key, value in message.items() if value is not None or key == "content"}
 
 
@@ -109,11 +113,17 @@ def _describe(value: Any) -> str:
 
 
 def chat_renderer(tokenizer: PreTrainedTokenizerBase, *, template_path: str | None) -> RenderChat:
-    """A function that renders `(messages, origin)` with the template in the file
-    `template_path`, or with the tokenizer's own.
+    """A function that renders `(messages, origin)` with a chat template.
 
-    It raises CalibrationError, naming `origin`, if the template refuses the chat, or if
-    there is none; the file is read here, and is reported here if it cannot be.
+    The function raises CalibrationError with `origin` if there is no template, or if the
+    template refuses the chat.
+
+    Args:
+        tokenizer: Tokenizer whose template is used by default.
+        template_path: File of another template. It is read at once.
+
+    Raises:
+        CalibrationError: If the file cannot be read.
     """
     template = _read(template_path) if template_path is not None else None
 

@@ -1,4 +1,4 @@
-"""Local files -> rows, read lazily in a seeded order of the files."""
+"""Local files -> rows, read lazily, with the files in a seeded order."""
 
 import json
 from collections.abc import Iterator
@@ -9,20 +9,23 @@ from mergekit_dam.calibration.rows import STANDARD_COLUMNS, Row, permutation, re
 from mergekit_dam.calibration.source import SUFFIXES, CalibrationSource
 from mergekit_dam.errors import CalibrationError
 
-TEXT_BLOCK = 64 * 2**20  # characters; a larger .txt file is several documents of that size
+TEXT_BLOCK = 64 * 2**20  # characters; a larger .txt file becomes several documents of this size
 _PARQUET_BATCH = 256  # rows
 
 
 def find_files(source: CalibrationSource) -> tuple[list[Path], int]:
-    """The files of a local source, sorted by name, and how many others were ignored.
+    """The files of a local source, sorted by name, and the number of ignored files.
 
-    A directory is searched recursively; hidden files and files with another suffix than
-    .txt, .jsonl, .json and .parquet are ignored. Raises CalibrationError if none is left.
+    A directory is searched recursively. Hidden files are ignored, and so are files with another
+    suffix than .txt, .jsonl, .json and .parquet.
+
+    Raises:
+        CalibrationError: If no file is left.
     """
     root = source.path
     if source.kind == "file":
         return [root], 0
-    # Sorted by the posix form: Windows compares paths without regard to case.
+    # Sorted by the posix form, as Windows compares paths without regard to case.
     try:
         inside = sorted(
             (path for path in root.rglob("*") if path.is_file()),
@@ -40,8 +43,11 @@ def find_files(source: CalibrationSource) -> tuple[list[Path], int]:
 
 
 def local_rows(files: list[Path], *, column: str | None, seed: int) -> Iterator[Row]:
-    """Rows of all files. The files come in a seeded order, so that a limit on what is
-    read does not always fall on the last names; rows in the order of their file."""
+    """Yield the rows of all files, in the order of their file.
+
+    The order of the files is seeded, so that a limit on the amount of text does not always
+    exclude the last names.
+    """
     readers = {".txt": _text, ".jsonl": _json_lines, ".json": _json, ".parquet": _parquet}
     for index in permutation(len(files), seed=seed):
         path = files[index]
@@ -78,8 +84,10 @@ def _json_lines(path: Path, column: str | None) -> Iterator[Row]:
 
 
 def _json(path: Path, column: str | None) -> Iterator[Row]:
-    """Rows of a .json file, which is parsed as a whole: a list of rows, an object with a
-    single list of rows, or an object that is itself one row."""
+    """Yield the rows of a .json file, which is parsed as a whole.
+
+    It holds a list of rows, an object with a single list of rows, or an object that is one row.
+    """
     file = path.as_posix()
     content = path.read_bytes()
     if not content.strip():
@@ -99,7 +107,7 @@ def _parquet(path: Path, column: str | None) -> Iterator[Row]:
         with parquet.ParquetFile(path) as table:
             names = [column] if column is not None else STANDARD_COLUMNS
             wanted = [name for name in names if name in table.schema_arrow.names]
-            columns = wanted or None  # all, if none is known: the row then tells what there is
+            columns = wanted or None  # if none is known, read all: the error then names them
             for batch in table.iter_batches(batch_size=_PARQUET_BATCH, columns=columns):
                 for value in batch.to_pylist():
                     number += 1

@@ -12,25 +12,26 @@ SHUFFLE_BUFFER = 1000  # documents; the shards are shuffled too
 
 
 def resolve_revision(source: CalibrationSource) -> str | None:
-    """The commit that the dataset's revision stands for now, to pin it.
+    """The commit that the dataset's revision means now, so that it can be pinned.
 
-    Without an answer from the Hub, the revision as the user wrote it (None for the newest):
-    `datasets` may have the dataset in its cache, and says best what is wrong if not.
+    If the Hub does not answer, this is the revision that the user wrote (None for the newest):
+    `datasets` may have the dataset in its cache; if it has not, it gives the best error.
     """
     hub = require("huggingface_hub", needed_for=f"the dataset {source.location!r}")
     try:
         info = hub.HfApi().dataset_info(source.location, revision=source.revision, timeout=10)
-    except Exception:  # of many libraries and versions; none of them ends the merge
+    except Exception:  # many libraries may raise one; none of them may stop the merge
         return source.revision
     commit: str | None = info.sha
     return commit or source.revision
 
 
 def hub_rows(source: CalibrationSource, *, revision: str | None, seed: int) -> Iterator[Row]:
-    """Rows of a Hub dataset in a seeded order, downloaded as they are asked for.
+    """Yield the rows of a Hub dataset in a seeded order; downloads them when they are needed.
 
-    Raises CalibrationError if the dataset, its configuration or split is not found, and if
-    the Hub cannot be reached.
+    Raises:
+        CalibrationError: If the dataset, its configuration or split is not found, or if the Hub
+            cannot be reached.
     """
     split = source.split or DEFAULT_SPLIT
     origin = f"{source.location} ({split})"

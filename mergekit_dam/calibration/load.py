@@ -1,4 +1,4 @@
-"""The way from a source to a calibration set, step by step."""
+"""From a source to a calibration set, step by step."""
 
 import logging
 from collections.abc import Iterator
@@ -19,8 +19,8 @@ from mergekit_dam.errors import CalibrationError, inside
 LOG = logging.getLogger(__name__)
 
 LOCAL_WINDOW = 64 * 2**20  # characters of text in memory at a time
-HUB_WINDOW_FACTOR = 4  # a download is not free: four times the text that is likely needed
-PIECE_SEQUENCES = 2  # a document longer than about two sequences is cut into pieces
+HUB_WINDOW_FACTOR = 4  # downloads are slow: only four times the text that is probably needed
+PIECE_SEQUENCES = 2  # documents longer than about two sequences are cut into pieces
 
 
 def load_calibration(
@@ -39,15 +39,24 @@ def load_calibration(
     1. Parse `text`, the value of `calibration:` in the YAML (see `CalibrationSource`).
     2. Read rows lazily and turn them into documents, chats with the model's template.
     3. Cut long documents into pieces of about two sequences, and shuffle the pieces.
-    4. Tokenise and pack until there are `samples` (or the source's own) full sequences; tokens
-       that are not to be there are written in others, as `spelled` does.
+    4. Tokenise and pack until there are enough full sequences.
 
-    `vocab_size` is that of the model's config, `model` its name in messages. Equal inputs
-    and seed give equal tokens, bit for bit; from the Hub, as long as the dataset's commit
-    and the version of `datasets` are the same.
+    Equal inputs and seeds give equal tokens, bit for bit. With a Hub dataset, its commit and the
+    version of `datasets` must be the same too.
 
-    Raises CalibrationError for anything wrong with the source, its documents or the token
-    ids, and if there are too few tokens.
+    Args:
+        text: The value of `calibration:`.
+        model: Name of the model, for messages.
+        tokenizer: Tokenizer of the model.
+        samples: Number of sequences, unless the source has its own.
+        sequence_length: Tokens per sequence.
+        vocab_size: Vocabulary size in the model's config.
+        seed: Seed of the order of files and pieces.
+        spelled: Replaces tokens that the merged model will not have.
+
+    Raises:
+        CalibrationError: If anything is wrong with the source, its documents or the token ids, or
+            if there are too few tokens.
     """
     with inside(f"calibration of {model}"):
         source = CalibrationSource.parse(text)
@@ -182,18 +191,18 @@ def _cuts(packed: Packed, intake: Intake, opened: _Opened) -> Iterator[str]:
         length = PIECE_SEQUENCES * packed.tokens.shape[1]
         yield (
             f"{intake.cut:,} documents longer than {length * CHARACTERS_PER_TOKEN:,} characters "
-            f"(or {length:,} token ids) were cut into pieces, lest one fill the whole set"
+            f"(or {length:,} token ids) were cut into pieces, so that none fills the whole set"
         )
     if intake.documents > packed.documents:
         unused = intake.documents - packed.documents
         yield f"{unused:,} of {intake.documents:,} documents read were not needed"
     if packed.tokenised > packed.tokens.numel():
         left = packed.tokenised - packed.tokens.numel()
-        yield f"{left:,} tokens behind the end of the last sequence were left out"
+        yield f"{left:,} tokens after the end of the last sequence were left out"
     if packed.spelled:
         yield (
             f"{packed.spelled:,} tokens that the merged model will not have were cut into others "
-            f"(all in all, there are {packed.tokenised:,})"
+            f"(in total, there are then {packed.tokenised:,} tokens)"
         )
     if intake.empty:
         yield f"{intake.empty:,} empty documents were skipped"

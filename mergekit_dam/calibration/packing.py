@@ -15,13 +15,14 @@ _PROBE = "Hello 0"
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Tokens in full sequences, and how many there were.
+    """Tokens in full sequences, and counts.
 
-    `tokens`: int64 [sequences, sequence_length]; fewer sequences than were asked for if the
-    pieces held no more, [0, sequence_length] if not even one. `tokenised`: tokens of all
-    pieces that were tokenised; those behind the last full sequence are left over.
-    `documents`: number of documents of which at least one token is in `tokens`. `spelled`:
-    tokens that were written in others.
+    Attributes:
+        tokens: int64 `[sequences, sequence_length]`; fewer sequences than requested if the pieces
+            have too few tokens, down to `[0, sequence_length]`.
+        tokenised: Number of tokens made; those after the last full sequence are not used.
+        documents: Number of documents with at least one token in `tokens`.
+        spelled: Number of tokens that were replaced by several others.
     """
 
     tokens: torch.Tensor
@@ -31,7 +32,7 @@ class Packed:
 
 
 Spelling = Callable[[int], Sequence[int]]
-"""Writes a token in others that are to stand for it; itself alone, if none are."""
+"""Token id -> ids of the tokens that replace it; the id itself if none do."""
 
 
 def pack(
@@ -43,12 +44,14 @@ def pack(
     vocab_size: int,
     spelled: Spelling | None = None,
 ) -> Packed:
-    """Tokenise pieces and lay them end to end into sequences until there are enough.
+    """Tokenise pieces and pack them end to end into sequences until there are enough.
 
-    Every text begins as the tokenizer begins a document (see `document_start`); what does
-    not fit in a sequence continues in the next. Each piece is tokenised on its own, so the
-    result does not depend on how many follow. Raises CalibrationError for a token id that
-    the model, of `vocab_size` ids, does not have.
+    Every text begins with the ids of `document_start`, and continues in the next sequence if it
+    does not fit. Each piece is tokenised alone, so that the result does not depend on the number
+    of pieces that follow.
+
+    Raises:
+        CalibrationError: If a token id is not below `vocab_size`.
     """
     needed = sequences * sequence_length
     start = document_start(tokenizer)
@@ -63,7 +66,7 @@ def pack(
             cut += sum(len(spelled(token)) > 1 for token in own)
             own = [piece for token in own for piece in spelled(token)]
         ids += own
-        if len(ids) >= needed:  # asked before the next piece, which could mean more reading
+        if len(ids) >= needed:  # tested before the next piece, which may have to be read first
             break
     kept = min(needed, len(ids) // sequence_length * sequence_length)
     return Packed(
@@ -75,8 +78,11 @@ def pack(
 
 
 def document_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token ids in front of every document's text: those the tokenizer adds by itself,
-    else its bos token, else its eos token as a separator, else none."""
+    """The token ids in front of every document's text.
+
+    They are those that the tokenizer adds by itself; otherwise its bos token; otherwise its eos
+    token, as a separator; otherwise none.
+    """
     own = _added_in_front(tokenizer)
     if own:
         return own
@@ -91,7 +97,7 @@ def _added_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     bare = _ids(tokenizer, _PROBE, add_special_tokens=False)
     for count in range(len(full) - len(bare) + 1):
         if full[count : count + len(bare)] == bare:
-            # A probe without tokens (a closed vocabulary) leaves only what was added.
+            # If the probe has no tokens (a closed vocabulary), `full` is only what was added.
             return full[:count] if bare else full[:1]
     return full[:1]
 
@@ -114,12 +120,12 @@ def _encode(
     count = len(start)
     if ids[:count] != start:
         ids = start + ids
-    # Text that was saved with its special tokens written out begins with them already.
+    # A text that was saved with its special tokens has them twice now: drop one copy.
     return ids[count:] if count and ids[count : 2 * count] == start else ids
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool) -> list[int]:
-    # verbose=False: being longer than the model's context is no fault here.
+    # verbose=False: no warning about text longer than the model's context, as it is packed.
     encoded = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
     return list(encoded["input_ids"])
 

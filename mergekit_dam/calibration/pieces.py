@@ -1,11 +1,11 @@
-"""Documents -> pieces in a seeded order, a bounded amount of text in memory at a time.
+"""Documents -> pieces in a seeded order, with a bounded amount of text in memory.
 
 1. Documents are read until a *window* of text is full.
-2. Every document in it is cut into pieces of a bounded length, so that one huge document
-   does not make the whole calibration set.
-3. The pieces of the window come out in a seeded order; then the next window is read.
+2. Every document is cut into pieces of bounded length, so that one huge document does not fill
+   the whole calibration set.
+3. The pieces of the window are yielded in a seeded order; then the next window is read.
 
-A source that fits in one window, which is the rule, is thereby shuffled as a whole.
+Most sources fit into one window and are therefore shuffled as a whole.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,15 +14,20 @@ from dataclasses import dataclass, field
 from mergekit_dam.calibration.documents import Document
 from mergekit_dam.calibration.rows import permutation
 
-CHARACTERS_PER_TOKEN = 4  # English, roughly; only lengths in characters are derived from it
+CHARACTERS_PER_TOKEN = 4  # roughly, in English; only limits in characters are derived from it
 
 
 @dataclass(slots=True)
 class Intake:
-    """What `shuffled_pieces` has read so far; it keeps the counts up to date.
+    """Counts of the text that `shuffled_pieces` has read so far, and keeps up to date.
 
-    `characters` counts a token id as `CHARACTERS_PER_TOKEN`. `exhausted`: the source has no
-    document left. `windows`: how often a window was full, or the source at its end.
+    Attributes:
+        documents: Number of non-empty documents; `empty` counts the others.
+        cut: Number of documents that were cut into several pieces.
+        characters: Characters of all documents; a token id counts as `CHARACTERS_PER_TOKEN`.
+        windows: Number of windows, the last one included, which may not have been full.
+        exhausted: Whether the source has no document left.
+        files: Local files that were read, as keys.
     """
 
     documents: int = 0
@@ -31,12 +36,12 @@ class Intake:
     characters: int = 0
     windows: int = 0
     exhausted: bool = False
-    files: dict[str, None] = field(default_factory=dict)  # a set in order of reading
+    files: dict[str, None] = field(default_factory=dict)  # an ordered set
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The part `content[start:stop]` of a document, the `number`-th non-empty one."""
+    """The part `content[start:stop]` of a document, which is the `number`-th non-empty one."""
 
     document: Document
     number: int
@@ -45,8 +50,11 @@ class Piece:
 
     @property
     def content(self) -> Document:
-        """The piece as a document of its own. One that starts inside a chat begins like a
-        plain text, since the template wrote no special token in front of it."""
+        """The piece as a document of its own.
+
+        A piece from the middle of a chat begins like a plain text, because the template put no
+        special token in front of it.
+        """
         whole = self.document
         templated = whole.templated and self.start == 0
         return Document(whole.content[self.start : self.stop], whole.origin, whole.file, templated)
@@ -55,10 +63,15 @@ class Piece:
 def shuffled_pieces(
     documents: Iterable[Document], *, window: int, piece_tokens: int, seed: int, intake: Intake
 ) -> Iterator[Piece]:
-    """Yield the pieces of all non-empty documents; see the module for the order.
+    """Yield the pieces of all non-empty documents, in the order that the module describes.
 
-    `window`: characters. `piece_tokens`: greatest length of a piece, exact for token ids,
-    `CHARACTERS_PER_TOKEN` times as many characters for text. `intake` is updated.
+    Args:
+        documents: Documents, which are read lazily.
+        window: Size of a window in characters.
+        piece_tokens: Largest length of a piece: this many token ids, or `CHARACTERS_PER_TOKEN`
+            times as many characters.
+        seed: Seed of the order.
+        intake: Counts, updated in place.
     """
     waiting: list[Piece] = []
     size = 0
@@ -103,10 +116,10 @@ def _pieces(document: Document, number: int, tokens: int) -> list[Piece]:
 
 
 def text_stops(text: str, limit: int) -> list[int]:
-    """Where to cut `text` into pieces of at most `limit` characters; the last is its length.
+    """Ends of the pieces of `text`, each of at most `limit` characters.
 
-    A cut falls behind the last newline, else before the last space, in the second half of
-    the piece, and only without either inside a word: tokens across a cut are then rare.
+    A piece ends after the last newline in its second half, otherwise before the last space there,
+    otherwise inside a word. Few tokens are therefore cut.
     """
     stops: list[int] = []
     start = 0

@@ -1,4 +1,4 @@
-"""What every reader yields: a row, and where it stands."""
+"""The rows that every reader yields, and helpers of the readers."""
 
 import importlib
 import random
@@ -11,10 +11,12 @@ from mergekit_dam.errors import CalibrationError
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a source: its columns, or a bare string where the format has none.
+    """One row of a source.
 
-    `origin` is for messages ("data/math.jsonl line 3"), `file` for the provenance: a
-    local path, or None for a Hub dataset.
+    Attributes:
+        value: The columns by name, or a bare string if the format has none.
+        origin: Its place for messages, such as "data/math.jsonl line 3".
+        file: Local path for the provenance; None for a Hub dataset.
     """
 
     value: Mapping[str, Any] | str
@@ -25,7 +27,8 @@ class Row:
 def require(module: str, *, needed_for: str) -> Any:
     """Import and return `module`.
 
-    Raises CalibrationError, with the command that installs it, where it is missing.
+    Raises:
+        CalibrationError: If it is missing; the message has the command that installs it.
     """
     try:
         return importlib.import_module(module)
@@ -40,10 +43,10 @@ STANDARD_COLUMNS = ("text", "messages", "input_ids")
 
 
 def permutation(count: int, *, seed: int) -> list[int]:
-    """The numbers 0 .. count-1 in an order that follows from `seed` alone.
+    """The numbers 0 .. count-1 in an order that depends on `seed` alone.
 
-    Sorting by `random()` rather than `shuffle`: of the two, Python only promises that the
-    former gives the same sequence for a seed in later versions.
+    They are sorted by `random()`, not shuffled: only for `random()` does Python promise the same
+    sequence per seed in later versions.
     """
     generator = random.Random(seed)
     keys = [generator.random() for _ in range(count)]

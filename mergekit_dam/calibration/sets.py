@@ -1,4 +1,4 @@
-"""A calibration set and where every token of it comes from."""
+"""A calibration set, and the origin of its tokens."""
 
 import hashlib
 from dataclasses import dataclass
@@ -8,15 +8,19 @@ import torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """Where a calibration set comes from. `dataclasses.asdict` of it is JSON-able.
+    """The origin of a calibration set. `dataclasses.asdict` of it can be written as JSON.
 
-    source: what the user wrote. files: local files read, in order of reading. dataset,
-    revision, split: of a Hub dataset; the revision is a commit where the Hub told it.
-    documents_read: non-empty documents read; documents_used: those with a token in the
-    set. tokens_available: tokens made before there were enough, all there are if the set
-    used up its source; tokens_used = sequences * sequence_length. cut: sentences that say
-    what was left out, and why. sha256: of the model's own ids as little-endian int64, row by
-    row.
+    Attributes:
+        source: The value of `calibration:` as the user wrote it.
+        files: Local files that were read, in the order of reading.
+        dataset: Id of the Hub dataset, or None.
+        revision: Its revision; a commit if the Hub answered.
+        documents_read: Number of non-empty documents that were read.
+        documents_used: Number of those with a token in the set.
+        tokens_available: Tokens made until there were enough, or all tokens of the source.
+        tokens_used: `sequences * sequence_length`.
+        cut: Sentences that say what was left out, and why.
+        sha256: Digest of the model's own ids as little-endian int64, row by row.
     """
 
     model: str
@@ -37,7 +41,7 @@ class Provenance:
     sha256: str
 
     def summary(self) -> str:
-        """One line for the log."""
+        """The main facts in one line, for the log."""
         return (
             f"calibration of {self.model}: {self.sequences} sequences of {self.sequence_length} "
             f"tokens from {self.documents_used:,} of {self.documents_read:,} documents read in "
@@ -49,9 +53,11 @@ class Provenance:
 class CalibrationSet:
     """One model's calibration data.
 
-    tokens: int64 [sequences, sequence_length], on the CPU, every position a real token;
-    borrowed by whoever reads it, not to be changed. Ids of the model; of the merged model, once
-    they are brought into a vocabulary of its own.
+    Attributes:
+        tokens: int64 `[sequences, sequence_length]` on the CPU, without padding; not to be changed
+            by readers. They are the model's ids, or the merged model's ids after a translation
+            into a vocabulary of its own.
+        provenance: The origin of the tokens.
     """
 
     tokens: torch.Tensor
@@ -59,5 +65,5 @@ class CalibrationSet:
 
 
 def tokens_sha256(tokens: torch.Tensor) -> str:
-    """Hex sha256 of an int64 tensor's values as little-endian bytes, on any machine."""
+    """Hex sha256 of an int64 tensor's values as little-endian bytes; the same on any machine."""
     return hashlib.sha256(tokens.contiguous().cpu().numpy().astype("<i8").tobytes()).hexdigest()

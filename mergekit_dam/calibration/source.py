@@ -1,4 +1,4 @@
-"""What a user writes behind `calibration:`, parsed and checked before any text is read.
+"""The value of `calibration:`, parsed and checked before any text is read.
 
 data/math.jsonl                              a file
 data/code/:samples=64                        a directory of files, for 64 sequences
@@ -24,12 +24,18 @@ _DATASET = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[^@:\s]+)?", r
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationSource:
-    """Where one model's calibration text comes from. Made by `parse`, which checks it.
+    """The source of one model's calibration text. `parse` makes and checks it.
 
-    `text` is what the user wrote. `location` is a path (kind "file" or "directory") or a
-    Hub dataset id (kind "hub"). `samples`: number of sequences in place of the merge's
-    `samples`. `chat_template`: path to a jinja file in place of the tokenizer's template.
-    `revision`, `name` (the dataset's configuration) and `split` are for the Hub only.
+    Attributes:
+        text: The value as the user wrote it.
+        location: A path (kind "file" or "directory") or a Hub dataset id (kind "hub").
+        kind: Kind of the location.
+        revision: Branch, tag or commit of a Hub dataset.
+        split: Split of a Hub dataset.
+        name: Configuration of a Hub dataset.
+        column: Column that has the text.
+        samples: Number of sequences, in place of the merge's `samples`.
+        chat_template: Path of a jinja file, in place of the tokenizer's template.
     """
 
     text: str
@@ -44,18 +50,19 @@ class CalibrationSource:
 
     @property
     def path(self) -> Path:
-        """The local file or directory, `~` expanded. Only for local kinds."""
+        """The local file or directory, with `~` expanded; only for local kinds."""
         return Path(self.location).expanduser()
 
     @classmethod
     def parse(cls, text: str) -> "CalibrationSource":
         """Parse `location[:key=value]...`; relative paths start at the working directory.
 
-        The longest beginning of `text` that exists as a path is the location, so that
-        even a path with `:word=` in it can be named.
+        The location is the longest beginning of `text` that exists as a path, so that even a path
+        with `:word=` in it can be given.
 
-        Raises CalibrationError, with everything that is wrong, for an unknown, repeated
-        or unfit option and for a location that neither exists nor looks like a dataset id.
+        Raises:
+            CalibrationError: With all problems: unknown, repeated or unfit options, and a location
+                that neither exists nor looks like a dataset id.
         """
         location, assignments = _split(text.strip())
         options, problems = _read_options(assignments)
@@ -118,10 +125,10 @@ def _did_you_mean(key: str) -> str:
 
 
 def _kind_of(location: str) -> Literal["file", "directory", "hub"] | None:
-    """The kind of source; None where it is no path and does not look like a dataset id."""
+    """The kind of source; None if it neither exists as a path nor looks like a dataset id."""
     if _exists(location):
         return "directory" if Path(location).expanduser().is_dir() else "file"
-    # `data/math.jsonl` could be an id by its letters, but who writes it means a file.
+    # `data/math.jsonl` could be a dataset id, but a user who writes it means a file.
     if _DATASET.fullmatch(location) and not location.lower().endswith(SUFFIXES):
         return "hub"
     return None
