@@ -1,5 +1,5 @@
-"""Tokenizers of the models, and the vocabulary of the merged one.
+"""Tokenizers of the models, and the vocabulary of the merged model.
 
-May import: errors. Start reading at `merged.Vocabulary`: `translation` brings a model's token ids
-into it, `tokenizers` checks that models agree where there is none.
+May import: errors. Start reading at `merged.Vocabulary`. `translation` turns a model's token ids
+into ids of that vocabulary; `tokenizers` checks that the models agree if there is none.
 """

@@ -1,9 +1,9 @@
-"""The merged model's vocabulary, where a configuration has mergekit build one of its own.
+"""The merged model's vocabulary, if the configuration makes mergekit build a new one.
 
-mergekit brings every model's rows of embedding and head into the order of that vocabulary, so
-that a model runs on ids of it as it runs on its own ids: a token keeps its row, whatever its
-number. What is left to know is which id a token of a text becomes (`translation`), and which tokens
-a model does not have: mergekit gives it rows of other models there, whose logits mean nothing.
+mergekit reorders every model's rows of embedding and head to that vocabulary. A token keeps its
+row and only gets a new id, so that a model runs on the new ids as on its own. Two things remain:
+`translation` finds the new ids of a text's tokens, and this module finds the tokens that a model
+does not have. mergekit gives it rows of other models there, and their logits mean nothing.
 """
 
 from collections.abc import Mapping
@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 LOST = -1
-"""What mergekit's permutations have in place of the id of a token that is not there."""
+"""Value in mergekit's permutations for a token that a model does not have."""
 
 
 @dataclass(frozen=True)
 class OwnRows:
-    """Key of a model's own rows, where the configuration forces other ones on its tokens."""
+    """Key of a model's own rows, if the configuration gives its tokens other rows."""
 
     model: ModelReference
 
@@ -31,10 +31,10 @@ class Vocabulary:
     """The ids of the merged model.
 
     Attributes:
-        info: mergekit's `TokenizerInfo`: the tokenizer, and for every model its own id of each
-            token, -1 for tokens that it does not have.
-        size: rows of the embedding; more than there are tokens where they are padded.
-        giver: whose it is, for people.
+        info: mergekit's `TokenizerInfo`: the tokenizer, and every model's own id of each token
+            (-1 if it does not have the token).
+        size: Number of rows of the embedding, including rows of padding.
+        giver: Name of the vocabulary's source, for messages.
     """
 
     info: Any
@@ -42,9 +42,9 @@ class Vocabulary:
     giver: str
 
     def unknown_to(self, model: ModelReference) -> Tensor | None:
-        """Ids that mean nothing to a model: bool `[size]`; None if it has all tokens.
+        """Mask of the ids that a model does not have: bool `[size]`, or None if it has all.
 
-        Rows of padding are among them, where there are any.
+        Rows of padding count as ids that it does not have.
         """
         unknown = torch.ones(self.size, dtype=torch.bool)
         known = [new for new, own in self.info.permutations[model].items() if own >= 0]
@@ -54,12 +54,12 @@ class Vocabulary:
     def tell(self, config: PretrainedConfig, key: str) -> None:
         """Write size and special tokens into the merged model's configuration.
 
-        mergekit writes the size alone, and leaves the ids of special tokens that they have in the
-        base, or in the first model: of another model's vocabulary, these are other tokens.
+        mergekit writes only the size. It keeps the ids of special tokens from the base or the
+        first model, but in another vocabulary these ids belong to other tokens.
 
         Args:
-            config: that of the base, else of the first model; changed in place.
-            key: of the size.
+            config: Configuration of the base, or of the first model; changed in place.
+            key: Key of the vocabulary size.
         """
         set_config_value(config, key, self.size)
         donor = next(iter(self.info.permutations.values()))
@@ -74,7 +74,7 @@ class Vocabulary:
 def _renumbered(
     value: int | list[int], ids: Mapping[int, int], instead: int | None
 ) -> int | list[int] | None:
-    """Ids of special tokens in another vocabulary; what its tokenizer has in place of lost ones."""
+    """Ids of special tokens in a new vocabulary, or its tokenizer's own if they are not in it."""
     if isinstance(value, int):
         return ids.get(value, instead) if value >= 0 else value
     return [ids[own] for own in value if own in ids] or instead

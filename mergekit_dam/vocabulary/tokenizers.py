@@ -1,4 +1,4 @@
-"""The tokenizer of each model, and whether the tokenizers of several mean the same."""
+"""The tokenizer of each model, and a check that equal ids mean equal tokens in all of them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ _EXAMPLES = 3
 def load_tokenizer(model: ModelReference, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The tokenizer of `model`, local or from the Hub, at its revision.
 
-    For `base+adapter` it is the adapter's if that has tokenizer files, else the base's.
-    Raises CalibrationError if there is none, or it cannot be loaded.
+    For `base+adapter` it is the adapter's if that has tokenizer files, otherwise the base's.
+
+    Raises:
+        CalibrationError: If there is none, or it cannot be loaded.
     """
     path = model.model
     if model.lora is not None and _has_tokenizer(model.lora):
@@ -43,16 +45,19 @@ def load_tokenizer(model: ModelReference, trust_remote_code: bool) -> PreTrained
 def check_agreement(
     tokenizers: Mapping[str, PreTrainedTokenizerBase], used: Mapping[str, Tensor]
 ) -> None:
-    """Raise CalibrationError unless a token id means the same token in every model.
+    """Check that a token id means the same token in every model.
 
-    Two tokenizers disagree where they give different tokens to one id, or different ids to one
-    token. Tokens that only one model has, on ids that no other model uses, are no disagreement.
-    Of tokens that were added to a tokenizer (reserved ones, say, that get a name and a use later),
-    those count that texts use: both texts one id, or one text a token of two ids.
+    Two tokenizers disagree if they give different tokens to one id, or different ids to one token.
+    A token that only one model has, with an id that no other model uses, is no disagreement.
+    Tokens that were added to a tokenizer (such as reserved ones that get a name later) only count
+    if texts use them: if both texts use the id, or one text uses the token that has two ids.
 
     Args:
-        tokenizers: of all models, by name.
-        used: ids of the texts, of the models that have some, in the models' own tokenizers.
+        tokenizers: Tokenizer of every model, by name.
+        used: Ids of the text of each model that has one, from the model's own tokenizer.
+
+    Raises:
+        CalibrationError: With examples of the tokens that differ.
     """
     vocabularies = [
         _Vocabulary.of(own, used[model].flatten().tolist() if model in used else [])
@@ -69,7 +74,7 @@ def check_agreement(
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """A tokenizer's tokens by id and ids by token; ids that were added, and that a text uses."""
+    """A tokenizer's tokens by id and ids by token, its added ids, and the ids of its text."""
 
     tokens: Mapping[int, str]
     ids: Mapping[str, int]
@@ -84,19 +89,19 @@ class _Vocabulary:
 
 
 def _conflicts(one: _Vocabulary, two: _Vocabulary) -> Iterator[int | str]:
-    """Ids that stand for two tokens, then tokens that have two ids."""
-    told = set()
+    """Yield ids that mean two different tokens, then tokens that have two different ids."""
+    reported_ids = set()
     for token_id in sorted(one.tokens.keys() & two.tokens.keys()):
         ordinary = token_id not in one.added and token_id not in two.added
         counts = ordinary or (token_id in one.used and token_id in two.used)
         if counts and one.tokens[token_id] != two.tokens[token_id]:
-            told.add(token_id)
+            reported_ids.add(token_id)
             yield token_id
     for token in sorted(one.ids.keys() & two.ids.keys(), key=one.ids.__getitem__):
         first, second = one.ids[token], two.ids[token]
         ordinary = first not in one.added and second not in two.added
         counts = ordinary or first in one.used or second in two.used
-        if counts and first != second and not {first, second} & told:
+        if counts and first != second and not {first, second} & reported_ids:
             yield token
 
 
@@ -146,6 +151,6 @@ def _disagreement(conflicts: Mapping[tuple[str, str], list[str]]) -> str:
     return (
         "the models must give every token the same id, but their tokenizers disagree:\n"
         + "\n".join(lines)
-        + "\nWrite `tokenizer: {source: union}` (or `base`, or a model), and mergekit gives the "
-        "merged model one vocabulary of all."
+        + "\nWrite `tokenizer: {source: union}` (or `base`, or a model), and mergekit makes one "
+        "vocabulary for the merged model."
     )

@@ -1,4 +1,4 @@
-"""From a model's ids to those of the merged model, where that has a vocabulary of its own."""
+"""From a model's ids to the merged model's ids, if that has a vocabulary of its own."""
 
 import re
 from collections import Counter
@@ -15,7 +15,7 @@ from mergekit_dam.errors import CalibrationError, listed
 from mergekit_dam.vocabulary.merged import LOST, Vocabulary
 
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
-"""A token that stands for a byte, in tokenizers that fall back to bytes."""
+"""Token for a single byte, in tokenizers that fall back to bytes."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,9 @@ class Translation:
     """One model's tokens in the merged model's vocabulary.
 
     Attributes:
-        tokenizer: of the model's text; an adapter's may know more tokens than its base's.
+        vocabulary: The merged model's vocabulary.
+        model: The model.
+        tokenizer: Tokenizer of the model's text; an adapter's may have more tokens than its base's.
     """
 
     vocabulary: Vocabulary
@@ -36,7 +38,7 @@ class Translation:
 
     @cached_property
     def _ids(self) -> dict[int, int]:
-        """The model's id -> the merged model's, of every token that both have."""
+        """The model's id -> the merged model's id, for every token that both have."""
         new = self.vocabulary.info.tokenizer.get_vocab()
         permutation = self.vocabulary.info.permutations[self.model]
         return {
@@ -50,16 +52,16 @@ class Translation:
         return {}
 
     def spelled(self, own: int) -> tuple[int, ...]:
-        """A token in tokens that the merged model has too; itself, if there is no such way.
+        """Replace a token by tokens that the merged model has too.
 
-        It is cut as the merged model's tokenizer cuts it. Tokens that were added to a tokenizer
-        stand for more than their letters, and are not cut.
+        The merged model's tokenizer cuts the token. Tokens that were added to a tokenizer mean
+        more than their letters, and are not cut.
 
         Args:
-            own: the model's id of it.
+            own: The model's id of the token.
 
         Returns:
-            The model's ids.
+            The model's ids of the parts; the token's own id if it is not or cannot be cut.
         """
         if own in self._ids:
             return (own,)
@@ -81,10 +83,10 @@ class Translation:
         """A text's ids in the merged model's vocabulary, int64 of the same shape.
 
         Args:
-            tokens: the model's ids, int64 of any shape.
+            tokens: The model's ids, int64 of any shape.
 
         Raises:
-            CalibrationError: the merged model will not have some of them.
+            CalibrationError: If the merged model will not have some of the tokens.
         """
         flat: list[int] = tokens.flatten().tolist()
         because = f"it gets the tokenizer of {self.vocabulary.giver}"
@@ -96,10 +98,10 @@ class Translation:
         return ids.view(tokens.shape)
 
     def shared_reading(self, tokens: Tensor) -> float:
-        """The share of a text's tokens that the merged model's tokenizer finds in it, too.
+        """Fraction of a text's tokens that the merged model's tokenizer finds in the text too.
 
         Args:
-            tokens: the model's ids, int64 `[sequences, length]`, all of which can be translated.
+            tokens: The model's ids, int64 `[sequences, length]`; `translated` must accept them.
         """
         tokenizer = self.vocabulary.info.tokenizer
         common = 0
@@ -116,10 +118,13 @@ def refuse_lost(
     """Refuse text with tokens that the merged model will not have.
 
     Args:
-        lost: the model's own ids of them, as often as they occur.
+        lost: The model's own ids of such tokens; they may repeat.
+        model: The model, for the message.
+        tokenizer: Tokenizer of the model's text.
+        because: The reason why the merged model will not have them.
 
     Raises:
-        CalibrationError: if there are any.
+        CalibrationError: If there are any.
     """
     ids = sorted(set(lost))
     if ids:
