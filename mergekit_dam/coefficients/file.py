@@ -1,4 +1,4 @@
-"""The file of a merge's coefficients, from which it can be replayed."""
+"""The file of a merge's coefficients, from which the merge can be replayed."""
 
 import json
 import logging
@@ -23,10 +23,10 @@ _METADATA_KEY = "mergekit_dam"
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Write a file so that a reader sees the whole of it or none.
+    """Write a file atomically: a reader sees the whole file or none.
 
     Yields:
-        Where to write it; it takes its name when the body is through.
+        A temporary path to write to, which gets the file's name when the body ends.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -39,10 +39,10 @@ class CoefficientFile:
     """A saved set of coefficients.
 
     Attributes:
-        coefficients: output tensor's name -> fp32 `[sources, n]`.
-        sources: the models in the order of the rows, as written in the configuration.
-        metadata: provenance: versions, revisions, parameters, digests of the calibration.
-        parameter: of the configuration, which named the file: problems begin with it.
+        coefficients: Output tensor's name -> fp32 `[sources, n]`.
+        sources: Models in the order of the rows, as written in the configuration.
+        metadata: Provenance: versions, revisions, parameters, digests of the calibration.
+        parameter: Parameter of the configuration that names the file; messages begin with it.
     """
 
     coefficients: Mapping[str, Tensor]
@@ -51,12 +51,12 @@ class CoefficientFile:
     parameter: str = "coefficients"
 
     def rows_of(self, sources: Sequence[str]) -> list[int]:
-        """The rows of the coefficients that belong to some sources, in their order.
+        """The rows of the coefficients of some sources, in the order of these sources.
 
-        Models are found by name; if their names changed (a CI job elsewhere), by position.
+        Models are found by name, or by position if their names changed (as on another machine).
 
         Raises:
-            ConfigError: the file was made from another number of models.
+            ConfigError: If the file was made from another number of models.
         """
         if set(sources) == set(self.sources):
             return [self.sources.index(source) for source in sources]
@@ -70,8 +70,8 @@ class CoefficientFile:
         return list(range(len(sources)))
 
     def save(self, path: Path) -> None:
-        """Write atomically: a reader sees the whole file or none."""
-        # Under one key: safetensors writes several in an order that differs from run to run.
+        """Write the file atomically: a reader sees the whole file or none."""
+        # One key for all: safetensors writes several keys in an order that differs between runs.
         provenance = json.dumps({**self.metadata, "sources": self.sources}, sort_keys=True)
         # Tied tensors share their coefficients, which safetensors refuses to write.
         tensors = {
@@ -83,13 +83,14 @@ class CoefficientFile:
 
     @classmethod
     def load(cls, path: str | Path, *, parameter: str = "coefficients") -> "CoefficientFile":
-        """Read a file, or the file of that name in a folder.
+        """Read a file of coefficients.
 
         Args:
-            parameter: of the configuration, which names the file.
+            path: The file, or a folder with a file of the usual name.
+            parameter: Parameter of the configuration that names the file.
 
         Raises:
-            ConfigError: no such file, or not one that this package wrote.
+            ConfigError: If there is no such file, or this package did not write it.
         """
         path = Path(path)
         file = path / FILE_NAME if path.is_dir() else path

@@ -1,7 +1,7 @@
-"""Tensors that are handed in, merged with coefficients that are handed in too.
+"""Merges of tensors in memory with known coefficients: no model, no text, no fit.
 
-What `mergekit.merge_methods.merge_tensors` and `merge_state_dicts` do with the method `dam`, and
-`mergekit-pytorch` with raw files: no model, no text, no fit.
+This is the method `dam` in `mergekit.merge_methods.merge_tensors` and `merge_state_dicts`, and in
+`mergekit-pytorch` for raw files.
 
     merge_state_dicts({"a": a, "b": b}, "dam", parameters={"coefficients": "./out"})
     merge_tensors([a, b], "dam", parameters={"coefficients": torch.tensor([[0.3], [0.7]])})
@@ -19,7 +19,7 @@ from mergekit_dam.coefficients.parametrisation import Parametrisation
 from mergekit_dam.errors import DamError
 
 KnownCoefficients = str | CoefficientFile | Mapping[str, Tensor] | Tensor
-"""A path, what lies there, coefficients by the name of a tensor, or those of one tensor."""
+"""A path, a loaded file, coefficients by tensor name, or the coefficients of one tensor."""
 
 
 def merge_given(
@@ -32,17 +32,17 @@ def merge_given(
     """Merge one tensor of every source.
 
     Args:
-        tensors: of every source, of one shape and dtype.
-        given: coefficients `[sources, n]`, n being 1 or the size of the tensors along their last
-            dimension (along the one that a file names); of experts, as `merge_weights` has them.
-        ids: of the sources: names that a file knows them by, or numbers that say nothing.
-        name: of the tensor, by which coefficients are looked up.
+        tensors: One tensor per source, all of one shape and dtype.
+        given: Coefficients `[sources, n]`. n is 1 or the tensors' size along the last dimension
+            (or along the one that a file names); for experts, see `merge_weights`.
+        ids: Ids of the sources: their names in a file, or plain numbers without a meaning.
+        name: Name of the tensor, by which its coefficients are found.
 
     Returns:
         A tensor of the sources' shape and dtype.
 
     Raises:
-        DamError: there are none for this tensor, or they do not fit it.
+        DamError: If there are no coefficients for this tensor, or they do not fit it.
     """
     coefficients, axis, order = _found(given, ids, name)
     tensors = [tensors[index] for index in order or range(len(tensors))]
@@ -60,14 +60,19 @@ def merge_given(
 def merge_average(
     tensors: Sequence[Tensor], weights: Sequence[float], *, base: int | None
 ) -> Tensor:
-    """The weighted average that a fit starts from; a base has no part in it.
+    """The weighted average that a fit starts from, without the base.
+
+    Args:
+        tensors: One tensor per source.
+        weights: Relative weight of each source.
+        base: Index of the base among the sources, or None.
 
     Raises:
-        DamError: no tensor has a weight.
+        DamError: If no source has a weight above 0.
     """
     merged = [w for index, w in enumerate(weights) if index != base]
     if not sum(merged):
-        raise DamError("every tensor has `weight: 0`; an average needs one that has not")
+        raise DamError("every tensor has `weight: 0`; an average needs at least one other weight")
     form = Parametrisation.create(weights, base=base, include_base=False, sum_to_one=True)
     return merge_weights(tensors, form.starting_coefficients()).to(tensors[0].dtype)
 
@@ -75,7 +80,7 @@ def merge_average(
 def _found(
     given: KnownCoefficients, ids: Sequence[Hashable], name: str | None
 ) -> tuple[Tensor, int, Sequence[int] | None]:
-    """The coefficients of one tensor, their dimension, and the sources in the order of the rows."""
+    """One tensor's coefficients, their dimension, and the sources' indices in row order."""
     known = resolved(given)
     if isinstance(known, Tensor):
         return known, -1, None
@@ -88,16 +93,16 @@ def _found(
     if not isinstance(known, CoefficientFile):
         return by_name[name], -1, None
     rows = _rows(known.sources, tuple(ids))
-    # Sums in another order are rounded differently: the file's own gives the bytes of its merge.
+    # Sums in another order are rounded differently; the file's order gives the bytes of its merge.
     order = sorted(range(len(rows)), key=rows.__getitem__)
     return by_name[name], known.metadata.get("axes", {}).get(name, -1), order
 
 
 def resolved(given: KnownCoefficients) -> CoefficientFile | Mapping[str, Tensor] | Tensor:
-    """What is given, read from its file if it is a path.
+    """The given coefficients, read from their file if a path is given.
 
     Raises:
-        ConfigError: no such file, or not one that this package wrote.
+        ConfigError: If there is no such file, or this package did not write it.
     """
     if not isinstance(given, str):
         return given
@@ -107,13 +112,13 @@ def resolved(given: KnownCoefficients) -> CoefficientFile | Mapping[str, Tensor]
 
 @lru_cache(maxsize=2)
 def _load(path: str, _: int) -> CoefficientFile:
-    """A file, once for all tensors, as long as it is not written anew."""
+    """Read a file once for all tensors; a file with a new modification time is read again."""
     return CoefficientFile.load(path)
 
 
 @lru_cache(maxsize=2)
 def _rows(sources: tuple[str, ...], ids: tuple[Hashable, ...]) -> tuple[int, ...]:
-    """The row of each source; a warning that they go by other names comes once."""
+    """The row of each source; cached, so that a warning about other names appears once."""
     if ids == tuple(range(len(sources))):
         return tuple(range(len(sources)))
     return tuple(CoefficientFile({}, sources, {}).rows_of([str(i) for i in ids]))

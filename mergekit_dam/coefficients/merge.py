@@ -1,7 +1,7 @@
-"""Merged tensors of coefficients, and the gradient of coefficients.
+"""Merged tensors from coefficients, and the gradient of coefficients.
 
-A merged weight is `W = sum_s c_s * W_s` over the sources s (the models, and the base where there
-is one), with one coefficient per input column of each (arXiv 2410.08371).
+A merged weight is `W = sum_s c_s * W_s` over the sources s (the models, and the base if there is
+one), with one coefficient per source and input column (arXiv 2410.08371).
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,22 +11,22 @@ import torch
 from torch import Tensor
 
 _PIECE = 2**22
-"""Elements of a weight that are worked on at a time."""
+"""Elements of a weight that are processed at a time."""
 
 
 def merge_weights(tensors: Sequence[Tensor], coefficients: Tensor, *, axis: int = -1) -> Tensor:
     """Merge one tensor of every source; the fit and the writer both call this.
 
     Args:
-        tensors: one tensor a source, all of one shape and device; borrowed.
+        tensors: One tensor per source, all of one shape and device; borrowed.
         coefficients: fp32 `[sources, n]` with n the tensors' size along `axis`, or
-            `[sources, 1]` for one coefficient a source. Of experts `[experts, ., .]` it may be
-            `[sources, experts * n]`: those of each expert, one after the other.
-        axis: the input dimension of the weight.
+            `[sources, 1]` for one coefficient per source. For fused experts `[experts, ., .]` it
+            may be `[sources, experts * n]`: the coefficients of one expert after the other.
+        axis: Input dimension of the weight.
 
     Returns:
         fp32 tensor of the sources' shape. A source whose coefficients are all zero is left
-        out, so that one-hot coefficients give back the source bit for bit.
+        out, so that one-hot coefficients return the source bit for bit.
     """
     like = tensors[0]
     shape = _facing(coefficients.shape[1], like.shape, axis)
@@ -42,7 +42,7 @@ def merge_weights(tensors: Sequence[Tensor], coefficients: Tensor, *, axis: int 
     merged = torch.zeros_like(like, dtype=torch.float32)
     for rows in _pieces(like):
         for index, (tensor, scale) in enumerate(taking_part):
-            if index == 0:
+            if index == 0:  # not added to 0.0, which would turn -0.0 into 0.0
                 merged[rows] = tensor[rows].float() * scale[rows]
             else:
                 merged[rows].addcmul_(tensor[rows].float(), scale[rows])
@@ -50,7 +50,7 @@ def merge_weights(tensors: Sequence[Tensor], coefficients: Tensor, *, axis: int 
 
 
 def _pieces(tensor: Tensor) -> Iterator[Any]:
-    """Indices of rows worked on at a time, so that copies in fp32 take little memory."""
+    """Yield indices of rows that are processed at a time, so that fp32 copies stay small."""
     if tensor.ndim == 0:
         yield ...
         return
@@ -63,8 +63,8 @@ def column_counts(shape: Sequence[int], axis: int = -1) -> tuple[int, ...]:
     """Allowed numbers of coefficients per source: 1, one per column, or one per expert and column.
 
     Args:
-        shape: of the tensor; of three dimensions, the first are experts.
-        axis: the input dimension.
+        shape: Shape of the tensor; the first of three dimensions is that of the experts.
+        axis: Input dimension.
     """
     if not shape:
         return (1,)
@@ -73,10 +73,11 @@ def column_counts(shape: Sequence[int], axis: int = -1) -> tuple[int, ...]:
 
 
 def column_problem(count: int, shape: Sequence[int], axis: int = -1) -> str | None:
-    """Say why a source cannot have so many coefficients before a tensor; None if it can.
+    """The problem with `count` coefficients per source for a tensor; None if there is none.
 
     Args:
-        shape, axis: as in `column_counts`.
+        count: Number of coefficients per source.
+        shape, axis: As in `column_counts`.
     """
     allowed = column_counts(shape, axis)
     if count in allowed:
@@ -100,15 +101,15 @@ def _facing(count: int, shape: Sequence[int], axis: int) -> list[int]:
 def coefficient_gradient(
     tensors: Sequence[Tensor], gradient: Tensor, *, axis: int = -1, per_column: bool
 ) -> Tensor:
-    """Turn the gradient of a merged tensor into that of its coefficients.
+    """Turn the gradient of a merged tensor into the gradient of its coefficients.
 
-    `dL/dc_s = sum over rows of W_s * dL/dW`: no autograd graph holds N models.
+    `dL/dc_s = sum over rows of W_s * dL/dW`; thus no autograd graph has to hold N models.
 
     Args:
-        tensors: one tensor a source, as `merge_weights` takes them.
-        gradient: of the merged tensor, of their shape.
-        axis: the input dimension of the weight.
-        per_column: one coefficient a column (of every expert), else one a tensor.
+        tensors: One tensor per source, as for `merge_weights`.
+        gradient: Gradient of the merged tensor, in the tensors' shape.
+        axis: Input dimension of the weight.
+        per_column: One coefficient per column (of every expert) if True, else one per tensor.
 
     Returns:
         fp64 `[sources, n]`, or `[sources, 1]`.
@@ -123,14 +124,14 @@ def coefficient_gradient(
             dim=1,
         )
     size = gradient.shape[axis] if per_column and gradient.ndim else 1
-    # With the columns last, rows are added up some at a time: products take no memory.
+    # With columns last, the sum goes over a few rows at a time, so that products take no memory.
     turned = gradient.movedim(axis, -1).reshape(-1, size) if size > 1 else gradient.reshape(-1, 1)
     result = torch.zeros(len(tensors), size, dtype=torch.float64, device=gradient.device)
     for row, tensor in zip(result, tensors, strict=True):
         facing = tensor.movedim(axis, -1).reshape(-1, size) if size > 1 else tensor.reshape(-1, 1)
         rows = max(1, _PIECE // size)
         for w, g in zip(torch.split(facing, rows), torch.split(turned, rows), strict=True):
-            row += (w.float() * g).sum(0)
+            row += (w.float() * g).sum(0)  # fp32 within a piece, fp64 over the pieces
     return result
 
 
@@ -143,8 +144,9 @@ def rows_of_expert(coefficients: Tensor, shape: Sequence[int], axis: int, expert
     """The coefficients of one expert's slice of a fused tensor: `[sources, n]` or `[sources, 1]`.
 
     Args:
-        coefficients: of the fused tensor, as `merge_weights` takes them.
-        shape, axis: of the fused tensor.
+        coefficients: Coefficients of the fused tensor, as for `merge_weights`.
+        shape, axis: Shape and input dimension of the fused tensor.
+        expert: Index of the expert.
     """
     columns = shape[axis]
     if coefficients.shape[1] in (1, columns):

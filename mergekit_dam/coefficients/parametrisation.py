@@ -1,4 +1,4 @@
-"""The affine form of coefficients: which of them can be reached, and where a fit starts."""
+"""The affine form of coefficients: which coefficients are possible, and where a fit starts."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Parametrisation:
-    """Affine map from the U unknowns of a column to the coefficients of its S sources.
+    """Affine map from the U unknowns of a column to the coefficients of the S sources.
 
     `c = offset + expand @ d`, so that `W = W_origin + sum_u d_u * T_u` with
     `W_origin = sum_s offset_s W_s` and directions `T_u = sum_s expand[s, u] W_s`.
 
     Attributes:
-        offset: fp64 `[S]`.
-        expand: fp64 `[S, U]`.
-        start: fp64 `[U]`, the unknowns of the weighted average.
-        merged: the sources that are models to merge; all but a base that is none, and those that
-            a slice leaves out.
-        base: index of the base among the sources that take part, or None.
+        offset: fp64 `[S]`, coefficients at unknowns of zero.
+        expand: fp64 `[S, U]`, coefficients per unknown.
+        start: fp64 `[U]`, unknowns of the weighted average.
+        merged: Indices of the models to merge: all sources, except a base that is not merged and
+            sources that a slice leaves out.
+        base: Index of the base among the sources, or None if no base takes part.
     """
 
     offset: Tensor
@@ -39,20 +39,20 @@ class Parametrisation:
         sum_to_one: bool,
         left_out: Collection[int] = (),
     ) -> "Parametrisation":
-        """The form that a configuration asks for.
+        """The form that a configuration requests.
 
         Args:
-            weights: relative starting weight of each source; that of the base counts only
+            weights: Relative starting weight of each source; the base's weight counts only
                 with `include_base`.
-            base: index of the base among the sources.
-            include_base: the base is a model to merge too.
-            sum_to_one: with a base, the task-vector form, the base taking the remainder;
-                without one, the affine form around the average. False: the free form.
-            left_out: sources whose coefficients are 0, whatever the unknowns.
+            base: Index of the base among the sources.
+            include_base: Whether the base is a model to merge too.
+            sum_to_one: True: with a base, the task-vector form, in which the base takes the
+                remainder; without one, the affine form around the average. False: the free form.
+            left_out: Sources whose coefficients are 0, whatever the unknowns are.
         """
         count = len(weights)
         present = [s for s in range(count) if s not in left_out]
-        # A source that nothing is merged with is taken as it is: there is no step away from it.
+        # A single source is taken as it is: its only direction is zero.
         alone = len(present) == 1
         base = base if base in present and not alone else None
         merged = [s for s in present if s != base or include_base]
@@ -76,30 +76,30 @@ class Parametrisation:
 
     @property
     def sums_to_one(self) -> bool:
-        """Whether coefficients of a column sum to one over the sources, whatever the unknowns."""
-        return float(self.expand.sum(0).abs().max()) <= 1e-9
+        """Whether coefficients of a column sum to one over the sources, for all unknowns."""
+        return float(self.expand.sum(0).abs().max()) <= 1e-9  # the shares are rounded
 
     @property
     def reached(self) -> tuple[int, ...]:
-        """The sources whose coefficients are not 0 whatever the unknowns."""
+        """Indices of the sources whose coefficients are not always 0."""
         taken = (self.expand != 0).any(1) | (self.offset != 0)
         return tuple(taken.nonzero().flatten().tolist())
 
     def coefficients(self, unknowns: Tensor) -> Tensor:
-        """Coefficients fp32 `[S, n]` of unknowns `[U, n]`; computed in fp64, cast last.
+        """Coefficients fp32 `[S, n]` of unknowns `[U, n]`, computed in fp64 and then cast.
 
-        Differentiable in the unknowns.
+        The result is differentiable in the unknowns.
         """
         expand = self.expand.to(unknowns.device)
         offset = self.offset.to(unknowns.device)
         return (offset[:, None] + expand @ unknowns.double()).float()
 
     def stepped(self, step: Tensor) -> Tensor:
-        """Coefficients fp32 `[S, n]` of unknowns a step `[U, n]` away from the start."""
+        """Coefficients fp32 `[S, n]` after a step `[U, n]` of the unknowns from the start."""
         return self.coefficients(self.start.to(step)[:, None] + step)
 
     def unknowns(self, coefficients: Tensor) -> Tensor:
-        """Unknowns fp64 `[U, n]` whose coefficients come nearest to `[S, n]`."""
+        """Unknowns fp64 `[U, n]` whose coefficients are nearest to the given ones, `[S, n]`."""
         expand = self.expand.to(coefficients.device)
         offset = self.offset.to(coefficients.device)
         inverse: Tensor = torch.linalg.pinv(expand)
@@ -117,11 +117,11 @@ class Parametrisation:
         return rows[:, None].float()
 
     def average(self, tensors: Sequence[Tensor], dtype: torch.dtype = torch.float64) -> Tensor:
-        """`W_origin + sum_u start_u * T_u`: where a fit starts."""
+        """The tensor at the start of a fit: `W_origin + sum_u start_u * T_u`."""
         return _combine(tensors, self.offset + self.expand @ self.start, dtype)
 
     def directions(self, tensors: Sequence[Tensor], dtype: torch.dtype = torch.float64) -> Tensor:
-        """`T_u`, `[U, *shape]`, of the sources' tensors."""
+        """The directions `T_u` of the sources' tensors: `[U, *shape]`."""
         count, like = self.expand.shape[1], tensors[0]
         found = torch.empty(count, *like.shape, dtype=dtype, device=like.device)
         for direction, column in zip(found, self.expand.T, strict=True):

@@ -1,4 +1,4 @@
-"""What is known of a merge so far: coefficients, reports, and the trials of a search."""
+"""The record of a merge: coefficients, reports, and the trials of a search."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -16,12 +16,12 @@ class Trial:
     """One step of the search for the best coefficients, judged on held-out data.
 
     Attributes:
-        name: what was tried.
-        kept: it became the best so far.
-        held_out_kl: from each model that has calibration data, in nats per token.
-        mean_held_out_kl: their mean, by the models' loss weights.
-        seconds: wall time.
-        details: such as the number of steps.
+        name: Name of the trial.
+        kept: Whether it became the best so far.
+        held_out_kl: KL from each model that has calibration data, in nats per token.
+        mean_held_out_kl: Mean of these, weighted by the models' loss weights.
+        seconds: Wall time.
+        details: Further numbers, such as the number of steps.
     """
 
     name: str
@@ -34,14 +34,14 @@ class Trial:
 
 @dataclass(eq=False)  # tasks that carry one are hashed: by its identity
 class MergeRecord:
-    """What is known of the merge so far: small, and handed from stage to stage.
+    """The results of a merge so far. The record is small and is passed from stage to stage.
 
     Attributes:
-        coefficients: fp32 `[sources, n]` or `[sources, 1]` by output tensor.
-        axes: the dimension they run along, where it is not the last.
-        reports: by output tensor.
-        seconds: by stage.
-        rungs: of the search, where the whole model was judged.
+        coefficients: Output tensor's name -> fp32 `[sources, n]` or `[sources, 1]`.
+        axes: Output tensor's name -> dimension of its coefficients, if that is not the last.
+        reports: Output tensor's name -> report of its fit.
+        seconds: Stage -> wall time.
+        trials: Trials of the search, if the whole model was judged.
     """
 
     coefficients: dict[str, Tensor] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class MergeRecord:
     trials: list[Trial] = field(default_factory=list)
 
     def without(self, names: Collection[str]) -> "MergeRecord":
-        """What is known of all other tensors."""
+        """A record of all other tensors."""
 
         def rest(known: dict[str, T]) -> dict[str, T]:
             return {name: value for name, value in known.items() if name not in names}
@@ -59,7 +59,7 @@ class MergeRecord:
         return MergeRecord(rest(self.coefficients), rest(self.axes), rest(self.reports))
 
     def add(self, fitted: FittedTensor) -> None:
-        """Record a settled tensor."""
+        """Record a tensor whose coefficients are final."""
         name = fitted.sources.name
         self.coefficients[name] = fitted.coefficients.cpu()
         self.reports[name] = fitted.report

@@ -1,4 +1,4 @@
-"""One output tensor on its way through the fit: its sources, and what became of it."""
+"""One output tensor in the fit: its settings, its sources, its report and the result."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -17,8 +17,8 @@ class TensorSettings(TensorParameters, arbitrary_types_allowed=True):
     """How one output tensor is fitted: its parameters, resolved for the sources of the merge.
 
     Attributes:
-        parametrisation: from unknowns to the coefficients of the sources.
-        loss_weights: of each source's data, in the order of the sources.
+        parametrisation: Map from the unknowns to the coefficients of the sources.
+        loss_weights: Weight of each source's data, in the order of the sources.
     """
 
     parametrisation: Parametrisation
@@ -32,14 +32,14 @@ class TensorSettings(TensorParameters, arbitrary_types_allowed=True):
 
 @dataclass(frozen=True)
 class TensorSources:
-    """One tensor of every source, as loaded, and how it is to be merged.
+    """One output tensor's loaded source tensors, and how they are merged.
 
     Attributes:
-        name: of the output tensor.
-        tensors: of each source; borrowed, of one shape and device.
-        settings: how it is fitted.
-        dtype: in which it is written.
-        teachers: what each source's own model runs on, where that is not what is merged of it.
+        name: Name of the output tensor.
+        tensors: One tensor per source, all of one shape and device; borrowed.
+        settings: Settings of its fit.
+        dtype: Dtype in which it is written.
+        teachers: Tensor that each source's own model runs on, if it differs from `tensors`.
     """
 
     name: str
@@ -49,7 +49,7 @@ class TensorSources:
     teachers: Sequence[Tensor] | None = None
 
     def merged(self, coefficients: Tensor, *, axis: int = -1) -> Tensor:
-        """The tensor as written: `merge_weights`, then the one cast."""
+        """The tensor as it is written: `merge_weights`, then a single cast."""
         return merge_weights(self.tensors, coefficients, axis=axis).to(self.dtype)
 
     def teacher(self, source: int) -> Tensor:
@@ -72,7 +72,7 @@ class TensorSources:
 
     @property
     def identical(self) -> bool:
-        """All that are merged agree, and no coefficients of this form can change that."""
+        """Whether all merged tensors are equal, and no coefficients of this form change that."""
         form = self.settings.parametrisation
         if not form.sums_to_one:
             return False
@@ -81,20 +81,20 @@ class TensorSources:
 
     @property
     def alone(self) -> bool:
-        """One source is all that is merged."""
+        """Whether only one source is merged."""
         return len(self.settings.parametrisation.reached) == 1
 
 
 @dataclass(frozen=True)
 class TensorReport:
-    """How the fit of one tensor went.
+    """Report of the fit of one tensor.
 
-    Losses are fractions of the energy of what the teachers put out (for the head: nats per
-    token), averaged over the models with their loss weights.
+    Losses are fractions of the energy of the teachers' outputs (for the head: nats per token),
+    averaged over the models with their loss weights.
 
     Attributes:
         outcome: "fitted", or why the tensor keeps its starting coefficients.
-        experts: of a fused tensor, those that keep them: by the reason why.
+        experts: Reason -> experts of a fused tensor that keep their starting coefficients.
     """
 
     name: str
@@ -114,9 +114,9 @@ class FittedTensor:
     """A merged tensor with the coefficients that made it.
 
     Attributes:
-        merged: in the dtype it is written in.
+        merged: The merged tensor, in the dtype in which it is written.
         coefficients: fp32 `[sources, n]` or `[sources, 1]`.
-        axis: the dimension of the tensor that coefficients run along.
+        axis: Dimension of the tensor along which coefficients vary.
     """
 
     sources: TensorSources
@@ -128,14 +128,14 @@ class FittedTensor:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One output tensor as planned.
+    """One output tensor before its sources are loaded.
 
     Attributes:
-        name: of the output tensor.
-        settings: how it is fitted.
-        written: dtype it is written in, or None for that of the sources.
-        tied_to: the tensor whose coefficients it shares, if it is the same parameter.
-        renamed: what transformers' model calls it, where a checkpoint has another name for it.
+        name: Name of the output tensor.
+        settings: Settings of its fit.
+        written: Dtype in which it is written, or None for the sources' dtype.
+        tied_to: Tensor whose coefficients it shares, if it is the same parameter.
+        renamed: Its name in transformers' model, if a checkpoint has another name for it.
     """
 
     name: str
@@ -152,13 +152,14 @@ class TensorSpec:
     def sources(
         self, tensors: Sequence[Tensor], teachers: Sequence[Tensor] | None = None
     ) -> TensorSources:
-        """The plan with the loaded tensors of every source.
+        """The tensor's sources, once they are loaded.
 
         Args:
-            teachers: what each source's own model runs on, if that is something else.
+            tensors: One tensor per source.
+            teachers: Tensor that each source's own model runs on, if it differs from `tensors`.
 
         Raises:
-            DamError: the sources' shapes differ.
+            DamError: If the sources' shapes differ.
         """
         shapes = {tuple(tensor.shape) for tensor in tensors}
         if len(shapes) > 1:
