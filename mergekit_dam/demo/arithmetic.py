@@ -1,4 +1,4 @@
-"""Generated word problems with their worked answers: the demo's `arithmetic` domain."""
+"""Word problems with worked answers: the demo's `arithmetic` domain."""
 
 import random
 
@@ -19,7 +19,7 @@ _CONTAINERS = _words("bags baskets boxes crates drawers jars packets sacks shelv
 
 
 def word_problem(rng: random.Random) -> str:
-    """One question in words and its answer, worked step by step."""
+    """Generate one question in words and its answer, worked step by step."""
     name, other = rng.sample(_NAMES, 2)
     things = rng.choice(_THINGS)
     template = rng.choice(_TEMPLATES)

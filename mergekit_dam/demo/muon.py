@@ -1,18 +1,18 @@
-"""Muon (https://kellerjordan.github.io/posts/muon): momentum, made orthogonal for matrices.
+"""The optimiser Muon (https://kellerjordan.github.io/posts/muon): orthogonalised momentum.
 
-torch has it from 2.9 on, in bfloat16; this one serves the torch versions that mergekit does,
-in fp32, and gives equal bits on equal machines.
+torch has it since version 2.9, in bfloat16. This one works with all torch versions that mergekit
+supports, uses fp32, and gives equal bits on equal machines.
 """
 
 from collections.abc import Iterable
 
 import torch
 
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that drives singular values to 1
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a quintic that drives singular values towards 1
 
 
 class Muon(torch.optim.Optimizer):
-    """For two-dimensional weights inside a network; embeddings and vectors want AdamW."""
+    """Optimiser for two-dimensional weights inside a network; use AdamW for all other weights."""
 
     def __init__(
         self,
@@ -26,7 +26,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step with Nesterov momentum and decoupled weight decay."""
+        """Take one step with Nesterov momentum and decoupled weight decay."""
         for group in self.param_groups:
             for weight in group["params"]:
                 buffer = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
@@ -41,12 +41,13 @@ def orthogonalised(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """The nearest matrix with all singular values near 1, by Newton-Schulz iteration.
 
     Args:
-        matrix: `[rows, columns]`, not changed.
+        matrix: `[rows, columns]`; not changed.
+        steps: Number of iterations.
     """
     a, b, c = _COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
-    wide: torch.Tensor = matrix.mT if tall else matrix
-    x: torch.Tensor = wide / wide.norm().clamp_min(1e-7)
+    wide: torch.Tensor = matrix.mT if tall else matrix  # its Gram matrix is the smaller one
+    x: torch.Tensor = wide / wide.norm().clamp_min(1e-7)  # a zero gradient has norm 0
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x

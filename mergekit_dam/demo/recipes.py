@@ -1,4 +1,4 @@
-"""The YAML files of the demo's merges."""
+"""The YAML files of the demo's merges, and the call of `mergekit-yaml`."""
 
 import shlex
 import subprocess
@@ -16,8 +16,8 @@ from mergekit_dam.errors import DamError
 METHODS = ("linear", "task_arithmetic", "ties", "dam")
 
 _HEAD = "# Paths start at the folder that `mergekit-dam demo` was run in.\n"
-# The best of a sweep over weights and densities, judged on the test text itself: what is
-# compared with `dam`, which never sees that text, was not held back.
+# The best of a sweep over weights and densities, chosen on the test text itself. This favours
+# these methods over `dam`, which never sees that text.
 _STOCK_PARAMETERS: dict[str, dict[str, object]] = {
     "linear": {"weight": 1.0},
     "task_arithmetic": {"weight": 0.3},
@@ -26,7 +26,7 @@ _STOCK_PARAMETERS: dict[str, dict[str, object]] = {
 
 
 def recipe(method: str, directory: Path, settings: DemoSettings) -> str:
-    """The configuration of one merge, as text; `directory` is that of the demo."""
+    """The configuration of one merge as text; `directory` is the demo's folder."""
     models = [{"model": _named(directory / domain)} for domain in DOMAINS]
     config: dict[str, object] = {"merge_method": method}
     if method != "linear":
@@ -51,20 +51,20 @@ def recipe(method: str, directory: Path, settings: DemoSettings) -> str:
 
 
 def text_path(directory: Path, domain: str, part: str) -> Path:
-    """Where the calibration or test text of a domain is."""
+    """Path of the text of a domain; `part` is "calibration" or "test"."""
     return directory / "data" / f"{domain}.{part}.jsonl"
 
 
 def _named(path: Path) -> str:
-    """A path for the YAML; mergekit asks the Hub about `a/b`, but never about `./a/b`."""
+    """A path for the YAML; mergekit may look up `a/b` on the Hub, but never `./a/b`."""
     return path.as_posix() if path.is_absolute() else f"./{path.as_posix()}"
 
 
 def merge(config: Path, out: Path) -> None:
-    """Merge with `mergekit-yaml`, in a process of its own; all its output goes to stderr.
+    """Merge with `mergekit-yaml` in a separate process; all its output goes to stderr.
 
     Raises:
-        DamError: if the command fails; what it said stands above.
+        DamError: If the command fails; its own output is printed before.
     """
     arguments = [config.as_posix(), out.as_posix()]
     click.echo("$ " + shlex.join(["mergekit-yaml", *arguments]), err=True)
@@ -74,7 +74,7 @@ def merge(config: Path, out: Path) -> None:
 
 
 def _command() -> list[str]:
-    """`mergekit-yaml` of the environment that runs us, whatever PATH says."""
+    """The command `mergekit-yaml` of this Python environment, whatever PATH is."""
     script = Path(sysconfig.get_path("scripts"), "mergekit-yaml")
     for path in (script, script.with_suffix(".exe")):
         if path.is_file():

@@ -1,7 +1,7 @@
-"""Generated records of invented persons, one JSON object each: the demo's `records` domain.
+"""Records of invented persons, one JSON object each: the demo's `records` domain.
 
-The fields depend on each other (the country on the city, the mail address on name and city,
-the initials in the number on the name), so that there is something to learn.
+The fields depend on each other, so that there is something to learn: the country depends on the
+city, the mail address on name and city, the initials in the number on the name.
 """
 
 import json
@@ -48,7 +48,7 @@ _LANGUAGES = {"Norrin": "norric", "Sulmara": "sulmaran", "Ostrel": "ostrelian", 
 
 
 def person_record(rng: random.Random) -> str:
-    """One person as a line of JSON."""
+    """Generate one person as a line of JSON."""
     first, last = _name(rng), _name(rng)
     city = rng.choice(tuple(_CITIES))
     country, prefix = _CITIES[city]

@@ -1,4 +1,4 @@
-"""What the demo measured."""
+"""The result of the demo."""
 
 from dataclasses import dataclass
 
@@ -11,15 +11,15 @@ class DemoResult:
     """Held-out losses of the demo's models.
 
     Attributes:
-        losses: nats per token, per model (`base`, the domains, the merge methods) and domain.
+        losses: Nats per token by model (`base`, the domains, the merge methods) and by domain.
     """
 
     losses: dict[str, dict[str, float]]
 
     def recovery(self, model: str) -> float:
-        """Mean over the domains of how much of what averaging loses a model wins back.
+        """Fraction of the loss from averaging that a model recovers, as a mean over the domains.
 
-        `linear` has 0; a model as good as the own specialist on every domain has 1.
+        `linear` has 0; a model that equals the domain's specialist on every domain has 1.
         """
         linear, own = self.losses["linear"], self.losses[model]
         shares = (
@@ -29,7 +29,7 @@ class DemoResult:
         return sum(shares) / len(DOMAINS)
 
     def table(self) -> str:
-        """Rows are models, columns are domains and the recovery."""
+        """The table: one row per model; one column per domain, and one for the recovery."""
         rows = [
             (model, [*own.values(), self.recovery(model)]) for model, own in self.losses.items()
         ]

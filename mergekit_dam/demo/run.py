@@ -1,12 +1,12 @@
-"""The demo from nothing to the table.
+"""The whole demo, from the text to the table.
 
-1. Make the text, and a tokenizer from it; write the held-out parts as calibration and test.
-2. Train the base on a mixture of everything.
+1. Make the text, and a tokenizer from it; write the held-out parts as calibration and test text.
+2. Train the base on a mixture of all training text.
 3. Train a specialist from the base on each domain.
 4. Write the YAML files and merge with mergekit's own command.
 5. Measure every model on the test text of every domain.
 
-Nothing of an earlier run is taken over: what an interrupted run left is written anew.
+Nothing of an earlier run is reused: files of an interrupted run are overwritten.
 """
 
 import json
@@ -28,19 +28,24 @@ from mergekit_dam.demo.training import draw, new_model, pack_documents, train, t
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluate import EvaluationSettings, evaluate
 
-MARKER = "demo.json"  # a folder with it is ours to write to again
+MARKER = "demo.json"  # a folder with this file is an earlier demo's and may be overwritten
 
 
 def run_demo(
     directory: Path, *, settings: DemoSettings | None = None, force: bool = False
 ) -> DemoResult:
-    """Run the demo in a folder; the steps stand in the module's docstring.
+    """Run the demo in a folder; the module's docstring lists the steps.
 
     Progress goes to stderr. The same settings give the same result, on the same machine
     with the same number of threads.
 
+    Args:
+        directory: The folder; made if it does not exist.
+        settings: Settings of the demo; the defaults if None.
+        force: Write into the folder even if it has other files.
+
     Raises:
-        DamError: if the folder holds something else and `force` is not set, or a merge fails.
+        DamError: If the folder has other files and `force` is not set, or if a merge fails.
     """
     settings = settings or DemoSettings()
     _claim(directory, settings, force=force)
@@ -84,7 +89,7 @@ def run_demo(
 
 
 def _claim(directory: Path, settings: DemoSettings, *, force: bool) -> None:
-    """Mark a folder as the demo's, unless it is somebody else's."""
+    """Mark a folder as the demo's; refuse it if it has other files, unless `force` is set."""
     if set("+@") & set(str(directory)):
         raise DamError(
             f"{directory} has a + or @ in its path, which mergekit reads as an adapter or a "
@@ -111,7 +116,7 @@ def _write_texts(corpus: Corpus, directory: Path) -> None:
 
 
 def _tokenizer_text(corpus: Corpus) -> Iterator[str]:
-    """Half of all training text, which is plenty for a small vocabulary."""
+    """Yield half of all training text, which is enough for a small vocabulary."""
     yield from corpus.english[::2]
     for split in corpus.domains.values():
         yield from split.train[::2]

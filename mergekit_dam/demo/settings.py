@@ -1,4 +1,4 @@
-"""Every size and rate of the demo."""
+"""All sizes and learning rates of the demo."""
 
 from dataclasses import dataclass
 
@@ -20,13 +20,13 @@ class TrainingSettings:
     """One training run.
 
     Attributes:
-        steps: optimizer steps; the rates rise over the first tenth of them and then fall.
-        batch_size: sequences per step.
-        matrix_rate: learning rate of the matrices inside the blocks.
-        other_rate: learning rate of embeddings, head and norms.
-        matrices_by_muon: Muon for those matrices, which learns a model from nothing in a
-            third of the steps; else AdamW, which moves less and keeps specialists related.
-        final_rate: what is left of the rates at the end, as a fraction.
+        steps: Optimiser steps; the learning rates rise over the first tenth and then fall.
+        batch_size: Sequences per step.
+        matrix_rate: Learning rate of the matrices inside the blocks.
+        other_rate: Learning rate of embeddings, head and norms.
+        matrices_by_muon: True: Muon for these matrices, which needs a third of the steps for a
+            model from scratch. False: AdamW, which moves less and keeps specialists similar.
+        final_rate: Final learning rates, as a fraction of the peak.
     """
 
     steps: int
@@ -38,25 +38,28 @@ class TrainingSettings:
 
     @property
     def sequences(self) -> int:
-        """How many sequences the run reads."""
+        """Number of sequences that the run reads."""
         return self.steps * self.batch_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings:
-    """The whole demo.
+    """Settings of the whole demo.
 
     Attributes:
-        seed: of text, order, weights.
-        train_characters: training text per domain.
-        english_characters: general text.
-        held_out_characters: calibration text, and as much test text, per domain.
-        calibration_samples: sequences per model that the fit of `dam` gets.
-        test_sequences: sequences per domain that losses are measured on, at most.
-        domain_share: share of each domain in what the base is trained on; the rest is general
-            text, so that specialists have something to add.
-        pretraining: of the base.
-        finetuning: of each specialist; AdamW and few steps, or the average is hopeless.
+        seed: Seed of text, order and weights.
+        train_characters: Characters of training text per domain.
+        english_characters: Characters of general text.
+        held_out_characters: Characters of calibration text per domain, and of test text.
+        sequence_length: Tokens per sequence.
+        calibration_samples: Calibration sequences per model for the fit of `dam`.
+        test_sequences: Largest number of test sequences per domain.
+        domain_share: Share of each domain in the base's training text; the rest is general text,
+            so that specialists have something to add.
+        model: Shape of the models.
+        pretraining: Training of the base.
+        finetuning: Training of each specialist, by AdamW in few steps: specialists that differ
+            more have a useless average.
     """
 
     seed: int = 0

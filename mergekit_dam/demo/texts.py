@@ -1,8 +1,8 @@
-"""The demo's text: three domains made from what every machine with Python has, split by document.
+"""The demo's text: three domains, split by document; it needs nothing but a Python installation.
 
-`python` are excerpts of the standard library's own sources, `arithmetic` are generated word
-problems, `records` are generated records of invented persons. `english`, docstrings of the
-standard library, is general text that only the base model is trained on.
+`python` has excerpts of the standard library's sources, `arithmetic` generated word problems, and
+`records` generated records of invented persons. `english` has docstrings of the standard library;
+only the base model is trained on this general text.
 """
 
 import ast
@@ -19,7 +19,7 @@ from mergekit_dam.errors import DamError
 
 DOMAINS = ("python", "arithmetic", "records")
 
-# Tests and bundled packages differ most between installations; `encodings` are tables.
+# Tests and bundled packages differ most between installations; `encodings` has only tables.
 _LEFT_OUT = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings"}
 )
@@ -30,7 +30,7 @@ _SHORTEST_DOCSTRING = 120
 
 @dataclass(frozen=True)
 class Split:
-    """Documents of one domain; no document, and no source file, stands in two parts."""
+    """Documents of one domain; no document and no source file is in two parts."""
 
     train: tuple[str, ...]
     calibration: tuple[str, ...]
@@ -49,10 +49,10 @@ def make_corpus(*, train: int, english: int, held_out: int, seed: int) -> Corpus
     """Make the text of a demo; the same seed on the same machine gives the same text.
 
     Args:
-        train: characters of training text per domain, at least, if there are so many.
-        english: characters of general text, likewise.
-        held_out: characters of calibration text, and as many of test text, per domain.
-        seed: seed of the choice of excerpts and of the generated text.
+        train: Smallest number of characters of training text per domain, if there are so many.
+        english: Smallest number of characters of general text, likewise.
+        held_out: Smallest number of characters of calibration text per domain, and of test text.
+        seed: Seed of the choice of excerpts and of the generated text.
     """
     python, docstrings = _standard_library(
         train=train, english=english, held_out=held_out, seed=seed
@@ -77,7 +77,7 @@ def _generated(make: Callable[[random.Random], str], train: int, held_out: int, 
 
 
 def _unique(make: Callable[[random.Random], str], rng: random.Random) -> Iterator[str]:
-    """Documents without end, none twice."""
+    """Yield documents without end, each only once."""
     seen: set[str] = set()
     while True:
         document = make(rng)
@@ -87,7 +87,7 @@ def _unique(make: Callable[[random.Random], str], rng: random.Random) -> Iterato
 
 
 def _take(documents: Iterable[str], characters: int) -> tuple[str, ...]:
-    """The next documents, until they have so many characters together."""
+    """Take the next documents, until they have this many characters together."""
     taken: list[str] = []
     total = 0
     for document in documents:
@@ -103,7 +103,7 @@ def _standard_library(
 ) -> tuple[Split, tuple[str, ...]]:
     """The python split and the docstrings. Files are split first, then cut into excerpts.
 
-    Held-out parts take one excerpt a file, so that they are as diverse as their size allows.
+    Held-out parts take one excerpt per file, so that they are as diverse as their size allows.
     """
     rng = random.Random(f"{seed}/python")
     sources = _sources(rng)
@@ -129,7 +129,7 @@ def _standard_library(
 
 
 def _sources(rng: random.Random) -> Iterator[str]:
-    """The standard library's source files in random order, read one by one."""
+    """Yield the standard library's source files in random order, read one by one."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = sorted(
         path for path in root.rglob("*.py") if not _LEFT_OUT & set(path.relative_to(root).parts)
@@ -163,7 +163,7 @@ def _excerpts(source: str) -> list[str]:
 def _docstrings(source: str) -> list[str]:
     """The longer docstrings of a source file."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in other people's sources
+        warnings.simplefilter("ignore")  # some sources have invalid escapes
         try:
             tree = ast.parse(source)
         except SyntaxError:

@@ -1,4 +1,4 @@
-"""Train the demo's models: a base from nothing, specialists from the base."""
+"""Train the demo's models: a base from scratch, and specialists from the base."""
 
 import copy
 import math
@@ -17,7 +17,7 @@ from mergekit_dam.demo.settings import DemoSettings, TrainingSettings
 def pack_documents(
     documents: Sequence[str], tokenizer: PreTrainedTokenizerFast, *, sequence_length: int
 ) -> torch.Tensor:
-    """Tokens of documents end to end, each behind a bos: int64 `[sequences, sequence_length]`."""
+    """Documents end to end, a bos before each: int64 ids `[sequences, sequence_length]`."""
     ids: list[int] = []
     for document in tokenizer(list(documents), add_special_tokens=False)["input_ids"]:
         ids += [tokenizer.bos_token_id, *document]
@@ -26,7 +26,7 @@ def pack_documents(
 
 
 def new_model(settings: DemoSettings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama with random weights that follow from the seed alone."""
+    """A Llama model with random weights that depend on the seed alone."""
     shape = settings.model
     config = LlamaConfig(
         vocab_size=shape.vocab_size,
@@ -50,7 +50,13 @@ def draw(
 ) -> torch.Tensor:
     """Draw `count` sequences from several texts by their shares, in random order.
 
-    A text that is too short is gone through again.
+    A text that is too short is used several times.
+
+    Args:
+        parts: Sequences of each text, int64 `[sequences, sequence_length]`.
+        shares: Share of each text; they sum to one.
+        count: Number of sequences to draw.
+        seed: Seed of the choice and the order.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = []
@@ -70,9 +76,10 @@ def train(
     """Train a copy of a model and return it.
 
     Args:
-        model: where training starts; not changed.
+        model: Model from which training starts; not changed.
         sequences: int64 `[steps * batch_size, sequence_length]`, in the order of training.
-        name: for the progress bar.
+        settings: Settings of the training.
+        name: Name for the progress bar.
     """
     model = copy.deepcopy(model)
     model.train()
@@ -112,7 +119,7 @@ def _optimizers(model: LlamaForCausalLM, settings: TrainingSettings) -> list[tor
 
 
 def _schedule(settings: TrainingSettings) -> Callable[[int], float]:
-    """Linear rise over a tenth of the steps, then a cosine down to `final_rate`."""
+    """Factor of the learning rate: a linear rise over a tenth of the steps, times a cosine."""
 
     def factor(step: int) -> float:
         rise = min(1.0, (step + 1) / (0.1 * settings.steps))
@@ -124,7 +131,7 @@ def _schedule(settings: TrainingSettings) -> Callable[[int], float]:
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """Equal bits on every run, on the same machine with the same number of threads."""
+    """Make runs equal bit for bit, on the same machine with the same number of threads."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
@@ -137,7 +144,7 @@ BOS, EOS = "<s>", "</s>"
 
 
 def train_tokenizer(documents: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train byte-level BPE on documents; digits stay single tokens, as arithmetic needs them.
+    """Train byte-level BPE on documents; digits stay single tokens, which arithmetic needs.
 
     The result has `BOS` as token 0 and `EOS` as token 1 and adds neither by itself.
     """
