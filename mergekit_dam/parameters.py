@@ -71,8 +71,8 @@ class TensorParameters(Parameters):
     )
     granularity: Granularity = Field(
         default="column",
-        description="One coefficient per model and input column, or one per model and tensor, "
-        "which needs less calibration text.",
+        description="One coefficient per model and input column, or one per model and tensor. The "
+        "latter needs less calibration text.",
     )
     embeddings: bool = Field(
         default=True,
@@ -103,12 +103,12 @@ class LogitsParameters(Parameters):
         default=None,
         gt=0,
         description="Number of optimiser steps. Default: 20, and 400 more if those lowered the "
-        "held-out KL by a tenth, as with models that are far apart. Set it to fix the cost.",
+        "held-out KL by a tenth, as with models that are far apart. Set it for a known cost.",
     )
     batch_size: int = Field(
         default=1,
         gt=0,
-        description="Sequences per model and gradient computation. Fewer take less memory.",
+        description="Sequences per model in one gradient computation. More take more memory.",
     )
     gradient_accumulation: int = Field(
         default=1,
