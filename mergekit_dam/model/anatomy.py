@@ -1,10 +1,10 @@
-"""What a part of a model is made of, found by watching it run.
+"""The structure of a part of a model, found by running the part.
 
-Nothing here goes by names. Every module that owns weights is called a unit; what it is
-(linear, norm, embedding) is tested on what it returns, which linears share an input is seen
-from the inputs, and what a unit adds to the residual stream is measured: all units are held
-to their recorded outputs, one output is disturbed, and the effect on the part's output is
-compared with the disturbance.
+The names of modules play no role. Every module that owns weights is a unit. Its kind (linear,
+norm, embedding) is tested on its recorded output. Linears share an input if their recorded
+inputs are equal. The factor with which a unit adds to the residual stream is measured: all units
+are fixed at their recorded outputs, one output is disturbed, and the change of the part's output
+is compared with the disturbance.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from mergekit_dam.model.writes import measure_writes, same_tensor
 
 
 def scattered(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights with a little noise, so that no two of a part coincide or vanish."""
+    """The weights with a little noise, so that no two weights are equal and none is zero."""
     scattered = {}
     for index, (name, weight) in enumerate(weights.items()):
         generator = torch.Generator(weight.device).manual_seed(index)
@@ -39,12 +39,12 @@ def examine(
     """Find the anatomy of a part.
 
     Args:
-        root: the part's module.
-        run: runs the part on a small input (a few tokens) and returns its output.
-        weights: the weights that `run` uses, by names relative to `root`, fp32. They should
-            be `scattered`, lest two norms of equal weights look like one.
-        source: the hidden states that `run` feeds, if the part has a residual stream; they
-            are disturbed in place and put back.
+        root: The part's module.
+        run: Function that runs the part on a small input (a few tokens) and returns its output.
+        weights: Weights that `run` uses, by names relative to `root`, fp32. They should be
+            `scattered`, because two norms with equal weights look like one.
+        source: Hidden states that `run` passes to the part, if the part has a residual stream.
+            They are disturbed in place and restored.
     """
     owners = {}
     for name, module in root.named_modules():
@@ -69,9 +69,10 @@ def examine(
 def _of_some_tokens(
     root: nn.Module, owners: Mapping[str, Any], records: Mapping[str, UnitCall], tokens: int
 ) -> list[str]:
-    """Units that see some tokens only, and those in one list with them: single experts.
+    """Names of the units that see only some tokens, and of their neighbours in one module list.
 
-    What they are fed depends on the routing; teachers' and merged outputs are of other tokens.
+    These are single experts. Routing decides which tokens they see, so the outputs of the teacher
+    and of the merged model belong to different tokens.
     """
     lists = [name for name, module in root.named_modules() if isinstance(module, nn.ModuleList)]
     partly = [
@@ -90,7 +91,7 @@ def _of_some_tokens(
 
 
 def _record(root: nn.Module, run: Run, owners: Mapping[str, Any]) -> dict[str, UnitCall]:
-    """Run once and keep, in call order, what every owner of parameters got and gave."""
+    """Run once and record, in call order, the input and output of every owner of parameters."""
     records: dict[str, UnitCall] = {}
 
     def hook_for(name: str) -> After:
@@ -115,7 +116,7 @@ def _classify(
     record: UnitCall,
     weights: Mapping[str, Tensor],
 ) -> Unit:
-    """Tell linear, norm and embedding from what the module returned."""
+    """Determine the kind of a unit from the recorded output of its module."""
     other = Unit(name, "other", parameters)
     x, y = record.input, record.output
     own = {p: weights[other.parameter(p)] for p in parameters if other.parameter(p) in weights}
@@ -133,7 +134,7 @@ def _classify(
         return other
     if not isinstance(y, Tensor):
         return other
-    if not x.is_floating_point():
+    if not x.is_floating_point():  # token ids
         found = weight.ndim == 2 and y.shape[-1] == weight.shape[1]
         return replace(other, kind="embedding", axis=-1) if found else other
     if weight.ndim == 2:
@@ -149,10 +150,10 @@ def _classify(
 
 
 def _unit_gain(module: nn.Module, x: Tensor, y: Tensor, own: Mapping[str, Tensor]) -> float | None:
-    """The gain g of `y = (w + g) * n(x) + b`, or None if the module is not of this form."""
+    """The gain g of `y = (w + g) * n(x) + b`, or None if the module does not have this form."""
     try:
         with_zero, normalised = norm_parts(module, x, own)
-    except (RuntimeError, TypeError, AttributeError):  # it takes more than one input (a gate)
+    except (RuntimeError, TypeError, AttributeError):  # a module with more inputs (a gate)
         return None
     gain = float((with_zero * normalised).sum() / normalised.square().sum().clamp_min(1e-30))
     bias = own.get("bias", x.new_zeros(()))
@@ -161,7 +162,7 @@ def _unit_gain(module: nn.Module, x: Tensor, y: Tensor, own: Mapping[str, Tensor
 
 
 def norm_parts(module: nn.Module, x: Tensor, own: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """A norm's output at weight 0, and `n(x)`, what its weight multiplies; both without bias."""
+    """The output of a norm at weight 0, and the factor `n(x)` of its weight, both without bias."""
     zeros = {name: torch.zeros_like(tensor) for name, tensor in own.items()}
     at_zero = functional_call(module, zeros, (x,))
     at_one = functional_call(module, {**zeros, "weight": torch.ones_like(own["weight"])}, (x,))

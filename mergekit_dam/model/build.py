@@ -1,7 +1,7 @@
 """A transformers model without weights: its class, its module tree, its list of blocks.
 
-Nothing here goes by names of architectures: mergekit says which of transformers' classes loads
-one, and transformers which module holds the language model.
+The names of architectures play no role: mergekit knows which transformers class loads a model,
+and transformers knows which module holds the language model.
 """
 
 from typing import Any
@@ -35,7 +35,8 @@ def auto_class(config: PretrainedConfig) -> Any:
     """The auto class of transformers that loads a model.
 
     Raises:
-        ArchitectureError: it is not one of causal language models.
+        ArchitectureError: The model is neither a causal language model nor a vision-language
+            model around one.
     """
     architecture = next(iter(config.architectures or ()), None)
     if architecture is None:
@@ -43,25 +44,25 @@ def auto_class(config: PretrainedConfig) -> Any:
     auto: Any = get_auto_cls(architecture)
     if auto not in _CLASSES:
         raise _no_decoder(architecture, config, f"{getattr(auto, '__name__', auto)} loads it")
-    # mergekit takes what it does not know for a causal language model.
+    # mergekit treats every architecture that it does not know as a causal language model.
     own, causal = getattr(transformers, architecture, None), _CLASSES[auto].get(type(config), None)
     if own is not None and causal is not None and own is not causal:
-        raise _no_decoder(architecture, config, f"that would be {causal.__name__}")
+        raise _no_decoder(architecture, config, f"the causal model is {causal.__name__}")
     return auto
 
 
 def build_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The module tree of a language model, on the meta device; buffers are real.
+    """The module tree of a language model, with weights on the meta device and real buffers.
 
     Raises:
-        ArchitectureError: transformers cannot build the model, or it is no causal decoder that
-            text alone can run through.
+        ArchitectureError: transformers cannot build the model, or the model is not a causal
+            decoder that can run on text alone.
     """
     auto = auto_class(config)
     try:
-        # include_buffers=False: on a plain meta device rotary frequencies would be lost.
+        # include_buffers=False: buffers on the meta device would lose the rotary frequencies.
         with init_empty_weights(include_buffers=False), no_init_weights():
-            # Experts one after the other: grouped products would take copies of all of them.
+            # "eager" runs one expert after the other; grouped products would copy all of them.
             model = auto.from_config(
                 config, trust_remote_code=trust_remote_code, experts_implementation="eager"
             )
@@ -70,7 +71,7 @@ def build_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
             f"transformers builds no causal language model from {config.architectures}: {error}"
         ) from error
     if getattr(model.config, "is_encoder_decoder", False):
-        raise _no_decoder(type(model).__name__, config, "its decoder reads what an encoder made")
+        raise _no_decoder(type(model).__name__, config, "its decoder reads an encoder's output")
     model.tie_weights()
     built: PreTrainedModel = model.eval()
     return built
@@ -79,16 +80,16 @@ def build_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
 def _no_decoder(name: str, config: PretrainedConfig, why: str) -> ArchitectureError:
     return ArchitectureError(
         f"required a causal language model, or a vision-language model around one, got {name} "
-        f"(model type {config.model_type}): {why}. dam fits what a model makes of text. "
-        f"{OTHER_METHODS}"
+        f"(model type {config.model_type}): {why}. dam fits the hidden states of a causal "
+        f"decoder on text. {OTHER_METHODS}"
     )
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The list of decoder blocks in a model, and its path.
+    """The path of the list of decoder blocks in a model, and the list.
 
     Raises:
-        ArchitectureError: there is no such list, or several.
+        ArchitectureError: The model has no such list, or several.
     """
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     decoder = model.get_decoder()

@@ -1,6 +1,6 @@
-"""What the model passes to each block besides hidden states, recorded and checked.
+"""The arguments that a model passes to each block besides hidden states, recorded and checked.
 
-A block can run by itself only if this is the same for every text.
+A block can run by itself only if these arguments are the same for every text.
 """
 
 from collections.abc import Mapping
@@ -18,13 +18,14 @@ from mergekit_dam.model.skeleton import BlockCall, Skeleton
 def block_calls(
     skeleton: Skeleton, batch: int, length: int, device: torch.device
 ) -> tuple[BlockCall, ...]:
-    """What each block is called with for `batch` sequences of `length` tokens.
+    """The arguments of each block for `batch` sequences of `length` tokens.
 
-    It is recorded twice, on other text and with other weights outside of the blocks.
+    They are recorded twice, with different text and different weights outside the blocks.
 
     Raises:
-        ArchitectureError: a block is handed something that depends on the text, beyond hidden
-            states (cross-layer caches, per-layer inputs).
+        ArchitectureError: An argument besides the hidden states depends on the text (per-layer
+            inputs) or can carry data between blocks (cross-layer caches), or the input of a block
+            is not the output of the block before.
     """
     (first, chained), (second, _) = (
         _record(skeleton, torch.full((batch, length), number, device=device), number)
@@ -34,29 +35,29 @@ def block_calls(
     for index, (a, b) in enumerate(zip(first, second, strict=True)):
         if not _same((a.args, dict(a.kwargs)), (b.args, dict(b.kwargs))):
             raise ArchitectureError(
-                f"block {index} of {name} is handed more than hidden states that depends on the "
-                f"text, or on weights outside of it; dam cannot run its blocks one by one. "
-                f"{OTHER_METHODS}"
+                f"block {index} of {name} receives an argument besides hidden states that "
+                f"depends on the text, or on weights outside the block; dam cannot run its "
+                f"blocks one by one. {OTHER_METHODS}"
             )
         for value in (*a.args, *a.kwargs.values()):
             if not _is_constant(value):
                 raise ArchitectureError(
-                    f"block {index} of {name} is handed a {type(value).__name__}, in which blocks "
-                    f"can leave something for others (a shared cache, say); dam cannot run them "
-                    f"one by one. {OTHER_METHODS}"
+                    f"block {index} of {name} receives a {type(value).__name__}, in which a block "
+                    f"can leave something for other blocks (such as a shared cache); dam cannot "
+                    f"run its blocks one by one. {OTHER_METHODS}"
                 )
     if chained < len(skeleton.blocks):
         raise ArchitectureError(
-            f"what enters block {chained} of {name} is not what block {chained - 1} puts out; dam "
-            f"cannot run its blocks one by one. {OTHER_METHODS}"
+            f"the input of block {chained} of {name} is not the output of block {chained - 1}; "
+            f"dam cannot run its blocks one by one. {OTHER_METHODS}"
         )
     return first
 
 
 def probe_weights(skeleton: Skeleton, number: int, device: torch.device) -> dict[str, Tensor]:
-    """Weights outside the blocks that give every token an embedding of its own.
+    """Weights outside the blocks that give every token a different embedding.
 
-    Every row is filled with its number plus `number`: no memory beyond one column.
+    Every row is filled with its number (from 1) plus `number`, as a view of one column.
     """
     weights = {}
     for name, parameter in skeleton.model.named_parameters():
@@ -69,10 +70,14 @@ def probe_weights(skeleton: Skeleton, number: int, device: torch.device) -> dict
 
 
 def _record(skeleton: Skeleton, tokens: Tensor, number: int) -> tuple[tuple[BlockCall, ...], int]:
-    """What every block is called with, and how many are fed what the one before puts out.
+    """Record the arguments of every block, and whether the blocks form a chain.
 
     Args:
-        number: the weights outside of the blocks differ by it.
+        number: Offset of the weights outside the blocks.
+
+    Returns:
+        The arguments, and the index of the first block whose input is not the output of the
+        block before (the number of blocks if there is none).
     """
     calls: list[BlockCall] = []
     entered: list[Any] = []
@@ -84,6 +89,7 @@ def _record(skeleton: Skeleton, tokens: Tensor, number: int) -> tuple[tuple[Bloc
         entered.append(hidden)
         if len(calls) == len(skeleton.blocks):
             raise enough
+        # Each block's output is different, so that the input of the next one shows its origin.
         left.append(hidden + len(calls) if isinstance(hidden, Tensor) else hidden)
         return skeleton.wrap(left[-1])
 
@@ -96,7 +102,7 @@ def _record(skeleton: Skeleton, tokens: Tensor, number: int) -> tuple[tuple[Bloc
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Equality of nested call arguments, tensors by value."""
+    """Whether nested call arguments are equal; tensors are compared by value."""
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and torch.equal(a, b)
     if isinstance(a, (tuple, list)):
@@ -107,7 +113,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _is_constant(value: Any) -> bool:
-    """Whether what a block is handed is of a kind that it cannot leave anything in."""
+    """Whether an argument is of a kind in which a block cannot leave anything."""
     if isinstance(value, tuple):
         return all(map(_is_constant, value))
     return value is None or isinstance(value, (Tensor, bool, int, float, str, torch.dtype))

@@ -1,19 +1,19 @@
-"""Every private or version-dependent name of transformers that this package builds on, in one file.
+"""Every private or version-dependent name of transformers that this package uses, in one file.
 
-Written against transformers 5.23. Public and stable are its auto classes, configurations, models
-and tokenizers: these are imported where they are needed. All else is imported here and from here,
-so that the next release of transformers breaks this file alone.
+Written against transformers 5.23. Its auto classes, configurations, models and tokenizers are
+public and stable: they are imported where they are needed. All other names are imported here, and
+from here by other modules, so that the next release of transformers breaks this file alone.
 """
 
-# Modules on the meta device: weights take no memory, and their initial values are never made.
+# Modules on the meta device: weights take no memory, and no initial values are computed.
 from accelerate import init_empty_weights
 
-# How a checkpoint's names of weights become those of the model: renamed, or made of several.
+# The rules that turn a checkpoint's weights into the model's: renamed, or made from several.
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
 
-# The base class of decoder blocks, which tells their list from others of the same length.
+# The base class of decoder blocks; it distinguishes their list from others of the same length.
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 __all__ = [

@@ -1,7 +1,8 @@
 """A causal language model that runs in parts: its input, any block, or its output.
 
-One block can run while no other weight of the model is in memory. Streamed blocks equal the whole
-model's forward exactly. `probe.make_decoder` builds decoders, and refuses what cannot run so.
+One block can run while no other weight of the model is in memory. Blocks that run one by one give
+exactly the result of the whole model's forward pass. `probe.make_decoder` builds decoders, and
+refuses models that cannot run in parts.
 """
 
 from functools import lru_cache
@@ -22,8 +23,8 @@ class Decoder:
     """Runs the input, any block, or the output of a causal language model.
 
     Args:
-        skeleton: the model without weights.
-        device: where the forward passes run; weights and hidden states are expected there.
+        skeleton: The model without weights.
+        device: Device of the forward passes; weights and hidden states must be on it.
     """
 
     def __init__(self, skeleton: Skeleton, device: torch.device) -> None:
@@ -48,17 +49,17 @@ class Decoder:
 
     @property
     def names(self) -> WeightNames:
-        """What the weights are called."""
+        """The names of the weights."""
         return self.skeleton.names
 
     @property
     def head_name(self) -> str | None:
-        """Path of the module that makes logits of hidden states."""
+        """Path of the module that computes logits from hidden states, or None."""
         head = self.skeleton.head
         return next((name for name, module in self.model.named_modules() if module is head), None)
 
     def move(self, device: torch.device) -> None:
-        """Run on a device from now on; weights are handed in there."""
+        """Run on `device` from now on; weights must then be on it."""
         if self.device != device:
             self.device = device
             self._calls.cache_clear()
@@ -74,8 +75,8 @@ class Decoder:
         """Hidden states `[batch, length, hidden]` that enter the first block.
 
         Args:
-            weights: full parameter names -> tensors, of the part before the blocks.
-            tokens: int64 `[batch, length]`.
+            weights: Full name -> tensor, for the parameters before the blocks.
+            tokens: Token ids, int64 `[batch, length]`.
         """
         entering: list[Tensor] = []
         entered = Stop()
@@ -92,8 +93,8 @@ class Decoder:
         """Hidden states `[batch, length, hidden]` that leave block `index`.
 
         Args:
-            weights: parameter names relative to the block -> tensors.
-            hidden: hidden states that enter it.
+            weights: Name relative to the block -> tensor, for the block's parameters.
+            hidden: Hidden states that enter the block, of the same shape.
         """
         batch, length, _ = hidden.shape
         call = self._calls(batch, length)[index]
@@ -111,7 +112,7 @@ class Decoder:
         """Logits `[batch, length, vocabulary]` from the hidden states that leave the last block.
 
         Args:
-            weights: full parameter names -> tensors, of the part after the blocks.
+            weights: Full name -> tensor, for the parameters after the blocks.
         """
         output = self.skeleton.pass_through(weights, [hidden] * len(self.blocks))
         logits: Tensor = output.logits

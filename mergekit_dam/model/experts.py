@@ -1,9 +1,9 @@
-"""Mixtures of experts: what is fed to them, and what one expert makes of some tokens.
+"""Mixtures of experts: the input of the experts, and the run of a single expert on given tokens.
 
-transformers keeps the experts of a block in one module, whose parameters `[experts, ., .]` hold
-a slice for each of them, and which is called with hidden states, the experts that each token is
-sent to, and with what weight each of them counts. No more is relied on: the linears inside are
-seen by running one expert and looking out for products with its slices.
+transformers keeps the experts of a block in one module. Its parameters `[experts, ., .]` hold one
+slice per expert. It is called with hidden states, the experts that each token is sent to, and the
+weights of these experts. Nothing else is assumed: the linears inside are found by running one
+expert and watching for products with its slices.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,16 +16,16 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 ACCURACY = 1e-3
-"""Relative deviation up to which two recorded fp32 effects count as equal."""
+"""Relative deviation up to which two recorded fp32 results count as equal."""
 
 
 class Routing(NamedTuple):
-    """What experts are called with.
+    """The arguments of a call of experts.
 
     Attributes:
-        hidden: hidden states `[tokens, hidden]`.
-        experts: of each token, int64 `[tokens, k]`.
-        weights: with which their outputs are added up, `[tokens, k]`.
+        hidden: Hidden states `[tokens, hidden]`.
+        experts: Indices of the experts that each token is sent to, int64 `[tokens, k]`.
+        weights: Weights of these experts' outputs in their sum, `[tokens, k]`.
     """
 
     hidden: Tensor
@@ -33,12 +33,12 @@ class Routing(NamedTuple):
     weights: Tensor
 
     def weight_of(self, expert: int) -> Tensor:
-        """With which weight an expert counts for each token, `[tokens]`; 0 if it is not sent."""
+        """The weight of an expert for each token, `[tokens]`; 0 if the token is not sent to it."""
         return (self.weights * (self.experts == expert)).sum(1)
 
     @classmethod
     def joined(cls, chunks: Sequence["Routing"]) -> "Routing":
-        """Chunks in one, in order."""
+        """The concatenation of chunks, in order."""
         return cls(*(torch.cat(tensors) for tensors in zip(*chunks, strict=True)))
 
 
@@ -47,8 +47,8 @@ class FusedLinear:
     """A linear that every expert has.
 
     Attributes:
-        parameter: name of the fused weight.
-        axis: its input dimension: -1 for `[experts, out, in]`, 1 where it is transposed.
+        parameter: Name of the fused weight.
+        axis: Input dimension of the fused weight: -1 for `[experts, out, in]`, 1 if transposed.
     """
 
     parameter: str
@@ -58,7 +58,7 @@ class FusedLinear:
 class Product(NamedTuple):
     """Inputs `[tokens, in]` and outputs `[tokens, out]` of one linear of an expert.
 
-    Its weight may be `[in, out]`: transposed.
+    Where it is `transposed`, its weight is `[in, out]`.
     """
 
     input: Tensor
@@ -67,7 +67,7 @@ class Product(NamedTuple):
 
 
 def routing_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Routing | None:
-    """The routing that a module is called with, or None if its call is none of experts."""
+    """The routing that a module is called with, or None if this is not a call of experts."""
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if len(tensors) != 3 or any(tensor.ndim != 2 for tensor in tensors):
         return None
@@ -81,17 +81,17 @@ def routing_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Routing | No
 def run_expert(
     module: nn.Module, weights: Mapping[str, Tensor], x: Tensor
 ) -> tuple[Tensor, dict[str, Product]]:
-    """What one expert makes of tokens, and what its linears do on the way.
+    """Run one expert on some tokens, and record the products of its linears.
 
     Args:
-        module: of all experts.
-        weights: the expert's slices of the module's parameters, by name.
-        x: hidden states `[tokens, hidden]`.
+        module: Module of all experts.
+        weights: The expert's slices of the module's parameters, by name.
+        x: Hidden states `[tokens, hidden]`.
 
     Returns:
-        Hidden states `[tokens, hidden]`, and the products with each slice, by name.
+        Hidden states `[tokens, hidden]`, and the product with each slice, by name.
     """
-    # Every expert is this one, which takes no memory, and all tokens are sent to the first.
+    # All experts are views of this one, which take no memory; all tokens go to the first.
     given = {
         name: weight[None].expand(module.get_parameter(name).shape[0], *weight.shape)
         for name, weight in weights.items()
@@ -109,12 +109,12 @@ def fused_linears(
     """The linears of a module's experts, in the order in which data passes them.
 
     Args:
-        weights: the module's own parameters.
-        routing: what it was called with.
-        output: what it made of that.
+        weights: The module's own parameters.
+        routing: Routing of a recorded call.
+        output: Output of that call.
 
     Returns:
-        Nothing if the experts, one by one, do not add up to the output.
+        The linears; none if the experts, run one by one, do not add up to the output.
     """
     sizes = {weight.shape[0] if weight.ndim else 0 for weight in weights.values()}
     if len(sizes) != 1 or not isinstance(output, Tensor) or output.shape != routing.hidden.shape:
@@ -143,11 +143,11 @@ def makes_logits(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> bool:
-    """Whether a module multiplies what enters it with its weight, whatever it makes of that.
+    """Whether a module multiplies its input by its weight, whatever it does with the product.
 
     Args:
-        weights: the module's own parameters.
-        args, kwargs: what it is called with.
+        weights: The module's own parameters.
+        args, kwargs: Arguments of a recorded call.
     """
     with Products({"weight": weights["weight"]}) as products:
         functional_call(module, dict(weights), args, dict(kwargs))
@@ -159,10 +159,11 @@ def makes_logits(
 
 
 class Products(TorchFunctionMode):
-    """Sees products of matrices with some weights while the body runs.
+    """Records the products of matrices with some weights while the body runs.
 
     Args:
-        weights: by any names; those that are multiplied as they are, in this memory.
+        weights: Weights by any names. They are recognised by their memory, so a product with a
+            copy is not recorded.
     """
 
     _OF: tuple[Callable[..., Any], ...] = (
@@ -192,7 +193,7 @@ class Products(TorchFunctionMode):
 
 
 def close(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are of one shape and equal but for rounding."""
+    """Whether two tensors have the same shape and are equal up to rounding."""
     if a.shape != b.shape:
         return False
     return float((a - b).norm()) <= ACCURACY * max(float(b.norm()), 1e-12)

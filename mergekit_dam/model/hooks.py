@@ -1,4 +1,4 @@
-"""Modules watched while a model runs, and made to put out what is known already."""
+"""Records inputs and outputs of modules while a model runs, and substitutes known outputs."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,16 +14,16 @@ Before: TypeAlias = Callable[[tuple[Any, ...], Mapping[str, Any]], None]
 """Called with the positional and the keyword arguments of a module's call."""
 
 After: TypeAlias = Callable[[tuple[Any, ...], Mapping[str, Any], Any], Any]
-"""Called with the same and the output; what it returns, unless None, is put out instead."""
+"""Called with these arguments and the output; if it returns a value, that replaces the output."""
 
 
 class Stop(Exception):
-    """Ends a forward pass early, once all that was asked for is recorded."""
+    """Ends a forward pass early, once everything that was asked for is recorded."""
 
 
 @contextlib.contextmanager
 def until(stop: Stop) -> Iterator[None]:
-    """End the body where this very exception is raised: forward passes are nested."""
+    """End the body where this `Stop` is raised. Another one belongs to an outer forward pass."""
     try:
         yield
     except Stop as raised:
@@ -38,10 +38,10 @@ def hooked(
     before: Mapping[str, Before] | None = None,
     after: Mapping[str, After] | None = None,
 ) -> Iterator[None]:
-    """Call hooks before and after modules run, while the body does.
+    """Call hooks before and after modules run, until the body ends.
 
     Args:
-        before, after: path of a module below the root -> its hook.
+        before, after: Path of a module below the root -> its hook.
     """
     handles = [
         root.get_submodule(name).register_forward_pre_hook(
@@ -67,7 +67,7 @@ def hooked(
 def replaced_forward(
     pairs: Iterable[tuple[nn.Module, Callable[..., Any]]],
 ) -> Iterator[None]:
-    """Call other functions in place of modules' own forward while the body runs."""
+    """Call other functions in place of the modules' own `forward` until the body ends."""
     modules = []
     try:
         for module, forward in pairs:
@@ -81,7 +81,7 @@ def replaced_forward(
 
 @dataclass
 class Captured:
-    """Inputs and outputs of units, by unit name, of one forward pass; of experts, the routing."""
+    """Inputs and outputs of units in one forward pass, by unit name; also routings of experts."""
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
     routing: dict[str, Routing] = field(default_factory=dict)
@@ -98,10 +98,10 @@ def capture(
 ) -> Iterator[Captured]:
     """Capture inputs and outputs of units while the body runs the part.
 
-    They are copies, fp32: some blocks add to these tensors in place later on.
+    They are fp32 copies, because some blocks later add to these tensors in place.
 
     Args:
-        stop: end the forward pass as soon as everything asked for was captured.
+        stop: Whether to end the forward pass as soon as everything is captured.
     """
     captured, enough = Captured(), Stop()
 
@@ -134,9 +134,9 @@ def capture(
 
 @contextlib.contextmanager
 def watch(root: nn.Module, outputs: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
-    """Hold on to the outputs of units, for gradients by them, while the body runs the part.
+    """Keep the outputs of units, to take gradients by them, while the body runs the part.
 
-    What follows gets copies, since some blocks add to these tensors in place later on.
+    Later modules get copies, because some blocks later add to these tensors in place.
     """
     seen: dict[str, Tensor] = {}
 
@@ -153,7 +153,7 @@ def watch(root: nn.Module, outputs: tuple[str, ...]) -> Iterator[dict[str, Tenso
 
 @contextlib.contextmanager
 def substitute(root: nn.Module, outputs: Mapping[str, Tensor]) -> Iterator[None]:
-    """While the body runs the part, units put out copies of what is known, without computing."""
+    """While the body runs the part, units return copies of known outputs and compute nothing."""
     with replaced_forward(
         (root.get_submodule(name), lambda *_, output=output, **__: output.clone())
         for name, output in outputs.items()
@@ -162,7 +162,7 @@ def substitute(root: nn.Module, outputs: Mapping[str, Tensor]) -> Iterator[None]
 
 
 def copy_of(value: Any) -> Any:
-    """A copy of a tensor; anything else as it is."""
+    """A copy of a tensor; any other value unchanged."""
     return value.clone() if isinstance(value, Tensor) else value
 
 
@@ -187,6 +187,6 @@ def first_tensor(value: Any) -> Any:
 
 
 def own_weights(module: nn.Module) -> tuple[str, ...]:
-    """Names of the parameters and buffers that are a module's own."""
+    """Names of the parameters and buffers that a module itself owns."""
     named = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
     return tuple(name for name, _ in named)

@@ -1,4 +1,4 @@
-"""Names of a model's weights: in its modules, in checkpoints, and where they belong."""
+"""Names of a model's weights: in its modules and in checkpoints, and the blocks they belong to."""
 
 from dataclasses import dataclass
 
@@ -14,11 +14,11 @@ from mergekit_dam.model.compat import (
 
 @dataclass(frozen=True)
 class WeightNames:
-    """What the weights of a model are called: its parameters, and the buffers that it saves.
+    """The names of a model's weights: its parameters, and the buffers that it saves.
 
     Attributes:
-        first: every name -> the first name of that weight (tied ones share it).
-        blocks: path of the list of decoder blocks.
+        first: Every name -> the first name of the same weight (tied weights have several).
+        blocks: Path of the list of decoder blocks.
     """
 
     first: dict[str, str]
@@ -42,9 +42,9 @@ class WeightNames:
         )
 
     def in_model(self, name: str) -> str | None:
-        """The model's own name for what a checkpoint calls `name`; None if it has no such weight.
+        """The model's name of the weight that a checkpoint calls `name`; None if it has none.
 
-        A piece of a fused weight (of one expert, say) has no name of its own in the model.
+        A piece of a fused weight (such as one expert's) has no name of its own in the model.
         """
         if name in self.first:
             return name
@@ -52,7 +52,7 @@ class WeightNames:
         return renamed if not piece and renamed in self.first else None
 
     def canonical(self, name: str) -> str | None:
-        """The first name of a weight (tied ones have several), or None if the model has none."""
+        """The first name of a weight in the model; None if the model has no such weight."""
         found = self.in_model(name)
         return None if found is None else self.first[found]
 
@@ -65,11 +65,11 @@ class WeightNames:
         return int(index) if index.isdigit() else None
 
     def block_name(self, index: int) -> str:
-        """Prefix of the parameters of a block, without the trailing dot."""
+        """Prefix of the names of a block's parameters, without the trailing dot."""
         return f"{self.blocks}.{index}"
 
     def _renamed(self, name: str) -> tuple[str, bool]:
-        """A checkpoint's name by transformers' rules, and whether it is a piece of a weight."""
+        """A name after transformers' renaming, and whether it is a piece of a fused weight."""
         renamed, converter = rename_source_key(
             name, list(self._renamings), list(self._converters), self._prefix, dict(self.first)
         )

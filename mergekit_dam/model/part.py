@@ -1,4 +1,4 @@
-"""A part of a model as the fit walks it: its module, its input, how it runs."""
+"""A part of a model, as the fit runs it: its module, its names, its forward function."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,12 +19,12 @@ class Part:
     """The input, one block, or the output of a model.
 
     Attributes:
-        label: for people.
-        prefix: what precedes the names of its parameters in the whole model.
-        root: the module that names are relative to.
-        forward: from weights (by relative names) and what enters to what leaves.
-        residual: it adds to a stream of hidden states that passes through it.
-        dtype: of the products of a run; what enters and leaves is fp32.
+        label: Name of the part in messages and logs.
+        prefix: Prefix of the names of its parameters in the whole model.
+        root: Module that the names are relative to.
+        forward: Function from weights (by relative names) and the input to the output.
+        residual: Whether the part adds to a residual stream that passes through it.
+        dtype: Dtype of the products in a run; hidden states that enter and leave are fp32.
     """
 
     label: str
@@ -35,10 +35,10 @@ class Part:
     dtype: torch.dtype = torch.float32
 
     def run(self, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """What leaves the part, fp32.
+        """The output of the part, fp32.
 
-        In a half precision, products alone are in it (as `torch.autocast` has them); norms and the
-        stream of hidden states stay fp32.
+        With a half-precision `dtype`, only products have it (as in `torch.autocast`); norms and
+        the residual stream stay fp32.
         """
         half = self.dtype != torch.float32
         with torch.autocast(x.device.type, dtype=self.dtype, enabled=half):
@@ -56,7 +56,7 @@ class Part:
         """Run until the inputs and outputs of the named units are captured.
 
         Args:
-            known: outputs of units that need not be computed again.
+            known: Outputs of units that need not be computed again.
         """
         with (
             capture(self.root, inputs=inputs, outputs=outputs) as captured,
@@ -73,7 +73,7 @@ class Part:
         outputs: tuple[str, ...] = (),
         known: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, Captured]:
-        """Run to the end; what leaves the part, and the outputs of the named units."""
+        """Run to the end; return the part's output and the outputs of the named units."""
         with (
             capture(self.root, outputs=outputs, stop=False) as captured,
             substitute(self.root, known or {}),
@@ -84,7 +84,7 @@ class Part:
     def watched(
         self, weights: Mapping[str, Tensor], x: Tensor, *, outputs: tuple[str, ...]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Run to the end; what leaves the part, and the named outputs on the way of gradients."""
+        """Run to the end; return the part's output and the named outputs in its autograd graph."""
         with watch(self.root, outputs) as seen:
             leaving = self.run(weights, x)
         return leaving, seen
@@ -93,8 +93,8 @@ class Part:
         """Examine the part on a few random tokens.
 
         Args:
-            weights: of the part, by relative names, fp32.
-            like: what enters the part, for its kind and width: token ids or hidden states.
+            weights: Weights of the part, by relative names, fp32.
+            like: An input of the part, for its kind and width: token ids or hidden states.
         """
         weights = scattered(weights)
         if not like.is_floating_point():
@@ -109,7 +109,7 @@ class Part:
 
 
 def input_part(decoder: Decoder) -> Part:
-    """From token ids to the hidden states that enter the first block."""
+    """The part from token ids to the hidden states that enter the first block."""
     return Part("input", "", decoder.model, decoder.embed)
 
 
@@ -125,15 +125,15 @@ def block_part(decoder: Decoder, index: int, dtype: torch.dtype = torch.float32)
 
 
 def output_part(decoder: Decoder) -> Part:
-    """From the hidden states that leave the last block to logits."""
+    """The part from the hidden states that leave the last block to logits."""
     return Part("output", "", decoder.model, decoder.logits)
 
 
 def without_tokens(part: Part, unknown: Tensor) -> Part:
-    """The output of a model that does not have some tokens: they get no probability.
+    """The output part of a model that does not have some tokens: they get probability 0.
 
     Args:
-        unknown: bool `[vocabulary]`, of the tokens.
+        unknown: Mask of the tokens that the model does not have, bool `[vocabulary]`.
     """
 
     def run(weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:

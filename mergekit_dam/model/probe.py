@@ -1,4 +1,4 @@
-"""Decoders built and checked: running its blocks tells whether a model can run in parts."""
+"""Builds decoders, and checks by running a model's blocks whether the model can run in parts."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,8 +22,8 @@ def make_decoder(
     """The decoder of a model.
 
     Args:
-        config: configuration of the model.
-        device: where the forward passes run.
+        config: Configuration of the model.
+        device: Device of the forward passes.
 
     Raises:
         ArchitectureError: transformers cannot build the model, no list of decoder blocks is
@@ -44,24 +44,24 @@ def make_decoder(
         ) from error
     if not alike:
         raise ArchitectureError(
-            f"the output of {name} reads more than what its last block puts out; dam cannot "
+            f"the output of {name} depends on more than the output of its last block; dam cannot "
             f"run its blocks one by one. {OTHER_METHODS}"
         )
     return Decoder(skeleton, device)
 
 
 def hidden_size(decoder: Decoder) -> int:
-    """Width of the residual stream: that of what enters the first block.
+    """Width of the residual stream, as it enters the first block.
 
     Raises:
-        ArchitectureError: more than one hidden state per token enters it.
+        ArchitectureError: More than one hidden state per token enters the first block.
     """
     tokens = torch.zeros((1, 2), dtype=torch.long, device=decoder.device)
     entering = decoder.embed({}, tokens)
     if entering.shape[:-1] != tokens.shape:
         raise ArchitectureError(
-            f"required one hidden state a token before the blocks of "
-            f"{decoder.skeleton.class_name}, got {list(entering.shape)} of two tokens; dam "
+            f"required one hidden state per token before the blocks of "
+            f"{decoder.skeleton.class_name}, got {list(entering.shape)} for two tokens; dam "
             f"cannot run its blocks one by one. {OTHER_METHODS}"
         )
     return entering.shape[-1]
@@ -70,10 +70,10 @@ def hidden_size(decoder: Decoder) -> int:
 def input_or_output(
     decoder: Decoder, names: frozenset[str]
 ) -> dict[str, Literal["input", "output"]]:
-    """Tell for weights outside the blocks whether they act before or after them.
+    """Find which weights outside the blocks act before the blocks, and which act after them.
 
     Returns:
-        full name -> "input" or "output"; weights that a forward on text does not use are
+        Full name -> "input" or "output". Weights that a forward pass on text does not use are
         absent.
     """
     skeleton = decoder.skeleton
@@ -115,9 +115,10 @@ def _check_shared_weights(skeleton: Skeleton) -> None:
 
 @torch.no_grad()
 def _detect_tuple_output(skeleton: Skeleton, width: int, device: torch.device) -> bool:
-    """Detect how blocks return their hidden states: alone, or first in a tuple.
+    """Whether the model expects a block to return hidden states first in a tuple, not alone.
 
-    A model that takes the first of a tuple takes the first sequence of a plain tensor.
+    Such a model takes element 0 of a block's output. Of a plain tensor, that is the first
+    sequence: the batch dimension is lost.
     """
     hidden = torch.zeros((2, 3, width), device=device)
     try:
@@ -136,7 +137,7 @@ def _reads_last_block_alone(skeleton: Skeleton, width: int, device: torch.device
 
 @torch.no_grad()
 def _leaving(skeleton: Skeleton, hidden: Sequence[Tensor]) -> Tensor:
-    """What enters the head, if each block puts out the hidden states given for it."""
+    """The input of the head (else the logits), if each block returns the given hidden states."""
     weights = probe_weights(skeleton, 0, hidden[0].device)
     if skeleton.head is None:
         logits: Tensor = skeleton.pass_through(weights, hidden).logits

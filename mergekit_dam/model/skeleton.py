@@ -1,7 +1,7 @@
 """A causal language model without weights, whose blocks can be replaced while it runs.
 
-The module tree comes from transformers' own classes, on the meta device; weights are handed in for
-each call (`torch.func.functional_call`).
+transformers' own classes build the module tree on the meta device; every call passes its weights
+in (`torch.func.functional_call`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,14 +23,14 @@ Weights: TypeAlias = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class BlockCall:
-    """What the model passes to a block besides hidden states: masks, positions, flags."""
+    """The arguments of a block besides hidden states: masks, positions, flags."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
 
 BlockForward: TypeAlias = Callable[[Any, BlockCall], Any]
-"""Called with hidden states and the rest of the call, in place of a block's own forward."""
+"""Replaces a block's own forward; called with hidden states and the other arguments."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,11 @@ class Skeleton:
     """The module tree of a model, and its decoder blocks.
 
     Attributes:
-        config: configuration of the model.
-        names: what its weights are called.
-        tuple_output: blocks return their hidden states first in a tuple, not alone.
+        config: Configuration of the model.
+        model: Module tree.
+        blocks: Decoder blocks in that tree.
+        names: Names of the model's weights.
+        tuple_output: Whether blocks return hidden states first in a tuple, not alone.
     """
 
     config: PretrainedConfig
@@ -51,7 +53,7 @@ class Skeleton:
 
     @classmethod
     def build(cls, config: PretrainedConfig, *, trust_remote_code: bool = False) -> "Skeleton":
-        """The model of a configuration.
+        """Build the skeleton of a model from its configuration.
 
         Raises:
             ArchitectureError: transformers cannot build the model, or no list of decoder blocks is
@@ -63,27 +65,27 @@ class Skeleton:
 
     @property
     def head(self) -> nn.Module | None:
-        """The module that makes logits of hidden states."""
+        """The module that computes logits from hidden states, or None."""
         head: nn.Module | None = cast(PreTrainedModel, self.model).get_output_embeddings()
         return head
 
     @property
     def class_name(self) -> str:
-        """The name of transformers' class, for errors."""
+        """The name of the model's class in transformers, for error messages."""
         return type(self.model).__name__
 
     def wrap(self, hidden: Tensor) -> Any:
-        """Hidden states as a block of this model returns them."""
+        """Hidden states in the form in which a block of this model returns them."""
         return (hidden,) if self.tuple_output else hidden
 
     def run(self, weights: Weights, tokens: Tensor, forwards: Sequence[BlockForward]) -> Any:
         """Run the model with other functions in place of its first blocks.
 
         Args:
-            weights: full names of weights outside of the blocks -> tensors; those that are not
-                given are zeros that take no memory.
-            tokens: int64 `[batch, length]`.
-            forwards: one for each block that is replaced, from the first.
+            weights: Full name -> tensor, for weights outside the blocks; weights that are not
+                given are zeros, which take no memory.
+            tokens: Token ids, int64 `[batch, length]`.
+            forwards: Functions that replace the first blocks, one per block.
 
         Returns:
             The model's output.
@@ -93,7 +95,7 @@ class Skeleton:
             return self._forward(weights, tokens)
 
     def pass_through(self, weights: Weights, hidden: Sequence[Tensor]) -> Any:
-        """Run input and output of the model around blocks that put out what is given for each."""
+        """Run the model with blocks that return the given hidden states, one tensor per block."""
         batch, length, _ = hidden[0].shape
         tokens = torch.zeros((batch, length), dtype=torch.long, device=hidden[0].device)
         return self.run(weights, tokens, [partial(_put_out, self.wrap(own)) for own in hidden])
@@ -109,7 +111,7 @@ class Skeleton:
             if name in weights and self.names.block_of(name) is None:
                 given[name] = weights[name]
         flags = {"use_cache": False}
-        if getattr(self.config, "output_router_logits", False):  # for a loss of theirs, in training
+        if getattr(self.config, "output_router_logits", False):  # used only by a training loss
             flags["output_router_logits"] = False
         return functional_call(self.model, given, (tokens,), flags, tie_weights=True)
 

@@ -1,4 +1,4 @@
-"""What a part of a model is made of, as plain data."""
+"""The structure of a part of a model, as plain data."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ class Write:
     """How a unit's output reaches the residual stream.
 
     Attributes:
-        scale: the factor it is added with.
-        through: name of the norm that stands between, or None.
+        scale: Factor with which the output is added.
+        through: Name of the norm between the unit and the residual stream, or None.
     """
 
     scale: float
@@ -29,14 +29,15 @@ class Unit:
     """A module that owns parameters.
 
     Attributes:
-        name: path of the module, relative to the part.
-        kind: "experts" own fused parameters `[experts, ., .]`, of which each token sees what it is
-            sent to; a "router" is a linear that keeps its logits to itself, and hands out to whom
-            tokens are sent; "other" units are averaged, never fitted.
-        axis: input axis of a linear's weight: -1 for `[out, in]`, 0 where it is transposed.
-        unit_gain: for a norm `y = (w + unit_gain) * n(x) + bias`: 1 in the Gemma family, else 0.
-        write: how it writes to the residual stream, if it does.
-        linears: of each of the experts, in the order in which data passes them.
+        name: Path of the module, relative to the part.
+        kind: Kind of the module. "experts" own fused parameters `[experts, ., .]`; each token uses
+            the slices of the experts that it is sent to. A "router" is a linear that returns the
+            experts of each token, not its logits. "other" units are averaged, never fitted.
+        parameters: Names of the module's own parameters.
+        axis: Input axis of a linear's weight: -1 for `[out, in]`, 0 if it is transposed.
+        unit_gain: Gain g of a norm `y = (w + g) * n(x) + bias`: 1 in the Gemma family, else 0.
+        write: How the output reaches the residual stream, if it does.
+        linears: Linears of each expert, in the order in which data passes them.
     """
 
     name: str
@@ -48,17 +49,17 @@ class Unit:
     linears: tuple[FusedLinear, ...] = ()
 
     def parameter(self, name: str) -> str:
-        """Path of one of its parameters, relative to the part."""
+        """Path of one of the unit's parameters, relative to the part."""
         return f"{self.name}.{name}" if self.name else name
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The units of a part in the order the data passes them.
+    """The units of a part, in the order in which data passes them.
 
     Attributes:
-        stages: units that see the same input form one stage.
-        residual_scale: the factor with which the part's input reaches its output directly.
+        groups: Groups of units; linears that see the same input form one group.
+        residual_scale: Factor with which the part's input reaches its output directly.
     """
 
     groups: tuple[tuple[Unit, ...], ...]
@@ -70,7 +71,7 @@ class Anatomy:
         return tuple(unit for group in self.groups for unit in group)
 
     def writers_before(self, group: int) -> tuple[Unit, ...]:
-        """Units of earlier stages that add to the residual stream themselves."""
+        """Units of earlier groups that add to the residual stream directly, not through a norm."""
         return tuple(
             unit
             for units in self.groups[:group]
@@ -113,7 +114,7 @@ def grouped(
 
 @dataclass
 class UnitCall:
-    """What one unit did in the recorded forward."""
+    """One unit in the recorded forward pass: its number of calls, and the first call."""
 
     calls: int
     input: Tensor | None

@@ -1,4 +1,4 @@
-"""Which units write to the residual stream, and with what factor: measured by disturbing them."""
+"""Measures which units write to the residual stream, and with what factor, by disturbing them."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,25 +19,25 @@ def measure_writes(
     records: Mapping[str, UnitCall],
     source: Tensor,
 ) -> tuple[dict[str, Unit], float]:
-    """Disturb one output at a time, with every other unit held, and see what reaches the end.
+    """Disturb one output at a time, with all other units fixed, and measure the effect at the end.
 
     Args:
-        root: the part's module.
-        run: runs the part on the source.
-        units: those of the part, by name.
-        records: what each of them got and gave.
-        source: the hidden states that enter; disturbed in place and put back.
+        root: The part's module.
+        run: Function that runs the part on the source.
+        units: Units of the part, by name.
+        records: Recorded input and output of each unit.
+        source: Hidden states that enter the part; disturbed in place and restored.
 
     Returns:
-        The units with how they write to the residual stream, and the factor with which what
-        enters the part reaches its end.
+        The units with their `write`, and the factor with which the part's input reaches its
+        output directly.
     """
     outputs = {name: records[name].output for name in units if _is_leaf(root, name)}
     generator = torch.Generator(source.device).manual_seed(0)
     reference = _held_run(root, run, outputs)
 
     def disturbance(like: Tensor) -> Tensor:
-        # No smaller than the part's output, in whose rounding its effect would be lost.
+        # At least as large as the part's output: the rounding there would hide a smaller effect.
         noise = torch.randn(like.shape, generator=generator, device=like.device)
         return noise * max(_size(like), _size(reference), 1e-3)
 
@@ -60,7 +60,7 @@ def measure_writes(
 
 
 def _held_run(root: nn.Module, run: Run, outputs: Mapping[str, Any]) -> Tensor:
-    """What leaves a part whose units put out what is given for them."""
+    """The output of a part whose units return the given outputs."""
 
     def put_out(output: Any) -> After:
         return lambda *_: copy_of(output)
@@ -71,7 +71,7 @@ def _held_run(root: nn.Module, run: Run, outputs: Mapping[str, Any]) -> Tensor:
 
 
 def _through_norms(units: Mapping[str, Unit], records: Mapping[str, UnitCall]) -> dict[str, Unit]:
-    """Linears whose output reaches the residual stream through a norm write, too."""
+    """Units with the writes of linears whose output reaches the residual stream through a norm."""
     found = dict(units)
     for norm in units.values():
         if norm.write is None or norm.kind != "norm":
@@ -84,7 +84,7 @@ def _through_norms(units: Mapping[str, Unit], records: Mapping[str, UnitCall]) -
 
 
 def _is_leaf(root: nn.Module, name: str) -> bool:
-    """A unit none of whose submodules owns parameters: holding it hides no other unit."""
+    """Whether no submodule of a unit owns parameters: fixing its output then hides no unit."""
     children = root.get_submodule(name).named_modules()
     return not any(n and any(True for _ in m.parameters(recurse=False)) for n, m in children)
 
@@ -95,7 +95,7 @@ def _size(x: Tensor) -> float:
 
 
 def _proportion(effect: Tensor, cause: Tensor) -> float:
-    """s if effect = s * cause throughout, else 0."""
+    """The factor s if `effect = s * cause` everywhere, else 0."""
     effect, cause = effect.reshape(-1).double(), cause.reshape(-1).double()
     scale = float(effect @ cause / (cause @ cause))
     deviation = float((effect - scale * cause).norm() / cause.norm())
@@ -103,7 +103,7 @@ def _proportion(effect: Tensor, cause: Tensor) -> float:
 
 
 def same_tensor(a: Any, b: Any) -> bool:
-    """Whether both are tensors, and equal."""
+    """Whether both values are tensors, and equal."""
     return (
         isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
     )
