@@ -1,4 +1,4 @@
-"""The decoders of all sources; models that compute the same share one."""
+"""The decoders of all sources; sources with the same forward pass share one."""
 
 from collections.abc import Mapping, Sequence
 
@@ -19,14 +19,15 @@ def source_decoders(
     options: MergeOptions,
     stacks: Mapping[ModelReference, Sequence[int]],
 ) -> tuple[Decoder, ...]:
-    """Every source's decoder; the merged model's own wherever the forward pass is the same.
+    """The decoder of every source: the merged model's own where the forward pass is the same.
 
     Args:
-        stacks: which of its layers a source has at each layer of the merged model; sources that
-            have none there run nothing.
+        output: Decoder of the merged model.
+        stacks: For a source, its own layer at each layer of the merged model. Sources that are
+            absent are not run.
 
     Raises:
-        ArchitectureError: a source has a head of its own, the merged model none.
+        ArchitectureError: A source has an output head of its own, but the merged model has none.
     """
     decoders = {_forward_key(output.config): output}
     found = []
@@ -34,9 +35,10 @@ def source_decoders(
         config = model.config(trust_remote_code=options.trust_remote_code)
         if _ties_head(output.config) and not _ties_head(config):
             raise ArchitectureError(
-                f"{model} has an output head of its own, but the merged model takes its from the "
-                f"embeddings: its configuration is that of the base, else of the first model. Name "
-                f"one with `tie_word_embeddings: false` there"
+                f"{model} has an output head of its own, but the merged model's head is tied to "
+                f"its embeddings: the merged configuration is that of the base model, or of the "
+                f"first model if there is no base. Choose a base or first model with "
+                f"`tie_word_embeddings: false`"
             )
         config = stacked(config, stacks[model]) if model in stacks else output.config
         key = _forward_key(config)
@@ -68,6 +70,6 @@ _NOT_OF_THE_FORWARD = (
 
 
 def _forward_key(config: PretrainedConfig) -> str:
-    """Equal for configurations whose blocks compute the same from the same weights."""
+    """A key that is equal for configurations whose blocks compute the same from equal weights."""
     values = config.to_dict()
     return str(sorted((k, str(v)) for k, v in values.items() if k not in _NOT_OF_THE_FORWARD))

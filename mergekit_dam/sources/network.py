@@ -1,7 +1,7 @@
-"""The model as a chain of stages whose weights are read whenever a sweep comes by.
+"""The model as a chain of stages, whose weights are read again in every sweep.
 
 A sweep goes through the stages in order, or in reverse, and holds one of them at a time.
-What fits in memory stays there between sweeps (`resident`); the numbers are the same.
+Weights that fit in memory stay there between sweeps (`resident`); the results are the same.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,19 +15,19 @@ from mergekit_dam.sources.stage import Loaded, OpenStage, Stage, open_stage
 from mergekit_dam.streams.memory import free_memory_of, give_back, memory_of
 
 SPARE = 0.5
-"""Part of the memory that stays free of weights kept between sweeps."""
+"""Fraction of the memory that weights kept between sweeps must leave free."""
 
 
 @dataclass
 class Network:
-    """The stages of a model, in the order the data passes them.
+    """The stages of a model, in the order in which data passes them.
 
     Attributes:
-        stages: input, blocks, output.
-        load: reads the tensors of a stage, of all sources, onto the device.
-        spans: where in files the tensors of a stage lie.
-        device: where parts run.
-        resident: whether weights stay in memory between sweeps.
+        stages: Input, blocks, output.
+        load: Function that reads a stage's tensors, of all sources, onto the device.
+        spans: Function that returns the byte ranges of a stage's tensors in their files.
+        device: Device on which parts run.
+        resident: Whether weights stay in memory between sweeps.
     """
 
     stages: Sequence[Stage]
@@ -40,27 +40,27 @@ class Network:
 
     @property
     def tensor_names(self) -> frozenset[str]:
-        """Output tensors of all stages."""
+        """Names of the output tensors of all stages."""
         return frozenset(spec.name for stage in self.stages for spec in stage.tensors)
 
     @property
     def loss_weights(self) -> tuple[float, ...]:
-        """How much each source's data counts, where the whole model is judged."""
+        """Weight of each source's data in the loss of the whole model."""
         return self.stages[0].tensors[0].settings.loss_weights
 
     @property
     def tied(self) -> dict[str, str]:
-        """Output tensors that are the same parameter as another: name -> that one's name."""
+        """Output tensors that are the same parameter as another one: name -> name of the other."""
         specs = (spec for stage in self.stages for spec in stage.tensors)
         return {spec.name: spec.tied_to for spec in specs if spec.tied_to is not None}
 
     def open(self, number: int, *, then: int | None = None) -> OpenStage:
-        """A stage with its weights, read from the models' shards unless they are at hand.
+        """A stage with its weights, read from the models' shards unless they are in memory.
 
-        It stays open until the next one is.
+        It stays open until the next stage is opened.
 
         Args:
-            then: the stage that the sweep comes to next; its weights are read ahead.
+            then: Index of the stage that the sweep opens next; its weights are read ahead.
         """
         if self._last is not None:
             self._last.close()
@@ -81,7 +81,7 @@ class Network:
         yield self._last_number, self.output()
 
     def forward(self) -> Iterator[tuple[int, OpenStage]]:
-        """Input and blocks in order, one at a time; the output is opened by whoever needs it."""
+        """Input and blocks in order, one at a time; the caller opens the output if it needs it."""
         for number in range(self._last_number):
             yield number, self.open(number, then=number + 1)
 
@@ -103,7 +103,7 @@ class Network:
         return number in self._kept
 
     def release(self) -> None:
-        """Let go of all weights."""
+        """Release all weights."""
         self._kept.clear()
         if self._last is not None:
             self._last.close()

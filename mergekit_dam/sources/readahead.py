@@ -1,8 +1,8 @@
-"""Asks the system for the weights of the next stage while this one is fitted.
+"""Asks the operating system to read the next stage's weights while this stage is fitted.
 
-mergekit maps weights into memory, so that a page is read from the disk when it is first touched.
-A thread tells the system beforehand which pages those will be; it holds none of them itself.
-Where the system takes no such advice (macOS, Windows), nothing is read ahead.
+mergekit maps weights into memory, so a page is read from the disk at its first access. A thread
+tells the system in advance which pages these will be; it holds none of them itself. Where the
+system has no such call (macOS, Windows), nothing is read ahead.
 """
 
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Span:
-    """Bytes of a file."""
+    """A range of bytes in a file."""
 
     path: Path
     offset: int
@@ -25,7 +25,7 @@ _THREAD = ThreadPoolExecutor(1, "dam-read-ahead")
 
 
 def read_ahead(spans: Iterable[Span]) -> None:
-    """Have the system read bytes of files into its cache, in the background."""
+    """Ask the system to read byte ranges of files into its cache, in the background."""
     if hasattr(os, "posix_fadvise"):
         _THREAD.submit(_advise, tuple(spans))
 

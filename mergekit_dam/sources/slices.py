@@ -1,8 +1,8 @@
-"""Slices: layers of some models stacked, where each takes part in some slices or in all.
+"""Slices: stacked layers of several models; each model takes part in some slices or in all.
 
-A slice merges the models that it lists. The data of the others counts there too: a model's
+A slice merges the models that it lists. The data of the other models counts there too: a model's
 teacher is the stack that the slices describe, made of that model's layers alone. In a slice that
-does not list it, those are its own layers of the range that the slice takes of its first model.
+does not list the model, the model's own layers in the range of the slice's first model are used.
 """
 
 import copy
@@ -16,10 +16,10 @@ from mergekit_dam.errors import ConfigError
 
 
 class TaughtSlice(OutputSliceDefinition):
-    """A slice that also reads the layers of models that it does not merge.
+    """A slice that also reads layers of models that it does not merge.
 
     Attributes:
-        teaching: those models, which stand among its sources.
+        teaching: Models that are among the slice's sources only as teachers.
     """
 
     teaching: frozenset[ModelReference] = frozenset()
@@ -28,10 +28,10 @@ class TaughtSlice(OutputSliceDefinition):
 def taught(
     slices: Sequence[OutputSliceDefinition], teachers: Collection[ModelReference]
 ) -> list[TaughtSlice]:
-    """The same slices, with every teacher among the sources of each.
+    """The same slices, with every teacher among the sources of each slice.
 
     Args:
-        teachers: the models whose data counts in the fit.
+        teachers: Models whose data counts in the fit.
     """
     parameters = {s.model: s.parameters for entry in reversed(slices) for s in entry.sources}
     found = []
@@ -55,9 +55,9 @@ def taught(
 
 
 def stacks(slices: Sequence[OutputSliceDefinition]) -> dict[ModelReference, tuple[int, ...]]:
-    """Which of its own layers every model has at each layer of the merged model.
+    """For every model, its own layer at each layer of the merged model.
 
-    Models that a slice does not read are left out.
+    Models that some slice does not read are left out.
     """
     everywhere = set.intersection(*({s.model for s in entry.sources} for entry in slices))
     found: dict[ModelReference, tuple[int, ...]] = dict.fromkeys(everywhere, ())
@@ -69,10 +69,11 @@ def stacks(slices: Sequence[OutputSliceDefinition]) -> dict[ModelReference, tupl
 
 
 def stacked(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:
-    """The configuration of a model made of some layers of another one, in some order.
+    """The configuration of a model that is made of some layers of another model, in some order.
 
     Args:
-        config: of the other one; returned as it is if all its layers are taken in their order.
+        config: Configuration of the other model; returned unchanged if `layers` are all its
+            layers in order.
     """
     if list(layers) == list(range(config.get_text_config().num_hidden_layers)):
         return config
@@ -82,12 +83,16 @@ def stacked(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig
 
 
 def follow(config: PretrainedConfig, donor: PretrainedConfig, layers: Sequence[int]) -> None:
-    """Have a configuration, in place, say of every layer what its donor says of the layer there.
+    """Copy the settings of the donor's layers to a configuration, in place, layer by layer.
 
-    mergekit sets the number of layers alone; transformers then refuses to save the others.
+    mergekit sets only the number of layers. transformers then refuses to save a configuration
+    whose lists of settings per layer have another length.
+
+    Args:
+        layers: For each layer of `config`, the index of a layer of the donor.
 
     Raises:
-        ConfigError: the donor has no such layers.
+        ConfigError: The donor does not have these layers.
     """
     text, own = config.get_text_config(), donor.get_text_config()
     text.num_hidden_layers = len(layers)
@@ -95,17 +100,17 @@ def follow(config: PretrainedConfig, donor: PretrainedConfig, layers: Sequence[i
         values = getattr(own, name)
         if max(layers) >= len(values):
             raise ConfigError(
-                f"slices: the merged model's configuration is that of the base, else of the "
-                f"first model, and its `{name}` tells of {len(values)} layers; layer "
-                f"{max(layers)} is asked for. Name a model with as many layers there"
+                f"slices: the merged model's configuration is that of the base model, or of the "
+                f"first model if there is no base, and its `{name}` has {len(values)} layers; "
+                f"got layer {max(layers)}. Choose a base or first model with enough layers"
             )
         setattr(text, name, [values[layer] for layer in layers])
 
 
 def _of_each_layer(config: PretrainedConfig) -> list[str]:
-    """Lists in a configuration that have an entry for each layer.
+    """Names of the lists in a configuration that have one entry per layer.
 
-    Those are as long as there are layers whatever their number, which a class's defaults show.
+    With one more layer, such a list of the class's defaults has one more entry.
     """
     depth = config.num_hidden_layers
     try:

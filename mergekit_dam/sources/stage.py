@@ -1,4 +1,4 @@
-"""One stage of a merge: input, block or output of the model, and its tensors once loaded."""
+"""One stage of a merge: the model's input, a block or its output, with its tensors once loaded."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +19,10 @@ from mergekit_dam.streams.distributed import from_first
 from mergekit_dam.vocabulary.merged import OwnRows
 
 Loaded = Mapping[str, Mapping[Any, Tensor]]
-"""Output tensor's name -> source, or `OwnRows` of it where other rows are forced -> tensor."""
+"""Output tensor's name -> source -> tensor.
+
+A source on which other rows are forced also has a tensor of its own rows, under `OwnRows`.
+"""
 
 StageKind = Literal["input", "block", "output"]
 
@@ -27,9 +30,9 @@ StageKind = Literal["input", "block", "output"]
 def of_all(
     loaded: Mapping[ModelReference, Tensor], order: Sequence[ModelReference]
 ) -> list[Tensor]:
-    """One tensor of every source; one that is loaded stands in for those that are not.
+    """One tensor per source; a loaded tensor takes the place of those that are not loaded.
 
-    What is not loaded is neither merged nor a teacher's: its coefficients are 0.
+    A tensor that is not loaded is neither merged nor used by a teacher: its coefficients are 0.
     """
     instead = next(loaded[model] for model in order if model in loaded)
     return [loaded.get(model, instead) for model in order]
@@ -40,12 +43,13 @@ class Models:
     """The decoders of a merge and what they share.
 
     Attributes:
-        output: decoder of the merged model.
-        sources: decoder of every source; the merged model's own where configurations agree.
-        order: the sources.
-        settings: of the fit.
-        anatomies: what was found of parts that are built alike, by their printed structure.
-        unknown: tokens that a source does not have, bool `[vocabulary]`; none named if it has all.
+        output: Decoder of the merged model.
+        sources: Decoder of every source; the merged model's own where configurations agree.
+        order: The sources.
+        settings: Settings of the fit.
+        anatomies: Anatomies by the printed structure of a part; parts built alike share one.
+        unknown: Source's index -> mask of the tokens that it does not have, bool `[vocabulary]`;
+            sources with all tokens are absent.
     """
 
     output: Decoder
@@ -56,14 +60,14 @@ class Models:
     unknown: Mapping[int, Tensor] = field(default_factory=dict)
 
     def examine(self, part: Part, weights: Mapping[str, Tensor], like: Tensor) -> Anatomy:
-        """The anatomy of a part, examined once for all blocks built alike."""
+        """The anatomy of a part; blocks that are built alike are examined once."""
         key = f"{part.residual} {sorted(weights)} {part.root}"
         if key not in self.anatomies:
             self.anatomies[key] = from_first(lambda: part.anatomy(weights, like))
         return self.anatomies[key]
 
     def move(self, device: torch.device) -> None:
-        """Have all decoders run on a device."""
+        """Run all decoders on `device` from now on."""
         for decoder in {id(d): d for d in (self.output, *self.sources)}.values():
             decoder.move(device)
 
@@ -73,10 +77,10 @@ class Stage:
     """The input, one block, or the output of the model, as planned.
 
     Attributes:
-        kind: which part of the model.
-        index: of the block.
-        tensors: output tensors of the stage.
-        borrowed: tensors of an earlier stage that this part runs on too (a tied head's).
+        kind: Kind of part.
+        index: Index of the block.
+        tensors: Output tensors of the stage.
+        borrowed: Output tensors of an earlier stage that this part also uses (for a tied head).
     """
 
     models: Models
@@ -87,12 +91,12 @@ class Stage:
 
     @property
     def all_tensors(self) -> tuple[TensorSpec, ...]:
-        """Tensors that are read for the stage: its own, and those it borrows."""
+        """The tensors that are read for the stage: its own and the borrowed ones."""
         return (*self.tensors, *self.borrowed)
 
     @property
     def label(self) -> str:
-        """For people."""
+        """Name of the stage in messages and logs."""
         return self.part(self.models.output).label
 
     def part(self, decoder: Decoder) -> Part:
@@ -111,17 +115,17 @@ class Stage:
 
 @dataclass
 class OpenStage:
-    """A stage with the weights of all sources at hand.
+    """A stage with the loaded weights of all sources.
 
     Attributes:
-        loaded: output tensor's name -> source -> tensor, on the device of the fit.
+        loaded: Output tensor's name -> source -> tensor, on the device of the fit.
     """
 
     stage: Stage
     loaded: Loaded
 
     def close(self) -> None:
-        """Let go of the weights, whoever still holds the stage."""
+        """Release the weights, even where the stage itself is still referenced."""
         self.loaded = {}
         vars(self).pop("sources", None)
 
@@ -132,7 +136,7 @@ class OpenStage:
 
     @cached_property
     def sources(self) -> dict[str, TensorSources]:
-        """The tensors that the part runs on, by names relative to it."""
+        """Sources of the tensors that the part uses, by names relative to the part."""
         return {
             self._relative(spec): self.sources_of(spec)
             for spec in self.stage.all_tensors
@@ -141,7 +145,7 @@ class OpenStage:
 
     @property
     def own(self) -> dict[str, TensorSources]:
-        """Those of them that are the stage's own: not borrowed from an earlier one."""
+        """Sources of the stage's own tensors, without those borrowed from an earlier stage."""
         borrowed = {self._relative(spec) for spec in self.stage.borrowed}
         return {name: own for name, own in self.sources.items() if name not in borrowed}
 
@@ -149,14 +153,14 @@ class OpenStage:
         return spec.in_model[len(self.part.prefix) :]
 
     def sources_of(self, spec: TensorSpec) -> TensorSources:
-        """An output tensor with the loaded tensors of every source."""
+        """The loaded tensors of every source for an output tensor."""
         found, order = self.loaded[spec.name], self.stage.models.order
         tensors = of_all(found, order)
         teachers = [found.get(OwnRows(m), tensor) for m, tensor in zip(order, tensors, strict=True)]
         return spec.sources(tensors, teachers)
 
     def by_name(self, name: str) -> TensorSources:
-        """The sources of an output tensor."""
+        """The sources of the output tensor with this name."""
         return next(tensor for tensor in self.sources.values() if tensor.name == name)
 
     def teacher_part(self, source: int) -> Part:
@@ -164,11 +168,11 @@ class OpenStage:
         return self.stage.teacher_part(source)
 
     def teacher_weights(self, source: int) -> dict[str, Tensor]:
-        """Weights of a source's own model, fp32, by relative names."""
+        """Weights of a source's own model, fp32, by names relative to the part."""
         return {name: tensor.teacher(source) for name, tensor in self.sources.items()}
 
     def merged_weights(self, point: MergeRecord) -> dict[str, Tensor]:
-        """Weights of the merged model at some coefficients: as written, then fp32."""
+        """Weights of the merged model with some coefficients: cast as written, then to fp32."""
         return {
             name: tensor.merged(
                 point.coefficients[tensor.name], axis=point.axes.get(tensor.name, -1)
@@ -177,15 +181,15 @@ class OpenStage:
         }
 
     def starting_weights(self) -> dict[str, Tensor]:
-        """Weights of the merged model at the start of a fit, of the stage's own tensors."""
+        """Weights of the merged model at the start of a fit, for the stage's own tensors."""
         return {name: own.merged(own.start()).float() for name, own in self.own.items()}
 
     def anatomy(self, like: Tensor) -> Anatomy:
-        """What the part is made of; `like` is what enters it, of any number of tokens."""
+        """The anatomy of the part; `like` is an input of it, with any number of tokens."""
         return self.stage.models.examine(self.part, self.starting_weights(), like)
 
 
 def open_stage(stage: Stage, loaded: Loaded, device: torch.device) -> OpenStage:
-    """A stage whose tensors are loaded; its models run on their device from now on."""
+    """Open a stage whose tensors are loaded; its models run on `device` from now on."""
     stage.models.move(device)
     return OpenStage(stage, loaded)
