@@ -1,5 +1,5 @@
-"""Calibration data on its way: hidden states, where they are kept, which process has them.
+"""Calibration data during a merge: hidden states, their storage, and their processes.
 
-May import: parameters, errors. Start reading at `stream.Stream`; `share` says whose sequences are
-whose, `storage` where they lie, `distributed` adds up over processes.
+May import: parameters, errors. Start reading at `stream.Stream`. `share` assigns sequences to
+processes, `storage` keeps hidden states, and `distributed` adds up over processes.
 """

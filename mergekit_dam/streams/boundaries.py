@@ -1,4 +1,4 @@
-"""Hidden states and gradients between blocks, in files: depth costs disk, not memory."""
+"""Hidden states and gradients between blocks, kept in files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 class BoundaryStates:
-    """Tensors of every stage and stream, kept in files: depth costs disk, not memory.
+    """Tensors of every stage and stream, kept in files: more blocks need disk, not memory.
 
     Args:
-        folder: where the files go; whoever made it removes it.
+        folder: Folder of the files; the caller removes it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -19,11 +19,11 @@ class BoundaryStates:
         folder.mkdir(parents=True, exist_ok=True)
 
     def put(self, number: int, tensors: Sequence[Tensor]) -> None:
-        """Keep one tensor a stream for a stage."""
+        """Keep the tensors of a stage, one per stream."""
         named = {str(index): tensor.contiguous().cpu() for index, tensor in enumerate(tensors)}
         save_file(named, self._folder / f"{number:05d}.safetensors")
 
     def get(self, number: int) -> list[Tensor]:
-        """What was kept for a stage, on the host."""
+        """The tensors kept for a stage, on the host."""
         named = load_file(self._folder / f"{number:05d}.safetensors")
         return [named[str(index)] for index in range(len(named))]

@@ -1,8 +1,8 @@
-"""Several processes at one merge: torchrun starts them, each runs its share of the sequences.
+"""Several processes in one merge: torchrun starts them, and each runs its share of the sequences.
 
-What a fit knows of its data are sums over the sequences. Every process adds up its own, and
-all go on with the total: each holds the same coefficients. In a process that is alone, the
-functions here return what they are given, and torch.distributed is not set up.
+A fit uses its data only through sums over the sequences. Every process adds up its own sequences,
+and all continue with the total, so that all hold the same coefficients. In a single process, the
+functions here return their arguments, and torch.distributed is not set up.
 """
 
 import logging
@@ -24,18 +24,18 @@ LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=7)
-"""Longest wait for another process. It may be downloading; that one died is told by its sockets."""
+"""Longest wait for a peer, which may be downloading; a dead peer shows by its closed socket."""
 
 
 @contextmanager
 def joined_processes(options: MergeOptions) -> Iterator[MergeOptions]:
-    """Meet the other processes of torchrun, if it started any, and part when all are done.
+    """Connect to the other processes of torchrun, if it started any, and wait for them at the end.
 
-    Tensors on CUDA devices are added up by NCCL where every process of a machine has a device
-    of its own, all others by gloo.
+    NCCL adds up tensors on CUDA devices if every process of a machine has a device of its own;
+    gloo adds up all other tensors.
 
     Yields:
-        The options for this process: with its own device, and quiet unless it is the first.
+        The options of this process: with its own device, and quiet unless it is the first.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield options
@@ -46,7 +46,7 @@ def joined_processes(options: MergeOptions) -> Iterator[MergeOptions]:
     if torch.device(device or "cpu").type == "cuda" and torch.cuda.device_count() >= neighbours:
         backend, device = "cpu:gloo,cuda:nccl", f"cuda:{local}"
         torch.cuda.set_device(local)
-    if not dist.is_initialized():  # it stays for the next merge: nobody can meet twice
+    if not dist.is_initialized():  # kept for the next merge: processes can connect only once
         dist.init_process_group(backend, timeout=_PATIENCE)
     yield options.model_copy(update={"device": device, "quiet": options.quiet or not is_first()})
     from_first(lambda: None)
@@ -63,22 +63,23 @@ def size() -> int:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes."""
+    """Whether this process is the first one, which writes the output."""
     return rank() == 0
 
 
 def share_of(count: int, turn: int) -> range:
-    """Numbers of the sequences that this process runs, of `count` dealt out one by one.
+    """Numbers of the sequences that this process runs, of `count` assigned one by one in turn.
 
     Args:
-        turn: the process that gets the first; another one for every model, so that what
-            remains at the end of a round does not fall to the same one each time.
+        count: Number of sequences of all processes.
+        turn: Number of the process that gets the first sequence. It differs from model to model,
+            so that the remainder of the last round does not always go to the same process.
     """
     return range((rank() - turn) % size(), count, size())
 
 
 def all_sum(x: Tensor) -> Tensor:
-    """Sum of all processes' tensors of this shape, the same bytes in each; x may be overwritten."""
+    """Sum of `x` over all processes, with equal bytes in each of them; `x` may be overwritten."""
     if not _several():
         return x
     by_nccl = x.is_cuda and "nccl" in dist.get_backend_config()
@@ -89,7 +90,7 @@ def all_sum(x: Tensor) -> Tensor:
 
 
 def all_sums(values: Sequence[float]) -> list[float]:
-    """Sums of all processes' numbers, each with its counterparts."""
+    """Sum of each number over all processes."""
     if not _several():
         return list(values)
     sums: list[float] = all_sum(torch.tensor(values, dtype=torch.float64)).tolist()
@@ -97,7 +98,7 @@ def all_sums(values: Sequence[float]) -> list[float]:
 
 
 def all_rows(x: Tensor) -> Tensor:
-    """Rows of all processes, in their order; each may have another number of rows `[n, ...]`."""
+    """Rows `[n, ...]` of all processes, in the order of the processes; `n` may differ."""
     if not _several():
         return x
     counts = torch.zeros(size(), dtype=torch.int64)
@@ -109,7 +110,7 @@ def all_rows(x: Tensor) -> Tensor:
 
 
 def from_first(work: Callable[[], T]) -> T:
-    """The result of work that the first process alone does; no tensors on devices."""
+    """The result of work that only the first process does; it must not hold device tensors."""
     if not _several():
         return work()
     result = [work() if is_first() else None]
@@ -119,7 +120,7 @@ def from_first(work: Callable[[], T]) -> T:
 
 
 def in_turn(work: Callable[[], object]) -> None:
-    """Work that every process does after those before it, such as filling one cache."""
+    """Do work in one process after the other, such as filling one cache."""
     for number in range(size()):
         if number == rank():
             work()
@@ -132,11 +133,9 @@ def _several() -> bool:
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """Say what it means when others cannot be reached."""
+    """Explain the error of an exchange that fails because another process has stopped."""
     try:
         yield
     except RuntimeError as error:
         LOG.debug("collective operation", exc_info=error)
-        raise DamError(
-            "another process of this merge has stopped; what it printed says why"
-        ) from error
+        raise DamError("another process of this merge has stopped; its output says why") from error

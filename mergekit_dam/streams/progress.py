@@ -1,4 +1,4 @@
-"""One line of progress on mergekit's own bar."""
+"""One line of progress on mergekit's own progress bar."""
 
 import logging
 
@@ -8,9 +8,9 @@ LOG = logging.getLogger(__name__)
 
 
 def show(text: str) -> None:
-    """Show a line behind the executor's bar; where there is none (`--quiet`), nothing.
+    """Show a line after the bar of mergekit's executor; without a bar (`--quiet`), show nothing.
 
-    mergekit hands its bar to nobody, but tqdm keeps count of the bars that are alive.
+    mergekit gives no access to its bar, but tqdm keeps a list of live bars.
     """
     LOG.debug(text)
     for bar in list(getattr(tqdm, "_instances", ())):

@@ -1,4 +1,4 @@
-"""Which sequences of a model's data are of the fit or held out, and which are this process's."""
+"""The split of a model's sequences into fit and held-out data, and this process's share of them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from mergekit_dam.streams.distributed import share_of
 Split = Literal["fit", "held_out"]
 
 SPLITS: tuple[Split, Split] = ("fit", "held_out")
-"""In the order in which sequences of them stand."""
+"""The splits, in the order of their sequences."""
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,10 @@ class Share:
     """This process's share of one model's sequences, of which the last are held out.
 
     Attributes:
-        numbers: global numbers of this process's sequences; the range's stop is their global
+        numbers: Global numbers of this process's sequences; the range's stop is their global
             count, its step the number of processes.
-        held_out: so many sequences, the last of all, judge the fit and take no part in it.
+        held_out: Number of held-out sequences of all processes: the last ones. They judge the fit
+            and take no part in it.
     """
 
     numbers: range
@@ -35,23 +36,23 @@ class Share:
         """The sequences that this process runs.
 
         Args:
-            turn: the process that gets the first sequence.
+            turn: Number of the process that gets the first sequence.
         """
         return cls(share_of(count, turn), held_out)
 
     def count(self, split: Split) -> int:
-        """Sequences of a split in all processes."""
+        """Number of sequences of a split in all processes."""
         first, end = self._bounds(split)
         return end - first
 
     def rows(self, split: Split) -> tuple[int, int]:
-        """First of this process's sequences in a split, and the one after the last."""
+        """Row of this process's first sequence in a split, and the row after its last one."""
         own = self.numbers
         edge = len(range(own.start, own.stop - self.held_out, own.step))
         return (0, edge) if split == "fit" else (edge, len(own))
 
     def row_of(self, number: int) -> int | None:
-        """Where this process has the sequence of a global number; None if another one has it."""
+        """This process's row of the sequence with a global number; None if another one has it."""
         return self.numbers.index(number) if number in self.numbers else None
 
     def of(self, split: Split) -> "Share":
@@ -62,11 +63,11 @@ class Share:
         return Share(range(start, end - first, self.numbers.step), held_out)
 
     def _bounds(self, split: Split) -> tuple[int, int]:
-        """Global number of the first sequence of a split, and that after its last."""
+        """Global number of the first sequence of a split, and the number after its last one."""
         edge = self.numbers.stop - self.held_out
         return (0, edge) if split == "fit" else (edge, self.numbers.stop)
 
 
 def judging_split(shares: Iterable[Share]) -> Split:
-    """The held-out sequences where every model has some, else those of the fit."""
+    """The split that judges a fit: "held_out" if every model has such sequences, else "fit"."""
     return "held_out" if all(share.held_out for share in shares) else "fit"

@@ -1,4 +1,4 @@
-"""The two streams of hidden states that flow from block to block, per calibration set."""
+"""The two streams of hidden states that pass from block to block, for each calibration set."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,7 +10,7 @@ from mergekit_dam.streams.share import SPLITS, Share, Split
 from mergekit_dam.streams.storage import Sequences, Storage
 
 CHUNK_TOKENS = 2048
-"""Tokens that run through a part at a time."""
+"""Number of tokens that run through a part at once."""
 
 
 def chunk_sequences(length: int) -> int:
@@ -19,33 +19,33 @@ def chunk_sequences(length: int) -> int:
 
 
 def chunks(first: int, last: int, length: int) -> Iterator[slice]:
-    """Slices of the sequences from first to before last that run through a part at a time.
+    """Slices of the sequences `[first, last)`; each slice runs through a part at once.
 
     Args:
-        length: of a sequence, in tokens.
+        length: Tokens per sequence.
     """
     size = chunk_sequences(length)
     return (slice(begin, min(begin + size, last)) for begin in range(first, last, size))
 
 
 def concatenated(chunks: Sequence[Tensor], *, none: Tensor) -> Tensor:
-    """Chunks in one; `none`, which has no sequences, where this process has none to run."""
+    """The concatenation of chunks; `none`, an empty tensor, if this process has no chunks."""
     return torch.cat(list(chunks)) if chunks else none
 
 
 @dataclass
 class Stream:
-    """One model's calibration data on its way through that model and through the merged one.
+    """One model's calibration data on its way through that model and through the merged model.
 
-    In a search the teacher has gone ahead: it has left its last block, as it runs only once.
+    In a search, the teacher is ahead: it runs only once, and has already left its last block.
 
     Attributes:
-        source: index of the model (the teacher) among the sources.
-        teacher: what enters the next part of the teacher: token ids int64
-            `[sequences, length]`, later hidden states fp32 `[sequences, length, hidden]`.
-        merged: the same for the merged model.
-        share: which sequences these are, and which of them are held out.
-        storage: keeps what leaves the next part.
+        source: Index of the model (the teacher) among the sources.
+        teacher: Input of the teacher's next part: token ids int64 `[sequences, length]`, later
+            hidden states fp32 `[sequences, length, hidden]`.
+        merged: The same for the merged model.
+        share: Global numbers of these sequences, and which of them are held out.
+        storage: Storage of the next part's output.
     """
 
     source: int
@@ -64,11 +64,11 @@ class Stream:
         *,
         turn: int = 0,
     ) -> "Stream":
-        """This process's share of the sequences, at the entrance of the model.
+        """This process's share of the sequences, before the first part of the model.
 
         Args:
-            tokens: int64 `[sequences, length]`, of all processes.
-            turn: the process that gets the first sequence.
+            tokens: Token ids of all processes, int64 `[sequences, length]`.
+            turn: Number of the process that gets the first sequence.
         """
         share = Share.of_process(len(tokens), held_out, turn)
         own = tokens[share.numbers.start :: share.numbers.step]
@@ -81,12 +81,12 @@ class Stream:
         return replace(self, teacher=teacher, merged=merged, share=self.share.of(split))
 
     def keep(self, leaving: Iterable[Tensor]) -> Sequences:
-        """Put what leaves a part, chunk by chunk, where the stream is kept."""
+        """Store the output of a part, chunk by chunk."""
         if not self.share.numbers:
             return self.teacher
         return self.storage.keep(leaving, self.teacher.shape[0])
 
     def chunks(self, split: Split | None = None) -> Iterator[slice]:
-        """Slices of sequences, in order; of all of them or of one split."""
+        """Slices of the sequences, in order; of one split, or of all sequences."""
         for own in SPLITS if split is None else (split,):
             yield from chunks(*self.share.rows(own), self.teacher.shape[1])
