@@ -1,4 +1,4 @@
-"""How far one distribution over the vocabulary is from another."""
+"""The KL divergence between two distributions over the vocabulary."""
 
 import torch
 from torch import Tensor
@@ -8,8 +8,8 @@ from torch.nn.functional import log_softmax
 def divergence(merged: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
     """`KL(teacher || merged)` of logits `[..., vocabulary]`, in nats per token.
 
-    Tokens that the teacher does not have (logits of -inf) get no probability by it: what the merged
-    model gives them counts as missing from those that the teacher has.
+    A token that the teacher does not have (its logit is -inf) has probability 0 there. Probability
+    that the merged model gives to it is missing from the other tokens, and so increases the result.
     """
     wanted = log_softmax(teacher.float() / temperature, dim=-1)
     got = log_softmax(merged.float() / temperature, dim=-1)
@@ -17,10 +17,10 @@ def divergence(merged: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> 
 
 
 def expectation_terms(log_probability: Tensor, value: Tensor) -> Tensor:
-    """The terms `p * value` of an expected value, in the shape of both.
+    """The terms `p * value` of an expected value, in the shape of both arguments.
 
-    What has no probability counts 0, be its value infinite: 0 * inf would be nan, here and in the
-    gradient.
+    A term with probability 0 is 0 even if its value is infinite: 0 * inf would be nan, here and in
+    the gradient.
     """
     probability = log_probability.exp()
     return probability * torch.where(probability > 0, value, 0.0)

@@ -1,4 +1,4 @@
-"""The fit of an embedding: N unknowns per dimension, tokens weighted by their use."""
+"""The fit of an embedding: N unknowns per dimension; tokens are weighted by their counts."""
 
 import time
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from mergekit_dam.fitting.judged import judged_solution
 from mergekit_dam.fitting.solver import solve_small
 
 ROWS = 4096
-"""Rows of an embedding worked on at a time."""
+"""Number of rows of an embedding that are processed at once."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Usage:
     """How often one model's data uses the rows of an embedding.
 
     Attributes:
-        source: index of the model among the sources.
-        fit, held_out: counts `[rows]` in the data of the fit and in held-out data.
+        source: Index of the model among the sources.
+        fit, held_out: Counts `[rows]` in the data of the fit and in the held-out data.
     """
 
     source: int
@@ -31,10 +31,10 @@ class Usage:
 
 
 def fit_embedding(embedding: TensorSources, usage: Sequence[Usage]) -> FittedTensor:
-    """Make the rows that model k's data uses look like model k's rows.
+    """Fit the merged rows to model k's rows, for the rows that model k's data uses.
 
-    Minimises over the coefficients, per dimension, `sum_k w_k sum_rows count_k |E - E_k|^2`
-    with `w_k` the loss weight over the energy of the rows used.
+    Minimises over the coefficients, per dimension, `sum_k w_k sum_rows count_k |E - E_k|^2`.
+    The factor `w_k` is the loss weight of model k, divided by the energy of the rows used.
     """
     started = time.perf_counter()
     settings = embedding.settings
@@ -44,6 +44,7 @@ def fit_embedding(embedding: TensorSources, usage: Sequence[Usage]) -> FittedTen
     matrix = torch.zeros(dimensions, unknowns, unknowns, dtype=torch.float64, device=device)
     rhs = torch.zeros(dimensions, unknowns, dtype=torch.float64, device=device)
     for use in usage:
+        # The bound avoids a division by 0 where no row is used, or all used rows are 0.
         factor = settings.loss_weights[use.source] / max(_energy(embedding, use, use.fit), 1e-30)
         for rows in _used_rows(use.fit):
             tensors = [tensor[rows] for tensor in embedding.tensors]

@@ -1,4 +1,4 @@
-"""The data of one tensor's fit, and what judges it."""
+"""The data of one tensor's fit, and the data that judges it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from mergekit_dam.fitting.moments import LinearMoments
 
 @dataclass(frozen=True)
 class Losses:
-    """A loss on the data of the fit and on held-out data."""
+    """A loss on the data of the fit and on the held-out data."""
 
     fit: float
     held_out: float
 
 
 class Judge(Protocol):
-    """What judges a fit: sums over tokens, or the tokens."""
+    """Data that judges a fit: sums over tokens, or the tokens themselves."""
 
     energy: float
     scale: float
@@ -29,21 +29,21 @@ class Judge(Protocol):
         """Sum of the tokens' weights."""
 
     def add_up(self) -> None:
-        """Take in what other processes have."""
+        """Add the sums of the other processes."""
 
     def error(self, weight: Tensor, bias: Tensor | None) -> float:
-        """Of a merged weight and bias, in any dtype."""
+        """The error of a merged weight and bias, in any dtype."""
 
 
 M = TypeVar("M", LinearMoments, FeatureMoments)
 
 
 class Pool(Generic[M]):
-    """The evidence of one tensor, gathered from one stream after the other.
+    """The evidence of one tensor, collected from one stream after the other.
 
     Args:
-        measured_alike: errors of all streams are measured in one metric, so that their sums are
-            added up; else each stream keeps its own.
+        measured_alike: Whether the errors of all streams are measured in one metric. If so, their
+            sums are added up; else each stream keeps its own sums.
     """
 
     def __init__(self, *, measured_alike: bool) -> None:
@@ -62,28 +62,29 @@ class Pool(Generic[M]):
             self._fit.append(sums.scaled(scale))
 
     def add_held_out(self, judge: Judge, scale: float) -> None:
-        """Add what judges a fit on a stream's held-out data, weighted by `scale`."""
+        """Add a stream's held-out data, weighted by `scale`."""
         judge.scale = scale
         self._held_out.append(judge)
 
     def evidence(self, total: float) -> "Evidence[M]":
-        """All of it; where nothing is held out, the data of the fit judges.
+        """All evidence; if nothing is held out, the data of the fit judges.
 
         Args:
-            total: sum of the streams' loss weights.
+            total: Sum of the streams' loss weights.
         """
         return Evidence(self._fit, self._held_out or self._fit, total)
 
 
 @dataclass(frozen=True)
 class Evidence(Generic[M]):
-    """Data of the fit and held-out data of one tensor, and the weight they add up to.
+    """Data of the fit and held-out data of one tensor, and the sum of their weights.
 
     Attributes:
-        fit: all models' sums in one, or one a model where each has a metric of its own.
-        held_out: one a model. Every model's tokens are weighted by its loss weight over the
-            energy of its teacher's output, or over their number.
-        total: sum of the loss weights; losses are given as fractions of it.
+        fit: Sums over the data of the fit: of all models together, or one entry per model if each
+            model has a metric of its own.
+        held_out: Held-out data, one entry per model. The tokens of a model are weighted by its
+            loss weight, divided by the energy of its teacher's output or by their number.
+        total: Sum of the loss weights; losses are fractions of it.
     """
 
     fit: Sequence[M]
@@ -95,9 +96,9 @@ class Evidence(Generic[M]):
         return sum(sums.error(weight, bias) for sums in self.fit) / self.total
 
     def held_out_loss(self, weight: Tensor, bias: Tensor | None) -> float:
-        """Loss on held-out data, as a fraction of the teachers' energy."""
+        """Loss on the held-out data, as a fraction of the teachers' energy."""
         return sum(sums.error(weight, bias) for sums in self.held_out) / self.total
 
     def losses(self, weight: Tensor, bias: Tensor | None) -> Losses:
-        """Both losses of a weight and a bias, in any dtype."""
+        """Both losses of a merged weight and bias, in any dtype."""
         return Losses(self.fit_loss(weight, bias), self.held_out_loss(weight, bias))

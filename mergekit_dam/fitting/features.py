@@ -1,4 +1,4 @@
-"""Sufficient statistics of the fit of a norm, feature by feature."""
+"""Sufficient statistics of the fit of a norm, per feature."""
 
 from dataclasses import dataclass
 
@@ -10,17 +10,17 @@ from mergekit_dam.streams.distributed import all_sum, all_sums
 
 @dataclass
 class FeatureMoments:
-    """Sums over tokens, per feature, of a scale `y = w * n + o` to fit.
+    """Sums over weighted tokens, per feature, for the fit of w in `y = w * n + o`.
 
     Attributes:
-        n_square: `sum n^2`, `[features]`, n being the normalised input.
-        n_y: `sum n * (y - o)`, with o the part of the output that the weight does not touch.
+        n_square: `sum n^2`, `[features]`, where n is the normalised input.
+        n_y: `sum n * (y - o)`, where o is the part of the output that does not depend on w.
         n_sum: `sum n`.
         y_sum: `sum (y - o)`.
         y_square: `sum (y - o)^2`, per feature.
         energy: `sum |teacher's own output|^2`.
-        count: sum of the tokens' weights.
-        scale: of all of these sums.
+        count: Sum of the tokens' weights.
+        scale: Factor of all these sums.
     """
 
     n_square: Tensor
@@ -41,9 +41,9 @@ class FeatureMoments:
         return cls(n_square, n_y, n_sum, y_sum, y_square)
 
     def add(self, n: Tensor, target: Tensor, output: Tensor, weight: Tensor) -> None:
-        """Add a chunk: fp32 `[tokens, features]` each, and the tokens' weights `[tokens]`.
+        """Add a chunk: three tensors fp32 `[tokens, features]`, and the tokens' weights `[tokens]`.
 
-        The target comes without the part of the output that the norm's weight does not touch.
+        `target` is without the part of the output that does not depend on the norm's weight.
         """
         n, target, output, weight = n.double(), target.double(), output.double(), weight.double()
         self.n_square += weight @ n.square()
@@ -55,7 +55,7 @@ class FeatureMoments:
         self.count += float(weight.sum())
 
     def add_up(self) -> None:
-        """Take in the sums of the other processes."""
+        """Add the sums of the other processes."""
         sums = (self.n_square, self.n_y, self.n_sum, self.y_sum, self.y_square)
         self.n_square, self.n_y, self.n_sum, self.y_sum, self.y_square = map(all_sum, sums)
         self.energy, self.count = all_sums([self.energy, self.count])
@@ -77,10 +77,11 @@ class FeatureMoments:
         self.count += factor * other.count
 
     def error(self, weight: Tensor, bias: Tensor | None) -> float:
-        """`scale * sum |w n + b - y|^2` of a weight and a bias `[features]`."""
+        """`scale * sum |w n + b - y|^2` for a weight and a bias `[features]`."""
         weight, bias = weight.double(), None if bias is None else bias.double()
         squared = self.n_square * weight.square() - 2 * weight * self.n_y + self.y_square
         if bias is not None:
             squared = squared + 2 * bias * (weight * self.n_sum - self.y_sum)
             squared = squared + self.count * bias.square()
+        # Rounding can make a small difference of large sums negative.
         return self.scale * max(float(squared.sum()), 0.0)

@@ -1,4 +1,4 @@
-"""A fit kept, or given up for its start where held-out data likes that better."""
+"""Keeps a fit only if its held-out loss is lower than that of the start."""
 
 import math
 import time
@@ -17,7 +17,7 @@ from mergekit_dam.streams.distributed import from_first
 def unfitted(
     sources: TensorSources, merged: Tensor, kind: str, outcome: str, *, axis: int = -1
 ) -> FittedTensor:
-    """The weighted average as merged before, with the reason why it was not fitted."""
+    """A tensor that keeps its weighted average `merged`, with the reason why it was not fitted."""
     report = TensorReport(sources.name, kind, outcome)
     return FittedTensor(sources, merged, sources.start(), axis, report)
 
@@ -33,24 +33,25 @@ def judged(
     solver: dict[str, Any],
     started: float,
 ) -> FittedTensor:
-    """Keep the fit, or fall back to the start where held-out data likes that better.
+    """Keep the fit if its held-out loss is lower than that of the start, else keep the start.
 
     Args:
-        candidate: fitted coefficients fp32 `[sources, n]`.
+        candidate: Fitted coefficients fp32 `[sources, n]`.
+        before, after: Losses of the start and of the fit.
         started: `time.perf_counter()` when the fit of this tensor began.
 
     Raises:
-        DamError: the loss at the start is not finite.
+        DamError: The loss at the start is not finite.
     """
     if not math.isfinite(before.fit + before.held_out):
         raise DamError(
             f"{sources.name}: required a finite loss at the average of the models, got "
-            f"{before.fit} ({before.held_out} on held-out text); a model's weights, or what it "
-            f"makes of its calibration text, are not finite"
+            f"{before.fit} ({before.held_out} on held-out text); a model's weights, or its "
+            f"hidden states of the calibration text, are not finite"
         )
     finite = math.isfinite(after.fit + after.held_out)
     kept = finite and after.held_out < before.held_out
-    # Machines may differ in the last bits of a solution; the merged model must not.
+    # Machines may differ in the last bits of a solution; all must continue with the same one.
     coefficients = from_first(lambda: (candidate if kept else sources.start()).cpu())
     report = TensorReport(
         name=sources.name,
@@ -80,8 +81,8 @@ def judged_solution(
     """Judge an exact fit by the losses of the tensor as it would be written.
 
     Args:
-        solution: step of the unknowns of the sources' parametrisation.
-        losses: of a merged tensor.
+        solution: Solution for the unknowns of the sources' parametrisation.
+        losses: Function from a merged tensor to its losses.
     """
     candidate = sources.settings.parametrisation.stepped(solution.step)
     return judged(

@@ -1,4 +1,4 @@
-"""The fit of one linear from its moments: columns of the weight first, then the bias."""
+"""The fit of one linear from its moments: first the columns of the weight, then the bias."""
 
 import logging
 import time
@@ -20,7 +20,7 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Residual:
-    """Targets less the weight's output, summed over the weighted tokens, fp64 `[n]`."""
+    """Targets minus the output of the weight, summed over the weighted tokens, fp64 `[n]`."""
 
     total: Tensor
     count: float
@@ -34,8 +34,8 @@ def fit_bias(
     """Fit the bias of a linear or of a norm.
 
     Args:
-        residuals: one for each of the evidence's moments.
-        weight: the merged weight, in the form that the evidence judges.
+        residuals: One residual for each entry of the evidence's `fit`.
+        weight: Merged weight, in the form that the evidence judges.
     """
     started = time.perf_counter()
     form = bias.settings.parametrisation
@@ -66,7 +66,7 @@ def fit_linear(
     """Fit the weight of a linear and, after it, its bias.
 
     Args:
-        axis: input axis of the weight: -1 for `[out, in]`, 0 for `[in, out]`.
+        axis: Input axis of the weight: -1 for `[out, in]`, 0 for `[in, out]`.
 
     Returns:
         The fitted weight and, where there is one, the fitted bias.
@@ -88,6 +88,7 @@ def fit_linear(
         return evidence.held_out_loss(_facing(merged, axis), bias_start)
 
     candidate = form.stepped(solution.step)
+    # The objective without its ridge is the loss up to a constant: the loss falls by the gain.
     fitted = judged(
         weight,
         "linear",
@@ -115,7 +116,7 @@ def _solve(
     bias: Tensor | None,
     evidence: Evidence[LinearMoments],
 ) -> Solution:
-    """The step away from the average, in its dtype."""
+    """Solve for the step away from the average; sums and directions have the average's dtype."""
     terms = [
         Term(m.inputs.gram, m.residual(average, bias), m.metric, m.scale) for m in evidence.fit
     ]

@@ -1,8 +1,9 @@
-"""The metric in which the error of a linear is measured.
+"""The metric in which the output error of a linear is measured.
 
-With `S = mean over tokens of g g^T`, g being the gradient of a domain's loss at the linear's
-output, `e^T S e` says how much the loss feels an error e: a Gauss-Newton view of the KL with
-Kronecker factors (Martens & Grosse, arXiv 1503.05671). With `S = I` the error is the plain one.
+Let `S = mean over tokens of g g^T`, where g is the gradient of a domain's loss at the linear's
+output. Then `e^T S e` measures how much an error e matters to the loss: a Gauss-Newton
+approximation of the KL with Kronecker factors (Martens & Grosse, arXiv 1503.05671). With `S = I`,
+it is the plain squared error.
 """
 
 import math
@@ -14,7 +15,7 @@ from torch import Tensor
 from mergekit_dam.streams.distributed import all_rows, all_sum, all_sums
 
 DAMPING = 1.0
-"""What is added to S, in units of its mean diagonal: gradients of few tokens are not all."""
+"""Multiple of S's mean diagonal added to S's diagonal: few tokens do not show all gradients."""
 
 FULL = 0.95
 """Fraction of the tokens whose gradients count in full."""
@@ -33,10 +34,10 @@ class Metric:
     """A metric S on the outputs of one linear.
 
     Attributes:
-        factors: fp32, either `[out, out]`, a part of S itself, or fewer rows `[rows, out]` with
-            `rows^T rows` that part; None for `S = I`.
-        is_matrix: which of the two.
-        shift: the multiple of the identity that is added.
+        factors: S without `shift`, fp32: as the matrix `[out, out]`, or as fewer rows
+            `[rows, out]` whose `rows^T rows` is the matrix; None for `S = I`.
+        is_matrix: Whether `factors` is the matrix.
+        shift: Multiple of the identity that is added.
     """
 
     factors: Tensor | None = None
@@ -45,11 +46,11 @@ class Metric:
 
     @classmethod
     def of_gradients(cls, gradients: Tensor) -> "Metric":
-        """The metric of gradients fp32 `[tokens, out]`, this process's and the others', damped.
+        """The damped metric of gradients fp32 `[tokens, out]`, of all processes.
 
-        It is kept as a matrix, or as the gradients where there are few of them.
-        A token counts in full up to the energy that most have, beyond that in inverse
-        proportion: one whose gradient explodes would be all there is to S.
+        It is kept as a matrix, or as the gradients if there are few of them. A token counts in
+        full if its gradient's energy is at most the `FULL` quantile of all energies, else in
+        inverse proportion to its energy. Otherwise one exploding gradient would determine S.
         """
         energy = gradients.square().sum(1, dtype=torch.float64)
         weighted = all_rows(energy[energy > 0])
@@ -64,11 +65,11 @@ class Metric:
         if kept_as_rows(tokens, rows.shape[1]):
             return cls(all_rows(rows), False, DAMPING * mean)
         matrix = all_sum(rows.T @ rows)
-        # The product is symmetric but for rounding.
+        # The product is symmetric only up to rounding.
         return cls((matrix + matrix.T) / 2, True, DAMPING * mean)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """`S x` of `[out, n]` or `[out]`, in the dtype of x."""
+        """`S x` for x `[out, n]` or `[out]`, in the dtype of x."""
         if self.factors is None:
             return x
         factors = self.factors.to(x)
@@ -76,7 +77,7 @@ class Metric:
         return weighted.add_(x, alpha=self.shift)
 
     def square(self, rows: Tensor, weight: Tensor) -> float:
-        """`sum over tokens of weight * y^T S y` of y fp32 `[tokens, out]`; products are fp32."""
+        """`sum over tokens of weight * y^T S y` for y fp32 `[tokens, out]`; products are fp32."""
         plain = rows.square().sum(1, dtype=torch.float64)
         result = self.shift * float(weight.double() @ plain)
         if self.factors is None:

@@ -1,8 +1,8 @@
 """Sufficient statistics of a least-squares fit, accumulated chunk by chunk.
 
-The number of calibration tokens enters a fit through these sums alone. Products of a chunk
-are fp32, sums over chunks fp64 (fp32 for matrices too large to be factorised). What is
-held out to judge the fit is so little that it is kept token by token.
+A fit uses its calibration tokens only through these sums, however many they are. Products of a
+chunk are fp32, sums over chunks are fp64 (fp32 for matrices too large to be factorised). The
+held-out data that judges the fit is small, and is kept token by token.
 """
 
 from dataclasses import dataclass, field
@@ -16,12 +16,12 @@ from mergekit_dam.streams.distributed import all_sum, all_sums
 
 @dataclass
 class InputMoments:
-    """Sums over tokens of what enters a linear, `x [in]`; linears that see one input share them.
+    """Sums over weighted tokens of a linear's input `x [in]`; linears with one input share them.
 
     Attributes:
         gram: `sum x x^T`, `[in, in]`.
         x_sum: `sum x`, `[in]`.
-        count: sum of the tokens' weights.
+        count: Sum of the tokens' weights.
     """
 
     gram: Tensor
@@ -38,17 +38,18 @@ class InputMoments:
 
     def add(self, x: Tensor, weight: Tensor) -> None:
         """Add a chunk: fp32 `[tokens, in]`, and the tokens' weights `[tokens]`."""
+        # One fp32 product per chunk; the sum over chunks has the dtype of `gram`.
         self.gram += (x * weight[:, None]).T @ x
         self.x_sum += weight @ x
         self.count += float(weight.sum(dtype=torch.float64))
 
     def add_up(self) -> None:
-        """Take in the sums of the other processes."""
+        """Add the sums of the other processes."""
         self.gram, self.x_sum = all_sum(self.gram), all_sum(self.x_sum)
         (self.count,) = all_sums([self.count])
 
     def scaled(self, factor: float) -> "InputMoments":
-        """A copy with the tokens weighted by `factor`."""
+        """A copy with its tokens weighted by `factor`."""
         return InputMoments(self.gram * factor, self.x_sum * factor, self.count * factor)
 
     def add_scaled(self, other: "InputMoments", factor: float) -> None:
@@ -60,16 +61,17 @@ class InputMoments:
 
 @dataclass
 class LinearMoments:
-    """Sums over tokens of one linear's inputs `x [in]` and targets `y [out]`, each weighted.
+    """Sums over weighted tokens of one linear's inputs `x [in]` and targets `y [out]`.
 
     Attributes:
-        inputs: sums of the inputs alone; to be added to by whoever shares them.
+        inputs: Sums of the inputs alone. Linears with one input share them; the caller adds each
+            chunk once.
         cross: `sum y x^T`, `[out, in]`.
         y_sum: `sum y`, `[out]`.
         y_square: `sum |y|^2`.
         energy: `sum |teacher's own output|^2`; the target may differ from that output.
-        metric: in which errors, `y_square` and `energy` are measured.
-        scale: of all of these sums.
+        metric: Metric of the errors, of `y_square` and of `energy`.
+        scale: Factor of all these sums.
     """
 
     inputs: InputMoments
@@ -84,7 +86,7 @@ class LinearMoments:
     def zeros(
         cls, out_features: int, inputs: InputMoments, metric: Metric = PLAIN
     ) -> "LinearMoments":
-        """Empty sums beside those of the inputs."""
+        """Empty sums, with the given sums of the inputs."""
         cross = inputs.gram.new_zeros(out_features, inputs.gram.shape[1])
         return cls(inputs, cross, inputs.x_sum.new_zeros(out_features), metric=metric)
 
@@ -94,13 +96,13 @@ class LinearMoments:
         return self.inputs.count
 
     def add(self, x: Tensor, target: Tensor, output: Tensor, weight: Tensor) -> None:
-        """Add a chunk to all but the inputs' own sums.
+        """Add a chunk to all sums except `inputs`.
 
         Args:
-            x: inputs fp32 `[tokens, in]`.
-            target: `[tokens, out]`.
-            output: the teacher's own output `[tokens, out]`.
-            weight: of each token, `[tokens]`.
+            x: Inputs fp32 `[tokens, in]`.
+            target: Targets `[tokens, out]`.
+            output: The teacher's own output `[tokens, out]`.
+            weight: Weight of each token, `[tokens]`.
         """
         weighted = target * weight[:, None]
         self.cross += weighted.T @ x
@@ -110,12 +112,12 @@ class LinearMoments:
         self.y_square += energy if target is output else self.metric.square(target, weight)
 
     def add_up(self) -> None:
-        """Take in the sums of the other processes, but for the inputs' own."""
+        """Add the sums of the other processes, except to `inputs`."""
         self.cross, self.y_sum = all_sum(self.cross), all_sum(self.y_sum)
         self.y_square, self.energy = all_sums([self.y_square, self.energy])
 
     def scaled(self, factor: float) -> "LinearMoments":
-        """A copy with its tokens weighted by `factor`, and inputs of its own."""
+        """A copy with its tokens weighted by `factor`, and with its own `inputs`."""
         return LinearMoments(
             self.inputs.scaled(factor),
             self.cross * factor,
@@ -141,28 +143,29 @@ class LinearMoments:
         return left
 
     def error(self, weight: Tensor, bias: Tensor | None) -> float:
-        """`scale * sum |W x + b - y|^2` in the metric, of a weight `[out, in]` and bias `[out]`."""
+        """`scale * sum |W x + b - y|^2` in the metric, for a weight `[out, in]`, bias `[out]`."""
         weight = weight.to(self.cross)
         weighted = self.metric(weight)
         squared = ((weight @ self.inputs.gram) * weighted).sum(dtype=torch.float64)
         squared -= 2 * (weighted * self.cross).sum(dtype=torch.float64)
         if bias is not None:
             bias, weight_sum = bias.double(), weight.double() @ self.inputs.x_sum
-            felt_bias = self.metric(bias)
-            squared += 2 * (felt_bias * (weight_sum - self.y_sum)).sum()
-            squared += self.count * (felt_bias * bias).sum()
+            weighted_bias = self.metric(bias)
+            squared += 2 * (weighted_bias * (weight_sum - self.y_sum)).sum()
+            squared += self.count * (weighted_bias * bias).sum()
+        # Rounding can make a small difference of large sums negative.
         return self.scale * max(float(squared) + self.y_square, 0.0)
 
 
 @dataclass
 class LinearTokens:
-    """Inputs and targets of one linear, token by token: what judges it.
+    """Held-out inputs and targets of one linear, token by token; they judge its fit.
 
-    They are kept on the host, by the process that ran them. Few tokens judge: their Gram matrix
-    would take more room.
+    They stay on the host, in the process that ran them. They are few: a Gram matrix would take more
+    memory.
 
     Attributes:
-        energy, count, metric, scale: as in `LinearMoments`.
+        energy, count, metric, scale: The same as in `LinearMoments`.
     """
 
     metric: Metric = PLAIN
@@ -178,7 +181,7 @@ class LinearTokens:
         self._chunks.append((x.cpu(), target.cpu(), weight))
 
     def add_up(self) -> None:
-        """Take in the sums of the other processes."""
+        """Add the sums of the other processes."""
         self.energy, self.count = all_sums([self.energy, self.count])
 
     def error(self, weight: Tensor, bias: Tensor | None) -> float:

@@ -1,4 +1,4 @@
-"""The fit of a norm: `y = (w + gain) * n(x) + b`, N unknowns per feature."""
+"""The fit of a norm `y = (w + gain) * n(x) + b`, with N unknowns per feature."""
 
 import time
 
@@ -17,8 +17,8 @@ def fit_norm(
 ) -> list[FittedTensor]:
     """Fit the weight of a norm and, after it, its bias.
 
-    Only the merged value of a feature is determined by data; among the coefficients that
-    give it, the ridge picks those nearest to the start.
+    The data determines only the merged value of a feature. Among the coefficients that give this
+    value, the ridge picks those nearest to the start.
 
     Returns:
         The fitted weight and, where there is one, the fitted bias.

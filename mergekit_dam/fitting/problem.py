@@ -1,4 +1,4 @@
-"""The quadratic of one linear, and products with its normal matrix."""
+"""The quadratic objective of one linear, and products with its normal matrix."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from mergekit_dam.fitting.metric import PLAIN, Metric
 
 @dataclass(frozen=True)
 class Term:
-    """One domain's part of the quadratic: Gram matrix `[in, in]`, residual `[out, in]`.
+    """One domain's term of the objective: Gram matrix `[in, in]`, residual `[out, in]`.
 
-    The residual is `sum (y - W_start x) x^T`; `scale` weights the term.
+    The residual is `sum (y - W_start x) x^T`; `scale` is the weight s of the term.
     """
 
     gram: Tensor
@@ -28,7 +28,7 @@ class Term:
 
 @dataclass(frozen=True)
 class ColumnProblem:
-    """The quadratic of one linear: directions `[U, out, in]` and its terms, all of one dtype."""
+    """The objective of one linear: directions `[U, out, in]` and terms, all of one dtype."""
 
     directions: Tensor
     terms: Sequence[Term]
@@ -39,7 +39,7 @@ class ColumnProblem:
         count, _, columns = directions.shape
         matrix = directions.new_zeros(count, columns, count, columns)
         for term in self.terms:
-            # A sum of fp32 products is symmetric to fp32 alone; a tiny ridge asks for more.
+            # A sum of fp32 products is symmetric only to fp32: too little for a tiny ridge.
             gram = ((term.gram + term.gram.T) / 2).to(dtype)
             for v in range(count):
                 weighted = term.apply(directions[v])
@@ -51,21 +51,21 @@ class ColumnProblem:
         return matrix.reshape(count * columns, count * columns)
 
     def product(self, step: Tensor) -> Tensor:
-        """`A d` for d `[U, in]`, without forming A: `2 * out * in^2` flops a term, and S's."""
+        """`A d` for d `[U, in]`, without forming A: `2 * out * in^2` flops per term, plus S's."""
         deviation = torch.zeros_like(self.directions[0])
         for direction, own in zip(self.directions, step.to(deviation), strict=True):
             deviation.addcmul_(direction, own)
         return sum_rows(self.directions, self.reaction(deviation)).to(step)
 
     def reaction(self, deviation: Tensor) -> Tensor:
-        """`sum_k s_k S_k V G_k` of V `[out, in]`."""
+        """`sum_k s_k S_k V G_k` for V `[out, in]`."""
         total = torch.zeros_like(deviation)
         for term in self.terms:
             total += term.apply(deviation @ term.gram)
         return total
 
     def right_hand_side(self) -> Tensor:
-        """`b`, `[U, in]`."""
+        """The right-hand side b, `[U, in]`."""
         total = torch.zeros_like(self.directions[0])
         for term in self.terms:
             total += term.apply(term.residual)
@@ -80,7 +80,7 @@ class ColumnProblem:
             for v in range(count):
                 weighted = term.apply(self.directions[v])
                 for u in range(v + 1):
-                    # Pair by pair: one einsum over all runs as many tiny products, slowly.
+                    # One pair at a time: an einsum over all would run many tiny, slow products.
                     blocks[:, u, v] += (self.directions[u] * weighted).sum(0) * gram
         for v in range(count):
             for u in range(v):

@@ -1,13 +1,13 @@
-"""Exact minimisers of the quadratics that the fits lead to.
+"""Exact minimisers of the quadratic objectives of the fits.
 
 The column fit of one linear minimises over the step d `[U, in]` away from its start
 
     sum_k s_k (<S_k V G_k, V> - 2 <S_k V, R_k>)  +  ridge * mean(diag A) * |d|^2,
     V = sum_u T_u diag(d_u),
 
-a linear system `A d = b` with `A[(u,p),(v,q)] = sum_k s_k (T_u^T S_k T_v)[p,q] G_k[p,q]` and
-`b[(u,p)] = sum_k s_k (T_u * S_k R_k)[:, p].sum()`. A term k holds what belongs to one domain, with
-the metric S_k of its errors; terms in the plain metric may be summed into one beforehand.
+by the linear system `A d = b` with `A[(u,p),(v,q)] = sum_k s_k (T_u^T S_k T_v)[p,q] G_k[p,q]` and
+`b[(u,p)] = sum_k s_k (T_u * S_k R_k)[:, p].sum()`. Term k belongs to one domain and has the metric
+S_k of its errors; terms in the plain metric may be summed into one beforehand.
 """
 
 from collections.abc import Callable
@@ -19,40 +19,40 @@ from torch import Tensor
 from mergekit_dam.fitting.problem import ColumnProblem, sum_rows
 
 DENSE_LIMIT = 12288
-"""Unknowns up to which the normal matrix is formed and factorised (600 MB in fp32)."""
+"""Largest number of unknowns whose normal matrix is formed and factorised (600 MB in fp32)."""
 
 FP64_LIMIT = 6144
-"""Unknowns up to which sums and products are fp64, beyond fp32: half the memory and the time."""
+"""Largest number of unknowns with sums and products in fp64; fp32 halves memory and time."""
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
-"""Relative residual at which conjugate gradients stop, by the precision of their products.
+"""Relative residual at which conjugate gradients stop, by the dtype of their products.
 
-At 1e-3 a fit has 0.9999 of its gain, and takes a third of the iterations that 1e-5 takes.
+At 1e-3, a fit has 0.9999 of its gain after a third of the iterations that 1e-5 takes.
 """
 
 MAX_ITERATIONS = 1000
 
 Precondition = Callable[[Tensor], Tensor]
-"""Nearly the inverse of the shifted matrix, applied to fp64 `[U, in]`."""
+"""Approximate inverse of the shifted matrix, applied to fp64 `[U, in]`."""
 
 
 def precision(unknowns: int) -> torch.dtype:
-    """The dtype of a problem's sums, directions and products."""
+    """The dtype of a problem's sums, directions and products, by its number of unknowns."""
     return torch.float64 if unknowns <= FP64_LIMIT else torch.float32
 
 
 @dataclass(frozen=True)
 class Solution:
-    """Minimiser and how it was found.
+    """The minimiser, and how it was found.
 
     Attributes:
-        step: fp64 `[U, in]` (`[U, 1]` for one coefficient a tensor), from the start.
+        step: Step from the start, fp64 `[U, in]` (`[U, 1]` for one coefficient per tensor).
         method: "cholesky" (of the whole matrix), "conjugate gradients" (without forming it) or
             "none" (nothing to fit).
-        gain: by how much the quadratic without its ridge is lower than at the start.
-        iterations: of conjugate gradients, which refine what a factorisation gives.
+        gain: Decrease of the quadratic, without its ridge, from the start.
+        iterations: Number of iterations of conjugate gradients, preconditioned by a factorisation.
         residual: `|A d - b| / |b|` of the regularised system.
-        converged: conjugate gradients did not stop at their limit.
+        converged: Whether conjugate gradients stopped before their limit.
     """
 
     step: Tensor
@@ -63,7 +63,7 @@ class Solution:
     converged: bool = True
 
     def statistics(self) -> dict[str, str | int | float]:
-        """How the solution was found, for the report."""
+        """Statistics of the solution, for the report."""
         found: dict[str, str | int | float] = {
             "method": self.method,
             "iterations": self.iterations,
@@ -73,7 +73,7 @@ class Solution:
 
     @property
     def limit_reached(self) -> str:
-        """What it means that conjugate gradients stopped at their limit, for log and report."""
+        """The message that conjugate gradients stopped at their limit, for log and report."""
         return (
             f"conjugate gradients stopped at their limit of {self.iterations} iterations, with a "
             f"relative residual of {self.residual:.1e}; a larger `ridge` makes them converge"
@@ -83,15 +83,15 @@ class Solution:
 def solve_columns(
     problem: ColumnProblem, ridge: float, *, dense_limit: int = DENSE_LIMIT
 ) -> Solution:
-    """One unknown per direction and input column.
+    """Solve for one unknown per direction and input column.
 
-    By conjugate gradients on products in the problem's precision, preconditioned by what of the
-    matrix is factorised: all of it in fp32, after which two or three iterations are left to do;
-    or, where it is too large to be formed, the U x U blocks of its columns.
+    Conjugate gradients run on products in the problem's precision. Their preconditioner is the
+    Cholesky factor of the whole matrix in fp32, which leaves two or three iterations. If the
+    matrix is too large to be formed, the factors of the U x U blocks of its columns take its place.
 
     Args:
-        ridge: relative to the mean of A's diagonal.
-        dense_limit: unknowns above which the matrix is not formed.
+        ridge: Ridge, relative to the mean of A's diagonal.
+        dense_limit: Largest number of unknowns for which the matrix is formed.
     """
     rhs = problem.right_hand_side().double()
     if rhs.numel() <= dense_limit:
@@ -106,10 +106,11 @@ def solve_columns(
 def _factorised(problem: ColumnProblem, ridge: float) -> tuple[float, Precondition] | None:
     """The ridge's shift, and the inverse of the whole shifted matrix, by Cholesky in fp32.
 
-    In fp64 where the matrix is not positive definite to fp32; None where it is 0.
+    Cholesky runs in fp64 if the matrix is not positive definite in fp32. Where the matrix is 0, the
+    result is None.
 
     Raises:
-        LinAlgError: nor is it to fp64.
+        LinAlgError: The matrix is not positive definite in fp64 either.
     """
     matrix = problem.matrix(torch.float32)
     shift = ridge * float(matrix.diagonal().mean(dtype=torch.float64))
@@ -118,7 +119,7 @@ def _factorised(problem: ColumnProblem, ridge: float) -> tuple[float, Preconditi
     matrix.diagonal().add_(shift)
     factor, failed = _cholesky(matrix)
     if failed:
-        del matrix, factor
+        del matrix, factor  # frees their memory; the fp64 matrix takes twice as much
         matrix = problem.matrix(torch.float64)
         matrix.diagonal().add_(shift)
         factor, failed = _cholesky(matrix)
@@ -138,8 +139,8 @@ def _factorised(problem: ColumnProblem, ridge: float) -> tuple[float, Preconditi
 
 
 def _cholesky(matrix: Tensor) -> tuple[Tensor, bool]:
-    """The lower factor of a symmetric matrix, in its place, and whether there is none."""
-    # Factorisations have matrices column by column: the transpose is one, and is not copied.
+    """The lower factor of a symmetric matrix, in its memory, and whether the matrix has none."""
+    # Factorisations store matrices by columns, as the transpose does: it is not copied.
     info = torch.empty((), dtype=torch.int32, device=matrix.device)
     factor, info = torch.linalg.cholesky_ex(matrix.mT, out=(matrix.mT, info))
     return factor, bool(info)
@@ -163,7 +164,7 @@ def _factorised_columns(problem: ColumnProblem, ridge: float) -> tuple[float, Pr
 def _conjugate_gradients(
     problem: ColumnProblem, rhs: Tensor, shift: float, precondition: Precondition, method: str
 ) -> Solution:
-    """Vectors are fp64."""
+    """Preconditioned conjugate gradients from a step of 0; vectors are fp64."""
     step = torch.zeros_like(rhs)
     residual = rhs.clone()
     target = TOLERANCE[problem.directions.dtype] * float(rhs.norm())
@@ -180,8 +181,9 @@ def _conjugate_gradients(
         previous, slope = slope, (residual * conditioned).sum()
         direction = conditioned + (slope / previous) * direction
         iterations += 1
+    # The step solves `(A + shift) d = b - residual`, so the residual enters the gain.
     gain = _gain(step, rhs, shift) + float((step * residual).sum())
-    # At a start that is the minimum already there is nothing to relate the residual to.
+    # If the start is already the minimum, rhs is 0: the bound avoids 0 / 0.
     relative = float(residual.norm() / rhs.norm().clamp_min(1e-300))
     return Solution(step, method, gain, iterations, relative, converged=not left > target)
 
@@ -191,12 +193,12 @@ def _nothing(rhs: Tensor) -> Solution:
 
 
 def _gain(step: Tensor, rhs: Tensor, shift: float) -> float:
-    """`2 <b, d> - <A d, d>` of the solution d of `(A + shift) d = b`."""
+    """`2 <b, d> - <A d, d>` for the solution d of `(A + shift) d = b`."""
     return float((rhs * step).sum() + shift * step.square().sum())
 
 
 def solve_tensor(problem: ColumnProblem, ridge: float) -> Solution:
-    """One unknown per direction: the column system summed over all columns."""
+    """Solve for one unknown per direction: the column system, summed over all columns."""
     rows = []
     for direction in problem.directions:
         reaction = problem.reaction(direction)
@@ -206,10 +208,10 @@ def solve_tensor(problem: ColumnProblem, ridge: float) -> Solution:
 
 
 def solve_small(matrix: Tensor, rhs: Tensor, ridge: float) -> Solution:
-    """A batch of n small systems `[n, U, U] d = [n, U]` with one common ridge.
+    """Solve a batch of n small systems `[n, U, U] d = [n, U]` with one common ridge.
 
     Args:
-        rhs: at the start, d being the step away from it.
+        rhs: Right-hand sides at the start, from which d is the step.
 
     Returns:
         Solution with a step `[U, n]`.
