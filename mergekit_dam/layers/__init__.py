@@ -1,4 +1,4 @@
-"""The fit of one stage: its units in the order the data passes them, and both streams moved on.
+"""The fit of one stage: fits its units in forward order, then runs both streams through it.
 
 May import: sources, fitting, model, coefficients, streams, parameters, errors. Start reading at
 `fit.fit_stage`, then `walk.walk_part` and `groups`.

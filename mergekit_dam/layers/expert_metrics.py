@@ -1,4 +1,4 @@
-"""How much each domain's loss feels what single experts put out."""
+"""Sensitivity of each domain's loss to the outputs of single experts."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from mergekit_dam.streams.distributed import all_sums
 
 @dataclass(frozen=True)
 class ExpertGradients:
-    """Gradients of one domain's loss where the experts of a block are added up.
+    """Gradients of one domain's loss at the summed output of a block's experts.
 
     Attributes:
-        routing: of the tokens that gradients are taken of, at some coefficients.
-        gradients: at what leaves all experts together, `[tokens, hidden]`.
-        expert: weights of one expert at these coefficients, by parameter, fp32.
+        routing: routing of the tokens whose gradients are taken, at some coefficients.
+        gradients: gradients at the summed output of all experts, `[tokens, hidden]`.
+        expert: returns the weights of one expert at these coefficients, by parameter, fp32.
     """
 
     routing: Routing
@@ -28,14 +28,15 @@ class ExpertGradients:
     def metrics(self, module: nn.Module, expert: int) -> dict[str, Metric]:
         """The metrics of one expert's linears, by parameter.
 
-        Of the tokens that are sent to it; of all, should there be none. With what weight an
-        expert counts for a token is left out: the tokens of the fit have their own.
+        They are computed from the tokens that are routed to it, or from all tokens if there are
+        none. The routing weights are left out: the tokens of the fit carry their own.
 
         Args:
-            module: of all experts.
+            module: the module that owns all experts.
+            expert: index of the expert.
         """
         rows = (self.routing.experts == expert).any(1).nonzero()[:, 0]
-        if not all_sums([len(rows)])[0]:
+        if not all_sums([len(rows)])[0]:  # no token in any process
             rows = torch.arange(len(self.gradients), device=self.gradients.device)
         with torch.enable_grad():
             x = self.routing.hidden[rows].requires_grad_(True)

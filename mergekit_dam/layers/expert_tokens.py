@@ -1,7 +1,7 @@
-"""Calibration data where it enters the experts of a block, and the tokens of one of them.
+"""Calibration data at the input of a block's experts, and the tokens of a single expert.
 
-Who is sent where is the merged model's own routing of the merged stream. The teacher's experts
-see the same token as it is in the teacher's own stream.
+The merged model's own router decides, on the merged stream, which expert sees which token. The
+teacher's experts see the same token as it stands in the teacher's own stream.
 """
 
 from collections.abc import Iterator
@@ -27,8 +27,9 @@ class ExpertTokens:
     """Some tokens of one expert.
 
     Attributes:
-        teacher, merged: what enters it in the teacher and in the merged model, `[tokens, hidden]`.
-        weight: how much its errors count, `[tokens]`.
+        teacher, merged: inputs of the expert in the teacher and in the merged model,
+            `[tokens, hidden]`.
+        weight: weight of each token's errors, `[tokens]`.
     """
 
     teacher: Tensor
@@ -41,9 +42,9 @@ class RoutingTotals:
     """Sums over the tokens of a split, in all processes.
 
     Attributes:
-        energy: of what the teacher's experts put out together.
-        count: of the tokens' weights.
-        sent: tokens that are sent to each expert, int64 `[experts]`.
+        energy: weighted sum of the squared norms of the teacher's experts' summed output.
+        count: sum of the tokens' weights.
+        sent: number of tokens that are routed to each expert, int64 `[experts]`.
     """
 
     energy: float
@@ -53,14 +54,15 @@ class RoutingTotals:
 
 @dataclass(frozen=True)
 class RoutedStream:
-    """One stream where it enters the experts of a block.
+    """One stream at the input of a block's experts.
 
     Attributes:
-        entering: what enters the teacher's experts and the merged ones, side by side:
-            `[sequences, length, 2 * hidden]`, where the stream is kept.
+        stream: the stream itself.
+        entering: inputs of the teacher's experts and of the merged ones, side by side:
+            `[sequences, length, 2 * hidden]`, stored where the stream is stored.
         experts, weights: the routing, `[tokens, k]`, on the host.
-        counted: how much each token counts, `[tokens]`, on the host.
-        sums: by split.
+        counted: weight of each token, `[tokens]`, on the host.
+        sums: totals of each split.
     """
 
     stream: Stream
@@ -75,8 +77,8 @@ class RoutedStream:
     ) -> Iterator[ExpertTokens]:
         """The tokens of an expert in a split, chunk by chunk.
 
-        What it makes of a token counts for `g f(x)` in what leaves all experts, so that errors
-        count with the square of g; where every token feeds it, without regard to g.
+        An expert adds `g f(x)` to the summed output of all experts, so errors count with the
+        square of g. If every token feeds the expert, g is ignored.
         """
         length = self.stream.teacher.shape[1]
         for chunk in self.stream.chunks(split):
@@ -94,7 +96,7 @@ class RoutedStream:
 
 
 def observe(walk: Walk, group: int, unit: Unit, stream: Stream) -> RoutedStream:
-    """Run both parts up to the experts of a stage."""
+    """Run both parts up to the experts of a group and keep the inputs of the experts."""
     count = walk.weight(unit).tensors[0].shape[0]
     routings: list[Routing] = []
     weighted: list[Tensor] = []
@@ -120,7 +122,9 @@ def observe(walk: Walk, group: int, unit: Unit, stream: Stream) -> RoutedStream:
     for split in SPLITS:
         first, last = (length * border for border in stream.share.rows(split))
         own = counted[first:last].double()
-        gradients, weight = all_sums([float(own @ energy[first:last].double()), float(own.sum())])
+        weighted_energy, weight = all_sums(
+            [float(own @ energy[first:last].double()), float(own.sum())]
+        )
         sent = torch.bincount(experts[first:last].reshape(-1), minlength=count)
-        sums[split] = RoutingTotals(gradients, weight, all_sum(sent))
+        sums[split] = RoutingTotals(weighted_energy, weight, all_sum(sent))
     return RoutedStream(stream, kept, experts, weights, counted, sums)

@@ -1,12 +1,12 @@
-"""The fit of experts, one after the other: each to what the teacher's own makes of its tokens.
+"""The fit of experts, one after the other: each to the teacher's own expert on the same tokens.
 
-1. Both parts run up to the experts; who is sent where is the merged model's own routing.
-2. For each expert in turn, every linear is fitted, in the order in which data passes them, to
-   what that linear puts out in the teacher's own expert, given the same token in the teacher's
-   stream. What enters the next one is seen through the fitted one.
-3. An expert that too few tokens are sent to keeps the average, and the report says so.
+1. Both parts run up to the experts. The merged router decides which expert sees which token.
+2. The linears of each expert are fitted in forward order. A linear's target is its output in the
+   teacher's own expert, for the same token of the teacher's stream. The inputs of the next linear
+   are computed through the fitted one.
+3. An expert to which too few tokens are routed keeps the average, and the report says so.
 
-At any time one linear of one expert is worked on: there are as many Gram matrices as domains.
+Only one linear of one expert is fitted at a time: there are as many Gram matrices as domains.
 """
 
 import time
@@ -31,11 +31,11 @@ from mergekit_dam.parameters import ExpertFeed
 from mergekit_dam.streams.share import Split, judging_split
 
 FEWEST = 64
-"""Calibration tokens that an expert has to be sent to be fitted.
+"""Calibration tokens that must be routed to an expert before it is fitted.
 
-With fewer, fits were worse than the average on text that nobody had seen, whether an expert is 64
-or 768 wide: the ridge holds what few tokens say nothing of, and held-out text of which an expert
-sees a handful of tokens does not tell a good fit from a bad one.
+With fewer, fits were worse than the average on unseen text, for experts 64 wide as for experts
+768 wide: the ridge holds the directions that few tokens do not determine. Held-out text does not
+help, because a handful of tokens per expert does not tell a good fit from a bad one.
 """
 
 
@@ -51,13 +51,15 @@ def too_few(tokens: float, fed: ExpertFeed) -> bool:
 
 @dataclass
 class _Fused:
-    """What became of one linear, expert by expert.
+    """The results of one linear, expert by expert.
 
     Attributes:
+        sources: sources of the fused weight.
+        linear: the linear that is fitted.
         rows: coefficients `[sources, columns]` of each expert, on the host.
         kept: experts that keep the average, by reason.
-        losses: at the start and fitted, on the data of the fit and on what is held out, summed
-            over the experts; then the energy that they are fractions of, on both.
+        losses: six sums over the experts: the loss at the start, the loss after the fit, and the
+            energy that divides both; each on the data of the fit, then on held-out data.
     """
 
     sources: TensorSources
@@ -71,12 +73,12 @@ class _Fused:
         return self.sources.tensors[0].shape[self.linear.axis]
 
     def keep(self, expert: int, reason: str) -> None:
-        """An expert keeps the average."""
+        """Record that an expert keeps the average."""
         self.rows.append(self.sources.start().expand(-1, self.columns))
         self.kept.setdefault(reason, []).append(expert)
 
     def add(self, expert: int, fitted: FittedTensor, evidence: Evidence[LinearMoments]) -> None:
-        """An expert's fit, or why it keeps the average."""
+        """Record an expert's fit, or the reason why it keeps the average."""
         report = fitted.report
         self.rows.append(fitted.coefficients.cpu().expand(-1, self.columns))
         if report.outcome != "fitted":
@@ -91,7 +93,7 @@ class _Fused:
         self.losses += torch.tensor(values, dtype=torch.float64)
 
     def settled(self, seconds: float) -> FittedTensor:
-        """The whole tensor."""
+        """The whole fused tensor, merged, with its report."""
         linear, sources = self.linear, self.sources
         fitted = len(self.rows) - sum(map(len, self.kept.values()))
         coefficients = torch.cat(self.rows, dim=1) if fitted else sources.start()
@@ -118,7 +120,7 @@ class _Fused:
 
 
 def fit_experts(walk: Walk, group: int, units: list[Unit]) -> Iterator[tuple[str, FittedTensor]]:
-    """Fit the experts of a stage; biases keep the average.
+    """Fit the experts of a group; biases keep the average.
 
     Yields:
         (name relative to the part, fitted tensor) of every fused weight.
@@ -139,7 +141,7 @@ def fit_experts(walk: Walk, group: int, units: list[Unit]) -> Iterator[tuple[str
 def _fit_expert(
     walk: Walk, unit: Unit, expert: int, streams: list[RoutedStream], fused: list[_Fused]
 ) -> None:
-    """Fit the linears of one expert, and have the merged part go on with them."""
+    """Fit the linears of one expert and put each into the merged part before the next."""
     few = _too_few(walk, streams, expert, walk.weight(unit).settings.experts)
     metrics = [] if few else _metrics(walk, unit, expert, streams)
     for own in fused:
@@ -157,7 +159,7 @@ def _fit_expert(
 
 
 def _too_few(walk: Walk, streams: list[RoutedStream], expert: int, fed: ExpertFeed) -> str | None:
-    """Why an expert has too few tokens to be fitted, if it has."""
+    """The reason why an expert has too few tokens to be fitted, or None."""
     if fed == "all":
         return None
     splits: tuple[Split, ...] = ("fit", judging_split(s.share for s in walk.streams))
@@ -170,7 +172,7 @@ def _too_few(walk: Walk, streams: list[RoutedStream], expert: int, fed: ExpertFe
 def _metrics(
     walk: Walk, unit: Unit, expert: int, streams: list[RoutedStream]
 ) -> list[Mapping[str, Metric]]:
-    """The metrics of an expert's linears, of every stream."""
+    """The metrics of an expert's linears, for every stream."""
     module = walk.part.root.get_submodule(unit.name)
     found: list[Mapping[str, Metric]] = []
     for routed in streams:
@@ -190,8 +192,8 @@ def _evidence(
 ) -> Evidence[LinearMoments]:
     """The moments of one linear of one expert.
 
-    Streams are weighted as those of a linear outside of experts are, by what all experts of a
-    domain put out: that one of them is hardly used there is no reason to weigh that use up.
+    Streams are weighted like those of a linear outside of the experts, by the summed output of
+    all experts of a domain: a domain that rarely uses this expert is not weighted up for it.
     """
     sources = walk.sources[unit.parameter(linear.parameter)]
     shape = list(sources.tensors[0].shape[1:])
@@ -230,7 +232,7 @@ def _show(
     split: Split,
     sums: LinearMoments | LinearTokens,
 ) -> None:
-    """Add what teacher and merged model do with an expert's tokens."""
+    """Add an expert's tokens to the sums: the merged linear's input, the teacher's output."""
     source, name = routed.stream.source, linear.parameter
     names = {parameter: unit.parameter(parameter) for parameter in unit.parameters}
     theirs = {p: walk.sources[n].of_expert(expert).teacher(source) for p, n in names.items()}

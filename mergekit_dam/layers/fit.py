@@ -1,4 +1,4 @@
-"""The fit of one stage: its tensors merged, and the streams moved on."""
+"""The fit of one stage: merges its tensors and runs the streams through it."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ FindMetrics: TypeAlias = Callable[[Anatomy], Metrics]
 
 @dataclass
 class StageResult:
-    """What a stage leaves behind for the next one, and the merged tensors to be written."""
+    """The streams and the record for the next stage, and the merged tensors to be written."""
 
     streams: list[Stream]
     record: MergeRecord
@@ -40,15 +40,16 @@ def fit_stage(
     *,
     metrics: FindMetrics | None = None,
 ) -> StageResult:
-    """Fit the tensors of a stage and move the streams on.
+    """Fit the tensors of a stage and run the streams through it.
 
     Args:
-        streams: moved on in place.
-        record: added to in place.
-        metrics: finds the metrics of the stage's linears; None measures plain errors.
+        opened: the stage, with its tensors in memory.
+        streams: one stream per model with calibration data; advanced in place.
+        record: record of the merge; results are added in place.
+        metrics: computes the metrics of the stage's linears; None measures plain errors.
 
     Raises:
-        DamError: with the stage named.
+        DamError: the fit failed; the message names the stage.
     """
     started = time.perf_counter()
     stage, merged = opened.stage, dict[str, Tensor]()
@@ -70,7 +71,7 @@ def fit_stage(
 def _fit(
     opened: OpenStage, streams: Sequence[Stream], metrics: FindMetrics | None
 ) -> list[FittedTensor]:
-    """Walk through the part; nothing where all of its tensors are tied to others."""
+    """Walk through the part; returns nothing if all of its tensors are tied to others."""
     if not opened.own:
         return []
     part = opened.part
@@ -106,7 +107,7 @@ def _fit(
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise DamError(
             f"the fit has no solution ({error}); either `ridge` is too small, or a model's "
-            f"weights, or what it makes of its calibration text, are not finite"
+            f"weights, or its hidden states on its calibration text, are not finite"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Sums of a group's moments: what enters it, what it should put out, over all data."""
+"""Sums over all calibration data of the moments of a group's inputs and targets."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,17 +22,17 @@ def gather(
     add: Callable[[Mapping[str, Any], Seen], None],
     pool: bool,
 ) -> dict[str, Evidence[M]]:
-    """Sum the moments of a stage's units over all streams, and keep what judges them.
+    """Sum the moments of a group's units over all streams, and collect the data that judges them.
 
-    Every stream is weighted by its loss weight, over the energy of its teacher's output, so that
-    no model's data counts for more because its activations are large; or over the number of its
-    tokens, where a metric of its own says how much its errors count.
+    The weight of a stream is its loss weight divided by the energy of its teacher's output, so
+    that no model's data counts for more because its activations are large. Where the errors of
+    each stream have their own metric, the divisor is the sum of the tokens' weights.
 
     Args:
         empty: makes empty moments of a stream for every unit, by name.
-        judges: the same for data that is held out.
-        add: adds a chunk to either.
-        pool: add the streams up: they are measured alike.
+        judges: makes the same for held-out data.
+        add: adds a chunk to either of them.
+        pool: whether to add the streams up, because their errors have the same metric.
     """
     pools: dict[str, Pool[M]] = {unit.name: Pool(measured_alike=pool) for unit in units}
     judged_on = judging_split(stream.share for stream in walk.streams)
@@ -65,7 +65,7 @@ def gather(
 
 
 def _add_up(own: Mapping[str, Judge]) -> None:
-    """Take the sums of other processes into those of a stage's units, shared ones once."""
+    """Add the sums of the other processes to those of a group's units; shared inputs once."""
     shared = {id(s.inputs): s.inputs for s in own.values() if isinstance(s, LinearMoments)}
     for inputs in shared.values():
         inputs.add_up()

@@ -1,4 +1,4 @@
-"""The fit of one group of units, by their kind."""
+"""The fit of one group of units: one function for each kind of unit."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -27,21 +27,21 @@ from mergekit_dam.streams.share import Split
 from mergekit_dam.streams.stream import Stream
 
 Settled = Iterator[tuple[str, FittedTensor]]
-"""(name relative to the part, fitted tensor) of what a group of units leaves settled."""
+"""(name relative to the part, fitted tensor) for each tensor that a group settles."""
 
 Targets = Callable[[Seen], Mapping[str, tuple[Tensor, Tensor]]]
-"""Unit -> its target and the teacher's own output, for a chunk."""
+"""From a chunk to each unit's target and the teacher's own output, by unit name."""
 
 
 def fit_linears(walk: Walk, group: int, units: list[Unit]) -> Settled:
-    """Fit linears that share an input, from one pass over the data: weights, then biases."""
+    """Fit linears that share an input, from one pass over the data; each weight, then its bias."""
 
     def targets(seen: Seen) -> dict[str, tuple[Tensor, Tensor]]:
         outputs = seen.teacher.outputs
         return {unit.name: (target(walk, unit, seen), outputs[unit.name]) for unit in units}
 
     evidence = _linear_evidence(walk, group, units, targets)
-    give_back()  # what running chunks took: solving takes other pieces
+    give_back()  # memory of the forward passes: solving needs blocks of other sizes
     for unit in units:
         fitted = fit_linear(
             walk.weight(unit), walk.bias(unit), evidence.pop(unit.name), axis=unit.axis
@@ -52,7 +52,7 @@ def fit_linears(walk: Walk, group: int, units: list[Unit]) -> Settled:
 def fit_routers(walk: Walk, group: int, units: list[Unit]) -> Settled:
     """Fit the weight of the one router of a group; a bias keeps the average.
 
-    Its target are the logits that each teacher's own router makes of its own stream.
+    The target is the logits of each teacher's own router on the teacher's own stream.
     """
     (unit,) = units
     weight = walk.weight(unit)
@@ -70,7 +70,7 @@ def fit_routers(walk: Walk, group: int, units: list[Unit]) -> Settled:
 def _linear_evidence(
     walk: Walk, group: int, units: list[Unit], targets: Targets
 ) -> dict[str, Evidence[LinearMoments]]:
-    """The moments of linears that share an input, and what judges them."""
+    """The moments of linears that share an input, and the data that judges them."""
     shapes = {unit.name: _out_in(walk, unit) for unit in units}
     first = units[0]
     columns = shapes[first.name][1]
@@ -100,7 +100,7 @@ def _linear_evidence(
 
 
 def fit_norms(walk: Walk, group: int, units: list[Unit]) -> Settled:
-    """Fit the one norm of a stage."""
+    """Fit the one norm of a group."""
     (unit,) = units
     module = walk.part.root.get_submodule(unit.name)
     own = {p: walk.weights[unit.parameter(p)] for p in unit.parameters}
@@ -131,7 +131,7 @@ def fit_embeddings(walk: Walk, group: int, units: list[Unit]) -> Settled:
         counts = torch.zeros(rows, dtype=torch.float64, device=walk.device)
         for _, _, tokens in walk.pairs(stream, split):
             seen = walk.part.captured(walk.weights, tokens, inputs=(unit.name,))
-            # Positions are looked up once for all sequences of a chunk.
+            # Position ids are looked up once for all sequences of a chunk.
             ids = seen.inputs[unit.name].expand(tokens.shape[0], -1)
             counts += torch.bincount(ids.reshape(-1), minlength=rows)
         return all_sum(counts)

@@ -1,9 +1,9 @@
 """The fit of the output head: a short gradient fit of the KL between logits.
 
-For each model k, `KL(teacher k's distribution || merged)` on its data, at the configured
-temperature; the merged head acts on the merged stream. The gradient with respect to the
-merged weight is turned into that of the coefficients, `dL/dc_s = sum over rows of
-W_s * dL/dW`, so that no autograd graph holds the weights of N models.
+The loss is `KL(teacher k's distribution || merged)` on the data of each model k, at the configured
+temperature. The merged head acts on the merged stream. The gradient with respect to the merged
+weight is converted to the gradient of the coefficients, `dL/dc_s = sum over rows of W_s * dL/dW`,
+so that no autograd graph holds the weights of N models.
 """
 
 import time
@@ -28,13 +28,13 @@ from mergekit_dam.streams.stream import Stream
 STEPS = 60
 LEARNING_RATE = 3e-2
 JUDGE_EVERY = 15
-"""Steps between two looks at the held-out loss; the best of them is kept."""
+"""Steps between two evaluations of the held-out loss; the best coefficients are kept."""
 
 
 def fit_head(walk: Walk, unit: Unit, *, temperature: float) -> Iterator[tuple[str, FittedTensor]]:
     """Fit the coefficients of the head's weight (its bias keeps the average).
 
-    Adam on the unknowns, one sequence of every model per step, in turn.
+    Adam minimises over the unknowns. Each step uses one sequence of every model, in turn.
 
     Yields:
         (name relative to the part, fitted tensor).
@@ -73,7 +73,7 @@ def fit_head(walk: Walk, unit: Unit, *, temperature: float) -> Iterator[tuple[st
 
 @dataclass(frozen=True)
 class _Head:
-    """The head's weight at some coefficients, and the KL that it leads to."""
+    """The head's weight at given coefficients, and the KL that results."""
 
     walk: Walk
     unit: Unit
@@ -81,7 +81,7 @@ class _Head:
 
     @property
     def name(self) -> str:
-        """Of the weight, relative to the part."""
+        """Name of the weight, relative to the part."""
         return self.unit.parameter("weight")
 
     @property
@@ -108,10 +108,11 @@ class _Head:
         return all_sums([loss])[0]
 
     def gradient(self, coefficients: Tensor, number: int) -> Tensor:
-        """Gradient of the KL by the coefficients, fp64, on one sequence of every model.
+        """Gradient of the KL with respect to the coefficients, fp64, on one sequence per model.
 
         Args:
-            number: which sequence of the fit it is, counted round and round.
+            coefficients: the coefficients, as for `loss`.
+            number: number of the sequence in the data of the fit; it wraps around at the end.
         """
         weight = self._weight(coefficients).requires_grad_(True)
         for stream in self.walk.streams:

@@ -1,4 +1,4 @@
-"""What teachers and the merged part do with a chunk of data, as far as a group of units asks."""
+"""Inputs and outputs of the teachers' parts and the merged part that a group's fit needs."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,11 +15,13 @@ from mergekit_dam.streams.stream import Stream
 
 @dataclass(frozen=True)
 class Seen:
-    """What the teacher and the merged part did with one chunk.
+    """Recorded inputs and outputs of the teacher's part and the merged part for one chunk.
 
-    `drift` is the residual stream of the teacher less that of the merged model, as it stands
-    where the units of the stage add to it; `sequences` is the number of sequences, `source` that
-    of the teacher.
+    Attributes:
+        source: index of the teacher.
+        drift: residual stream of the teacher minus that of the merged model, at the point where
+            the units of the group add to it.
+        sequences: number of sequences.
     """
 
     source: int
@@ -32,9 +34,9 @@ class Seen:
 def see(
     walk: Walk, group: int, units: Sequence[Unit], stream: Stream, split: Split | None
 ) -> Iterator[Seen]:
-    """What a teacher and the merged part do with a stream, chunk by chunk.
+    """Run a stream through a teacher's part and the merged part, chunk by chunk.
 
-    Of routers and experts it is also seen what enters the teacher's.
+    For routers and experts, the teacher's inputs are recorded as well.
     """
     weights = _teacher_weights(walk, group, units, stream)
     for chunk, teacher_x, merged_x in walk.pairs(stream, split):
@@ -47,9 +49,9 @@ def see(
 def _teacher_weights(
     walk: Walk, group: int, units: Sequence[Unit], stream: Stream
 ) -> dict[str, Tensor]:
-    """What a teacher is run on to see a stage; converted to fp32, so no more than is needed.
+    """The teacher's weights that a group's fit needs; no others, since each is copied to fp32.
 
-    Where outputs are kept it does not run again, or no further than to routers and experts.
+    If outputs are cached, the teacher does not run again, or only as far as routers and experts.
     """
     if not walk.teacher_outputs.keep:
         return walk.teacher_weights(stream)
@@ -69,7 +71,7 @@ def _see_teacher(
     weights: dict[str, Tensor],
     x: Tensor,
 ) -> Captured:
-    """What the teacher's units put out for a chunk: of the stage, and of what its targets need."""
+    """Outputs of the teacher's units for a chunk: the group's, and those its targets need."""
     norms = [u.write.through for u in units if u.write and u.write.through]
     others = [u for u in (*walk.anatomy.writers_before(group), *units) if u.kind != "router"]
     wanted = dict.fromkeys([*(unit.name for unit in others), *norms])
@@ -89,7 +91,7 @@ def _see_teacher(
 def _see_merged(
     walk: Walk, group: int, units: Sequence[Unit], stream: Stream, chunk: slice, x: Tensor
 ) -> Captured:
-    """What enters the stage in the merged part, and what the writers before it put out."""
+    """The group's input in the merged part, and the outputs of the writers before it."""
     known = walk.known(stream, chunk)
     writers = [unit.name for unit in walk.anatomy.writers_before(group)]
     settled = (
@@ -106,10 +108,10 @@ def _see_merged(
 
 
 def _drift(walk: Walk, group: int, teacher: Captured, merged: Captured, entering: Tensor) -> Tensor:
-    """The residual stream of the teacher less that of the merged model, before the stage.
+    """The residual stream of the teacher minus that of the merged model, before the group.
 
     Args:
-        entering: the same difference where the part begins.
+        entering: the same difference at the input of the part.
     """
     if not walk.part.residual:
         return torch.zeros((), device=walk.device)

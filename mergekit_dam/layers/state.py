@@ -27,23 +27,23 @@ SETTLED = ("linear", "experts")
 
 @dataclass
 class Walk:
-    """One part, its data, and how far its tensors are settled.
+    """One part, its data, and the tensors that are settled so far.
 
     Attributes:
         part: the part of the merged model.
         teachers: the same part of each source's own model.
         sources: tensors of the part by names relative to it.
         streams: one per model with calibration data.
-        anatomy: what the part is made of.
-        weights: the merged part as it stands, fp32; what the merged stream runs through.
+        anatomy: the units of the part.
+        weights: current weights of the merged part, fp32; the merged stream runs through them.
         progress: called with every settled tensor.
-        metrics: in which errors of linears are measured, by source and unit, and what tells those
-            of single experts; none for `S = I`.
-        fitted: what is settled, by relative name.
+        metrics: metrics of the linears' errors, by source and unit; for experts, the gradients
+            that give the metrics of each expert. Empty for `S = I`.
+        fitted: settled tensors, by relative name.
         head: name of the output head's unit, in the part that has it.
-        temperature: of the logits that the head is fitted to.
-        teacher_tape: outputs of the teachers' units.
-        merged_tape: outputs of the merged part's linears that are settled.
+        temperature: temperature of the logits that the head is fitted to.
+        teacher_outputs: cached outputs of the teachers' units.
+        merged_outputs: cached outputs of the settled linears of the merged part.
     """
 
     part: Part
@@ -62,23 +62,28 @@ class Walk:
 
     @property
     def device(self) -> torch.device:
-        """Where the part runs."""
+        """Device on which the part runs."""
         return next(iter(self.weights.values())).device
 
     def settle(self, name: str, fitted: FittedTensor) -> None:
-        """Take a fitted tensor into the merged part."""
+        """Put a fitted tensor into the merged part."""
         self.weights[name] = fitted.merged.float()
         self.skip(name, fitted)
 
     def skip(self, name: str, fitted: FittedTensor) -> None:
-        """Take note of a tensor that stays as it is in the merged part."""
+        """Record a tensor that stays as it is in the merged part."""
         self.fitted[name] = fitted
         self.progress(fitted)
 
     def teacher_weights(
         self, stream: Stream, *, without: Collection[str] = ()
     ) -> dict[str, Tensor]:
-        """The part's weights of a stream's own model, fp32; but for some, by relative name."""
+        """The part's weights in a stream's own model, fp32, by relative name.
+
+        Args:
+            stream: the stream whose model is asked for.
+            without: names to leave out.
+        """
         return {
             name: own.teacher(stream.source)
             for name, own in self.sources.items()
@@ -86,7 +91,7 @@ class Walk:
         }
 
     def fittable(self, unit: Unit, kind: str | None = None) -> bool:
-        """Whether coefficients of a unit are asked for and can change it."""
+        """Whether the configuration asks to fit a unit, and coefficients can change it."""
         own = [self.sources.get(unit.parameter(p)) for p in unit.parameters]
         known = [tensor for tensor in own if tensor is not None]
         if len(known) < len(own):  # the rest belongs to another part: a tied head's bias
@@ -96,7 +101,7 @@ class Walk:
         )
 
     def recorded_units(self) -> tuple[str, ...]:
-        """Units whose teachers' outputs the fits will ask for; none if nothing is to be fitted."""
+        """Units whose teachers' outputs the fits will need; none if nothing is to be fitted."""
         units = [
             unit for unit in self.anatomy.units if unit.name != self.head and unit.kind != "router"
         ]
@@ -109,12 +114,12 @@ class Walk:
         )
 
     def settled_linears(self, group: int) -> tuple[Unit, ...]:
-        """Linears and experts of earlier stages: what they put out will not change any more."""
+        """Linears and experts of earlier groups, whose outputs will not change any more."""
         before = (unit for units in self.anatomy.groups[:group] for unit in units)
         return tuple(unit for unit in before if unit.kind in SETTLED)
 
     def weight(self, unit: Unit) -> TensorSources:
-        """Sources of a unit's weight; of experts, of the first."""
+        """Sources of a unit's weight; for experts, of their first weight."""
         name = "weight" if "weight" in unit.parameters else unit.parameters[0]
         return self.sources[unit.parameter(name)]
 
@@ -129,17 +134,17 @@ class Walk:
         return metric
 
     def gradients(self, unit: str, stream: Stream) -> ExpertGradients | None:
-        """What tells the metrics of single experts on a stream's data; None for `S = I`."""
+        """Gradients that give single experts' metrics on a stream's data; None for `S = I`."""
         gradients = self.metrics.get((stream.source, unit))
         assert gradients is None or isinstance(gradients, ExpertGradients)
         return gradients
 
     def pairs(self, stream: Stream, split: Split | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """What enters the part, chunk by chunk: (chunk, teacher's, merged), on the device."""
+        """Inputs of the part, chunk by chunk: (chunk, teacher's, merged), on the device."""
         for chunk in stream.chunks(split):
             teacher = stream.teacher[chunk].to(self.device)
             yield chunk, teacher, stream.merged[chunk].to(self.device)
 
     def known(self, stream: Stream, chunk: slice) -> dict[str, Tensor]:
-        """What settled linears of the merged part put out for a chunk, on the device."""
+        """Cached outputs of the merged part's settled linears for a chunk, on the device."""
         return self.merged_outputs.of(stream.source, chunk, self.device)

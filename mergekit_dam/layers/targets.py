@@ -1,14 +1,14 @@
-"""What a unit should put out, and how much each token counts.
+"""The target of a unit, and the weight of each token.
 
-The target of a unit inside a part is the teacher's own output. For one that writes to the
-residual stream with scale s it is `y_teacher + (r_teacher - r_merged) / s`, where r are the
-residual streams as they stand at that point. Where a norm stands between, `s * norm(y)` is
-what is added: the target is the y whose norm is `norm(y_teacher) + (r_teacher - r_merged) / s`
-and whose size, which a norm does not see, is the teacher's.
+The target of a unit inside a part is the teacher's own output. If the unit writes to the residual
+stream with scale s, the target is `y_teacher + (r_teacher - r_merged) / s`, where r are the
+residual streams at that point. If a norm stands between, the unit adds `s * norm(y)`. The target
+is then the y whose norm is `norm(y_teacher) + (r_teacher - r_merged) / s`; its size, which the
+norm ignores, is that of the teacher's y.
 
-A few tokens (the first of a sequence, delimiters) carry activations, and drifts, hundreds of
-times as large as the others'. No weight is to be spent on them alone: a token counts in full
-up to the median energy of its sequence's targets, beyond that in inverse proportion.
+A few tokens (the first of a sequence, delimiters) carry activations and drifts that are hundreds
+of times as large as the others'. They must not take over the fit: a token counts in full up to
+the median energy of its sequence's targets, and in inverse proportion beyond.
 """
 
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ from mergekit_dam.layers.state import Walk
 from mergekit_dam.model.units import Unit
 
 _SMALLEST_GAIN = 1e-3
-"""Gain of a norm, relative to its largest, under which a feature cannot be steered through it."""
+"""Gain relative to a norm's largest below which the norm's input cannot steer a feature."""
 
 
 def target(walk: Walk, unit: Unit, seen: Seen) -> Tensor:
-    """What a unit should put out for a chunk, in the shape of its output."""
+    """The target of a unit for a chunk, in the shape of the unit's output."""
     output = seen.teacher.outputs[unit.name]
     if unit.write is None:
         return output
@@ -42,32 +42,32 @@ def token_weights(targets: Sequence[Tensor], sequences: int) -> Tensor:
     """Weights of a chunk's tokens, fp32 `[tokens]`, in (0, 1].
 
     Args:
-        targets: of the units of one stage, each `[..., features]` with the sequences first;
-            relative to the median, their energies are averaged.
-        sequences: number of sequences. Medians are theirs, so that chunks do not matter.
+        targets: targets of the units of one group, each `[..., features]` with the sequences
+            first. Each unit's energy is divided by its median; then the units are averaged.
+        sequences: number of sequences. Medians are taken per sequence, so chunks do not matter.
     """
     relative = []
     for wanted in targets:
         energy = wanted.reshape(-1, wanted.shape[-1]).square().sum(-1).reshape(sequences, -1)
         median = energy.median(dim=1, keepdim=True).values
-        relative.append(energy / median.clamp_min(1e-30))
+        relative.append(energy / median.clamp_min(1e-30))  # not 0 / 0 where targets are 0
     mean = torch.stack(relative).mean(0)
     return mean.clamp_min(1).reciprocal().reshape(-1)
 
 
 def before_norm(output: Tensor, wanted: Tensor, gain: Tensor) -> Tensor:
-    """The y of the teacher's size whose norm `gain * n(y)` points where it is wanted.
+    """The y of about the teacher's size for which `gain * n(y)` has the wanted direction.
 
     Args:
         output: teacher's y `[..., features]`; features with hardly any gain keep it.
-        wanted: the norm's output to reach, without bias.
-        gain: of the merged norm, `[features]`.
+        wanted: target of the norm's output, without bias.
+        gain: gain of the merged norm, `[features]`.
     """
     steered = gain.abs() > _SMALLEST_GAIN * gain.abs().max()
     normalised = wanted / torch.where(steered, gain, 1)
     inner = (normalised * output * steered).sum(-1, keepdim=True)
     size = inner / (normalised.square() * steered).sum(-1, keepdim=True).clamp_min(1e-12)
-    # A negative size would turn the output around: the streams are too far apart to repair.
+    # A negative size would flip the output: the streams are too far apart to repair.
     return torch.where(steered & (size > 0), size * normalised, output)
 
 

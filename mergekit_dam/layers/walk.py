@@ -1,12 +1,12 @@
-"""The walk through one part of the model, stage by stage, in the order the data passes.
+"""The walk through one part of the model, group by group, in forward order.
 
-1. Everything starts at the weighted average.
-2. Each teacher's part runs on its own stream; what its units put out is kept, if it fits.
-3. For each stage (units that see one input), moments are gathered over all calibration data:
-   the merged stream's inputs against what the teachers put out.
-4. Each unit of the stage is fitted, judged on held-out data, and merged; what follows sees
-   the merged unit.
-5. After the last stage both streams move on through the part.
+1. All tensors start at the weighted average.
+2. Each teacher's part runs on its own stream; the outputs of its units are cached if they fit.
+3. For each group (units that share one input), moments are summed over all calibration data:
+   the merged stream's inputs against the teachers' outputs.
+4. Each unit of the group is fitted, judged on held-out data, and merged; later groups see the
+   merged unit.
+5. After the last group both streams advance through the part.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,8 +31,8 @@ def walk_part(walk: Walk, *, advance: bool = True) -> list[FittedTensor]:
     """Fit every tensor of a part and move the streams through it.
 
     Args:
-        walk: at its start; its streams are moved on in place.
-        advance: move the streams through the part at the end.
+        walk: the walk before its first group; its streams are advanced in place.
+        advance: whether to run the streams through the part at the end.
 
     Returns:
         One entry per tensor, in the order of the walk's sources.
@@ -48,7 +48,7 @@ def walk_part(walk: Walk, *, advance: bool = True) -> list[FittedTensor]:
 
 
 def _fits(walk: Walk, index: int, group: Sequence[Unit]) -> Settled:
-    """The fit of one stage, by the kind of its units; nothing where they are not to be fitted."""
+    """The fit of one group, by the kind of its units; nothing if they are not to be fitted."""
     first = group[0]
     if first.name == walk.head:
         if walk.fittable(first, "head"):
@@ -59,7 +59,7 @@ def _fits(walk: Walk, index: int, group: Sequence[Unit]) -> Settled:
 
 
 def _settle_rest(walk: Walk) -> None:
-    """Give every tensor that was not fitted its average, and the reason."""
+    """Give every tensor that was not fitted its average, and record the reason."""
     owner = {unit.parameter(p): unit for unit in walk.anatomy.units for p in unit.parameters}
     fitted = frozenset(walk.fitted)
     for name, tensor in walk.sources.items():
@@ -77,22 +77,22 @@ def _settle_rest(walk: Walk) -> None:
         elif unit.kind == "other":
             kind, reason = unit.kind, "averaged: neither linear, norm nor embedding"
         elif unit.kind == "experts":
-            kind, reason = unit.kind, "averaged: of experts, linears alone are fitted"
+            kind, reason = unit.kind, "averaged: only the linears of experts are fitted"
         elif unit.kind == "router":
-            kind, reason = unit.kind, "averaged: of a router, the weight alone is fitted"
+            kind, reason = unit.kind, "averaged: only the weight of a router is fitted"
         elif unit.parameter("weight") in fitted:
-            kind, reason = unit.kind, "averaged: of the head, the weight alone is fitted"
+            kind, reason = unit.kind, "averaged: only the weight of the head is fitted"
         else:
             kind, reason = unit.kind, "averaged, as configured"
-        # What the part has run on is the average as it is written.
+        # The part has run on this average, rounded to the dtype that is written.
         walk.skip(name, unfitted(tensor, walk.weights[name].to(tensor.dtype), kind, reason))
 
 
 def _play_teachers(walk: Walk, *, to_the_end: bool) -> list[Sequences]:
-    """Run every teacher once and keep what the fits will ask for, if it fits in memory.
+    """Run every teacher once and cache the outputs that the fits will need, if memory allows.
 
     Returns:
-        What leaves each teacher; nothing if they do not run to the end.
+        The output of each teacher's part; empty if the teachers do not run to the end.
     """
     recorded = walk.recorded_units()
     if to_the_end:
@@ -107,7 +107,7 @@ def _play_teachers(walk: Walk, *, to_the_end: bool) -> list[Sequences]:
 
 
 def _play(walk: Walk, stream: Stream, recorded: tuple[str, ...]) -> Iterator[Tensor]:
-    """What leaves a teacher, chunk by chunk."""
+    """The output of a teacher's part, chunk by chunk."""
     weights = walk.teacher_weights(stream)
     for chunk, x, _ in walk.pairs(stream, None):
         leaving, captured = walk.teachers[stream.source].through(weights, x, outputs=recorded)
@@ -116,7 +116,7 @@ def _play(walk: Walk, stream: Stream, recorded: tuple[str, ...]) -> Iterator[Ten
 
 
 def _record(walk: Walk, stream: Stream, chunk: slice, captured: Captured) -> bool:
-    """Keep what a teacher's units put out; the first chunk tells whether there is room."""
+    """Cache the outputs of a teacher's units; the first chunk decides whether there is room."""
     cache = walk.teacher_outputs
     if cache.keep is None:
         tokens = (chunk.stop - chunk.start) * stream.teacher.shape[1]
@@ -131,7 +131,7 @@ def _tokens(walk: Walk) -> int:
 
 
 def _advance(walk: Walk, leaving: Sequence[Sequences]) -> None:
-    """Run the merged streams through the part; the teachers' have been."""
+    """Run the merged streams through the part; the teachers' streams have been run already."""
     for stream, teacher in zip(walk.streams, leaving, strict=True):
         stream.merged = stream.keep(_merged_leaving(walk, stream))
         stream.teacher = teacher
