@@ -1,5 +1,5 @@
-"""Trials of coefficients for the whole model, each judged on held-out data.
+"""Tries coefficients for the whole model and judges each trial on held-out data.
 
-May import: layers and what lies below. Start reading at `search.search`; the end-to-end objective
-is `gradient`, its descent `descend`, the metric of layer fits `sensitivity`.
+May import: layers and what lies below. Start reading at `search.search`; `gradient` has the
+end-to-end objective, `descend` its minimisation, `sensitivity` the metric of layer fits.
 """

@@ -1,9 +1,9 @@
-"""Back-propagation through a model of which one stage is in memory at a time.
+"""Back-propagation through a model with one stage in memory at a time.
 
-1. Forward, stage by stage; what enters each block goes to a shelf.
-2. At the output, whoever calls seeds the gradient of what left the last block.
-3. Backward, stage by stage in reverse: run the stage again on what entered it, and turn the
-   gradient of what leaves it into that of what enters it, and of its weights.
+1. Forward, stage by stage. The input of each block is saved as a boundary state.
+2. At the output, the caller computes the gradient at the last block's output.
+3. Backward, stage by stage in reverse order. Each stage runs again on its saved input, and turns
+   the gradient at its output into the gradients at its input and of its weights.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,15 +30,16 @@ def forward(
     tokens: Sequence[Tensor],
     boundaries: BoundaryStates | None = None,
 ) -> list[Tensor]:
-    """Run the merged model up to what leaves its last block.
+    """Run the merged model up to the output of its last block.
 
     Args:
-        weights_of: weights of a stage, fp32, by names relative to the part.
-        tokens: int64 `[sequences, length]` a stream.
-        shelf: keeps what enters each block.
+        network: the stages of the model.
+        weights_of: returns the weights of a stage, fp32, by names relative to the part.
+        tokens: int64 `[sequences, length]` per stream.
+        boundaries: saves the input of each block.
 
     Returns:
-        Hidden states fp32 `[sequences, length, hidden]` a stream, on the host.
+        Hidden states fp32 `[sequences, length, hidden]` per stream, on the host.
     """
     streams = list(tokens)
     for number, opened in network.forward():
@@ -56,17 +57,17 @@ def forward(
 def run(
     part: Part, weights: Mapping[str, Tensor], x: Sequences, device: torch.device
 ) -> Iterator[Tensor]:
-    """Run a part on a whole stream: what leaves it, chunk by chunk."""
+    """Run a part on a whole stream; yields its output, chunk by chunk."""
     return (part.run(weights, x[chunk].to(device)) for chunk in chunks_of(x))
 
 
 def chunks_of(x: Sequences) -> Iterator[slice]:
-    """Slices of `[sequences, length, ...]` that run through a part at a time."""
+    """Slices of `[sequences, length, ...]`, each run through a part at once."""
     return chunks(0, x.shape[0], x.shape[1])
 
 
 def add_gradients(sums: Gradients, gradients: Iterable[Tensor | None]) -> None:
-    """Add gradients in the order of the sums; None for what the loss does not depend on."""
+    """Add gradients in the order of the sums; None where the loss does not depend on a weight."""
     for total, gradient in zip(sums.values(), gradients, strict=True):
         if gradient is not None:
             total += gradient
@@ -81,12 +82,16 @@ def backward(
     *,
     sums: Gradients,
 ) -> Tensor:
-    """Turn the gradient of what leaves a part into that of what enters it.
+    """Turn the gradient at a part's output into the gradient at its input.
 
     Args:
-        x: what entered, `[sequences, length, ...]`.
-        gradient: of what left, `[sequences, length, hidden]`.
-        sums: gradients of weights by name, fp32, to add to; those named in it are computed.
+        part: the part.
+        weights: its weights, by relative name.
+        x: its input, `[sequences, length, ...]`.
+        gradient: gradient at its output, `[sequences, length, hidden]`.
+        device: device on which the part runs.
+        sums: gradients of weights by name, fp32. The gradients of exactly these weights are
+            computed and added in place.
 
     Returns:
         Gradient of x, on the host; empty for token ids.

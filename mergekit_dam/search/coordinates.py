@@ -1,4 +1,4 @@
-"""The unknowns of the end-to-end objective: one tensor of them for every tensor that is fitted."""
+"""The unknowns of the end-to-end objective: one tensor of unknowns per fitted tensor."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ from mergekit_dam.sources.stage import OpenStage
 _RANGES: dict[Nonlinearity, tuple[float, float]] = {"tanh": (-1, 1), "sigmoid": (0, 1)}
 
 _ROUNDING = 1e-6
-"""A start nearer to the edge of a range is at the edge: what is left is rounding in fp32."""
+"""A start nearer than this to the edge of a range counts as at the edge: fp32 rounding."""
 
 
 def apply(name: Nonlinearity, raw: Tensor) -> Tensor:
-    """Coefficients of learned values, of one shape and dtype, differentiable."""
+    """Coefficients from learned values, in their shape and dtype; differentiable."""
     if name == "tanh":
         return raw.tanh()
     if name == "sigmoid":
@@ -30,12 +30,13 @@ def apply(name: Nonlinearity, raw: Tensor) -> Tensor:
 
 
 def invert(name: Nonlinearity, value: Tensor) -> Tensor:
-    """The learned values whose coefficients are the given ones, in their shape and dtype.
+    """The learned values that give these coefficients, in their shape and dtype.
 
-    A coefficient of 0 under "relu" comes back as 0, where the gradient is 0: it stays there.
+    Under "relu", a coefficient of 0 gives the learned value 0. The gradient is 0 there, so the
+    descent does not move it.
 
     Raises:
-        ConfigError: no learned value gives one of the coefficients.
+        ConfigError: the nonlinearity cannot give one of the coefficients.
     """
     if name == "relu":
         _require(name, value, value > -_ROUNDING, "of 0 or more")
@@ -50,7 +51,7 @@ def invert(name: Nonlinearity, value: Tensor) -> Tensor:
 
 
 def _require(name: Nonlinearity, value: Tensor, reached: Tensor, expected: str) -> None:
-    """Refuse a start that is not reached."""
+    """Refuse a start that the nonlinearity cannot give."""
     if not reached.all():
         raise ConfigError(
             f"nonlinearity: {name} can only give coefficients {expected}, got one that starts "
@@ -63,11 +64,11 @@ class Coordinate:
     """The unknowns of one output tensor.
 
     Attributes:
-        name: of the output tensor.
+        name: name of the output tensor.
         kind: "linear", "norm", "embedding", "head", "router", "experts" or "bias".
-        form: from unknowns to coefficients.
-        columns: how many unknowns a direction: those of the input axis, of every expert, or 1.
-        axis: the input dimension of the tensor.
+        form: the map from unknowns to coefficients.
+        columns: number of unknowns per direction: one per input column (of every expert), or 1.
+        axis: input dimension of the tensor.
     """
 
     name: str
@@ -80,11 +81,13 @@ class Coordinate:
 def coordinates_of(opened: OpenStage, anatomy: Anatomy, head: str | None) -> list[Coordinate]:
     """The tensors of a stage whose coefficients are fitted.
 
-    Linears, those of every expert, norms and embeddings by column, biases by one scalar a model.
-    Not among them: what the configuration leaves averaged, tensors that all sources agree on, and
-    whatever is none of these (convolutions).
+    Linears (also of every expert), norms and embeddings have coefficients per column; biases have
+    one scalar per model. Tensors are left out if the configuration averages them, if all sources
+    agree on them, or if they are of another kind (convolutions).
 
     Args:
+        opened: the stage.
+        anatomy: the units of its part.
         head: name of the output head's unit.
     """
     found = []
@@ -120,19 +123,22 @@ def starting_unknowns(
     nonlinearity: Nonlinearity,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """Unknowns fp64 `[U, columns]` by name, which ask for gradients.
+    """Unknowns fp64 `[U, columns]` by name, which require gradients.
 
     Args:
+        coordinates: the fitted tensors.
         start: coefficients `[S, columns]` or `[S, 1]` of every tensor.
+        nonlinearity: function between the unknowns and the coefficients.
+        device: device of the unknowns.
 
     Raises:
-        DamError: the non-linearity cannot reach the start.
+        DamError: the nonlinearity cannot give the coefficients of the start.
     """
     unknowns = {}
     for coordinate in coordinates:
         coefficients = start.coefficients[coordinate.name].to(device)
         value = coordinate.form.unknowns(coefficients)
-        if coordinate.columns == 1:  # the start may be of a fit column by column
+        if coordinate.columns == 1:  # the start may have one coefficient per column
             value = value.mean(1, keepdim=True)
         value = value.expand(-1, coordinate.columns)
         unknowns[coordinate.name] = invert(nonlinearity, value).contiguous().requires_grad_(True)

@@ -1,8 +1,9 @@
 """The descent of the end-to-end objective: steps of an optimiser on the unknowns.
 
 1. The unknowns start at given coefficients.
-2. A step takes the gradient on the next sequences of every model, and that of the penalties.
-3. Every so often the merged model is judged on held-out data; the best look is the result.
+2. Each step uses the gradient on the next sequences of every model, plus that of the penalties.
+3. At regular intervals the merged model is judged on held-out data. The result is the best point
+   that was judged.
 """
 
 import dataclasses
@@ -38,13 +39,13 @@ def judged_steps(steps: int) -> frozenset[int]:
 
 @dataclasses.dataclass(frozen=True)
 class Descent:
-    """Where a descent ended.
+    """The result of a descent.
 
     Attributes:
-        record: the best coefficients that were seen.
-        verdict: of them.
-        steps: after how many steps they were seen; 0 for the start.
-        losses: of every step, on the data of the step, without penalties.
+        record: the best coefficients that were judged.
+        verdict: the verdict on them.
+        steps: number of steps after which they were judged; 0 for the start.
+        losses: loss of every step, on the data of the step, without penalties.
     """
 
     record: MergeRecord
@@ -67,10 +68,13 @@ def descend(
     """Minimise the objective from a start.
 
     Args:
-        verdict: of the start.
-        steps: of the optimiser.
-        column_weights: of the weighted overlap, by tensor; empty where that is off.
-        seed: of the order of the sequences.
+        objective: the objective.
+        data: calibration tokens, and the hidden states that leave the teachers' last blocks.
+        start: coefficients of every tensor to start from.
+        verdict: verdict on the start.
+        steps: number of steps of the optimiser.
+        column_weights: weights of the weighted overlap, by tensor; empty where that is off.
+        seed: seed of the order of the sequences.
     """
     network = objective.network
     descender = Descender(objective, start, steps)
@@ -95,8 +99,9 @@ class Descender:
     """The unknowns of an objective, and the optimiser that moves them.
 
     Args:
+        objective: the objective.
         start: coefficients of every tensor to start from.
-        steps: how many there will be, for the schedule of the learning rate.
+        steps: total number of steps, for the learning rate's schedule.
     """
 
     def __init__(self, objective: Objective, start: MergeRecord, steps: int) -> None:
@@ -132,7 +137,7 @@ class Descender:
                     (gradient / settings.gradient_accumulation).to(coefficients[name])
                     for name, gradient in gradients.items()
                 ],
-                retain_graph=True,
+                retain_graph=True,  # the coefficients' graph serves all batches and penalties
             )
         penalties = penalty(merged_rows(coefficients, objective), settings, column_weights)
         if penalties.requires_grad:
@@ -144,7 +149,7 @@ class Descender:
         return loss
 
     def point(self) -> MergeRecord:
-        """Coefficients of every tensor, as they stand."""
+        """The current coefficients of every tensor."""
         return at(self._start, self._coefficients(), self._objective)
 
     def _coefficients(self) -> dict[str, Tensor]:
@@ -153,16 +158,16 @@ class Descender:
 
 
 def learning_rate(form: Parametrisation) -> float:
-    """The learning rate for a form of the coefficients, where none is asked for.
+    """The default learning rate for a form of the coefficients.
 
-    Coefficients that sum to one move the merged weight along the differences of the models; free
-    ones scale all of it, and diverge at a tenth of that rate.
+    Coefficients that sum to one move the merged weight along the differences of the models. Free
+    coefficients scale the whole weight, and diverge at a tenth of that rate.
     """
     return 0.1 if form.sums_to_one else 0.01
 
 
 def at(start: MergeRecord, coefficients: Mapping[str, Tensor], objective: Objective) -> MergeRecord:
-    """The start with other coefficients for the fitted tensors, and for what is tied to them."""
+    """The start with new coefficients for the fitted tensors and the tensors tied to them."""
     found = {name: rows.detach().cpu() for name, rows in coefficients.items()}
     for name, other in objective.network.tied.items():
         if other in found:
@@ -180,7 +185,7 @@ def at(start: MergeRecord, coefficients: Mapping[str, Tensor], objective: Object
 
 
 def merged_rows(coefficients: Mapping[str, Tensor], objective: Objective) -> dict[str, Tensor]:
-    """Coefficients of the models alone: what the penalties are of."""
+    """Coefficients of the merged models alone, to which the penalties apply."""
     return {
         name: rows[list(objective.coordinates[name].form.merged)]
         for name, rows in coefficients.items()
@@ -192,11 +197,13 @@ def batches_of(
 ) -> Iterator[list[Batch]]:
     """Batches without end: the sequences of the fit in random order, again and again.
 
-    The order is the same in all processes; each has the sequences of a batch that are its own.
+    The order is the same in all processes; each process gets its own sequences of a batch.
 
     Args:
+        data: calibration tokens, and the hidden states that leave the teachers' last blocks.
         loss_weights: weight of each source's data.
-        size: sequences of every model in a batch, if it has so many.
+        size: sequences per model in a batch; fewer if the model has fewer.
+        seed: seed of the order.
     """
     generator = torch.Generator().manual_seed(seed)
     fit = [own.of("fit") for own in data]
@@ -217,7 +224,7 @@ def batches_of(
 
 
 def verdict_of(network: Network, point: MergeRecord, data: Sequence[Stream]) -> Verdict:
-    """Judge a merged model, running only what judges it."""
+    """Judge a merged model; runs only the sequences that judge it."""
     split = judging_split(own.share for own in data)
     kept = [own.of(split) for own in data]
     hidden = forward(
@@ -229,7 +236,7 @@ def verdict_of(network: Network, point: MergeRecord, data: Sequence[Stream]) -> 
 def judged_at_output(
     network: Network, point: MergeRecord, data: Sequence[Stream], hidden: Sequence[Sequences]
 ) -> Verdict:
-    """Judge a merged model by what left its last block."""
+    """Judge a merged model from the hidden states that left its last block."""
     opened = network.output()
     weights = opened.merged_weights(point)
 

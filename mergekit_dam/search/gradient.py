@@ -1,8 +1,8 @@
 """Loss and gradient of the end-to-end objective, one stage in memory at a time.
 
-`sum_k w_k loss_k`, with `loss_k` between the merged model's logits on model k's data and
-model k's own. What every source contributes is read twice a step, once forward and once
-backward; of the gradients, only those of the coefficients are kept.
+The objective is `sum_k w_k loss_k`. `loss_k` compares the merged model's logits on model k's data
+with model k's own logits. Each step reads every source's weights twice, once forward and once
+backward. Only the gradients of the coefficients are kept.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,10 +30,10 @@ class Batch:
 
     Attributes:
         source: index of the model among the sources.
-        weight: how much they count.
+        weight: weight of their loss.
         tokens: int64 `[sequences, length]`.
-        teacher: what leaves the last block of the model itself, `[sequences, length, hidden]`.
-        sequences: of the batch in all processes, if others have some of it.
+        teacher: hidden states that leave the model's own last block, `[sequences, length, hidden]`.
+        sequences: number of sequences of the batch in all processes; None if all are in this one.
     """
 
     source: int
@@ -44,7 +44,7 @@ class Batch:
 
     @property
     def total_tokens(self) -> int:
-        """Tokens of the batch in all processes."""
+        """Number of tokens of the batch in all processes."""
         count, length = self.tokens.shape
         return length * (count if self.sequences is None else self.sequences)
 
@@ -54,8 +54,10 @@ class Objective:
     """The objective of one merge.
 
     Attributes:
+        network: the stages of the model.
         coordinates: the fitted tensors by name.
-        shelf: keeps what enters each block between the forward and the backward sweep.
+        settings: parameters of the merge.
+        boundaries: keeps the input of each block between the forward and the backward sweep.
     """
 
     network: Network
@@ -65,13 +67,14 @@ class Objective:
     _merged: dict[int, Weights] = field(default_factory=dict)
 
     def __call__(self, point: MergeRecord, batches: Sequence[Batch]) -> tuple[float, Gradients]:
-        """Loss in nats, and its gradient by the coefficients of every fitted tensor.
+        """Loss in nats, and its gradient with respect to the fitted tensors' coefficients.
 
         Args:
             point: coefficients of every tensor of the model.
+            batches: one batch per model.
 
         Returns:
-            The loss without penalties, and fp64 `[S, columns]` by name.
+            The loss without penalties, and the gradients fp64 `[S, columns]` by tensor name.
         """
         self._merged.clear()
         gradients: Gradients = {}
@@ -108,7 +111,7 @@ class Objective:
         hidden: Sequence[Tensor],
         gradients: Gradients,
     ) -> tuple[float, list[Tensor]]:
-        """The loss, its gradient by what left the last block, and by the output's tensors."""
+        """The loss and its gradients at the last block's outputs; adds the output's to `gradients`."""
         weights = opened.merged_weights(point)
         sums = self._zeros(opened, weights)
         live = {n: w.detach().requires_grad_(n in sums) for n, w in weights.items()}
@@ -118,7 +121,7 @@ class Objective:
             teacher_part = opened.teacher_part(batch.source)
             teacher_weights = opened.teacher_weights(batch.source)
             entered = []
-            for index in range(stream.shape[0]):  # logits of one sequence at a time
+            for index in range(stream.shape[0]):  # one sequence at a time: logits are large
                 x = stream[index : index + 1].to(device).requires_grad_(True)
                 with torch.no_grad():
                     own = batch.teacher[index : index + 1].to(device)
@@ -164,9 +167,9 @@ class Objective:
         }
 
     def _turn(self, opened: OpenStage, sums: Gradients, gradients: Gradients) -> None:
-        """Add the gradients of a stage's weights to those of the coefficients.
+        """Convert the gradients of a stage's weights to gradients of coefficients, and add them.
 
-        A tied tensor acts in two stages, and gets the sum of both.
+        A tied tensor acts in two stages; its gradient is the sum of both.
         """
         for name, gradient in sums.items():
             sources = opened.sources[name]

@@ -1,7 +1,7 @@
 """The judge: how far the merged model's distribution is from each teacher's.
 
-`KL(teacher k || merged)` on model k's data at temperature 1, in nats per token: what every
-fit is after, measured on sequences that took no part in it.
+The measure is `KL(teacher k || merged)` on model k's data at temperature 1, in nats per token.
+Every fit aims at it. It is measured on sequences that took no part in the fit.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ from mergekit_dam.streams.share import judging_split
 from mergekit_dam.streams.stream import Stream
 
 Logits = Callable[[Tensor], Tensor]
-"""From hidden states that leave the last block to logits."""
+"""From the hidden states that leave the last block to logits."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Verdict:
     """Divergences of a merged model from its teachers, in nats per token.
 
     Attributes:
-        losses: per stream.
+        losses: divergence on each stream.
         weights: loss weight of each stream.
     """
 
@@ -33,7 +33,7 @@ class Verdict:
 
     @property
     def mean(self) -> float:
-        """Mean over the streams, by their loss weights."""
+        """Mean over the streams, weighted by their loss weights."""
         pairs = zip(self.losses, self.weights, strict=True)
         return sum(loss * weight for loss, weight in pairs) / sum(self.weights)
 
@@ -46,12 +46,14 @@ def judge(
     weights: Sequence[float],
     device: torch.device,
 ) -> Verdict:
-    """Judge a merged model by what left its last block and its teachers' last blocks.
+    """Judge a merged model from the hidden states that left its and its teachers' last blocks.
 
     Args:
-        merged: logits of the merged model.
-        teachers: logits of each stream's teacher, by source.
+        streams: hidden states of both models, per model with calibration data.
+        merged: computes the logits of the merged model.
+        teachers: computes the logits of each stream's teacher, by source.
         weights: loss weight of each stream.
+        device: device on which the logits are computed.
     """
     split = judging_split(stream.share for stream in streams)
     sums = []

@@ -13,21 +13,22 @@ def logit_loss(
 ) -> Tensor:
     """`T^2 KL(teacher || merged) + mse * squared difference + entropy * T^2 H(merged)`.
 
-    KL and entropy H are of the distributions at temperature T; the squared difference is that
-    of the plain logits, averaged over the vocabulary. All are nats, or squared logits, per
-    token. Tokens that the teacher does not have (logits of -inf) get no probability by it, and
-    their logits are compared with nothing.
+    The KL and the entropy H use the distributions at temperature T. The squared difference uses
+    the plain logits and is averaged over the vocabulary. The units are nats, or squared logits,
+    per token. The teacher gives no probability to tokens that it does not have (logits of -inf),
+    and the squared difference leaves them out.
 
-    The reference (arcee-ai/DAM) divides its KL, and only that, by the number of sequences in
-    the batch as well: at more than one its `mse` and `entropy` weigh that much more. It also
-    adds 1e-9 to the probabilities of the entropy.
+    The reference (arcee-ai/DAM) also divides its KL, and only its KL, by the number of sequences
+    in the batch: with more than one, its `mse` and `entropy` weigh that much more. It also adds
+    1e-9 to the probabilities of the entropy.
 
     Args:
         merged: logits fp32 `[tokens, vocabulary]`, differentiable.
-        teacher: logits of the same shape; borrowed. Tokens of the vocabulary may be ruled out
-            by -inf, here or in both, which costs no nan here or in the gradient.
-        total_tokens: what the sum over tokens is divided by, where these are a chunk of more:
-            the losses of the chunks then add up to that of the whole. None: their own number.
+        teacher: logits of the same shape; borrowed. Tokens may be ruled out by -inf, here or in
+            both; neither the loss nor its gradient is nan then.
+        settings: weights of the terms, and the temperature.
+        total_tokens: divisor of the sum over tokens. If these tokens are a chunk of a batch, pass
+            the batch's number, so that the chunks' losses add up. None: the number of `merged`.
 
     Returns:
         A scalar.

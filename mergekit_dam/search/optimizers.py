@@ -16,25 +16,25 @@ from mergekit_dam.parameters import RunParameters
 class MoFO(AdamW):
     """AdamW whose step moves only the entries of largest momentum (arXiv 2407.20999).
 
-    A model's coefficients in a tensor, the last dimension of a parameter, compete among
-    themselves. Entries that stay keep their moments up to date. No weight decay.
+    Entries compete within the last dimension of a parameter: one model's coefficients in one
+    tensor. The moments of entries that do not move are still updated. No weight decay.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], *, fraction: float) -> None:
         """The optimiser.
 
         Args:
-            groups: torch's parameter groups, of parameters `[models, n]`, or `[n]`, each with
-                its learning rate.
-            fraction: of n that moves in a step, rounded down, but one at least. Entries whose
-                momentum equals that of the last one chosen move too.
+            groups: torch's parameter groups, of parameters `[models, n]` or `[n]`, each with its
+                learning rate.
+            fraction: fraction of the n entries that move in a step, rounded down to a number of
+                entries, at least one. Entries with the momentum of the last chosen one move too.
         """
         super().__init__(groups, weight_decay=0.0)
         self._fraction = fraction
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; returns what the closure does."""
+        """Take one step; returns the closure's result."""
         parameters = [p for group in self.param_groups for p in group["params"]]
         before = [parameter.clone() for parameter in parameters]
         loss = super().step(closure)
@@ -46,7 +46,7 @@ class MoFO(AdamW):
 
 
 def _largest(magnitude: Tensor, fraction: float) -> Tensor:
-    """Which entries are among the largest of their row; compared, not sorted, so ties are even."""
+    """Which entries are among the largest of their row; a comparison, so all ties are in."""
     count = max(1, int(fraction * magnitude.shape[-1]))
     return magnitude >= magnitude.topk(count, dim=-1).values[..., -1:]
 
@@ -56,6 +56,7 @@ def make_optimizer(groups: Iterable[dict[str, Any]], settings: RunParameters) ->
 
     Args:
         groups: torch's parameter groups, each with its learning rate.
+        settings: parameters of the merge.
     """
     if settings.optimizer == "mofo":
         return MoFO(groups, fraction=settings.mofo_fraction)
@@ -63,8 +64,8 @@ def make_optimizer(groups: Iterable[dict[str, Any]], settings: RunParameters) ->
 
 
 def make_schedule(optimizer: Optimizer, settings: RunParameters, steps: int) -> LRScheduler:
-    """Transformers' schedule of that name, to be stepped once after every one of the steps."""
-    # Its "constant" would drop the warm-up without a word.
+    """Transformers' schedule of the configured name; call its `step` once after every step."""
+    # transformers' "constant" would silently ignore the warm-up.
     constant = settings.lr_schedule == "constant"
     schedule: LRScheduler = get_scheduler(
         "constant_with_warmup" if constant else settings.lr_schedule,

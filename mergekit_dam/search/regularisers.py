@@ -1,8 +1,8 @@
 """Penalties of one tensor's coefficients `[models, n]`, fp32 or fp64 (arXiv 2410.08371).
 
-Each of them is differentiable, has a finite gradient everywhere, and is 0 where it compares
-models and there is but one. The reference (arcee-ai/DAM) penalises the learned values in front
-of the nonlinearity; a base that is merged too is one of the models; biases are left out.
+Each penalty is differentiable, with a finite gradient everywhere. Penalties that compare models
+are 0 if there is only one model. In the reference (arcee-ai/DAM) penalties apply to the learned
+values before the nonlinearity, a merged base counts as one of the models, and biases are left out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 from mergekit_dam.parameters import RunParameters
 
 ROWS = 256
-"""Rows of a weight that are compared at a time."""
+"""Rows of a weight that are compared at a time; this bounds the fp64 copies."""
 
 
 def penalty(
@@ -21,15 +21,16 @@ def penalty(
     settings: RunParameters,
     column_weights: Mapping[str, Tensor],
 ) -> Tensor:
-    """All penalties that are on, each times its weight, summed over the tensors.
+    """All configured penalties, each times its weight, summed over the tensors.
 
     Args:
-        coefficients: a tensor's name -> `[models, n]`, differentiable.
-        column_weights: a tensor's name -> `[pairs, n]` of `column_weights`. Tensors that are
-            not in it have no weighted overlap (in the reference: all but linears).
+        coefficients: tensor name -> `[models, n]`, differentiable.
+        settings: weights of the penalties; 0 switches one off.
+        column_weights: tensor name -> `[pairs, n]` of `column_weights`. Tensors that are not in it
+            have no weighted overlap (in the reference: all but linears).
 
     Returns:
-        A scalar; a constant 0 if none is on.
+        A scalar; a constant 0 if all are off.
     """
     total = torch.zeros(())
     for name, values in coefficients.items():
@@ -48,9 +49,9 @@ def penalty(
 
 
 def similarity(coefficients: Tensor) -> Tensor:
-    """Mean over pairs of models of the cosine of their vectors; 0 with a zero vector."""
+    """Mean over pairs of models of their vectors' cosine, which is 0 for a zero vector."""
     length = torch.linalg.vector_norm(coefficients, dim=1, keepdim=True)
-    # A zero vector has no direction: divided by infinity it takes no part, nor does its gradient.
+    # A zero vector has no direction: dividing it by infinity removes it and its gradient.
     unit = coefficients / length.masked_fill(length == 0, torch.inf)
     first, second = _pairs(len(unit))
     return _mean((unit[first] * unit[second]).sum(1))
@@ -80,13 +81,13 @@ def weighted_overlap(coefficients: Tensor, weights: Tensor) -> Tensor:
 def column_weights(tensors: Sequence[Tensor], base: Tensor, *, axis: int = -1) -> Tensor:
     """How much each pair of models interferes in each column: `sin(2 theta)^2`.
 
-    Theta is the angle between the columns of the two task vectors `W_i - W_base`: the weight
-    is 1 at 45 degrees, and 0 where they are parallel, orthogonal or one of them is zero.
+    Theta is the angle between the columns of the two task vectors `W_i - W_base`. The weight is 1
+    at 45 degrees, and 0 if the columns are parallel or orthogonal, or if one of them is zero.
 
     Args:
         tensors: a linear's weight `[out, in]` of every model (`[in, out]` with `axis` 0), any
             float dtype; borrowed.
-        base: that of the base; borrowed.
+        base: the weight of the base; borrowed.
         axis: the input dimension of the weights.
 
     Returns:
@@ -110,17 +111,17 @@ def column_weights(tensors: Sequence[Tensor], base: Tensor, *, axis: int = -1) -
 
 
 def _pairs(models: int) -> tuple[Tensor, Tensor]:
-    """Indices of the first and of the second model of every pair."""
+    """Indices of the first and the second model of every pair."""
     first, second = torch.triu_indices(models, models, offset=1)
     return first, second
 
 
 def _smaller(coefficients: Tensor) -> Tensor:
-    """`min(|a|, |b|)` of every pair, `[pairs, n]`; equals share the gradient."""
+    """`min(|a|, |b|)` of every pair, `[pairs, n]`; equal values share the gradient."""
     first, second = _pairs(len(coefficients))
     return torch.minimum(coefficients[first].abs(), coefficients[second].abs())
 
 
 def _mean(of_pairs: Tensor) -> Tensor:
-    """The mean of `[pairs]`, and 0 of none."""
+    """The mean of `[pairs]`; 0 if there are no pairs."""
     return of_pairs.sum() / max(len(of_pairs), 1)

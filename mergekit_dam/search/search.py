@@ -1,12 +1,13 @@
-"""The search for the best coefficients: one rung after the other, each judged on held-out data.
+"""The search for the best coefficients: one trial after the other, each judged on held-out data.
 
 1. Survey: every teacher and the model at the start run on the calibration data once.
-2. The rungs of the configured objective: a sweep of layer fits in the sensitivity metric; one in
-   the plain metric, where the first is not asked for or was no good; descents of the end-to-end
-   objective from the best so far, a long one if a short one paid.
-3. A rung is kept if the merged model as a whole comes nearer to its teachers on held-out data.
+2. Trials of the configured objective. First, a sweep of layer fits in the sensitivity metric.
+   Next, a sweep in the plain metric, if the first was not asked for or did not improve the model.
+   Then, descents of the end-to-end objective from the best so far: a short one, and a long one if
+   the short one was worthwhile.
+3. A trial is kept if the merged model as a whole comes nearer to its teachers on held-out data.
 
-So the result is never worse there than the start, nor than a shorter ladder's.
+On held-out data the result is never worse than the start, or than a search with fewer trials.
 """
 
 import dataclasses
@@ -38,10 +39,10 @@ from mergekit_dam.streams.boundaries import BoundaryStates
 from mergekit_dam.streams.stream import Stream
 
 DESCENTS = (20, 400)
-"""Steps of one descent after the other, where no number is asked for: the first is a trial."""
+"""Steps of each descent where no number is configured: the first shows whether it pays."""
 
 WORTHWHILE = 0.1
-"""A descent is followed by a longer one if it lowered the held-out KL by this fraction."""
+"""A longer descent follows if the one before lowered the held-out KL by this fraction."""
 
 
 def descents(asked: int | None) -> tuple[int, ...]:
@@ -55,7 +56,7 @@ def descents(asked: int | None) -> tuple[int, ...]:
 
 @dataclasses.dataclass
 class Best:
-    """The best coefficients so far, and how the search came to them."""
+    """The best coefficients so far, the verdict on them, and the trials."""
 
     record: MergeRecord
     verdict: Verdict
@@ -63,7 +64,7 @@ class Best:
 
     @property
     def improved(self) -> bool:
-        """Something better than the start was found."""
+        """Whether something better than the start was found."""
         return any(trial.kept for trial in self.trials[1:])
 
     def consider(
@@ -74,7 +75,7 @@ class Best:
         started: float,
         **details: float,
     ) -> None:
-        """Keep a candidate if the judge prefers it."""
+        """Record a trial, and keep its coefficients if the judge prefers them."""
         kept = verdict.mean < self.verdict.mean
         seconds = time.perf_counter() - started
         self.trials.append(Trial(name, kept, verdict.losses, verdict.mean, seconds, details))
@@ -94,12 +95,14 @@ def search(
     """Find the coefficients of every tensor.
 
     Args:
-        streams: every model's calibration tokens, at the entrance of the model.
+        network: the stages of the model.
+        streams: every model's calibration tokens, at the input of the model.
+        settings: parameters of the merge.
         start: coefficients of every tensor to start from.
         scratch: a folder on a disk with room for the hidden states of every block.
 
     Returns:
-        The best record, with the rungs of the search.
+        The best record, with the trials of the search.
     """
     scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".dam-", dir=scratch) as folder:
@@ -126,13 +129,17 @@ def survey(
     start: MergeRecord,
     boundaries: BoundaryStates | None,
 ) -> tuple[Best, list[Stream], list[Stream]]:
-    """Run every teacher on its data, and the model at the start on all data.
+    """Run every teacher on its own data, and the model at the start on all data.
 
     Args:
-        shelf: for what enters each block of the model at the start, as far as metrics need it.
+        network: the stages of the model.
+        streams: calibration tokens of every model.
+        start: coefficients of the model at the start.
+        boundaries: saves the inputs of the blocks for the tokens that metrics need.
 
     Returns:
-        The start, the data with what leaves the teachers' last blocks, and the streams there.
+        The start as the best so far; the data: tokens with the hidden states that leave the
+        teachers' last blocks; the streams after the last block.
     """
     started = time.perf_counter()
     moving = [dataclasses.replace(stream) for stream in streams]
@@ -169,8 +176,8 @@ def _finite(leaving: Iterable[Tensor], opened: OpenStage) -> Iterator[Tensor]:
 
 def _not_finite(opened: OpenStage) -> DamError:
     return DamError(
-        f"{opened.part.label}: what leaves it is not finite; a model's weights, or what it makes "
-        f"of its calibration text, are not"
+        f"{opened.part.label}: its output is not finite, because a model's weights, or its hidden "
+        f"states on its calibration text, are not"
     )
 
 
@@ -181,7 +188,7 @@ def layer_trial(
     data: Sequence[Stream],
     sensitivity: Sensitivity | None,
 ) -> None:
-    """One sweep of layer fits on the merged stream, in a metric or the plain one."""
+    """Try one sweep of layer fits on the merged stream, in a metric or the plain one."""
     started = time.perf_counter()
     moving = [dataclasses.replace(stream) for stream in streams]
     record = best.record.without(network.tensor_names)
@@ -202,7 +209,7 @@ def logits_trial(
     data: Sequence[Stream],
     boundaries: BoundaryStates,
 ) -> None:
-    """Descend the end-to-end objective from the best so far, as long as that pays."""
+    """Descend the end-to-end objective from the best so far, as long as it is worthwhile."""
     coordinates, weights = _coordinates(network, settings, data)
     if not coordinates:
         return
@@ -227,7 +234,7 @@ def logits_trial(
 def _coordinates(
     network: Network, settings: RunParameters, data: Sequence[Stream]
 ) -> tuple[dict[str, Coordinate], dict[str, Tensor]]:
-    """The fitted tensors of all stages, and the weights of their columns where those are asked."""
+    """The fitted tensors of all stages, and their column weights where the overlap needs them."""
     found: dict[str, Coordinate] = {}
     weights: dict[str, Tensor] = {}
     head = network.stages[0].models.output.head_name

@@ -1,11 +1,11 @@
-"""How much each domain's loss feels the outputs of every linear, one stage in memory at a time.
+"""Sensitivity of each domain's loss to the outputs of all linears, one stage in memory at a time.
 
-1. A model at some coefficients has run forward, and what entered each block was kept.
-2. Backward, keeping the gradient of what leaves each block: as large as what enters it.
-3. When a block is fitted, it is run once more on what entered it, with autograd seeded by that
-   gradient, which gives the gradients at the outputs of its linears, and so their metrics.
+1. A model at some coefficients has run forward, and the input of each block was saved.
+2. The backward sweep saves the gradient at each block's output, which is as large as its input.
+3. When a block is fitted, it runs once more on its saved input. Autograd, seeded by the saved
+   gradient, gives the gradients at the outputs of its linears, and so their metrics.
 
-The loss is `-log p(y)` of labels y drawn from the model's own distribution: the covariance of its
+The loss is `-log p(y)` of labels y drawn from the model's own distribution. The covariance of its
 gradients is the Fisher information, which is the curvature of the KL.
 """
 
@@ -33,19 +33,19 @@ from mergekit_dam.streams.boundaries import BoundaryStates
 from mergekit_dam.streams.stream import Stream, concatenated
 
 KINDS = ("linear", "router", "experts")
-"""Units whose errors are measured in metrics."""
+"""Kinds of units whose errors are measured in sensitivity metrics."""
 
 TOKENS = 4096
-"""Tokens of a model's data whose gradients make up its metrics, about."""
+"""Approximate number of tokens of a model's data whose gradients give its metrics."""
 
 
 def gradient_tokens(stream: Stream) -> Tensor:
-    """The merged stream's sequences that metrics are made of: some of those of the fit."""
+    """The merged stream's sequences that give the metrics: the first ones of the fit."""
     return stream.merged[: len(_gradient_numbers(stream))]
 
 
 def _gradient_numbers(stream: Stream) -> range:
-    """Numbers of this process's sequences among the first of all that metrics are made of."""
+    """Global numbers of this process's sequences among those that give the metrics."""
     count = gradient_sequences(stream.share.count("fit"), stream.merged.shape[1])
     own = stream.share.numbers
     return range(own.start, count, own.step)
@@ -71,13 +71,14 @@ def sweep_back(
     left: BoundaryStates,
     seed: int,
 ) -> "Sensitivity":
-    """Go backward through the model at some coefficients, keeping gradients of what leaves blocks.
+    """Go backward through the model at some coefficients, saving gradients at blocks' outputs.
 
     Args:
+        network: the stages of the model.
         point: the coefficients.
-        streams: at the end of the last block.
-        entered: `gradient_tokens` of what enters each block.
-        left: keeps the gradient of what leaves each block.
+        streams: the streams after the last block.
+        entered: inputs of each block, for the `gradient_tokens` of each stream.
+        left: saves the gradient at each block's output.
         seed: seed of the labels that are drawn.
     """
     flowing = _label_gradients(network, point, streams, seed)
@@ -97,7 +98,7 @@ def sweep_back(
 def _label_gradients(
     network: Network, point: MergeRecord, streams: Sequence[Stream], seed: int
 ) -> list[Tensor]:
-    """Gradients of what left the last block, of `-log p(y)` summed over the tokens."""
+    """Gradients of `-log p(y)`, summed over the tokens, at the last block's outputs."""
     opened = network.output()
     weights = opened.merged_weights(point)
     device = network.device
@@ -107,7 +108,7 @@ def _label_gradients(
         hidden, gradients = gradient_tokens(stream), []
         for index, number in enumerate(_gradient_numbers(stream)):
             generator.manual_seed(_seed_of(seed, stream.source, number))
-            # Logits of one sequence at a time: they are large.
+            # One sequence at a time: logits are large.
             x = hidden[index : index + 1].to(device).requires_grad_(True)
             with torch.enable_grad():
                 logits = opened.part.run(weights, x)[0].float()
@@ -127,9 +128,9 @@ class Sensitivity:
     Attributes:
         point: the coefficients.
         sources: index of each stream's model.
-        entered: what enters each block of the model, by stream.
-        left: the gradient of what leaves each block, by stream.
-        device: where parts run.
+        entered: inputs of each block, by stream.
+        left: gradients at each block's output, by stream.
+        device: device on which parts run.
     """
 
     point: MergeRecord
@@ -139,7 +140,7 @@ class Sensitivity:
     device: torch.device
 
     def metrics(self, number: int, opened: OpenStage, anatomy: Anatomy) -> Metrics:
-        """The metrics of a block's linears, by source and unit, and what tells those of experts."""
+        """Metrics of a block's linears, by source and unit; for experts, their gradients."""
         units = tuple(unit for unit in anatomy.units if unit.kind in KINDS)
         weights = opened.merged_weights(self.point)
         entered, left = self.entered.get(number), self.left.get(number)
@@ -177,7 +178,7 @@ class Sensitivity:
         x: Tensor,
         gradient: Tensor,
     ) -> tuple[dict[str, Tensor], dict[str, Routing]]:
-        """Gradients at the outputs of units, fp32 `[tokens, out]` each, and how experts are fed."""
+        """Gradients at units' outputs, each fp32 `[tokens, out]`, and the experts' routing."""
         device = self.device
         names = tuple(unit.name for unit in units if unit.kind != "router")
         routers = {u.name: weights[u.parameter("weight")] for u in units if u.kind == "router"}
@@ -212,12 +213,12 @@ class Sensitivity:
 
 
 def _seed_of(seed: int, source: int, number: int) -> int:
-    """Of the labels of one sequence: the same, whichever process draws them."""
+    """Seed of one sequence's labels: the same in whichever process draws them."""
     return random.Random(f"{seed} {source} {number}").getrandbits(63)
 
 
 def _no_rows(unit: Unit, weights: dict[str, Tensor], x: Tensor) -> Tensor:
-    """Gradients `[0, out]` at the output of a linear, or of experts."""
+    """Empty gradients `[0, out]` at the output of a linear or of experts."""
     if unit.kind == "experts":
         return x.new_empty(0, x.shape[-1])
     weight = weights[unit.parameter("weight")]
@@ -225,6 +226,6 @@ def _no_rows(unit: Unit, weights: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 def _nobody(x: Tensor) -> Routing:
-    """No tokens on their way to experts."""
+    """The routing of no tokens."""
     none = x.new_empty(0, 1)
     return Routing(x.new_empty(0, x.shape[-1]), none.long(), none)
