@@ -1,4 +1,4 @@
-"""What mergekit and transformers say of the models' architectures, before anything is read."""
+"""Checks of the models' architectures from their configurations, before anything is read."""
 
 from collections.abc import Iterable
 
@@ -11,26 +11,26 @@ from mergekit_dam.model.build import auto_class
 
 
 def check_architectures(models: Iterable[ModelReference], options: MergeOptions) -> None:
-    """Refuse what no merge gets beyond, and models without a causal decoder.
+    """Refuse models that no merge method can handle, and models without a causal decoder.
 
     Raises:
-        ArchitectureError: naming the model.
+        ArchitectureError: a model cannot be merged; the message names it.
     """
     for model in models:
         try:
             config = model.config(trust_remote_code=options.trust_remote_code)
         except OSError:
-            continue  # it is not there: told when its tokenizer is loaded
+            continue  # not found: loading its tokenizer reports that
         except (ValueError, KeyError, ImportError) as error:
             raise ArchitectureError(
-                f"{model}: transformers cannot read its configuration, so that no method of "
-                f"mergekit can merge it: {first_line(error)}"
+                f"{model}: transformers cannot read its configuration, so no merge "
+                f"method of mergekit can merge it: {first_line(error)}"
             ) from error
         architectures = config.architectures or []
         if len(architectures) != 1:
             raise ArchitectureError(
                 f"{model}: required one entry under `architectures` in its config.json, got "
-                f"{architectures}; name the class that it was saved from"
+                f"{architectures}; name the class that the model was saved from"
             )
         with inside(str(model)):
             auto_class(config)
@@ -41,7 +41,7 @@ def check_architectures(models: Iterable[ModelReference], options: MergeOptions)
             except (RuntimeError, AttributeError) as error:
                 key = module.architecture.num_layers_config_key()
                 raise ArchitectureError(
-                    f"{model}: mergekit's definition of {architectures[0]} looks for "
-                    f"`{key}` of its {name} in the configuration, where transformers 5 has none; "
-                    f"no method of mergekit can merge it"
+                    f"{model}: mergekit's definition of {architectures[0]} reads "
+                    f"`{key}` of its {name} from the configuration, but transformers 5 has no such "
+                    f"entry; no merge method of mergekit can merge it"
                 ) from error

@@ -1,4 +1,4 @@
-"""What a dam merge leaves beside the merged model: coefficients, and a report."""
+"""The files that a dam merge writes beside the merged model: coefficients and a report."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from mergekit_dam.host import report
 from mergekit_dam.host.prepare import Prepared
 
 _PARAMETERS = TypeAdapter(dict[str, ParameterSetting])
-"""To plain values: a filter is parsed into an object, which JSON does not know."""
+"""Converts parameters to plain values: a parsed filter is an object that JSON cannot hold."""
 
 
 def write_artifacts(
@@ -51,7 +51,7 @@ def write_artifacts(
             "calibration": {
                 str(m): dataclasses.asdict(c.provenance) for m, c in prepared.calibration.items()
             },
-            "search": [dataclasses.asdict(rung) for rung in record.trials],
+            "search": [dataclasses.asdict(trial) for trial in record.trials],
             "seconds": record.seconds,
             "peak_memory_bytes": report.peak_memory(),
             "tensors": [
@@ -63,7 +63,7 @@ def write_artifacts(
 
 
 def _revision(model: ModelReference, trust_remote_code: bool) -> str | None:
-    """The commit that a Hub model was loaded at, or None for a local one."""
+    """The commit from which a Hub model was loaded, or None for a local model."""
     config = model.config(trust_remote_code=trust_remote_code)
     revision: str | None = getattr(config, "_commit_hash", None) or model.model.revision
     return revision

@@ -1,4 +1,4 @@
-"""Checks of the sources' tensors that need no weight: names and shapes, from headers alone."""
+"""Checks of the sources' tensors that need no weights: names and shapes, from headers alone."""
 
 from collections.abc import Mapping, Sequence
 
@@ -23,17 +23,16 @@ _SHOWN = 5
 def check_headers(
     planned: Sequence[tuple[WeightInfo, ExecuteMergeMethodTask]], order: Sequence[ModelReference]
 ) -> dict[str, tuple[int, ...]]:
-    """See that every source has every planned tensor, all of one shape.
+    """Check that every source has every planned tensor, all of one shape.
 
-    Vocabularies that an adapter brings into one may have any number of rows. Tensors that a
-    checkpoint holds in another layout, or that are pickled, are left to be checked when they are
-    loaded.
+    Vocabularies that an adapter aligns may have any number of rows. Pickled tensors, and tensors
+    that a checkpoint stores in another layout, are checked when they are loaded.
 
     Returns:
-        output tensor's name -> shape, where headers tell it.
+        Output tensor's name -> shape, where headers give it.
 
     Raises:
-        ArchitectureError: naming the first tensors that are missing or differ.
+        ArchitectureError: tensors are missing or differ; the message names the first ones.
     """
     problems = []
     shapes: dict[str, tuple[int, ...]] = {}
@@ -43,7 +42,7 @@ def check_headers(
             gather, free = gather.gather_tensors, weight.vocabulary_axis
         assert isinstance(gather, GatherTensors)
         found = {}
-        # A model that a slice leaves out has no tensor here; a map's own order is that of hashes.
+        # Models that the slice leaves out have no tensor; the map itself is ordered by hash.
         for model in (model for model in order if model in gather.weight_info.data):
             loader = LoaderCache().get(model)
             info = gather.weight_info[model]
@@ -53,7 +52,7 @@ def check_headers(
                 found[model] = None if header is None else header.shape
             elif not is_made(model, info.name, set(loader.index.tensor_paths)):
                 have = "some models have it, " if weight.optional else ""
-                problems.append(f"{weight.name}: {have}{model} has not")
+                problems.append(f"{weight.name}: {have}{model} does not have it")
         known = {model: shape for model, shape in found.items() if shape is not None}
         if free is None:
             shapes.update((weight.name, shape) for shape in known.values())
@@ -81,22 +80,26 @@ def _without(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
 
 
 def check_complete(decoder: Decoder, placed: Sequence[PlacedTensor]) -> None:
-    """Every weight that a model loads must have been planned by mergekit."""
+    """Check that mergekit has planned every weight that a model loads.
+
+    Raises:
+        ArchitectureError: weights are missing; the message names the first ones.
+    """
     planned = {decoder.names.canonical(tensor.spec.name) for tensor in placed}
     missing = [name for name, first in decoder.names.first.items() if first not in planned]
     if missing:
         raise ArchitectureError(
             f"mergekit plans no tensor for {listed(missing)}, which {type(decoder.model).__name__} "
             f"needs; mergekit's definition of the architecture (that of the first model) does not "
-            f"fit transformers' model, and a merge would lack them with any method"
+            f"fit transformers' model, so any merge method would leave them out"
         )
 
 
 def refuse_outside(placed: Sequence[PlacedTensor]) -> None:
-    """Refuse a merge with weights that text tells nothing of.
+    """Refuse a merge with weights outside of the decoder, which do not run on text.
 
     Raises:
-        ConfigError: naming them.
+        ConfigError: there are such weights; the message names the first ones.
     """
     outside = [tensor.spec.name for tensor in placed if tensor.kind == "outside"]
     if outside:
@@ -108,15 +111,17 @@ def refuse_outside(placed: Sequence[PlacedTensor]) -> None:
 
 
 def check_shapes(decoder: Decoder, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Every tensor must have the shape that the merged model's configuration gives it.
+    """Check that every tensor has the shape that the merged model's configuration gives it.
 
-    Where slices stack models of different sizes, no tensor differs from another of its name.
+    `check_headers` does not see this: if slices stack models of different sizes, the sources of
+    each single tensor still agree.
 
     Args:
-        shapes: of planned tensors, where headers tell them.
+        decoder: the decoder of the merged model.
+        shapes: shapes of planned tensors, where headers give them.
 
     Raises:
-        ArchitectureError: naming the first tensors that have not.
+        ArchitectureError: shapes are wrong; the message names the first tensors.
     """
     own = {name: tuple(w.shape) for name, w in decoder.model.state_dict(keep_vars=True).items()}
     expected = {name: own.get(decoder.names.in_model(name) or "") for name in shapes}
@@ -124,8 +129,8 @@ def check_shapes(decoder: Decoder, shapes: Mapping[str, tuple[int, ...]]) -> Non
     if wrong:
         others = [f"{n} {list(shapes[n])}, not {list(expected[n] or ())}" for n in wrong]
         raise ArchitectureError(
-            f"required tensors of the shapes that the merged model's configuration asks for (it is "
-            f"that of the base, else of the first model), got others: {listed(others)}. "
-            f"Stack models of one size, and align "
-            f"vocabularies, for instance with `tokenizer: {{source: union}}`"
+            f"required tensors of the shapes that the merged model's configuration asks for (that "
+            f"of the base, or else of the first model), got {listed(others)}; "
+            f"stack models of one size, and align "
+            f"vocabularies, for example with `tokenizer: {{source: union}}`"
         )

@@ -1,16 +1,16 @@
-"""Every private or version-dependent name of mergekit that this package builds on, in one file.
+"""All private or version-dependent names of mergekit that this package uses, in one file.
 
-Written against mergekit 0.1.5. Public and stable are `mergekit.common`, `mergekit.config`,
-`mergekit.options`, `Task`, and the registry of merge methods with its base classes: these are
-imported where they are needed. All else is imported here, for the files of this package and for
-`estimate/`, so that the next release of mergekit breaks this file alone.
+Written against mergekit 0.1.5. `mergekit.common`, `mergekit.config`, `mergekit.options`, `Task`,
+and the registry of merge methods with its base classes are public and stable: files import them
+directly. Everything else is imported here, for the files of this package and for `estimate/`, so
+that the next release of mergekit breaks this file alone.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# How mergekit knows an architecture: the weights it has, and how checkpoints may store them.
+# mergekit's definitions of architectures: their weights, and how checkpoints may store them.
 from mergekit.architecture import (
     ModelArchitecture,
     WeightInfo,
@@ -29,11 +29,11 @@ from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor, SaveTensor
 from mergekit.merge import _model_out_config as out_model_config
 from mergekit.merge_methods.buffers import copy_non_floating_buffer
 
-# The task that would merge one tensor by itself: it carries the parameters as evaluated for it.
+# The task that would merge one tensor; it carries the parameters evaluated for that tensor.
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.plan import MergePlanner
 
-# The vocabulary of the merged model, and the tasks that bring embeddings into it.
+# The vocabulary of the merged model, and the tasks that align embeddings with it.
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary, TokenizerInfo
 from mergekit.tokenizer.build import build_tokenizer, get_vocab_size
 from mergekit.tokenizer.config import ModelTokenEmbedding, TokenEmbeddingConfig, ZeroEmbedding
@@ -72,10 +72,10 @@ _MISSING = object()
 
 
 class Planner:
-    """A `MergePlanner` at work, as far as a dam merge reaches into it.
+    """Access to those parts of a `MergePlanner` that a dam merge uses.
 
     Attributes:
-        stock: mergekit's own.
+        stock: mergekit's planner.
     """
 
     def __init__(self, stock: Any) -> None:
@@ -93,7 +93,7 @@ class Planner:
 
     @property
     def tokenizer_task(self) -> BuildTokenizer | None:
-        """The task that builds the merged model's tokenizer, where there is one to build."""
+        """The task that builds the merged model's tokenizer; None if none is built."""
         task: BuildTokenizer | None = self.stock._tokenizer_task
         return task
 
@@ -108,11 +108,11 @@ class Planner:
 
     @contextmanager
     def replaced(self, **methods: Any) -> Iterator[None]:
-        """Have mergekit call other methods of this planner while the body runs.
+        """Replace methods of this planner while the body runs.
 
         Args:
-            methods: by name: `_plan()`, `normalize_config()`, or `plan_tensor(weight, weights_in,
-                models, cfg_reader)`.
+            methods: replacements by name: `_plan()`, `normalize_config()`, or
+                `plan_tensor(weight, weights_in, models, cfg_reader)`.
         """
         own = vars(self.stock)
         before = {name: own.get(name, _MISSING) for name in methods}

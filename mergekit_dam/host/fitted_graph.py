@@ -1,9 +1,9 @@
 """The tasks of a merge whose coefficients are fitted.
 
-1. Every tensor is placed: input, a block, or output of the decoder, or outside of it.
-2. Tensors of a place become a stage.
-3. One sweep of layer fits is a chain of stages, written as it goes. A search goes through the
-   stages as often as it needs to, and is followed by a sweep that writes.
+1. Every tensor is placed: in the input, a block or the output of the decoder, or outside of it.
+2. The tensors of one place form a stage.
+3. One sweep of layer fits is a chain of stages that writes tensors as it goes. A search goes
+   through the stages as often as it needs to; a sweep that writes follows.
 """
 
 import functools
@@ -41,13 +41,15 @@ MakeStreams: TypeAlias = Callable[[], list[Stream]]
 
 
 def fitted_tasks(merge: Merge, tensors: Tensors, decoder: Decoder) -> Tasks:
-    """Fit what the decoder runs on, and average the rest.
+    """Fit the tensors that the decoder runs on, and average the rest.
 
     Args:
-        decoder: that of the merged model.
+        merge: the merge.
+        tensors: its tensors, placed by this function.
+        decoder: the decoder of the merged model.
 
     Raises:
-        ArchitectureError: a tensor is missing, or has another shape than the model asks for.
+        ArchitectureError: a tensor is missing, or its shape is not the one in the configuration.
         ConfigError: the start does not fit, or weights outside of the decoder are refused.
     """
     prepared = merge.prepared
@@ -81,7 +83,7 @@ def fitted_tasks(merge: Merge, tensors: Tensors, decoder: Decoder) -> Tasks:
 
 
 def _checked_places(merge: Merge, tensors: Tensors, models: Models) -> list[PlacedTensor]:
-    """Where every tensor acts, once it is sure that the models can run on them."""
+    """Place every tensor, and check that the models can run on them."""
     placed = place_tensors(tensors.tasks, tensors.specs, models.output)
     for decoder in (models.output, *models.sources):
         check_complete(decoder, placed)
@@ -92,7 +94,7 @@ def _checked_places(merge: Merge, tensors: Tensors, models: Models) -> list[Plac
 
 
 def _unknown_tokens(prepared: Prepared, order: Sequence[ModelReference]) -> dict[int, torch.Tensor]:
-    """Source -> the tokens that it does not have, where there are any."""
+    """Source -> the tokens that it does not have, for sources that lack some."""
     if prepared.vocabulary is None:
         return {}
     found = {source: prepared.vocabulary.unknown_to(model) for source, model in enumerate(order)}
@@ -113,7 +115,7 @@ def _start(
 
 
 def _one_sweep(stages: Sequence[PlannedStage], streams: MakeStreams, outside: MergeRecord) -> Tasks:
-    """One sweep, every stage behind the one before; tensors are written as they are fitted."""
+    """One sweep: each stage waits for the one before; tensors are written as they are fitted."""
     tasks = Tasks()
     previous: FitStage | None = None
     for planned in stages:
@@ -134,7 +136,7 @@ def _search(
     device: torch.device,
     merge: Merge,
 ) -> Tasks:
-    """All sweeps in one task; when the best coefficients are known, tensors are merged."""
+    """One task for all sweeps; then every tensor is merged with the best coefficients."""
     run = merge.prepared.run
     network = Network(
         [planned.stage for planned in stages],
@@ -147,6 +149,7 @@ def _search(
     tasks = Tasks(last=fit)
     for planned in stages:
         order = planned.stage.models.order
+        # Not strict: the gathers of borrowed tensors come last, and their own stage merges those.
         for spec, gather in zip(planned.stage.tensors, planned.gathers, strict=False):
             tasks.merged[spec.name] = MergeKnown(known=Known(spec, gather, order), fit=fit)
     return tasks

@@ -1,9 +1,9 @@
-"""Experts that mergekit plans one by one, as the fused tensors that transformers' models run on.
+"""Fuses experts that mergekit plans one by one into the tensors that transformers' models have.
 
-mergekit's definition of an architecture may list the weights of every expert as checkpoints hold
-them. transformers knows which of its tensors it makes of them; mergekit makes them when it loads
-a tensor by such a name. So these are planned, and when they are merged, what mergekit asked for
-is cut out of them.
+mergekit's definition of an architecture may list the weights of every expert as checkpoints store
+them. transformers knows how its fused tensors are made from these, and mergekit's loader makes a
+fused tensor when it is asked for one by name. So the fused tensors are planned. After they are
+merged, the tensors that mergekit asked for are cut out of them.
 """
 
 import math
@@ -20,21 +20,21 @@ from mergekit_dam.host.compat import convert as convert
 from mergekit_dam.host.headers import WeightTask
 
 _PROBE = (2, 3)
-"""Shape of the tensors that show where in a fused one they come to lie."""
+"""Shape of the probe tensors that show where each piece lies in a fused tensor."""
 
 _BLOCK = re.compile(r"^.*?\.\d+\.")
-"""What names of one block begin with."""
+"""Common prefix of the names of one block."""
 
 
 @dataclass(frozen=True)
 class Region:
-    """Where in a fused tensor `[experts, ., .]` one of its pieces lies.
+    """Position of one piece in a fused tensor `[experts, ., .]`.
 
     Attributes:
         whole: name of the fused tensor.
-        expert: whose piece it is.
-        row, column: number among the pieces of the expert, along each dimension.
-        rows, columns: how many pieces there are.
+        expert: index of the expert that owns the piece.
+        row, column: index of the piece among those of the expert, along each dimension.
+        rows, columns: number of pieces along each dimension.
     """
 
     whole: str
@@ -45,7 +45,7 @@ class Region:
     columns: int
 
     def cut(self, whole: Tensor) -> Tensor:
-        """The piece, a copy."""
+        """A copy of the piece."""
         expert = whole[self.expert]
         rows = expert.tensor_split(self.rows, dim=0)[self.row]
         return rows.tensor_split(self.columns, dim=1)[self.column].clone()
@@ -54,15 +54,16 @@ class Region:
 def fuse_experts(
     planned: Sequence[WeightTask], needed: Collection[str], model_type: str
 ) -> tuple[list[WeightTask], dict[str, Region]]:
-    """Plan tensors that are needed, in place of those that they are made of.
+    """Plan fused tensors in place of the pieces that they are made from.
 
     Args:
-        needed: names that are not planned.
-        model_type: of the merged model.
+        planned: mergekit's tensors, each with the task that would merge it.
+        needed: names of tensors that the model needs and the plan lacks.
+        model_type: type of the merged model in transformers.
 
     Returns:
-        The new plan, and where tensors of the old one lie in those of the new. What cannot be
-        made of planned tensors is still missing.
+        The new plan, and the position of each fused piece by its name. Tensors that cannot be
+        made from planned ones are still missing.
     """
     names = [weight.name for weight, _ in planned]
     regions: dict[str, Region] = {}
@@ -81,9 +82,9 @@ def fuse_experts(
 
 
 def _regions(name: str, planned: Sequence[str], model_type: str) -> dict[str, Region]:
-    """Where the tensors that transformers makes one of come to lie in it; none if it cannot.
+    """Positions of the pieces from which transformers makes a tensor; none if it cannot.
 
-    That is seen by having it done, with small ones that differ everywhere.
+    They are found by fusing small probe tensors in which all values differ.
     """
     block = _BLOCK.match(name)
     if block is None:
@@ -103,14 +104,14 @@ def _regions(name: str, planned: Sequence[str], model_type: str) -> dict[str, Re
             for column in range(columns):
                 region = Region(name, expert, row, column, rows, columns)
                 piece = names[int(region.cut(whole)[0, 0]) // size]
-                if not region.cut(whole).equal(probes[piece]):  # turned around, say
+                if not region.cut(whole).equal(probes[piece]):  # transposed, for example
                     return {}
                 found[piece] = region
     return found
 
 
 def _fused(piece: WeightTask, name: str) -> WeightTask:
-    """A planned piece as the tensor that is made of it and others."""
+    """The fused tensor's plan, made from the plan of one of its pieces."""
     weight, task = piece
     gather = task.gather_tensors
     assert isinstance(gather, GatherTensors)
@@ -118,7 +119,7 @@ def _fused(piece: WeightTask, name: str) -> WeightTask:
     assert block is not None
     infos = {}
     for model, info in gather.weight_info.items():
-        own = _BLOCK.match(info.name)  # another block's, with slices
+        own = _BLOCK.match(info.name)  # with slices, the source's block may have another number
         assert own is not None
         infos[model] = info.model_copy(
             update={"name": own[0] + name[block.end() :], "optional": False}

@@ -1,4 +1,4 @@
-"""mergekit's tasks that gather a tensor of all sources, scheduled with their stage."""
+"""mergekit's tasks that gather a tensor from all sources, scheduled with their stage."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from mergekit_dam.vocabulary.merged import OwnRows, Vocabulary
 
 
 def labelled(task: Task[Any], label: str) -> Task[Any]:
-    """The same gather, vocabulary adapters included, scheduled with its stage."""
+    """The same gather task, with its vocabulary adapters, scheduled with its stage."""
     if isinstance(task, (PermutedVocabulary, TruncatedVocabulary)):
         inner = labelled(task.gather_tensors, label)
         if isinstance(task, PermutedVocabulary) and _forces(task):
@@ -28,7 +28,7 @@ def labelled(task: Task[Any], label: str) -> Task[Any]:
 
 
 def _forces(task: PermutedVocabulary) -> bool:
-    """Whether some tokens get other rows than those that models have for them."""
+    """Whether the configuration forces other rows on tokens than the models have for them."""
     return task.tokens is not None and any(task.tokens[token].force for token in task.tokens)
 
 
@@ -38,6 +38,7 @@ class StageLoad(LoadTensor):
     label: str
 
     def group_label(self) -> str:
+        """The stage's label."""
         return self.label
 
 
@@ -47,19 +48,25 @@ class StageGather(GatherTensors):
     label: str
 
     def arguments(self) -> dict[str, Task[Any]]:
+        """The load tasks of mergekit, with the stage's label."""
         stock = super().arguments()
         return {key: StageLoad(**dict(load), label=self.label) for key, load in stock.items()}
 
     def group_label(self) -> str:
+        """The stage's label."""
         return self.label
 
 
 class KnownTokenizer(BuildTokenizer, arbitrary_types_allowed=True):
-    """mergekit's BuildTokenizer, of what it has built already: every sweep asks for it."""
+    """mergekit's BuildTokenizer for a tokenizer that is built already.
+
+    Every sweep would build it again.
+    """
 
     vocabulary: Vocabulary
 
     def execute(self, **_: Any) -> TokenizerInfo:
+        """Return the tokenizer that the check of the configuration has built."""
         info: TokenizerInfo = self.vocabulary.info
         return info
 
@@ -67,12 +74,13 @@ class KnownTokenizer(BuildTokenizer, arbitrary_types_allowed=True):
 class TeachersVocabulary(PermutedVocabulary):
     """mergekit's PermutedVocabulary, for a configuration that forces embeddings on tokens.
 
-    What is merged of a model are the forced rows; the model itself goes by its own.
+    The merge uses the forced rows; each model, as a teacher, keeps its own.
     """
 
     def execute(
         self, tokenizer_info: TokenizerInfo, tensors: dict[ModelReference, torch.Tensor]
     ) -> Any:
+        """The aligned tensors of all models, and their own rows under the keys `OwnRows`."""
         assert self.tokens is not None
         unforced_tokens = {
             token: self.tokens[token].model_copy(update={"force": False}) for token in self.tokens

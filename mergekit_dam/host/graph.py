@@ -1,9 +1,9 @@
-"""From mergekit's planned tensors to the tasks of a dam merge.
+"""Turns mergekit's planned tensors into the tasks of a dam merge.
 
 1. Headers are checked: every source has every tensor, in one shape.
-2. Experts that mergekit plans one by one are fused, as the models run on them.
-3. Where the coefficients are known, every tensor is merged by itself (`known_graph`); where they
-   are to be fitted, tensors become stages (`fitted_graph`).
+2. Experts that mergekit plans one by one are fused, because the models run on fused ones.
+3. If the coefficients are known, every tensor is merged by itself (`known_graph`). If they are to
+   be fitted, the tensors form stages (`fitted_graph`).
 4. Fused experts are cut into the tensors that mergekit asked for.
 """
 
@@ -30,7 +30,7 @@ from mergekit_dam.model.decoder import Decoder
 
 @dataclass(frozen=True)
 class Graph:
-    """Tasks in place of mergekit's, and one more that writes coefficients and report."""
+    """The tasks that replace mergekit's, and one more that writes coefficients and report."""
 
     tensors: list[tuple[WeightInfo, Task[Any]]]
     artifacts: WriteArtifacts
@@ -45,10 +45,11 @@ def build_graph(
 
     Args:
         planned: mergekit's tensors, each with the task that would merge it.
-        teaching: by output tensor, the models that are read for it and not merged.
+        merge: the merge.
+        teaching: output tensor -> the models that are read for it but not merged.
 
     Raises:
-        ArchitectureError: the model cannot be cut into blocks, or a tensor is missing.
+        ArchitectureError: the model cannot be split into blocks, or a tensor is missing.
         ConfigError: coefficients to replay do not fit the models.
     """
     prepared = merge.prepared
@@ -81,7 +82,7 @@ def _planned_tensors(
     teaching: Mapping[str, frozenset[ModelReference]],
     decoder: Decoder | None,
 ) -> Tensors:
-    """The tensors to merge; fused ones where the decoder, or the file to replay, has them so."""
+    """The tensors to merge; experts are fused if the decoder or the file to replay fuses them."""
     prepared = merge.prepared
     order = tuple(dict.fromkeys(model for _, task in planned for model in task.model_order))
     shapes = check_headers(planned, order)
@@ -107,7 +108,7 @@ def _planned_tensors(
 def _as_asked(
     asked: Sequence[WeightInfo], tasks: Mapping[str, Task[Any]], regions: Mapping[str, Region]
 ) -> list[tuple[WeightInfo, Task[Any]]]:
-    """The tensors that mergekit planned, those that were fused cut out of the merged ones."""
+    """The tensors that mergekit planned; pieces of fused tensors are cut out of the merged ones."""
     found: list[tuple[WeightInfo, Task[Any]]] = []
     for weight in asked:
         region = regions.get(weight.name)

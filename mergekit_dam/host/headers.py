@@ -1,4 +1,4 @@
-"""Headers of the models' files: name, shape, dtype and place of tensors, without values."""
+"""Headers of the models' files: name, shape, dtype and position of tensors, without values."""
 
 import json
 import struct
@@ -37,17 +37,18 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""What safetensors calls the dtypes that a merge reads."""
+"""Dtypes that a merge reads, by their names in safetensors."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file's header says of one tensor.
+    """The entry of one tensor in a file's header.
 
     Attributes:
-        dtype: that it is stored in; None for one that torch has no name for here.
-        file: that holds it.
-        offset, length: bytes of the file that are its values.
+        shape: shape of the tensor.
+        dtype: dtype in which it is stored; None if that is none of `_DTYPES`.
+        file: file that holds it.
+        offset, length: byte range of its values in the file.
     """
 
     shape: tuple[int, ...]
@@ -58,13 +59,13 @@ class Header:
 
 
 def present_name(info: WeightInfo, loader: LazyTensorLoader) -> str | None:
-    """The name that a model has a tensor by, if it has it."""
+    """The name under which a model has a tensor; None if it does not have it."""
     names = (info.name, *(info.aliases or ()), *(info.tied_names or ()))
     return next((name for name in names if name in loader.index.tensor_paths), None)
 
 
 def is_made(model: ModelReference, name: str, stored: set[str]) -> bool:
-    """Whether mergekit makes the tensor of others when it loads it (fused experts, say)."""
+    """Whether mergekit's loader makes the tensor from others (fused experts, for example)."""
     model_type = _model_type(model, LoaderCache().trust_remote_code)
     return bool(can_convert(model_type, stored, name))
 
@@ -75,13 +76,14 @@ def _model_type(model: ModelReference, trust_remote_code: bool) -> str:
 
 
 def header_of(info: WeightInfo, model: ModelReference) -> Header | None:
-    """What the header of a model's file says of a tensor; None where none tells."""
+    """The entry of a tensor in the headers of a model's files; None if there is none."""
     loader = LoaderCache().get(model)
     name = present_name(info, loader)
     return None if name is None else file_headers(loader).get(name)
 
 
 def file_headers(loader: LazyTensorLoader) -> Mapping[str, Header]:
+    """The header entries of all tensors of a model, by name; empty if the files are pickled."""
     if not loader.index.is_safetensors:
         return {}
     return _read_headers(loader.index.base_path, tuple(s.filename for s in loader.index.shards))
@@ -92,7 +94,7 @@ def _read_headers(folder: str, shards: tuple[str, ...]) -> Mapping[str, Header]:
     headers = {}
     for shard in shards:
         file = Path(folder) / shard
-        with safe_open(file, framework="pt"):  # refuses what is no such file
+        with safe_open(file, framework="pt"):  # raises if the file is not in this format
             values, entries = _parsed(file)
         for name, entry in entries.items():
             first, last = entry["data_offsets"]
@@ -103,7 +105,7 @@ def _read_headers(folder: str, shards: tuple[str, ...]) -> Mapping[str, Header]:
 
 
 def _parsed(file: Path) -> tuple[int, dict[str, Any]]:
-    """Where the values of a safetensors file begin, and what its header says of each tensor."""
+    """Offset of the values in a safetensors file, and its header's entry of each tensor."""
     with file.open("rb") as raw:
         (size,) = struct.unpack("<Q", raw.read(8))
         entries: dict[str, Any] = json.loads(raw.read(size))
@@ -115,9 +117,9 @@ WeightTask = tuple[WeightInfo, ExecuteMergeMethodTask]
 
 
 def spans_of(tasks: Iterable[Task[Any]]) -> tuple[Span, ...]:
-    """Where the tensors that mergekit's tasks gather lie in safetensors files.
+    """Byte ranges in safetensors files of the tensors that mergekit's tasks gather.
 
-    Tensors that are pickled, or that mergekit makes of others, are left out.
+    Pickled tensors, and tensors that mergekit makes from others, are left out.
     """
     return tuple(span for task in tasks for span in _spans(task))
 

@@ -18,7 +18,7 @@ from mergekit_dam.sources.stage import Stage
 
 
 def averages(tensors: Sequence[PlacedTensor]) -> MergeRecord:
-    """The weights outside of the decoder: averaged, whatever is fitted."""
+    """The record of the weights outside of the decoder, which are always averaged."""
     record = MergeRecord()
     for placed in tensors:
         if placed.kind == "outside":
@@ -29,7 +29,7 @@ def averages(tensors: Sequence[PlacedTensor]) -> MergeRecord:
 
 
 def copies(specs: Sequence[TensorSpec]) -> MergeRecord:
-    """Coefficients of a merge in which every tensor is one model's."""
+    """The record of a merge in which every tensor is a copy of one model's."""
     record = MergeRecord()
     for spec in specs:
         record.coefficients[spec.name] = spec.settings.parametrisation.starting_coefficients()
@@ -46,8 +46,10 @@ def search_start(
     """The coefficients that a search starts from.
 
     Args:
-        outside: those of weights outside of the decoder.
-        saved: those of an earlier merge to start from, if there is one.
+        stages: the stages of the model.
+        settings: parameters of the merge.
+        outside: record of the weights outside of the decoder.
+        saved: record of an earlier merge to start from, if one is configured.
     """
     if saved is not None:
         return saved
@@ -70,20 +72,20 @@ def search_start(
 
 
 def check_start(specs: Sequence[TensorSpec], start: MergeRecord, settings: RunParameters) -> None:
-    """Refuse a start that the descent cannot begin at.
+    """Refuse a start from which the descent cannot begin.
 
     Raises:
-        ConfigError: the start's coefficients are of another form than those that are fitted.
+        ConfigError: the start's coefficients do not have the form of those that are fitted.
     """
     if settings.objective == "layer":
         return
     for spec in specs:
         coefficients = start.coefficients[spec.name]
         if len(spec.settings.parametrisation.reached) == 1:
-            continue  # copied, whatever is learned of others
+            continue  # copied: its coefficients are not learned
         if spec.settings.granularity == "tensor" and coefficients.shape[1] > 1:
             raise ConfigError(
-                f"start: the file has one coefficient a column for {spec.name}, but "
+                f"start: the file has one coefficient per column for {spec.name}, but "
                 f"`granularity` is `tensor`; set `granularity: column`, or another start"
             )
         with inside(spec.name):
@@ -100,7 +102,10 @@ def saved_record(
     """The saved coefficients of every planned tensor, rows in the order of the sources.
 
     Args:
-        shapes: of the tensors, where headers tell them.
+        saved: the file of coefficients.
+        specs: the planned tensors.
+        order: the sources.
+        shapes: shapes of the tensors, where headers give them.
 
     Raises:
         ConfigError: the file belongs to other models or layers.

@@ -10,7 +10,7 @@ def known_tasks(merge: Merge, tensors: Tensors) -> Tasks:
 
     Raises:
         ConfigError: coefficients to replay do not fit the models.
-        ArchitectureError: the merged model's configuration asks for other shapes.
+        ArchitectureError: the merged model's configuration has other shapes.
     """
     replay = merge.prepared.replay
     if replay is not None:

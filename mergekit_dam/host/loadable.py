@@ -1,8 +1,8 @@
-"""Tensors that mergekit can load, and would yet leave out of the merged model.
+"""Tensors that mergekit can load but would leave out of the merged model.
 
-Where an architecture is inferred, mergekit calls a tensor optional that one layer has and another
-has not, and skips optional tensors that no file holds by that name, though its loader would make
-them of others (experts that are fused, weights that are renamed).
+If mergekit infers an architecture, a tensor is optional if one layer has it and another does not.
+mergekit skips optional tensors that no file holds under that name, although its loader can make
+them from other tensors (fused experts, renamed weights).
 """
 
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ from mergekit_dam.model.names import WeightNames
 
 @dataclass(frozen=True)
 class Loadable:
-    """Which tensors every model's loader can bring, though no file has them by name.
+    """The tensors that every model's loader can provide although no file has them by name.
 
     Attributes:
-        architecture: what mergekit plans by.
-        config: of the merged model.
+        architecture: mergekit's definition of the architecture, which its plan follows.
+        config: configuration of the merged model.
     """
 
     architecture: ModelArchitecture
@@ -33,7 +33,7 @@ class Loadable:
     def required(
         self, weight: WeightInfo, inputs: Sequence[WeightInfo], models: Sequence[ModelReference]
     ) -> tuple[WeightInfo, list[WeightInfo]]:
-        """The tensor and its inputs, not optional where they can be loaded."""
+        """The tensor and its inputs, no longer optional if every model can load them."""
         pairs = zip(models, inputs, strict=True)
         found = [self._loaded(model, info) for model, info in pairs]
         brought = [info for info in found if info is not None]
@@ -42,7 +42,7 @@ class Loadable:
         return weight.model_copy(update={"optional": False}), brought
 
     def _loaded(self, model: ModelReference, info: WeightInfo) -> WeightInfo | None:
-        """A tensor as it can be loaded; None where it is stored by its name, or not at all."""
+        """A tensor as it can be loaded; None if it is stored under its name, or not at all."""
         paths = LoaderCache().get(model).index.tensor_paths
         if info.name in paths:
             return None
@@ -55,7 +55,7 @@ class Loadable:
         return None
 
     def _aliases(self, model: ModelReference, stored: set[str]) -> dict[str, str]:
-        """Names of the model's weights -> what its files call them, of what mergekit lists not."""
+        """Model weight -> its name in the files, for weights that mergekit's definition lacks."""
         if model not in self._renamed:
             listed = {weight.name for weight in self.architecture.all_weights(self.config)}
             left = sorted(stored - listed)

@@ -1,4 +1,4 @@
-"""A merge on its way from mergekit's plan to tasks, as plain data."""
+"""The plain data from which mergekit's plan of a merge is turned into tasks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,11 +26,13 @@ class Merge:
     """A merge as mergekit is about to plan it.
 
     Attributes:
+        prepared: the checked configuration with its data.
         config: configuration of the merged model.
-        out_dtype: name of the dtype that tensors are written in, if it is not the sources'.
-        parameters: those of the configuration, for the provenance.
+        options: mergekit's options.
+        out_dtype: name of the dtype in which tensors are written, if it is not the sources'.
+        parameters: parameters of the configuration, for the provenance.
         out_path: folder of the merged model.
-        stacks: which of its layers every model has at each layer of the merged model.
+        stacks: for every model, the index of its own layer at each layer of the merged model.
     """
 
     prepared: Prepared
@@ -49,14 +51,14 @@ class Merge:
 
 @dataclass(frozen=True)
 class Tensors:
-    """The tensors that are merged: those that mergekit planned, experts fused.
+    """The tensors that are merged: those that mergekit planned, with experts fused.
 
     Attributes:
         tasks: mergekit's tasks, which would merge each tensor by itself.
-        specs: how each is fitted, in the same order.
-        shapes: output tensor's name -> shape, where headers tell it.
+        specs: how each tensor is fitted, in the same order.
+        shapes: output tensor's name -> shape, where headers give it.
         order: the sources, in the order of the rows of coefficients.
-        regions: where planned tensors lie in the fused ones that took their place.
+        regions: positions of planned tensors in the fused tensors that replace them, by name.
     """
 
     tasks: Sequence[WeightTask]
@@ -66,18 +68,18 @@ class Tensors:
     regions: Mapping[str, Region]
 
     def known(self, spec: TensorSpec, gather: Task[Any], record: MergeRecord) -> MergeKnown:
-        """The task that merges a tensor by coefficients that a record holds already."""
+        """The task that merges a tensor with coefficients that a record holds already."""
         return MergeKnown(known=Known(spec, gather, self.order, record))
 
 
 @dataclass
 class Tasks:
-    """The tasks in place of mergekit's.
+    """The tasks that replace mergekit's.
 
     Attributes:
         merged: output tensor's name -> the task that merges it.
-        last: the task after which all coefficients are known; None where a record holds them.
-        record: that record.
+        last: the task after which all coefficients are known; None if a record holds them.
+        record: the record of coefficients that are known from planning.
     """
 
     merged: dict[str, Task[Any]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""The output folder: what an interrupted merge has half written is removed."""
+"""The output folder, and the removal of files that an interrupted merge left half written."""
 
 import shutil
 import signal
@@ -10,17 +10,22 @@ from pathlib import Path
 from typing import Any
 
 SCRATCH = ".dam-"
-"""Beginning of the names of folders that do not outlive a merge."""
+"""Prefix of the names of temporary folders, which a merge removes at its end."""
 
 
 @contextmanager
 def output_folder(out_path: Path, *, written: bool) -> Iterator[Path]:
-    """Where a merge goes: to its folder, or to one that is thrown away."""
+    """The folder that a merge writes to: its own, or a temporary one that is removed afterwards.
+
+    Args:
+        out_path: folder of the merged model.
+        written: whether this process writes the merged model.
+    """
     if written:
         with no_half_written_model(out_path):
             yield out_path
         return
-    beside = out_path.absolute().parent  # the fit needs a disk with room, as that one has
+    beside = out_path.absolute().parent  # the disk of the output has room for hidden states
     with (
         _terminable(),
         tempfile.TemporaryDirectory(
@@ -32,7 +37,7 @@ def output_folder(out_path: Path, *, written: bool) -> Iterator[Path]:
 
 @contextmanager
 def no_half_written_model(out_path: Path) -> Iterator[None]:
-    """Remove what an interrupted merge wrote, and the folder if it made it."""
+    """Remove the files of an interrupted merge, and the folder if the merge created it."""
     existed = out_path.is_dir()
     before = set(out_path.iterdir()) if existed else set()
     with _terminable() as uninterrupted:
@@ -52,12 +57,12 @@ def no_half_written_model(out_path: Path) -> Iterator[None]:
 
 @contextmanager
 def _terminable() -> Iterator[Callable[[], None]]:
-    """Have SIGTERM end the process the way ctrl-c does, through everything that cleans up.
+    """Make SIGTERM end the process as ctrl-c does, so that all clean-up code runs.
 
-    torchrun sends it to the processes of a merge when one of them has stopped.
+    torchrun sends SIGTERM to the processes of a merge when one of them has stopped.
 
     Yields:
-        What has SIGTERM ignored from then on.
+        A function that makes the process ignore SIGTERM from then on.
     """
     stock = signal.getsignal(signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread() or stock != signal.SIG_DFL:

@@ -1,4 +1,4 @@
-"""Where every planned tensor acts in the decoder, and the decoders of all sources."""
+"""Where every planned tensor acts in the decoder."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from mergekit_dam.sources.stage import StageKind
 
 @dataclass(frozen=True)
 class PlacedTensor:
-    """Where one tensor acts.
+    """A tensor and the place where it acts.
 
     Attributes:
         kind: "outside" of the decoder, or the kind of its stage.
-        index: of the block.
-        spec: of the tensor.
-        gather: mergekit's task that brings the tensors of all sources.
+        index: index of the block; 0 for other kinds.
+        spec: how the tensor is fitted.
+        gather: mergekit's task that gathers the tensor from all sources.
     """
 
     kind: StageKind | Literal["outside"]
@@ -34,7 +34,7 @@ class PlacedTensor:
 def place_tensors(
     planned: Sequence[WeightTask], specs: Sequence[TensorSpec], decoder: Decoder
 ) -> list[PlacedTensor]:
-    """Where every planned tensor acts in the decoder."""
+    """Find the place of every planned tensor in the decoder."""
     found = [decoder.names.in_model(spec.name) for spec in specs]
     specs = [
         dataclasses.replace(spec, renamed=name) if name not in (None, spec.name) else spec

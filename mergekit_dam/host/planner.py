@@ -1,4 +1,4 @@
-"""mergekit's planner of a dam merge: it plans stages in place of single tensors."""
+"""The plan of a dam merge: mergekit's planner plans stages in place of single tensors."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ def plan_stages(
 
     Args:
         stock: mergekit's planner.
-        stock_plan: its own `plan_to_disk`, which calls the methods that are replaced here.
+        stock_plan: mergekit's own `plan_to_disk`, which calls the methods replaced here.
         out_path: folder of the merged model.
     """
     planner, config = Planner(stock), stock.config
@@ -64,13 +64,13 @@ def plan_stages(
 
 
 def _adopt_vocabulary(planner: Planner, prepared: Prepared) -> None:
-    """Have the plan go by the vocabulary, or the number of rows, that the check has found."""
+    """Make the plan use the vocabulary, or the number of rows, that the check has found."""
     stock = planner.stock
     key = stock.arch_info.vocab_size_config_key or "vocab_size"
     if prepared.vocabulary is not None:
         task = dict(planner.tokenizer_task or {})
         planner.tokenizer_task = KnownTokenizer(**task, vocabulary=prepared.vocabulary)
-    if prepared.rows is not None:  # mergekit leaves those of the base there
+    if prepared.rows is not None:  # mergekit would keep the number of the base
         set_config_value(stock.out_model_config, key, prepared.rows)
     elif prepared.vocabulary is not None:
         prepared.vocabulary.tell(stock.out_model_config, key)
@@ -80,14 +80,14 @@ def _adopt_vocabulary(planner: Planner, prepared: Prepared) -> None:
 def _teachers_in_slices(
     planner: Planner, prepared: Prepared
 ) -> Iterator[dict[str, frozenset[ModelReference]]]:
-    """Have a planner read, for every slice, the layers of models that teach and are not listed.
+    """Make a planner read, for every slice, the layers of teachers that the slice does not list.
 
-    Embeddings that are aligned to a common vocabulary are read of all models: mergekit takes those
-    of a token that a model lacks from the others (or cuts all to the rows of the smallest), and a
-    replay, which has no teachers, must too.
+    Embeddings that are aligned to a common vocabulary are read from all models. If a model lacks a
+    token, mergekit takes its embedding from the others (or it cuts all models to the rows of the
+    smallest). A replay, which has no teachers, must read the same models to get the same rows.
 
     Yields:
-        By output tensor, the models that are read for it and not merged; filled by the plan.
+        Output tensor -> the models that are read for it but not merged; the plan fills it.
     """
     stock, everybody = planner.stock, all_models(prepared.checked)
     normalize, plan_tensor = stock.normalize_config, stock.plan_tensor
@@ -118,7 +118,7 @@ def _teachers_in_slices(
 
 
 def _stacked_layers(stock: Any) -> dict[ModelReference, tuple[int, ...]]:
-    """The layers of every model in the merged one, whose configuration is made to fit them."""
+    """Every model's layers in the merged model; adapts the merged configuration to them."""
     modules = list(stock.config.modules.values())
     if len(modules) > 1:
         return {}  # several towers, each with a stack of its own

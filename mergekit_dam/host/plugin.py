@@ -1,7 +1,7 @@
-"""Registers `dam`, and has mergekit call us where it plans and runs a dam merge.
+"""Registers `dam`, and makes mergekit call this package where it plans and runs a dam merge.
 
-It is called with each module of mergekit as that is imported (see `autoload`), or explicitly by
-`install`. mergekit is half imported at that moment, so the hooks import our code when called.
+`autoload` calls `on_import` for each module of mergekit when it is imported; `install` does so
+explicitly. mergekit is only half imported then, so the hooks import this package when called.
 """
 
 import functools
@@ -14,7 +14,7 @@ from typing import Any
 from mergekit_dam.parameters import NAME
 
 _MARK = "_mergekit_dam"
-"""Attribute of what is hooked already: hooking twice does nothing."""
+"""Attribute of functions that are hooked already: hooking twice does nothing."""
 
 
 def on_import(module: ModuleType) -> None:
@@ -29,7 +29,7 @@ def on_import(module: ModuleType) -> None:
 
 
 def install() -> None:
-    """Import mergekit and hook it, where the import hook cannot reach."""
+    """Import mergekit and hook it, where the import hook does not reach."""
     for name in ("mergekit.merge_methods", "mergekit.plan", "mergekit.merge"):
         on_import(importlib.import_module(name))
 
@@ -42,7 +42,7 @@ def _register(merge_methods: Any) -> None:
 
 
 def _hook_planner(plan: Any) -> None:
-    """Have the planner of a dam merge plan stages in place of single tensors."""
+    """Make the planner of a dam merge plan stages in place of single tensors."""
 
     def plan_to_disk(stock: Callable[..., Any], planner: Any, out_path: str) -> Any:
         if planner.config.merge_method != NAME:
@@ -55,7 +55,7 @@ def _hook_planner(plan: Any) -> None:
 
 
 def _hook_run_merge(merge: Any) -> None:
-    """Have a dam merge checked before mergekit starts it, and cleaned up after it."""
+    """Check a dam merge before mergekit starts it, and clean up after it."""
 
     def run_merge(stock: Callable[..., Any], merge_config: Any, *args: Any, **kwargs: Any) -> Any:
         if merge_config.merge_method != NAME:
@@ -68,7 +68,7 @@ def _hook_run_merge(merge: Any) -> None:
 
 
 def _hook_steps(multimerge: Any) -> None:
-    """Have mergekit-multi leave alone what in a dam step is no other step, whatever its name."""
+    """Make mergekit-multi leave values of a dam step alone that only look like names of steps."""
 
     def patched_config(
         stock: Callable[..., Any], config: Any, merge_names: Any, working_dir: str
@@ -83,7 +83,7 @@ def _hook_steps(multimerge: Any) -> None:
 
 
 def _replace(owner: Any, name: str, own: Callable[..., Any]) -> None:
-    """Put a function in the place of one of mergekit's, which it gets as its first argument."""
+    """Replace a function of mergekit's by one that gets the original as its first argument."""
     stock = getattr(owner, name)
     if hasattr(stock, _MARK):
         return

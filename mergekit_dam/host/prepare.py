@@ -1,9 +1,9 @@
-"""Everything that can be known before the first weight is read.
+"""Everything that a merge prepares before the first weight is read.
 
-1. Check the configuration, and have mergekit build the merged model's vocabulary if it asks so.
-2. Replay: read the coefficients. Otherwise: load every model's tokenizer, and make every model's
-   calibration tokens with it.
-3. Bring them into that vocabulary; where there is none, see that the tokenizers agree.
+1. Check the configuration. If it asks for a vocabulary, have mergekit build it.
+2. For a replay, read the coefficients. Otherwise, load every model's tokenizer, and make the
+   model's calibration tokens with it.
+3. Translate the tokens into that vocabulary. If there is none, check that the tokenizers agree.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from mergekit_dam.vocabulary.translation import Translation, refuse_lost
 LOG = logging.getLogger(__name__)
 
 READ_ALIKE = 0.9
-"""Share of a text's tokens that the merged model should read as the model does, at least."""
+"""Share of a text's tokens that both tokenizers must read alike; less gives a warning."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,12 @@ class Prepared:
     """A checked configuration with the data of its fit, or the coefficients to replay.
 
     Attributes:
-        calibration: per model whose data takes part in the fit; empty in a replay.
+        checked: the checked configuration.
+        calibration: tokens of each model whose data takes part in the fit; empty in a replay.
         replay: the coefficients to replay, or None.
         start: the coefficients to start from, or None.
-        vocabulary: of the merged model, if mergekit builds one; calibration tokens are its ids.
-        rows: that embeddings are cut to, if they are.
+        vocabulary: merged vocabulary, if mergekit builds one; calibration tokens are its ids.
+        rows: number of rows that embeddings are cut to, if they are cut.
     """
 
     checked: Checked
@@ -59,18 +60,18 @@ class Prepared:
 
     @property
     def run(self) -> RunParameters:
-        """Parameters of the whole merge, the seed resolved."""
+        """Parameters of the whole merge, with the seed resolved."""
         return self.checked.run
 
 
 class PreparedConfiguration(MergeConfiguration):
-    """mergekit's configuration, carrying what was prepared for it to the planner."""
+    """mergekit's configuration, which carries its preparation to the planner."""
 
     _prepared: Prepared = PrivateAttr()
 
     @classmethod
     def create(cls, config: MergeConfiguration, prepared: Prepared) -> "PreparedConfiguration":
-        """The same configuration with its preparation."""
+        """A copy of the configuration that carries its preparation."""
         values = {name: getattr(config, name) for name in MergeConfiguration.model_fields}
         result = cls.model_construct(_fields_set=set(config.model_fields_set), **values)
         result._prepared = prepared
@@ -78,14 +79,14 @@ class PreparedConfiguration(MergeConfiguration):
 
     @property
     def prepared(self) -> Prepared:
-        """What was prepared."""
+        """The preparation."""
         return self._prepared
 
     def referenced_models(self) -> list[ModelReference]:
         """The base and the models in the order of the YAML.
 
-        mergekit's own order is that of a set, and the first gives the merged model its
-        configuration and tokenizer: without a base, it would be another one in every run.
+        mergekit's own order is that of a set. The first model gives the merged model its
+        configuration and tokenizer, so without a base these would change from run to run.
         """
         return all_models(self._prepared.checked)
 
@@ -101,7 +102,9 @@ def prepare(
     """Check a configuration and make its calibration tokens.
 
     Args:
-        source: the YAML as parsed, where it is at hand.
+        config: mergekit's configuration.
+        options: mergekit's options.
+        source: the parsed YAML, if available.
 
     Raises:
         ConfigError: the configuration is wrong; every problem is named.
@@ -145,14 +148,14 @@ def prepare(
 
 
 def _translated(own: CalibrationSet, translation: Translation) -> CalibrationSet:
-    """A model's calibration tokens as those of the merged model."""
+    """A model's calibration set with its tokens translated into the merged vocabulary."""
     share = translation.shared_reading(own.tokens)
     provenance = own.provenance
     if share < READ_ALIKE:
         said = (
             f"the merged model's tokenizer reads {1 - share:.0%} of this text in other tokens than "
-            f"the model's own, which are those of the fit; a vocabulary of one model (`tokenizer: "
-            f"{{source: base}}`) may be read better than a union"
+            f"the model's own tokenizer, whose tokens the fit uses; the vocabulary of one model "
+            f"(`tokenizer: {{source: base}}`) may suit the text better than a union"
         )
         LOG.warning("calibration of %s: %s", translation.model, said)
         provenance = dataclasses.replace(provenance, cut=(*provenance.cut, said))
@@ -162,14 +165,16 @@ def _translated(own: CalibrationSet, translation: Translation) -> CalibrationSet
 def check(
     config: MergeConfiguration, options: MergeOptions, source: Mapping[str, Any] | None = None
 ) -> Prepared:
-    """Everything that is known without reading text: a preparation with no calibration yet.
+    """Prepare everything that needs no text; the calibration stays empty.
 
     Args:
-        source: the YAML as parsed, where it is at hand.
+        config: mergekit's configuration.
+        options: mergekit's options.
+        source: the parsed YAML, if available.
 
     Raises:
         ConfigError: the configuration is wrong; every problem is named.
-        ArchitectureError: a model is none that can be merged.
+        ArchitectureError: a model cannot be merged.
     """
     checked = check_configuration(config, source)
     if checked.run.seed is None:
@@ -194,30 +199,30 @@ def check(
         raise ConfigError(
             "--multi-gpu: a fit follows the data from one block to the next, on one device; "
             "leave the option out (in place of --gpu-rich: --cuda --low-cpu-memory "
-            "--read-to-gpu). Coefficients that are known, as in a replay, can be merged so"
+            "--read-to-gpu). A merge with known coefficients, such as a replay, can use it"
         )
     start = None
     if run.start not in ("average", "random"):
         if not Path(run.start).exists():
             raise ConfigError(
                 f"start: required `average`, `random`, or the path of the coefficients of an "
-                f"earlier dam merge, got {run.start!r}, where there is no file"
+                f"earlier dam merge, got {run.start!r}, which does not exist"
             )
         start = CoefficientFile.load(run.start, parameter="start")
     return with_vocabulary(Prepared(checked, {}, None, start))
 
 
 def check_device(options: MergeOptions) -> None:
-    """Refuse a device that is not there, before anything is read for it.
+    """Refuse a device that is not available, before anything is read.
 
     Raises:
-        DamError: with torch's reason.
+        DamError: torch cannot use the device; the message gives torch's reason.
     """
     try:
         torch.empty(1, device=options.device or "cpu")
     except (AssertionError, RuntimeError, NotImplementedError) as error:
         raise DamError(
             f"--device {options.device}: required a device of this machine (`cpu`, `cuda`, "
-            f"`cuda:1`, `mps`, or `auto` for what there is; --cuda is `cuda`); torch cannot use it "
-            f"({first_line(error)})"
+            f"`cuda:1`, `mps`, or `auto` for what is available; --cuda is `cuda`); torch cannot "
+            f"use it ({first_line(error)})"
         ) from error

@@ -1,4 +1,4 @@
-"""`dam_report.json`: what a merge was made from and how every fit went."""
+"""`dam_report.json`: the inputs of a merge, and the result of every fit."""
 
 import dataclasses
 import importlib.metadata
@@ -19,7 +19,7 @@ FILE_NAME = "dam_report.json"
 
 
 def versions() -> dict[str, str]:
-    """Versions of what takes part in a merge."""
+    """Versions of the packages that take part in a merge."""
     packages = ("mergekit", "torch", "transformers", "safetensors")
     found = {package: importlib.metadata.version(package) for package in packages}
     return {"mergekit-dam": mergekit_dam.__version__, **found}
@@ -28,7 +28,7 @@ def versions() -> dict[str, str]:
 def coefficient_statistics(
     coefficients: Tensor, sources: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-    """Mean, least and greatest coefficient of every source, of fp32 `[sources, n]`."""
+    """Mean, minimum and maximum coefficient of every source, from fp32 `[sources, n]`."""
     return {
         source: {
             "mean": float(row.double().mean()),
@@ -42,7 +42,7 @@ def coefficient_statistics(
 def tensor_entry(
     report: TensorReport, coefficients: Tensor, sources: Sequence[str]
 ) -> dict[str, Any]:
-    """One tensor's entry."""
+    """The report's entry of one tensor."""
     entry = {k: v for k, v in dataclasses.asdict(report).items() if v not in (None, {})}
     return {**entry, "coefficients": coefficient_statistics(coefficients, sources)}
 
@@ -51,7 +51,7 @@ def peak_memory() -> dict[str, int]:
     """Peak bytes of this process so far, on the host and on every GPU it used."""
     peak: dict[str, int] = {}
     if sys.platform != "win32":
-        import resource  # there is none on Windows
+        import resource  # Windows does not have it
 
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         peak["host"] = host if sys.platform == "darwin" else host * 1024

@@ -1,4 +1,4 @@
-"""A dam merge around mergekit's own `run_merge`: checked before it, cleaned up after it."""
+"""A dam merge around mergekit's own `run_merge`: checks before it, clean-up after it."""
 
 import importlib
 import logging
@@ -28,11 +28,11 @@ def run_dam(
     """Check a dam configuration before mergekit downloads, converts or reads anything; merge.
 
     Args:
-        stock: mergekit's own `run_merge`; the other arguments are those that it is called with.
+        stock: mergekit's own `run_merge`; the other arguments are its arguments.
     """
     source = yaml.safe_load(config_source) if config_source else None
     with distributed.joined_processes(options) as own:
-        # One process reads the text: it need not lie on every machine, nor be one there.
+        # One process reads the text: other machines may lack it, or have another version.
         prepared = distributed.from_first(lambda: prepare(merge_config, own, source))
         config = PreparedConfiguration.create(merge_config, prepared)
         if distributed.size() > 1:
@@ -43,17 +43,17 @@ def run_dam(
 
 
 def _merge_adapters(config: MergeConfiguration, options: MergeOptions) -> None:
-    """Do what mergekit does with adapters at its start: it takes a folder half full for full."""
+    """Merge adapters before mergekit does: it would take a half-written folder as complete."""
     for model in config.referenced_models():
         model.merged(options.lora_merge_cache, options.trust_remote_code, options.lora_merge_dtype)
 
 
 @contextmanager
 def _card_without_hub() -> Iterator[None]:
-    """Have mergekit's model card take a folder for a folder where the Hub cannot be asked.
+    """Make mergekit's model card treat a path as a folder if the Hub cannot be reached.
 
     `models/a` may be a folder or the id of a model. mergekit asks the Hub after the merge, and
-    where there is no connection, would fail then.
+    without a connection it would fail then.
     """
     card: Any = importlib.import_module("mergekit.card")
     stock = card.is_hf
@@ -61,8 +61,8 @@ def _card_without_hub() -> Iterator[None]:
     def is_hf(path: str) -> bool:
         try:
             found: bool = stock(path)
-        except Exception as error:  # of any HTTP client
-            LOG.info("the Hub cannot tell whether it has %s (%s); there is a folder", path, error)
+        except Exception as error:  # its type depends on the HTTP client
+            LOG.info("cannot ask the Hub whether it has %s (%s); using the folder", path, error)
             return False
         return found
 

@@ -24,11 +24,15 @@ def tensor_spec(
     """How one tensor is fitted.
 
     Args:
-        order: all sources; a slice has them in another order, or lists some alone.
-        teaching: those that are read here, and not merged.
+        weight: the tensor, in mergekit's definition of the architecture.
+        task: mergekit's task that would merge it, with the evaluated parameters.
+        order: all sources; a slice may list them in another order, or only some of them.
+        prepared: the checked configuration.
+        out_dtype: name of the dtype in which tensors are written, if it is configured.
+        teaching: models that are read for this tensor but not merged.
 
     Raises:
-        ConfigError: no model has a weight, or none a loss weight.
+        ConfigError: `weight`, or `loss_weight`, is 0 for every model.
     """
     shared = task.parameters
     base = order.index(task.base_model) if task.base_model in order else None
@@ -58,7 +62,7 @@ def tensor_spec(
 
 
 def _own(task: ExecuteMergeMethodTask, model: ModelReference, name: str) -> float:
-    """A model's parameter for one tensor; 0 where it has no part in it."""
+    """A model's parameter for one tensor; 0 if the tensor does not involve the model."""
     if model not in task.model_order:
         return 0.0
     value: float = task.input_parameters[model][name]
@@ -73,7 +77,7 @@ def _parametrisation(
     sum_to_one: bool,
     left_out: frozenset[int],
 ) -> Parametrisation:
-    """One for all tensors that are asked for alike, so that none grows with the layers."""
+    """Cached: tensors with equal parameters share one object, however many layers there are."""
     return Parametrisation.create(
         weights, base=base, include_base=include_base, sum_to_one=sum_to_one, left_out=left_out
     )

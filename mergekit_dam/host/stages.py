@@ -1,4 +1,4 @@
-"""The stages of a fit, mergekit's tasks that load them, and the streams that enter the first."""
+"""The stages of a fit, mergekit's tasks that load them, and the streams at the model's input."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,11 +21,12 @@ from mergekit_dam.streams.stream import Stream
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage, and the tasks that bring its tensors.
+    """A stage, and the tasks that gather its tensors.
 
     Attributes:
-        label: orders the stages among the tasks.
-        gathers: one task per output tensor, in the order of the stage; then those it borrows.
+        stage: the stage.
+        label: label by which mergekit's executor orders the stages.
+        gathers: one task per output tensor, in the order of the stage; then one per borrowed one.
     """
 
     stage: Stage
@@ -33,13 +34,13 @@ class PlannedStage:
     gathers: tuple[Task[Any], ...]
 
     def without_borrowed(self) -> "PlannedStage":
-        """The stage with its own tensors alone."""
+        """The stage with only its own tensors."""
         own = self.gathers[: len(self.stage.tensors)]
         return PlannedStage(replace(self.stage, borrowed=()), self.label, own)
 
 
 def load_stage(planned: PlannedStage, device: torch.device) -> Loaded:
-    """Have mergekit read the tensors of a stage."""
+    """Read the tensors of a stage with mergekit's executor."""
     tasks = list(planned.gathers)
     found = dict(Executor(tasks).run(quiet=True)) if tasks else {}
     return {
@@ -49,7 +50,7 @@ def load_stage(planned: PlannedStage, device: torch.device) -> Loaded:
 
 
 def planned_stages(placed: Sequence[PlacedTensor], models: Models) -> list[PlannedStage]:
-    """Stages in the order the data passes them."""
+    """The stages in forward order."""
     kinds: list[tuple[StageKind, int]] = [("input", 0)]
     kinds += [("block", index) for index in range(len(models.output.blocks))]
     kinds += [("output", 0)]
@@ -76,7 +77,7 @@ def planned_stages(placed: Sequence[PlacedTensor], models: Models) -> list[Plann
 
 
 def _tied_head(placed: Sequence[PlacedTensor], decoder: Decoder) -> PlacedTensor | None:
-    """The tensor of the input that the head is tied to."""
+    """The tensor of the input stage to which the head is tied, or None."""
     name = decoder.names.canonical(f"{decoder.head_name}.weight")
     return next((p for p in placed if p.kind == "input" and p.spec.in_model == name), None)
 
@@ -91,8 +92,11 @@ def calibration_streams(
     """This process's share of the calibration tokens of every model that has some.
 
     Args:
+        prepared: the checked configuration with its calibration tokens.
+        order: the sources.
         hidden: size of a hidden state.
-        out_path: where streams are kept that are kept on disk.
+        device: device on which parts run.
+        out_path: folder for streams that are kept on disk.
     """
     tokens = sum(calibration.tokens.numel() for calibration in prepared.calibration.values())
     size = streams_bytes(hidden, tokens)

@@ -1,8 +1,8 @@
-"""Steps of mergekit-multi: what in a dam step is the name of another step, and what only looks so.
+"""Steps of mergekit-multi: which values of a dam step refer to other steps.
 
-mergekit takes every value of a configuration that equals a step's name for the model that the step
-writes, and puts its folder there. So `coefficients` and `start` may name an earlier dam step. But a
-calibration is text, whatever its name, and a method is a method.
+mergekit replaces every value of a configuration that equals a step's name by the folder of the
+model that the step writes. So `coefficients` and `start` may name an earlier dam step. But a
+`calibration` always names text, and `merge_method` a method, even if a step has the same name.
 """
 
 from collections.abc import Callable, Collection
@@ -14,18 +14,19 @@ from mergekit_dam.request.scopes import scopes_of
 Patch = Callable[[MergeConfiguration, Collection[str], str], tuple[MergeConfiguration, set[str]]]
 
 _HIDDEN = "(hidden)"
-"""Stands in place of what may be a step's name and is none; no step is called so."""
+"""Placeholder for values that are not to be taken as names of steps; no step has this name."""
 
 
 def patched(
     stock: Patch, config: MergeConfiguration, names: Collection[str], folder: str
 ) -> tuple[MergeConfiguration, set[str]]:
-    """Put the folders of steps in place of their names, as mergekit does, in a dam step.
+    """Replace the names of steps in a dam step by their folders, as mergekit does.
 
     Args:
-        stock: mergekit's function that does so.
-        names: of all steps.
-        folder: that holds a folder for each step.
+        stock: mergekit's own function for this.
+        config: configuration of the dam step.
+        names: names of all steps.
+        folder: folder that holds one folder per step.
 
     Returns:
         The configuration, and the names of the steps that it needs.

@@ -9,10 +9,10 @@
        |
     loads -> gathers -> MergeKnown ...
 
-Labels are zero-padded stage numbers: the executor works through labels in the order of their
-text, so that the tensors of one stage are loaded, fitted, saved and released before the next
-stage's are loaded. (With mergekit's own labels, names of tensors, `layers.10` would come
-before `layers.2`, and several blocks would be in memory at a time.)
+Labels are zero-padded stage numbers. The executor processes labels in alphabetical order, so the
+tensors of one stage are loaded, fitted, saved and released before those of the next stage are
+loaded. (mergekit's own labels are names of tensors: `layers.10` would come before `layers.2`, and
+several blocks would be in memory at the same time.)
 """
 
 from collections.abc import Callable
@@ -45,11 +45,11 @@ class StageNode:
     """A stage's place in the graph; compared by identity, since hashing tasks recurses.
 
     Attributes:
-        planned: the stage, and the tasks that bring its own tensors.
-        previous: the stage before, or None.
-        streams: makes the streams at the entrance, for the first stage.
-        record: what is known from planning, for the first stage.
-        ahead: what the next stage will read.
+        planned: the stage, and the tasks that gather its own tensors.
+        previous: the task of the stage before, or None.
+        streams: makes the streams at the model's input; used by the first stage.
+        record: record from planning; used by the first stage.
+        ahead: byte ranges that the next stage will read.
     """
 
     planned: PlannedStage
@@ -65,18 +65,22 @@ class FitStage(Task[Any], frozen=True, arbitrary_types_allowed=True):
     node: StageNode
 
     def arguments(self) -> dict[str, Task[Any]]:
+        """The gathered tensors, and the result of the stage before."""
         arguments = {f"tensor_{i}": task for i, task in enumerate(self.node.planned.gathers)}
         if self.node.previous is not None:
             arguments["previous"] = self.node.previous
         return arguments
 
     def group_label(self) -> str:
+        """The stage's label."""
         return self.node.planned.label
 
     def uses_accelerator(self) -> bool:
+        """True: mergekit moves the tensors to its device for computations."""
         return True
 
     def execute(self, previous: StageResult | None = None, **tensors: Any) -> StageResult:
+        """Fit the stage and run the streams through it."""
         read_ahead(self.node.ahead)
         stage = self.node.planned.stage
         loaded = {spec.name: tensors[f"tensor_{index}"] for index, spec in enumerate(stage.tensors)}
@@ -91,33 +95,39 @@ class FitStage(Task[Any], frozen=True, arbitrary_types_allowed=True):
 
 
 class MergedTensor(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):
-    """Hands one merged tensor of a stage to whoever writes it."""
+    """Passes one merged tensor of a stage to the task that writes it."""
 
     fit: FitStage
     name: str
 
     def arguments(self) -> dict[str, Task[Any]]:
+        """The result of the stage."""
         return {"result": self.fit}
 
     def group_label(self) -> str:
+        """The stage's label."""
         return self.fit.group_label()
 
     def priority(self) -> int:
+        """High, so that tensors are written, and released, early."""
         return 100
 
     def execute(self, result: StageResult) -> torch.Tensor:
-        # Handed over, not shared: the stage's result lives on until the next stage has run.
+        """Take the tensor out of the stage's result."""
+        # Popped, not shared: the stage's result stays in memory until the next stage has run.
         return result.merged.pop(self.name)
 
 
 @dataclass(eq=False)
 class SearchNode:
-    """All that a search needs; compared by identity, since hashing tasks recurses.
+    """Everything that a search needs; compared by identity, since hashing tasks recurses.
 
     Attributes:
-        streams: makes the streams at the entrance.
+        network: the stages of the model.
+        streams: makes the streams at the model's input.
+        settings: parameters of the merge.
         start: coefficients of every tensor to start from.
-        scratch: where hidden states are kept on disk.
+        scratch: folder for hidden states on disk.
     """
 
     network: Network
@@ -133,15 +143,19 @@ class Search(Task[Any], frozen=True, arbitrary_types_allowed=True):
     node: SearchNode
 
     def arguments(self) -> dict[str, Task[Any]]:
+        """None: the search loads the tensors itself."""
         return {}
 
     def group_label(self) -> str:
-        return ""  # before all stages
+        """The empty label, which comes before all stages."""
+        return ""
 
     def main_thread_only(self) -> bool:
-        return True  # it reads models through mergekit's loaders, which each thread has anew
+        """True: the search uses mergekit's loaders, and every thread would open its own."""
+        return True
 
     def execute(self) -> StageResult:
+        """Run the search; its result holds the record alone."""
         node = self.node
         record = search(
             node.network,
@@ -158,9 +172,10 @@ class Known:
     """A tensor that is merged once its coefficients are known.
 
     Attributes:
-        gather: brings the tensors of all sources.
+        spec: how the tensor is merged.
+        gather: task that gathers the tensor from all sources.
         order: the sources, in the order of the rows of the coefficients.
-        record: holds the coefficients, where they are known from planning.
+        record: holds the coefficients if they are known from planning.
     """
 
     spec: TensorSpec
@@ -170,24 +185,32 @@ class Known:
 
 
 class MergeKnown(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):
-    """Merges one tensor by coefficients: of a replay, of a search, or an average."""
+    """Merges one tensor with the coefficients of a replay, of a search, or of the average."""
 
     known: Known
     fit: Search | None = None
 
     def arguments(self) -> dict[str, Task[Any]]:
+        """The gathered tensors, and the result of the search if there is one."""
         tensors = {"tensors": self.known.gather}
         return tensors if self.fit is None else {**tensors, "result": self.fit}
 
     def group_label(self) -> str | None:
+        """The label of the gather task."""
         return self.known.gather.group_label()
 
     def uses_accelerator(self) -> bool:
+        """True: mergekit moves the tensors to its device for computations."""
         return True
 
     def execute(
         self, tensors: dict[ModelReference, torch.Tensor], result: StageResult | None = None
     ) -> torch.Tensor:
+        """Merge the tensor, in the dtype that is written; copy a buffer that is not floating point.
+
+        Raises:
+            DamError: the coefficients do not fit the tensor.
+        """
         known, name = self.known, self.known.spec.name
         loaded = of_all(tensors, known.order)
         buffer: torch.Tensor | None = copy_non_floating_buffer(loaded, name)
@@ -204,41 +227,49 @@ class MergeKnown(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):
 
 
 class Piece(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):
-    """A tensor that mergekit asked for, cut out of a merged one that is made of several."""
+    """Cuts a tensor that mergekit asked for out of a merged fused one."""
 
     whole: Task[torch.Tensor]
     region: Region
 
     def arguments(self) -> dict[str, Task[Any]]:
+        """The merged fused tensor."""
         return {"whole": self.whole}
 
     def group_label(self) -> str | None:
+        """The label of the fused tensor's task."""
         return self.whole.group_label()
 
     def priority(self) -> int:
+        """High, so that tensors are written, and released, early."""
         return 100
 
     def execute(self, whole: torch.Tensor) -> torch.Tensor:
+        """Cut the piece out."""
         return self.region.cut(whole)
 
 
 class WriteArtifacts(Task[None], frozen=True, arbitrary_types_allowed=True):
-    """Writes coefficients and report beside the merged model, once the last stage is through."""
+    """Writes coefficients and report beside the merged model after the last stage."""
 
     last: FitStage | Search | None
     write: Callable[[MergeRecord], None]
     record: MergeRecord | None = None
 
     def arguments(self) -> dict[str, Task[Any]]:
+        """The result that holds the final record, unless the record is known from planning."""
         return {} if self.last is None else {"result": self.last}
 
     def group_label(self) -> str:
+        """The label of the last fit, if there is one."""
         return "" if self.last is None else self.last.group_label()
 
     def main_thread_only(self) -> bool:
+        """True: files are written on the main thread."""
         return True
 
     def execute(self, result: StageResult | None = None) -> None:
+        """Write the files from the final record."""
         record = result.record if result is not None else self.record
         assert record is not None
         self.write(record)

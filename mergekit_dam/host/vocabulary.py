@@ -1,4 +1,4 @@
-"""The merged vocabulary, built by mergekit, and what it would find wrong too late."""
+"""The merged vocabulary, built by mergekit, and checks that mergekit would make too late."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,11 +27,13 @@ def build_vocabulary(
     """Have mergekit build the merged model's vocabulary, if the configuration asks for one.
 
     Args:
+        config: mergekit's configuration.
         models: the base, if there is one, and the models, in the order of the configuration.
+        trust_remote_code: whether tokenizers may run code from the Hub.
 
     Raises:
         CalibrationError: a tokenizer cannot be loaded.
-        ConfigError: mergekit cannot build it, or could not bring the models' rows into it.
+        ConfigError: mergekit cannot build the vocabulary, or cannot align the models' rows to it.
     """
     asked = config.tokenizer
     source = asked.source if asked is not None else config.tokenizer_source
@@ -49,7 +51,7 @@ def build_vocabulary(
             )
     except Exception as error:  # RuntimeError, OSError, and whatever tokenizers raise
         for model in [*models, *([source] if isinstance(source, ModelReference) else [])]:
-            load_tokenizer(model, trust_remote_code)  # one that is missing is told with a remedy
+            load_tokenizer(model, trust_remote_code)  # names a missing one, with a remedy
         raise ConfigError(f"tokenizer: mergekit cannot build it: {error}") from error
     ids = info.tokenizer.get_vocab()
     problems = [
@@ -67,10 +69,10 @@ def build_vocabulary(
 
 @contextmanager
 def _listed_by_id() -> Iterator[None]:
-    """Have fast tokenizers list their tokens by id.
+    """Make fast tokenizers list their tokens by id.
 
-    They list them in another order each time, and mergekit numbers those of a union as listed: the
-    same merge would have other ids in every run, and a replay others than the fit.
+    They list them in another order each time, and mergekit numbers the tokens of a union in that
+    order. The same merge would get other ids in every run, and a replay other ids than the fit.
     """
     stock = PreTrainedTokenizerFast.get_vocab
 
@@ -85,19 +87,19 @@ def _listed_by_id() -> Iterator[None]:
 
 
 def _gaps(ids: Mapping[str, int]) -> list[str]:
-    """mergekit makes as many rows as there are tokens."""
+    """The problem that ids have gaps: mergekit makes as many rows as there are tokens."""
     last = max(ids.values())
     if last < len(ids):
         return []
     return [
         f"tokenizer: mergekit can only number tokens without gaps, but the last of {len(ids):,} "
-        f"tokens has id {last}; take another `source`, or leave out the section `tokenizer` if all "
+        f"tokens has id {last}; use another `source`, or remove the section `tokenizer` if all "
         f"models have the same tokens"
     ]
 
 
 def _rows_missing(info: TokenizerInfo) -> list[str]:
-    """Tokens that a model's tokenizer has beyond the rows of its embedding."""
+    """Problems with tokens of a model's tokenizer that have no row in its embedding."""
     problems = []
     ids = info.tokenizer.get_vocab()
     for model, permutation in info.permutations.items():
@@ -118,13 +120,13 @@ def _overrides_missing(
     overrides: Mapping[str, TokenEmbeddingConfig],
     trust_remote_code: bool,
 ) -> list[str]:
-    """Overrides of tokens that name an embedding that is not there."""
+    """Problems with overrides of tokens that name an embedding that does not exist."""
     problems = []
     for token, override in overrides.items():
         new = info.tokenizer.get_vocab()[token]
         had = [model for model in models if info.permutations[model].get(new, LOST) >= 0]
         if not override.force and len(had) == len(models):
-            continue  # mergekit does not look at it
+            continue  # mergekit ignores the override
         where, source = f"tokenizer.tokens[{token!r}]", override.source
         if source is None:
             problems.append(
@@ -152,7 +154,7 @@ def _model_token_missing(
         return [f"its `source` {source.model} is no model of the merge"]
     rows = get_vocab_size(source.model.model, trust_remote_code=trust_remote_code)
     if source.token_id is not None and rows is not None and not 0 <= source.token_id < rows:
-        return [f"{source.model} has no row {source.token_id}, but {rows} of them"]
+        return [f"{source.model} has no row {source.token_id}; it has {rows} rows"]
     vocabulary = info.original_vocabs.get(source.model, {})
     if source.token is not None and source.token not in vocabulary:
         return [f"{source.model} has no token {source.token!r}"]

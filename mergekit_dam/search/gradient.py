@@ -111,7 +111,7 @@ class Objective:
         hidden: Sequence[Tensor],
         gradients: Gradients,
     ) -> tuple[float, list[Tensor]]:
-        """The loss and its gradients at the last block's outputs; adds the output's to `gradients`."""
+        """The loss and its gradients at the last block's outputs; `gradients` gets the stage's."""
         weights = opened.merged_weights(point)
         sums = self._zeros(opened, weights)
         live = {n: w.detach().requires_grad_(n in sums) for n, w in weights.items()}
