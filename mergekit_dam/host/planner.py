@@ -101,7 +101,7 @@ def _teachers_in_slices(
         }
 
     def plan_with_all(weight: Any, weights_in: Any, models: Any, cfg_reader: Any) -> None:
-        # Outside of the layers mergekit lists a weight once per source of the first slice.
+        # A weight after the layers: mergekit lists one per source of the first slice, not the last.
         if len(weights_in) != len(models):
             weights_in = [weights_in[0]] * len(models)
         assert isinstance(cfg_reader.slice_out, TaughtSlice)

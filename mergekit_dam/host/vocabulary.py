@@ -62,7 +62,7 @@ def build_vocabulary(
     if problems:
         raise ConfigError(*problems)
     multiple = (asked.pad_to_multiple_of if asked is not None else None) or 1
-    size = -(-len(ids) // multiple) * multiple
+    size = -(-len(ids) // multiple) * multiple  # rounded up
     giver = str(models[0] if source == "base" else source)
     return Vocabulary(info, size, giver)
 

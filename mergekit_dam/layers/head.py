@@ -50,6 +50,7 @@ def fit_head(walk: Walk, unit: Unit, *, temperature: float) -> Iterator[tuple[st
     best, best_step = form.coefficients(unknowns), 0
     lowest = start = head.loss(best, judged_on)
     for step in range(1, STEPS + 1):
+        # Chain rule through `coefficients = offset + expand @ unknowns`.
         unknowns.grad = expand.T @ head.gradient(form.coefficients(unknowns), step - 1)
         optimizer.step()
         if step % JUDGE_EVERY == 0:

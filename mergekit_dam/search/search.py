@@ -152,7 +152,7 @@ def survey(
             left = run(opened.part, own, stream.merged, network.device)
             stream.merged = stream.keep(_finite(left, opened))
             part = opened.teacher_part(stream.source)
-            # In line: a name for these weights would outlive the stage.
+            # Inline: a variable would keep these weights in memory after their stage.
             left = run(part, opened.teacher_weights(stream.source), stream.teacher, network.device)
             stream.teacher = stream.keep(_finite(left, opened))
     data = [
@@ -251,6 +251,6 @@ def _coordinates(
 
 def _column_weights(opened: OpenStage, coordinate: Coordinate) -> Tensor:
     tensors, base = opened.by_name(coordinate.name).tensors, coordinate.form.base
-    assert base is not None  # the configuration was refused otherwise
+    assert base is not None  # else the configuration was refused
     models = [tensors[source] for source in coordinate.form.merged]
     return column_weights(models, tensors[base], axis=coordinate.axis)
