@@ -32,7 +32,8 @@ from mergekit_dam.fitting.moments import InputMoments, LinearMoments, LinearToke
 from mergekit_dam.parameters import Granularity
 from mergekit_dam.streams import storage
 from tests.kit.merging import Merged, dam, merge
-from tests.kit.models import VOCAB_SIZE, save_calibration, save_models, tiny_llama_config
+from tests.kit.models import VOCAB_SIZE, save_models, tiny_llama_config
+from tests.kit.texts import save_calibration
 
 SAMPLES, LENGTH = 8, 64
 GB = 10**9

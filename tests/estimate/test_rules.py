@@ -29,7 +29,8 @@ from mergekit_dam.streams.storage import (
 )
 from mergekit_dam.streams.stream import CHUNK_TOKENS, chunk_sequences, chunks
 from tests.kit.merging import dam
-from tests.kit.models import VOCAB_SIZE, Models, save_calibration, save_models
+from tests.kit.models import VOCAB_SIZE, Models, save_models
+from tests.kit.texts import save_calibration
 
 GB = 10**9
 ROOM = Room(host=64 * GB, gpu=0, disk=100 * GB, baseline=0, libraries=0, shard=5 * GB)
