@@ -29,6 +29,8 @@ def until(stop: Stop) -> Iterator[None]:
     except Stop as raised:
         if raised is not stop:
             raise
+        # Its traceback holds the frames that raised it, and they hold the weights of the part.
+        stop.__traceback__ = None
 
 
 @contextlib.contextmanager

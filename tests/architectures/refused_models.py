@@ -28,7 +28,7 @@ STATEFUL_BLOCKS: dict[str, Case] = {
             activation_sparsity_pattern=[0.0] * 4,
             layer_types=["sliding_attention", "full_attention"] * 2,
         ),
-        refused="one hidden state a token",
+        refused="one hidden state per token",
     ),
     "gemma4": Case(
         "Gemma 4",

@@ -74,10 +74,10 @@ class TestTensors:
         [
             ({}, "pass `coefficients`: the path"),
             ({"coefficients": None}, "pass `coefficients`: the path"),
-            ({"coefficients": COLUMNS[:1]}, r"of shape \[2, 1\] or \[2, 3\], a row"),
+            ({"coefficients": COLUMNS[:1]}, r"of shape \[2, n\], a row for each"),
             (
                 {"coefficients": COLUMNS[:, :2]},
-                "w: required 3 coefficients a tensor, or",
+                "w: required 3 coefficients per source, or",
             ),
             ({"coefficients": {"v": COLUMNS}}, r"coefficients for the tensor 'w', got .* \(v\)"),
             ({"coefficients": COLUMNS, "ridge": 1.0}, "ridge would not be read"),

@@ -76,7 +76,7 @@ class TestConfiguration:
         )
         inputs.refused(
             ConfigError,
-            "start: the file has one coefficient a column for model.",
+            "start: the file has one coefficient per column for model.",
             "but `granularity` is `tensor`; set `granularity: column`, or another start",
             configuration=configuration,
         )

@@ -42,7 +42,7 @@ class TestModels:
         tensors = load_file(file)
         del tensors["model.layers.1.mlp.up_proj.weight"]
         save_file(tensors, file, metadata={"format": "pt"})
-        message = f"model.layers.1.mlp.up_proj.weight: {model} has not"
+        message = f"model.layers.1.mlp.up_proj.weight: {model} does not have it"
         inputs.refused(ArchitectureError, message)
 
     def test_layers_outside_of_a_model(self, inputs: Inputs) -> None:
@@ -131,7 +131,7 @@ class TestWeights:
     ) -> None:
         broken(name)
         more = {"metric": "sensitivity"} if objective == "layer" else {}
-        with pytest.raises(DamError, match=f"^{place}: what leaves it is not finite"):
+        with pytest.raises(DamError, match=f"^{place}: its output is not finite"):
             merge(inputs.configuration(objective=objective, **more), inputs.folder / "out")
         assert not (inputs.folder / "out").exists()
 

@@ -157,7 +157,7 @@ def test_experts_that_transformers_transposes_are_not_split() -> None:
         return None if whole is None else whole.transpose(1, 2)
 
     whole = f"{experts}.gate_up_proj"
-    with mock.patch.object(fused_module, "convert_checkpoint_tensors", turned):
+    with mock.patch.object(fused_module, "convert", turned):
         assert fused_module._regions(whole, names, "afmoe") == {}
     regions = fused_module._regions(whole, names, "afmoe")
     assert {name: (r.expert, r.row, r.rows) for name, r in regions.items()} == {
@@ -176,7 +176,9 @@ def test_coefficients_of_another_number_of_experts_are_refused(tmp_path: Path) -
     coefficients[name] = coefficients[name][:, : 2 * 16]
     file = tmp_path / "cut.safetensors"
     CoefficientFile(coefficients, merged.coefficients.sources, {}).save(file)
-    with pytest.raises(DamError, match=f"{name}: required 64 coefficients a model, got 32"):
+    with pytest.raises(
+        DamError, match=f"{name}: required 64 coefficients per source, or 1, got 32"
+    ):
         merge(dam(models.models, coefficients=str(file)), tmp_path / "again")
 
 

@@ -265,7 +265,9 @@ class TestSlices:
         ).models[0]
         configuration = sliced(family, {0: (0, 1), 1: (0, 1)}, {0: (1, 3)})
         configuration["slices"][0]["sources"][1]["model"] = str(short)
-        with pytest.raises(ConfigError, match=r"slices\[1\]: takes layers up to 3 .* has 1, so"):
+        with pytest.raises(
+            ConfigError, match=r"slices\[1\]: takes layers up to 3 .* has 1, too few"
+        ):
             merge(configuration, tmp_path / "out")
         configuration["slices"][0]["sources"][1]["parameters"] = {"loss_weight": 0}
         merge(configuration, tmp_path / "out").load()
@@ -282,7 +284,7 @@ class TestSlices:
         source = configuration["slices"][-1]["sources"][0]
         source["model"] = str(wide)
         source["parameters"]["loss_weight"] = 0
-        with pytest.raises(ArchitectureError, match=r"mlp.up_proj.weight: (shapes differ|\[32, )"):
+        with pytest.raises(ArchitectureError, match=r"mlp.up_proj.weight(: shapes differ| \[32, )"):
             merge(configuration, tmp_path / "out")
 
     def test_a_stack_of_models_of_different_vocabularies(
@@ -292,7 +294,7 @@ class TestSlices:
         other = save_models(tmp_path / "other", config, count=1, seed=5).models[0]
         configuration = sliced(family, {0: (0, 2)}, {1: (0, 2)})
         configuration["slices"][1]["sources"][0]["model"] = str(other)
-        with pytest.raises(ArchitectureError, match=r"lm_head.weight: \[80, 16\], not \[64, 16\]"):
+        with pytest.raises(ArchitectureError, match=r"lm_head.weight \[80, 16\], not \[64, 16\]"):
             merge(configuration, tmp_path / "out")
         cut = merge(configuration, tmp_path / "cut", unsafe_truncate_embeddings=True)
         assert cut.load().config.vocab_size == 64
@@ -304,7 +306,9 @@ class TestSlices:
             tmp_path / "short", tiny_llama_config(num_hidden_layers=1), count=1
         ).models[0]
         configuration = dam([family[0], short], family.texts)
-        with pytest.raises(ConfigError, match=r"models: required as many layers of every model, g"):
+        with pytest.raises(
+            ConfigError, match=r"models: required equally many layers of every model, g"
+        ):
             merge(configuration, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 

@@ -77,7 +77,7 @@ class TestOverrides:
             (
                 "<new>",
                 {"source": {"kind": "model_token", "model": "LEFT", "token_id": 24}},
-                "LEFT has no row 24, but 24 of them",
+                "LEFT has no row 24; it has 24 rows",
             ),
             (
                 "<new>",

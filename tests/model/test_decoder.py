@@ -125,9 +125,7 @@ def test_moving_takes_buffers_along_and_forgets_recorded_calls() -> None:
         decoder.run_block(0, of_block(decoder, 0, weights), hidden)
     decoder.move(torch.device("meta"))
     assert {buffer.device.type for buffer in decoder.model.buffers()} == {"meta"}
-    block = {n: w.to("meta") for n, w in of_block(decoder, 0, weights).items()}
-    with torch.no_grad():  # what was recorded on the other device would not run
-        assert decoder.run_block(0, block, hidden.to("meta")).device.type == "meta"
+    assert decoder._calls.cache_info().currsize == 0
     decoder.move(torch.device("meta"))  # nothing to do
 
 
@@ -166,7 +164,7 @@ def test_blocks_that_are_handed_more_than_hidden_states_are_refused() -> None:
         pad_token_id=0,
     )
     with pytest.raises(
-        ArchitectureError, match=r"one hidden state a token before .* Gemma3n.*\[4, 1, 2, 16\]"
+        ArchitectureError, match=r"one hidden state per token before .* Gemma3n.*\[4, 1, 2, 16\]"
     ):
         decoder_of(config)
 

@@ -166,7 +166,10 @@ def test_a_slice_of_one_model_needs_no_base() -> None:
 @pytest.mark.parametrize(
     ("ranges", "reason"),
     [
-        ("[0, 2]|[0, 1]", "required as many layers of every model, got 2 of org/a, 1 of org/b"),
+        (
+            "[0, 2]|[0, 1]",
+            "required equally many layers of every model, got 2 of org/a, 1 of org/b",
+        ),
         ("[1, 1]|[1, 1]", "with 0 <= first < end, got [1, 1] of org/a"),
         ("[-1, 1]|[0, 2]", "with 0 <= first < end, got [-1, 1] of org/a"),
     ],
@@ -213,7 +216,7 @@ def test_slices_of_one_model_each_need_no_calibration() -> None:
 def test_one_model_beside_a_base_is_refused(listed: str) -> None:
     models = f"[{{model: org/a, parameters: {{calibration: a}}}}{listed}]"
     assert only_problem(configuration(models=models, base="org/base")).startswith(
-        "models: org/a alone would be merged, as the base is no model to merge unless asked for; "
+        "models: org/a alone would be merged, because the base is not merged by default; "
         "set `include_base: true`"
     )
     both = configuration(

@@ -68,8 +68,8 @@ def test_a_nonlinearity_after_layer_fits_is_refused(name: str) -> None:
     parameters = f"{{objective: layer+logits, nonlinearity: {name}}}"
     problem = only_problem(configuration(parameters=parameters, base="org/base"))
     assert problem.startswith(
-        f"parameters (top level): `nonlinearity: {name}` cannot give every coefficient that layers "
-        f"may be fitted to"
+        f"parameters (top level): `nonlinearity: {name}` cannot produce every coefficient that "
+        f"the layer fits may find"
     )
     assert problem.endswith("set `objective: logits`, or `nonlinearity: none`")
 

@@ -9,6 +9,7 @@ import pytest
 from mergekit_dam.errors import DamError
 from mergekit_dam.search import search as search_module
 from mergekit_dam.search.search import search
+from mergekit_dam.streams import progress
 from tests.kit.models import Models
 from tests.kit.networks import files_under, make
 from tests.kit.searches import polished, searched
@@ -23,7 +24,10 @@ class Interrupted(BaseException):
 @pytest.mark.parametrize("at", ["start", "block", "step", None])
 @pytest.mark.parametrize("error", [Interrupted, KeyboardInterrupt, DamError])
 def test_scratch_files_go_away_whatever_happens(
-    at: str | None, error: type[BaseException], tmp_path: Path
+    at: str | None,
+    error: type[BaseException],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[set[str]] = []
 
@@ -32,13 +36,14 @@ def test_scratch_files_go_away_whatever_happens(
         if at is not None and line.startswith(at) and len(seen) > 1:
             raise error("no more")
 
+    monkeypatch.setattr(progress, "show", show)
     made = make()
     if at is None:
-        searched(made, tmp_path / "scratch", show=show, metric="sensitivity")
+        searched(made, tmp_path / "scratch", metric="sensitivity")
         assert any(name.endswith(".safetensors") for files in seen for name in files)
     else:
         with pytest.raises(error):
-            searched(made, tmp_path / "scratch", show=show, metric="sensitivity")
+            searched(made, tmp_path / "scratch", metric="sensitivity")
     assert all(name.startswith("scratch") for files in seen for name in files)
     assert files_under(tmp_path) == {"scratch"}
 

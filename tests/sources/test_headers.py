@@ -76,14 +76,17 @@ def test_tensors_that_agree_pass_and_their_shapes_are_returned(check: Any) -> No
 def test_a_missing_tensor_is_named_with_its_model(check: Any, tmp_path: Path) -> None:
     with pytest.raises(ArchitectureError, match="required the same tensors in all models") as error:
         check({"norm.weight": [4]}, {"other": [4]}, NORM)
-    assert error.value.message.endswith(f"\n  - norm.weight: {tmp_path / 'b'} has not")
+    assert error.value.message.endswith(f"\n  - norm.weight: {tmp_path / 'b'} does not have it")
 
 
 def test_an_optional_tensor_that_one_model_lacks_is_named(check: Any, tmp_path: Path) -> None:
     head = WeightInfo(name="lm_head.weight", optional=True)
     with pytest.raises(ArchitectureError) as error:
         check({"lm_head.weight": [6, 4]}, {"other": [4]}, head)
-    assert f"lm_head.weight: some models have it, {tmp_path / 'b'} has not" in error.value.message
+    assert (
+        f"lm_head.weight: some models have it, {tmp_path / 'b'} does not have it"
+        in error.value.message
+    )
 
 
 def test_shapes_that_differ_are_listed_by_model(check: Any, tmp_path: Path) -> None:

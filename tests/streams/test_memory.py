@@ -71,6 +71,6 @@ def test_a_merge_takes_a_size(
         llama_models.models, list(calibration), objective="layer", metric="identity", samples=2
     )
     config["parameters"]["gpu_memory"] = size
-    with mock.patch("mergekit_dam.host.graph.limit_gpu") as limited:
+    with mock.patch("mergekit_dam.host.fitted_graph.limit_gpu") as limited:
         merge(config, tmp_path / "out")
     assert limited.call_args.args[1] in (12 * 10**9, 12 * 2**30)
