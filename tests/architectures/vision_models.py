@@ -127,7 +127,7 @@ VISION_MODELS: dict[str, Case] = {
             **_QWEN_TOKENS,
         ),
         kind=tf.Qwen2VLForConditionalGeneration,
-        refused="where transformers 5 has none",
+        refused="but transformers 5 has no such entry",
     ),
     "qwen2.5-vl": Case(
         "Qwen 2.5 VL",
