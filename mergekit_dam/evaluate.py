@@ -27,7 +27,8 @@ from mergekit_dam.calibration.load import LOCAL_WINDOW, PIECE_SEQUENCES
 from mergekit_dam.calibration.packing import pack
 from mergekit_dam.calibration.pieces import Intake, shuffled_pieces
 from mergekit_dam.calibration.source import CalibrationSource
-from mergekit_dam.errors import DamError
+from mergekit_dam.errors import DamError, first_line
+from mergekit_dam.tables import aligned
 
 LOG = logging.getLogger(__name__)
 
@@ -225,15 +226,9 @@ def name_texts(files: Sequence[Path]) -> dict[str, Path]:
 
 def format_table(header: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]) -> str:
     """Lay out losses for a terminal: names on the left, numbers with three decimals aligned."""
-    cells = [list(header)]
-    for name, row in rows:
-        # -0.0 + 0.0 is 0.0, so that no -0.000 is printed.
-        cells.append([name, *(f"{round(value, 3) + 0.0:.3f}" for value in row)])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = (
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells
-    )
-    return "\n".join(lines)
+    # -0.0 + 0.0 is 0.0, so that no -0.000 is printed.
+    cells = [[name, *(f"{round(value, 3) + 0.0:.3f}" for value in row)] for name, row in rows]
+    return aligned(header, cells)
 
 
 def _require_model(name: str) -> None:
@@ -254,7 +249,7 @@ def _require_device(name: str) -> None:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise DamError(f"the device {name!r} cannot be used: {reason}") from error
 
 
@@ -283,7 +278,7 @@ def _all_tokens(
 
 
 def _not_loaded(what: str, model: str, error: Exception) -> DamError:
-    reason = str(error).strip().partition("\n")[0]
+    reason = first_line(error)
     return DamError(
         f"the {what} of {model} cannot be loaded ({type(error).__name__}: {reason}): {_REMEDY}"
     )

@@ -4,7 +4,7 @@ The classes below are the single source of mergekit's specification, the checks 
 the settings of the fit and the README's tables.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ByteSize, ConfigDict, Field
@@ -30,6 +30,11 @@ class Parameters(BaseModel):
     """Base of the parameter classes: frozen; unknown parameters are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _penalty(description: str) -> Any:
+    """The field of a penalty's weight; at 0 the penalty is off."""
+    return Field(default=0.0, ge=0, description=description)
 
 
 class ModelParameters(Parameters):
@@ -156,46 +161,30 @@ class LogitsParameters(Parameters):
         "-1 and 1, `sigmoid` between 0 and 1, `relu` at 0 or more. Set it with `objective: logits` "
         "if coefficients must stay in such a range.",
     )
-    similarity: float = Field(
-        default=0.0,
-        ge=0,
-        description="Weight of the mean cosine between the models' coefficients (0 = off). Set it "
+    similarity: float = _penalty(
+        "Weight of the mean cosine between the models' coefficients (0 = off). Set it "
         "to make models use different columns.",
     )
-    l1: float = Field(
-        default=0.0,
-        ge=0,
-        description="Weight of the 1-norms of the models' coefficients (0 = off). Set it for few "
-        "nonzero ones.",
+    l1: float = _penalty(
+        "Weight of the 1-norms of the models' coefficients (0 = off). Set it for few nonzero ones.",
     )
-    l2: float = Field(
-        default=0.0,
-        ge=0,
-        description="Weight of the 2-norms of the models' coefficients (0 = off). Set it for "
-        "small ones.",
+    l2: float = _penalty(
+        "Weight of the 2-norms of the models' coefficients (0 = off). Set it for small ones.",
     )
-    overlap: float = Field(
-        default=0.0,
-        ge=0,
-        description="Weight of the models' use of the same columns (0 = off). Set it to give each "
+    overlap: float = _penalty(
+        "Weight of the models' use of the same columns (0 = off). Set it to give each "
         "column to one model.",
     )
-    weighted_overlap: float = Field(
-        default=0.0,
-        ge=0,
-        description="As `overlap`, with columns weighted by how much the models' task vectors "
+    weighted_overlap: float = _penalty(
+        "As `overlap`, with columns weighted by how much the models' task vectors "
         "interfere there (0 = off). It needs a `base_model`.",
     )
-    mse: float = Field(
-        default=0.0,
-        ge=0,
-        description="Weight of the squared difference of the logits, in addition to the KL (0 = "
+    mse: float = _penalty(
+        "Weight of the squared difference of the logits, in addition to the KL (0 = "
         "off). Set it to match the teachers on unlikely tokens too.",
     )
-    entropy: float = Field(
-        default=0.0,
-        ge=0,
-        description="Weight of the entropy of the merged model's predictions (0 = off). Set it "
+    entropy: float = _penalty(
+        "Weight of the entropy of the merged model's predictions (0 = off). Set it "
         "for more confident predictions.",
     )
     start: str = Field(

@@ -1,6 +1,5 @@
 """An estimate as tables of text for people, and as JSON for programs."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -8,6 +7,7 @@ from mergekit_dam.estimate.estimate import Estimate
 from mergekit_dam.estimate.flops import total
 from mergekit_dam.estimate.memory import Need
 from mergekit_dam.estimate.sweeps import Sweep
+from mergekit_dam.tables import aligned
 
 _MEANING = (
     "Memory is the process's own; with mapped files, also pages of weights that the system\n"
@@ -111,7 +111,7 @@ def _sweeps(estimate: Estimate) -> str:
     rows.append(["in all", _size(read), _size(written), flops, _time(estimate.least_seconds)])
     if estimate.most_seconds > estimate.least_seconds:
         rows.append(["at most", "", "", "", _time(estimate.most_seconds)])
-    return _aligned(["sweep", "reads", "writes", "Tflop", "time"], rows)
+    return aligned(["sweep", "reads", "writes", "Tflop", "time"], rows)
 
 
 def _work(estimate: Estimate) -> str:
@@ -123,7 +123,7 @@ def _work(estimate: Estimate) -> str:
         found[kind] = (flops + own, seconds + count / estimate.machine.speed(speed))
     ordered = sorted(found.items(), key=lambda item: -item[1][1])
     rows = [[kind, f"{flops / 1e12:,.2f}", _time(seconds)] for kind, (flops, seconds) in ordered]
-    return _aligned(["work", "Tflop", "time"], rows)
+    return aligned(["work", "Tflop", "time"], rows)
 
 
 def _memory(estimate: Estimate) -> str:
@@ -138,23 +138,13 @@ def _memory(estimate: Estimate) -> str:
     if estimate.room.gpu:
         head.append("GPU")
         last.append(_size(estimate.gpu.device))
-    return _aligned(head, [*rows, last])
+    return aligned(head, [*rows, last])
 
 
 def _verdict(estimate: Estimate) -> str:
     if not estimate.problems:
         return "Everything fits."
     return "\n".join(["What would not fit:", *(f"  - {each}" for each in estimate.problems)])
-
-
-def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lines of a table: the first column is aligned to the left, the others to the right."""
-    every = [head, *rows]
-    widths = [max(len(row[index]) for row in every) for index in range(len(head))]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-        for row in every
-    )
 
 
 def _size(count: float) -> str:
