@@ -1,4 +1,4 @@
-"""Costs of merges of the same models: seconds, memory, bytes, and their ratios to `linear`.
+r"""Costs of merges of the same models: seconds, memory, bytes, and their ratios to `linear`.
 
     python -m examples.benchmarks.cost --synthetic --rounds 5 --out cost
     python -m examples.benchmarks.cost --synthetic --sweep layers=12,24,48,96 --rounds 1 \\

@@ -1,4 +1,4 @@
-"""Merges of the same models by every method, compared on text that none of them has seen.
+r"""Merges of the same models by every method, compared on text that none of them has seen.
 
     python -m examples.benchmarks.quality --demo --out quality-demo
     python -m examples.benchmarks.quality --base BASE \\

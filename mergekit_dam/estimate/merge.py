@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from mergekit_dam.calibration.sets import CalibrationSet, Provenance
 from mergekit_dam.calibration.source import CalibrationSource
-from mergekit_dam.errors import ConfigError, DamError
+from mergekit_dam.errors import ConfigError, DamError, first_line
 from mergekit_dam.host import plugin
 from mergekit_dam.host.compat import (
     GatherTensors,
@@ -153,7 +153,7 @@ def _check_models(models: Iterable[ModelReference], options: MergeOptions) -> No
         except (OSError, ValueError) as error:
             raise DamError(
                 f"{model}: required a folder with a model, or the id of one on the Hub; its "
-                f"configuration cannot be read ({str(error).splitlines()[0]})"
+                f"configuration cannot be read ({first_line(error)})"
             ) from error
 
 

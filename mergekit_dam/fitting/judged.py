@@ -47,7 +47,7 @@ def judged(
         raise DamError(
             f"{sources.name}: required a finite loss at the average of the models, got "
             f"{before.fit} ({before.held_out} on held-out text); a model's weights, or its "
-            f"hidden states of the calibration text, are not finite"
+            f"hidden states on its calibration text, are not finite"
         )
     finite = math.isfinite(after.fit + after.held_out)
     kept = finite and after.held_out < before.held_out

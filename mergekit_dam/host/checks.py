@@ -57,14 +57,14 @@ def check_headers(
         if free is None:
             shapes.update((weight.name, shape) for shape in known.values())
         if len({_without(shape, free) for shape in known.values()}) > 1:
-            listed = ", ".join(f"{m} {list(s)}" for m, s in known.items())
+            different = ", ".join(f"{m} {list(s)}" for m, s in known.items())
             hint = (
                 "; write `tokenizer: {source: union}`, or pass --unsafe-truncate-embeddings where "
                 "only the padding differs"
                 if weight.vocabulary_axis is not None and free is None
                 else ""
             )
-            problems.append(f"{weight.name}: shapes differ: {listed}{hint}")
+            problems.append(f"{weight.name}: shapes differ: {different}{hint}")
     if problems:
         more = len(problems) - _SHOWN
         lines = [*problems[:_SHOWN], *([f"and {more} more"] if more > 0 else [])]

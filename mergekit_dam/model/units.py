@@ -84,7 +84,8 @@ class OfKind(Protocol):
     """A unit, as far as grouping asks."""
 
     @property
-    def kind(self) -> str: ...
+    def kind(self) -> str:
+        """Such as "linear"."""
 
 
 U = TypeVar("U", bound=OfKind)

@@ -89,3 +89,7 @@ def _type_name(annotation: Any) -> str:
     if arguments and all(isinstance(a, str) for a in arguments):
         return " or ".join(f"`{a}`" for a in arguments)
     return str((arguments[0] if arguments else annotation).__name__)
+
+
+if __name__ == "__main__":
+    print(parameter_tables())

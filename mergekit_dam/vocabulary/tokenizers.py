@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import has_file  # type: ignore[attr-defined]
 
-from mergekit_dam.errors import CalibrationError
+from mergekit_dam.errors import CalibrationError, first_line
 
 if TYPE_CHECKING:
     from mergekit.common import ModelPath, ModelReference
@@ -120,12 +120,12 @@ def _has_tokenizer(adapter: ModelPath) -> bool:
         )
     except Exception as error:
         raise CalibrationError(
-            f"the files of the adapter {adapter} cannot be listed: {_said(error)}"
+            f"the files of the adapter {adapter} cannot be listed: {first_line(error)}"
         ) from error
 
 
 def _explain(error: Exception, path: ModelPath, trust_remote_code: bool) -> str:
-    said = _said(error)
+    said = first_line(error)
     remedy = (
         "check the path or id; a model saved without its tokenizer needs the tokenizer files "
         "(tokenizer.json, tokenizer_config.json) of the model that it was trained from"
@@ -136,10 +136,6 @@ def _explain(error: Exception, path: ModelPath, trust_remote_code: bool) -> str:
         f"the tokenizer of {path} cannot be loaded, and calibration text is read with it "
         f"({type(error).__name__}: {said}): {remedy}"
     )
-
-
-def _said(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def _disagreement(conflicts: Mapping[tuple[str, str], list[str]]) -> str:

@@ -81,7 +81,7 @@ def select(choices: Choices, *, count: int, has_base: bool, samples: int) -> tup
 
 
 def _stock(count: int, *, has_base: bool) -> Iterator[Method]:
-    """mergekit's methods that merge any number of models without training."""
+    """The methods of mergekit that merge any number of models without training."""
     equal = (1.0,) * count
     yield _method(LINEAR, [Point(method="linear", weights=equal, base="none")])
     if count > 1:

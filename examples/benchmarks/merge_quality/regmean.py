@@ -169,6 +169,7 @@ def _load(name: str, job: Job) -> PreTrainedModel:
 
 
 def main() -> None:
+    """Merge as the job file of the command line says."""
     job: Mapping[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     run(Job(**job), Path(sys.argv[2]))
 
