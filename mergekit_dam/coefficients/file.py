@@ -66,7 +66,8 @@ class CoefficientFile:
         if len(sources) != len(self.sources):
             raise ConfigError(
                 f"{self.parameter}: made from {len(self.sources)} models "
-                f"({', '.join(self.sources)}), got {len(sources)} ({', '.join(sources)})"
+                f"({', '.join(self.sources)}), got {len(sources)} ({', '.join(sources)}); "
+                f"required as many, a base included where that merge had one"
             )
         pairs = ", ".join(f"{a} as {b}" for a, b in zip(sources, self.sources, strict=True))
         LOG.warning("%s: models go by other names now; taking %s", self.parameter, pairs)

@@ -1,5 +1,16 @@
-"""Integration with mergekit: turns its plan into tasks that its executor runs; writes files.
+"""mergekit around it all: its plan made our tasks, its executor running them, its files written.
 
-May import: all packages but `estimate` and `demo`. Start reading at `plugin`, then `run`, `planner`
-and `graph`. Only `compat` has names that are private to mergekit or change with its versions.
+May import: all packages below it. Start reading at `plugin`; in the order of a merge:
+plugin, run                   mergekit's functions that call us; the merge around mergekit's own
+prepare, architectures        all that can be known before a weight is read
+vocabulary                    the merged vocabulary, built by mergekit
+planner, loadable, steps      mergekit's plan, and what it would leave out
+merge, graph                  the merge as data; from planned tensors to tasks
+headers, checks, fused        names and shapes of the tensors, from headers alone
+specs, places, initial        how each tensor is fitted, where it acts, what it starts from
+known_graph                   tasks of a merge whose coefficients are known
+fitted_graph, stages          tasks of a fit: tensors become stages, text becomes streams
+gathers, tasks                the tasks themselves
+artifacts, report, output     coefficients, report, and the folder that they go to
+compat                        every name that is private to mergekit, or changes with its versions
 """

@@ -123,9 +123,10 @@ class DamMerge(GroupMergeMethod):
         """
         given = parameters["coefficients"]
         if given is None:
+            name = group.metadata.name
             raise DamError(
-                f"dam fits whole models on calibration text, and cannot fit the single tensor "
-                f"{group.metadata.name!r}. For a fit, run it through mergekit-yaml, "
+                f"dam fits whole models on calibration text, and cannot fit the single tensor"
+                f"{'' if name is None else f' {name!r}'}. For a fit, run it through mergekit-yaml, "
                 f"mergekit-multi, mergekit.merge.run_merge or `mergekit-dam merge`; to merge "
                 f"tensors with known coefficients, pass `coefficients`: the path of a "
                 f"dam_coefficients.safetensors, or a tensor with one row per input"

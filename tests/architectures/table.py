@@ -1,8 +1,10 @@
 """The documented table of architectures.
 
-python -m tests.architectures.table    # merges all cases, and writes the table
+python -m tests.architectures.table            # merges all cases, and writes the table
+python -m tests.architectures.table NAME ...   # merges some cases, and says what was seen
 """
 
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,16 +46,21 @@ def written_table() -> str:
     return text[text.index(_BEGIN) : text.index(_END, text.index(_BEGIN))]
 
 
-def main() -> None:
+def main(names: Sequence[str]) -> None:
+    unknown = [name for name in names if name not in CASES]
+    if unknown:
+        sys.exit(f"required names of cases, got {', '.join(unknown)}; there are {', '.join(CASES)}")
     with tempfile.TemporaryDirectory() as folder:
         texts = save_token_ids(Path(folder))
         seen = []
-        for name, case in CASES.items():
-            seen.append(see(case, Path(folder) / name, texts))
+        for name in names or CASES:
+            seen.append(see(CASES[name], Path(folder) / name, texts))
             print(name, seen[-1].linear, "|", seen[-1].row, "|", seen[-1].refusal or "", flush=True)
+    if names:
+        return
     text = DOCUMENT.read_text(encoding="utf-8")
     DOCUMENT.write_text(text.replace(written_table(), table(seen)), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -106,6 +106,6 @@ def test_a_single_tensor_is_refused_with_the_ways_in(name: str | None) -> None:
     with pytest.raises(DamError) as caught:
         merge_tensors([torch.ones(2, 2), torch.zeros(2, 2)], NAME, name=name)
     message = str(caught.value)
-    assert f"cannot fit the single tensor {name!r}" in message
+    assert ("cannot fit the single tensor" + (f" {name!r}. " if name else ". ")) in message
     for way in ("mergekit-yaml", "mergekit-multi", "run_merge", "mergekit-dam merge"):
         assert way in message
