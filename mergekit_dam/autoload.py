@@ -69,15 +69,17 @@ class Delivery:
         if not self._pending or self._half_executed or self._failed:
             return
         try:
-            # The first import of plugin.py calls `flush` too, which may leave nothing to do here.
+            # The first import of `host` and of `plugin` calls `flush` too, which may leave nothing
+            # to do here, or to report.
             from mergekit_dam.host.plugin import on_import
 
             modules, self._pending = self._pending, []
             for module in modules:
                 on_import(module)
         except Exception as error:
-            self._failed = True
-            _report(error)
+            if not self._failed:
+                self._failed = True
+                _report(error)
 
 
 class PluginLoader:

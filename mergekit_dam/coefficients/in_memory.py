@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mergekit_dam.coefficients.file import CoefficientFile
-from mergekit_dam.coefficients.merge import column_problem, merge_weights
+from mergekit_dam.coefficients.merge import column_counts, column_problem, merge_weights
 from mergekit_dam.coefficients.parametrisation import Parametrisation
 from mergekit_dam.errors import DamError
 
@@ -47,8 +47,10 @@ def merge_given(
     coefficients, axis, order = _found(given, ids, name)
     tensors = [tensors[index] for index in order or range(len(tensors))]
     if coefficients.ndim != 2 or coefficients.shape[0] != len(tensors):
+        count = len(tensors)
+        allowed = (f"[{count}, {n}]" for n in column_counts(tensors[0].shape, axis))
         raise DamError(
-            f"{name}: required coefficients of shape [{len(tensors)}, n], a row for each of the "
+            f"{name}: required coefficients of shape {' or '.join(allowed)}, a row for each of the "
             f"tensors, got {list(coefficients.shape)}"
         )
     problem = column_problem(coefficients.shape[1], tensors[0].shape, axis)

@@ -13,7 +13,7 @@ from mergekit_dam.model.build import OTHER_METHODS
 from mergekit_dam.model.calls import block_calls, probe_weights
 from mergekit_dam.model.decoder import Decoder
 from mergekit_dam.model.hooks import After, Stop, hooked, own_weights, replaced_forward, until
-from mergekit_dam.model.skeleton import BlockCall, Skeleton
+from mergekit_dam.model.skeleton import BlockCall, Skeleton, as_forward
 
 
 def make_decoder(
@@ -145,10 +145,10 @@ def _leaving(skeleton: Skeleton, hidden: Sequence[Tensor]) -> Tensor:
     leaving: list[Tensor] = []
     left = Stop()
 
-    def stop(x: Tensor, *_: Any, **__: Any) -> Any:
+    def stop(x: Tensor, _: BlockCall) -> Any:
         leaving.append(x)
         raise left
 
-    with until(left), replaced_forward([(skeleton.head, stop)]):
+    with until(left), replaced_forward([(skeleton.head, as_forward(stop))]):
         skeleton.pass_through(weights, hidden)
     return leaving[0]

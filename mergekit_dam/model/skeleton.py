@@ -91,7 +91,7 @@ class Skeleton:
             The model's output.
         """
         pairs = zip(self.blocks, forwards, strict=False)
-        with replaced_forward((block, _as_forward(own)) for block, own in pairs):
+        with replaced_forward((block, as_forward(own)) for block, own in pairs):
             return self._forward(weights, tokens)
 
     def pass_through(self, weights: Weights, hidden: Sequence[Tensor]) -> Any:
@@ -116,7 +116,9 @@ class Skeleton:
         return functional_call(self.model, given, (tokens,), flags, tie_weights=True)
 
 
-def _as_forward(forward: BlockForward) -> Callable[..., Any]:
+def as_forward(forward: BlockForward) -> Callable[..., Any]:
+    """A module's `forward` that calls the given function, however hidden states are passed."""
+
     def replacement(*args: Any, **kwargs: Any) -> Any:
         if args:
             return forward(args[0], BlockCall(args[1:], kwargs))

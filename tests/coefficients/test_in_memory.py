@@ -74,7 +74,7 @@ class TestTensors:
         [
             ({}, "pass `coefficients`: the path"),
             ({"coefficients": None}, "pass `coefficients`: the path"),
-            ({"coefficients": COLUMNS[:1]}, r"of shape \[2, n\], a row for each"),
+            ({"coefficients": COLUMNS[:1]}, r"of shape \[2, 1\] or \[2, 3\], a row for each"),
             (
                 {"coefficients": COLUMNS[:, :2]},
                 "w: required 3 coefficients per source, or",

@@ -38,6 +38,7 @@ class Tree:
         self.write("mergekit/merge.py", "import mergekit.plan\nLAST_LINE = 'executed'\n")
         self.write("mergekit/options.py", "")
         self.write("mergekit_dam/__init__.py", "")
+        self.write("mergekit_dam/host/__init__.py", "")
         self.write("mergekit_dam/host/plugin.py", NOTING_PLUGIN)
         shutil.copy(PACKAGE / "autoload.py", root / "mergekit_dam")
 

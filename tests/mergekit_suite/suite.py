@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
@@ -54,8 +53,7 @@ def fetch(version: str, folder: Path) -> Path:
     pip = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder)]
     subprocess.run([*pip, "--requirement", str(wanted)], check=True)
     (archive,) = folder.glob("mergekit-*.tar.gz")
-    with tarfile.open(archive) as packed:
-        packed.extractall(folder, filter="data")
+    shutil.unpack_archive(archive, folder)
     unpacked = folder / f"mergekit-{version}"
     shutil.rmtree(unpacked / "mergekit")  # the one that is installed is under test
     (unpacked / "tests" / "__init__.py").touch()
