@@ -22,6 +22,7 @@ Granularity = Literal["column", "tensor"]
 Objective = Literal["layer", "logits", "layer+logits"]
 MetricName = Literal["identity", "sensitivity"]
 ExpertFeed = Literal["routed", "all"]
+CorrectionKind = Literal["none", "low_rank", "full"]
 Resident = Literal["auto", "always", "never"]
 ForwardDtype = Literal["auto", "float32", "bfloat16"]
 
@@ -79,14 +80,22 @@ class TensorParameters(Parameters):
         description="One coefficient per model and input column, or one per model and tensor. The "
         "latter needs less calibration text.",
     )
+    correction: CorrectionKind = Field(
+        default="none",
+        description="Matrix that is added to a linear after its coefficients are fitted: `full` "
+        "is as large as the weight, `low_rank` is two factors of `correction_rank`. Set it to come "
+        "closer to models that are far apart.",
+    )
+    correction_rank: int = Field(
+        default=32, gt=0, description="Rank of `low_rank`. Raise it to come closer to `full`."
+    )
     embeddings: bool = Field(
         default=True,
         description="Fit the embeddings. `false` averages them; set it if the calibration text "
         "has few of the tokens that matter.",
     )
     norms: bool = Field(
-        default=True,
-        description="Fit the norm weights. `false` averages them, as `linear` would.",
+        default=True, description="Fit the norm weights. `false` averages them, as `linear` would."
     )
     head: bool = Field(
         default=True,

@@ -18,6 +18,7 @@ from mergekit_dam.errors import ConfigError
 LOG = logging.getLogger(__name__)
 
 FILE_NAME = "dam_coefficients.safetensors"
+CORRECTIONS_NAME = "dam_corrections.safetensors"
 _METADATA_KEY = "mergekit_dam"
 
 
@@ -46,12 +47,14 @@ class CoefficientFile:
         sources: Models in the order of the rows, as written in the configuration.
         metadata: Provenance: versions, revisions, parameters, digests of the calibration.
         parameter: Parameter of the configuration that names the file; messages begin with it.
+        corrections: File of the corrections that belong to the coefficients, if there are any.
     """
 
     coefficients: Mapping[str, Tensor]
     sources: tuple[str, ...]
     metadata: Mapping[str, Any]
     parameter: str = "coefficients"
+    corrections: Path | None = None
 
     def rows_of(self, sources: Sequence[str]) -> list[int]:
         """The rows of the coefficients of some sources, in the order of these sources.
@@ -112,4 +115,10 @@ class CoefficientFile:
             raise ConfigError(
                 f"{parameter}: {file} was not written by a dam merge ({error!r})"
             ) from error
-        return cls(tensors, sources, metadata, parameter)
+        corrections = file.parent / CORRECTIONS_NAME if metadata.get("corrections") else None
+        if corrections is not None and not corrections.is_file():
+            raise ConfigError(
+                f"{parameter}: {file} belongs to a merge with corrections; required its "
+                f"{CORRECTIONS_NAME} in the same folder, where there is none"
+            )
+        return cls(tensors, sources, metadata, parameter, corrections)

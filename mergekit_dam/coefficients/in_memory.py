@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from mergekit_dam.coefficients.correction import Correction, Corrections
 from mergekit_dam.coefficients.file import CoefficientFile
 from mergekit_dam.coefficients.merge import column_counts, column_problem, merge_weights
 from mergekit_dam.coefficients.parametrisation import Parametrisation
@@ -56,7 +57,9 @@ def merge_given(
     problem = column_problem(coefficients.shape[1], tensors[0].shape, axis)
     if problem:
         raise DamError(f"{name}: {problem}")
-    return merge_weights(tensors, coefficients.float(), axis=axis).to(tensors[0].dtype)
+    correction = _correction(given, name)
+    merged = merge_weights(tensors, coefficients.float(), axis=axis, correction=correction)
+    return merged.to(tensors[0].dtype)
 
 
 def merge_average(
@@ -98,6 +101,14 @@ def _found(
     # Sums in another order are rounded differently; the file's order gives the bytes of its merge.
     order = sorted(range(len(rows)), key=rows.__getitem__)
     return by_name[name], known.metadata.get("axes", {}).get(name, -1), order
+
+
+def _correction(given: KnownCoefficients, name: str | None) -> Correction | None:
+    """The correction that a file has for a tensor, if it has one."""
+    known = resolved(given)
+    if name is None or not isinstance(known, CoefficientFile) or known.corrections is None:
+        return None
+    return Corrections.of_file(known.corrections).get(name)
 
 
 def resolved(given: KnownCoefficients) -> CoefficientFile | Mapping[str, Tensor] | Tensor:

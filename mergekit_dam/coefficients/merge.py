@@ -10,11 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_dam.coefficients.correction import Correction
+
 _PIECE = 2**22
 """Elements of a weight that are processed at a time."""
 
 
-def merge_weights(tensors: Sequence[Tensor], coefficients: Tensor, *, axis: int = -1) -> Tensor:
+def merge_weights(
+    tensors: Sequence[Tensor],
+    coefficients: Tensor,
+    *,
+    axis: int = -1,
+    correction: Correction | None = None,
+) -> Tensor:
     """Merge one tensor of every source; the fit and the writer both call this.
 
     Args:
@@ -23,6 +31,7 @@ def merge_weights(tensors: Sequence[Tensor], coefficients: Tensor, *, axis: int 
             `[sources, 1]` for one coefficient per source. For fused experts `[experts, ., .]` it
             may be `[sources, experts * n]`: the coefficients of one expert after the other.
         axis: Input dimension of the weight.
+        correction: Matrix that is added to the weight, if there is one.
 
     Returns:
         fp32 tensor of the sources' shape. A source whose coefficients are all zero is left
@@ -46,6 +55,8 @@ def merge_weights(tensors: Sequence[Tensor], coefficients: Tensor, *, axis: int 
                 merged[rows] = tensor[rows].float() * scale[rows]
             else:
                 merged[rows].addcmul_(tensor[rows].float(), scale[rows])
+    if correction is not None:
+        correction.add_to(merged, axis=axis)
     return merged
 
 

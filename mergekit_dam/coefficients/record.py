@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from mergekit_dam.coefficients.correction import Correction, Corrections
 from mergekit_dam.coefficients.tensors import FittedTensor, TensorReport
 
 T = TypeVar("T")
@@ -42,6 +43,7 @@ class MergeRecord:
         reports: Output tensor's name -> report of its fit.
         seconds: Stage -> wall time.
         trials: Trials of the search, if the whole model was judged.
+        corrections: Matrices that are added to merged weights, on disk; None where none can be.
     """
 
     coefficients: dict[str, Tensor] = field(default_factory=dict)
@@ -49,6 +51,11 @@ class MergeRecord:
     reports: dict[str, TensorReport] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     trials: list[Trial] = field(default_factory=list)
+    corrections: Corrections | None = None
+
+    def correction(self, name: str) -> Correction | None:
+        """The correction of an output tensor, if it has one."""
+        return None if self.corrections is None else self.corrections.get(name)
 
     def without(self, names: Collection[str]) -> "MergeRecord":
         """A record of all other tensors."""
@@ -65,3 +72,6 @@ class MergeRecord:
         self.reports[name] = fitted.report
         if fitted.axis != -1:
             self.axes[name] = fitted.axis
+        if fitted.correction is not None:
+            assert self.corrections is not None
+            self.corrections.put(name, fitted.correction)

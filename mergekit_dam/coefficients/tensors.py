@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_dam.coefficients.correction import Correction
 from mergekit_dam.coefficients.merge import merge_weights
 from mergekit_dam.coefficients.parametrisation import Parametrisation
 from mergekit_dam.errors import DamError
@@ -48,9 +49,12 @@ class TensorSources:
     dtype: torch.dtype
     teachers: Sequence[Tensor] | None = None
 
-    def merged(self, coefficients: Tensor, *, axis: int = -1) -> Tensor:
+    def merged(
+        self, coefficients: Tensor, *, axis: int = -1, correction: Correction | None = None
+    ) -> Tensor:
         """The tensor as it is written: `merge_weights`, then a single cast."""
-        return merge_weights(self.tensors, coefficients, axis=axis).to(self.dtype)
+        merged = merge_weights(self.tensors, coefficients, axis=axis, correction=correction)
+        return merged.to(self.dtype)
 
     def teacher(self, source: int) -> Tensor:
         """The tensor that a source's own model runs on, fp32."""
@@ -95,6 +99,7 @@ class TensorReport:
     Attributes:
         outcome: "fitted", or why the tensor keeps its starting coefficients.
         experts: Reason -> experts of a fused tensor that keep their starting coefficients.
+        correction: What became of its correction, if one was asked for.
     """
 
     name: str
@@ -107,6 +112,7 @@ class TensorReport:
     solver: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     experts: dict[str, list[int]] = field(default_factory=dict)
+    correction: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,7 @@ class FittedTensor:
         merged: The merged tensor, in the dtype in which it is written.
         coefficients: fp32 `[sources, n]` or `[sources, 1]`.
         axis: Dimension of the tensor along which coefficients vary.
+        correction: Matrix that `merged` has beside its coefficients, if there is one.
     """
 
     sources: TensorSources
@@ -124,6 +131,7 @@ class FittedTensor:
     coefficients: Tensor
     axis: int
     report: TensorReport
+    correction: Correction | None = None
 
 
 @dataclass(frozen=True)

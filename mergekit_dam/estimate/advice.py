@@ -33,12 +33,12 @@ def problems(
             f"GPU memory: {most.phase} takes {_gb(most.device)}, the GPU has {_gb(room.gpu)}; "
             f"{_remedy(inventory, room, most.phase, 'device')}"
         )
-    written = sum(tensor.written for tensor in inventory.tensors)
+    written = sum(tensor.written + tensor.correction for tensor in inventory.tensors)
     files = written + disk_bytes(inventory, room)
     if files > machine.disk:
         yield (
-            f"disk: the merged model and hidden states take {_gb(files)}, {_gb(machine.disk)} are "
-            f"free; choose another place for the output"
+            f"disk: the merged model and temporary files take {_gb(files)}, {_gb(machine.disk)} "
+            f"are free; choose another place for the output"
             + (", or lower `samples`" if inventory.settings is not None else "")
         )
 

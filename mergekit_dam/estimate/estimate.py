@@ -36,7 +36,7 @@ class Estimate:
         startup: seconds before the first sweep.
         needs: memory by phase.
         streams: where hidden states are kept between blocks; empty in a replay.
-        scratch: bytes of hidden states in files.
+        scratch: bytes of temporary files: hidden states, corrections.
         problems: sentences about what would not fit, each with the parameters to change.
     """
 

@@ -14,7 +14,6 @@ from mergekit_dam.fitting import costs
 from mergekit_dam.fitting.costs import LinearSize, MetricSize, Speed, Work
 from mergekit_dam.layers import head
 from mergekit_dam.layers.experts import too_few
-from mergekit_dam.parameters import ExpertFeed
 
 _PASSES = 4
 """Times that the element-wise operations of a part pass over the outputs of its units, about."""
@@ -83,25 +82,12 @@ def layer_fit(part: PartSize, inventory: Inventory, *, kept: bool, sensitivity: 
     for group in part.groups:
         first = group[0]
         if first.kind == "experts" and not too_few(_tokens_each(first, text), part.experts):
-            work += experts_fit(
-                first,
-                part.unknowns,
-                inventory,
-                sensitivity=sensitivity,
-                fed=part.experts,
-                by_column=part.by_column,
-            )
+            work += experts_fit(first, part, inventory, sensitivity=sensitivity)
         linears = [unit for unit in group if unit.kind in ("linear", "router")]
         if linears:
             work += costs.input_moments(linears[0].enters, text.fit_tokens, text.fit_chunks)
         for unit in linears:
-            work += linear_fit(
-                unit,
-                part.unknowns,
-                inventory,
-                sensitivity=sensitivity,
-                by_column=part.by_column,
-            )
+            work += linear_fit(unit, part, inventory, sensitivity=sensitivity)
     work["norms and embeddings", "elements"] += sum(
         16 * text.tokens * unit.leaves for unit in part.of("norm")
     )
@@ -145,75 +131,53 @@ def _streams(part: PartSize, inventory: Inventory, *, kept: bool) -> Work:
 
 
 def linear_size(
-    unit: UnitShape,
-    unknowns: int,
-    inventory: Inventory,
-    *,
-    gradient_tokens: int = 0,
-    by_column: bool = True,
+    unit: UnitShape, part: PartSize, inventory: Inventory, *, gradient_tokens: int = 0
 ) -> LinearSize:
     """Sizes of the fit of one linear.
 
     Args:
-        unknowns: unknowns per column.
         gradient_tokens: tokens that make up a model's metric; 0 where errors are measured plainly.
-        by_column: every column has unknowns of its own.
     """
     return LinearSize(
         out=unit.leaves,
         columns=unit.enters,
-        unknowns=unknowns,
+        unknowns=part.unknowns,
         sources=inventory.sources,
         models=inventory.text.models,
         metric=MetricSize(unit.leaves, gradient_tokens) if gradient_tokens else None,
-        by_column=by_column,
+        by_column=part.by_column,
+        correction=part.correction,
+        rank=min(part.correction_rank, unit.leaves, unit.enters),
     )
 
 
-def linear_fit(
-    unit: UnitShape,
-    unknowns: int,
-    inventory: Inventory,
-    *,
-    sensitivity: bool,
-    by_column: bool = True,
-) -> Work:
-    """Moments, solution and judgement of one linear, without the moments of its input.
+def linear_fit(unit: UnitShape, part: PartSize, inventory: Inventory, *, sensitivity: bool) -> Work:
+    """Moments, solution, correction and judgement of one linear, without its input's moments.
 
     Args:
-        unknowns: unknowns per column.
         sensitivity: errors are measured in metrics.
-        by_column: every column has unknowns of its own.
     """
     text = inventory.text
     tokens = text.gradient_tokens_each if sensitivity else 0
-    size = linear_size(unit, unknowns, inventory, gradient_tokens=tokens, by_column=by_column)
+    size = linear_size(unit, part, inventory, gradient_tokens=tokens)
     # A target is the teacher's own output but for linears that write to the residual stream.
     writes = unit.kind == "linear" and unit.leaves == inventory.hidden
     work = costs.linear_moments(size, text.fit_tokens, text.fit_chunks, own_targets=writes)
     work += costs.making_metrics(size.metric, text.models)
     work += costs.judgement(size, text.held_out_tokens)
+    work += costs.correction(size, text.held_out_tokens)
     return work + costs.solution(size)
 
 
 def experts_fit(
-    unit: UnitShape,
-    unknowns: int,
-    inventory: Inventory,
-    *,
-    sensitivity: bool,
-    fed: ExpertFeed = "routed",
-    by_column: bool = True,
+    unit: UnitShape, part: PartSize, inventory: Inventory, *, sensitivity: bool
 ) -> Work:
     """The fits of all experts.
 
     For every linear of an expert the expert runs again, the teachers' and the merged one.
-
-    Args:
-        fed: the tokens that an expert is fitted to.
     """
     text, work = inventory.text, Work()
-    experts = unit.experts if fed == "all" else unit.sent  # how many see one token
+    experts = unit.experts if part.experts == "all" else unit.sent  # how many see one token
     expert = sum(linear.product for linear in unit.linears)
     for stream in ("teachers", "merged stream"):
         work[stream, "fp32"] = len(unit.linears) * text.tokens * experts * expert
@@ -224,17 +188,17 @@ def experts_fit(
         work["backward", "fp32"] = text.gradient_tokens * unit.sent * (expert + back)
         gradient_tokens = max(1, text.gradient_tokens_each * unit.sent // unit.experts)
     for linear in unit.linears:
-        size = linear_size(
-            linear, unknowns, inventory, gradient_tokens=gradient_tokens, by_column=by_column
-        )
+        size = linear_size(linear, part, inventory, gradient_tokens=gradient_tokens)
         moments = costs.input_moments(linear.enters, experts * text.fit_tokens, 0)
         moments += costs.linear_moments(size, experts * text.fit_tokens, 0, own_targets=False)
         each = costs.making_metrics(size.metric, text.models) + costs.solution(size)
-        each += costs.judgement(size, 0)
+        each += costs.judgement(size, 0) + costs.correction(size, 0)
         # Every expert has tokens of its own in most chunks.
         each += costs.input_moments(linear.enters, 0, text.fit_chunks)
         each += costs.linear_moments(size, 0, text.fit_chunks, own_targets=False)
         judged = costs.judgement(size, experts * text.held_out_tokens)
+        corrected = costs.correction(size, experts * text.held_out_tokens)
+        judged["judging", "fp32"] += corrected["judging", "fp32"]
         del judged["merging", "elements"]  # once per expert, above
         work += moments + judged
         work += Work({key: unit.experts * count for key, count in each.items()})

@@ -1,8 +1,8 @@
 """The sizes of a merge: parts, tensors and text, as headers and configurations tell them."""
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,14 @@ import torch
 from mergekit.common import ModelReference
 from torch import Tensor
 
+from mergekit_dam.coefficients.correction import stored_bytes
+from mergekit_dam.coefficients.tensors import TensorSettings
 from mergekit_dam.estimate.merge import PlannedMerge, PlannedTensor
 from mergekit_dam.estimate.structure import Group, UnitShape, groups_of
 from mergekit_dam.estimate.text import Text
 from mergekit_dam.host.compat import LoaderCache
 from mergekit_dam.host.headers import Header
-from mergekit_dam.parameters import ExpertFeed, RunParameters
+from mergekit_dam.parameters import CorrectionKind, ExpertFeed, RunParameters
 from mergekit_dam.sources.stage import Stage, StageKind
 
 _PROBE_TOKENS = 2
@@ -33,6 +35,7 @@ class TensorSize:
             that are converted to another dtype or brought into one vocabulary.
         half: the tensor of some source is not fp32 once it is loaded, so that running takes a copy.
         written: bytes of the merged tensor as it is written.
+        correction: bytes of its correction.
     """
 
     name: str
@@ -42,6 +45,7 @@ class TensorSize:
     converted: int
     half: bool
     written: int
+    correction: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class PartSize:
         fits_head: the part has an output head of its own, which is fitted.
         by_column: every column of a linear has unknowns of its own.
         experts: the tokens that experts are fitted to.
+        correction: the largest kind of correction that a linear gets.
+        correction_rank: the highest rank of those of low rank.
     """
 
     kind: StageKind
@@ -64,6 +70,8 @@ class PartSize:
     fits_head: bool = False
     by_column: bool = True
     experts: ExpertFeed = "routed"
+    correction: CorrectionKind = "none"
+    correction_rank: int = 0
 
     @property
     def parameters(self) -> int:
@@ -210,15 +218,30 @@ def _part(
     if key not in known:
         known[key] = groups_of(part, shapes, _entering(stage), decoder.head_name)
     units = {unit.kind for group in known[key] for unit in group}
+    # The linears of blocks alone have corrections.
+    every = stage.all_tensors if stage.kind == "block" else ()
+    corrected = [p.settings for p in every if p.settings.correction != "none"]
+    kinds = {settings.correction for settings in corrected}
     return PartSize(
         kind=stage.kind,
-        tensors=tuple(sizes[spec.name] for spec in stage.all_tensors),
+        tensors=tuple(
+            replace(sizes[p.name], correction=_correction_bytes(own[p.in_model].shape, p.settings))
+            if p in every
+            else sizes[p.name]
+            for p in stage.all_tensors
+        ),
         groups=known[key],
         unknowns=max(p.settings.parametrisation.expand.shape[1] for p in stage.all_tensors),
         fits_head="head" in units and all(p.settings.fits("head") for p in stage.tensors),
         by_column=any(p.settings.granularity == "column" for p in stage.all_tensors),
         experts="all" if any(p.settings.experts == "all" for p in stage.tensors) else "routed",
+        correction="full" if "full" in kinds else "low_rank" if kinds else "none",
+        correction_rank=max((s.correction_rank for s in corrected), default=0),
     )
+
+
+def _correction_bytes(shape: Sequence[int], settings: TensorSettings) -> int:
+    return stored_bytes(shape, settings.correction, settings.correction_rank)
 
 
 def _entering(stage: Stage) -> Tensor:

@@ -15,6 +15,7 @@ from mergekit_dam.fitting.costs import (
     DOUBLE,
     FLOAT,
     MetricSize,
+    correction_bytes,
     moments_bytes,
     solution_bytes,
 )
@@ -183,19 +184,10 @@ def _solving_bytes(part: PartSize, inventory: Inventory, *, copies: int, metrics
     text, found = inventory.text, [0]
     tokens = text.gradient_tokens_each if metrics else 0
     for group in _solved_together(part):
-        sizes = [
-            linear_size(
-                unit,
-                part.unknowns,
-                inventory,
-                gradient_tokens=tokens,
-                by_column=part.by_column,
-            )
-            for unit in group
-        ]
+        sizes = [linear_size(unit, part, inventory, gradient_tokens=tokens) for unit in group]
         # Of the tokens that judge, targets are as kept in the cache; what enters is a copy.
         judging = FLOAT * text.held_out_tokens * (group[0].enters + group[0].leaves)
-        solving = max(solution_bytes(size) for size in sizes)
+        solving = max(max(solution_bytes(size), correction_bytes(size)) for size in sizes)
         found.append(moments_bytes(sizes) + judging + max(copies, solving))
     return max(found)
 
@@ -238,12 +230,12 @@ def kept_weights(inventory: Inventory, room: Room) -> int:
 
 
 def disk_bytes(inventory: Inventory, room: Room) -> int:
-    """Bytes of hidden states and of units' outputs in files while a merge runs."""
+    """Bytes of hidden states, units' outputs and corrections in files while a merge runs."""
     settings = inventory.settings
     if settings is None:
         return 0
     one = stream_bytes(inventory)
-    count = 0
+    count = sum(tensor.correction for tensor in inventory.tensors)
     if stream_place(inventory, room) == "disk":
         count += (3 if settings.one_sweep else 5) * one
     if outputs_place(inventory, room) == "disk" and settings.objective != "logits":

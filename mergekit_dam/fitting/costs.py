@@ -13,8 +13,10 @@ from typing import Literal
 
 import torch
 
+from mergekit_dam.fitting.correction import RIDGES
 from mergekit_dam.fitting.metric import kept_as_rows
 from mergekit_dam.fitting.solver import DENSE_LIMIT, precision
+from mergekit_dam.parameters import CorrectionKind
 
 Speed = Literal["forward", "fp32", "fp64", "cholesky", "elements"]
 """What the time of some work depends on: the speed of the models' blocks, of products in one
@@ -23,8 +25,14 @@ precision, of factorisations in fp32 (all in flops), or of passes over elements 
 Work = Counter[tuple[str, Speed]]
 """Flops, or elements, by kind of work and by the speed that its time depends on."""
 
+EIGENVECTORS = 9
+"""Flops of all eigenvectors of a symmetric matrix, per cubed row, about."""
+
 ITERATIONS = 25
 """Iterations of conjugate gradients without a factorisation, about, at the tolerance of fp32."""
+
+CORRECTION_ITERATIONS = 8
+"""Iterations of conjugate gradients per ridge of a correction, about."""
 
 FLOAT = 4
 """Bytes of a number in fp32."""
@@ -83,6 +91,8 @@ class LinearSize:
         models: models with calibration data.
         metric: sizes of each model's metric; None where errors are measured plainly.
         by_column: every column has unknowns of its own; otherwise all columns share them.
+        correction: kind of the correction that follows.
+        rank: rank of a correction of low rank.
     """
 
     out: int
@@ -92,6 +102,8 @@ class LinearSize:
     models: int
     metric: MetricSize | None = None
     by_column: bool = True
+    correction: CorrectionKind = "none"
+    rank: int = 0
 
     @property
     def weight(self) -> int:
@@ -186,6 +198,31 @@ def solution(size: LinearSize) -> Work:
     return work
 
 
+def correction(size: LinearSize, held_out_tokens: int) -> Work:
+    """Work of a linear's correction, every ridge of which is tried, and of judging them."""
+    work = Work()
+    if size.correction == "none":
+        return work
+    columns, out, weight = size.columns, size.out, size.weight
+    speed: Speed = "fp64" if size.dtype == torch.float64 else "fp32"
+    product = 2 * weight * columns
+    metric = 0 if size.metric is None else size.metric.product * columns
+    iterations = 0 if size.metric is None else CORRECTION_ITERATIONS
+    # Two triangular solves per preconditioned residual take as much as a product.
+    each = product + iterations * (product + size.terms * (product + metric))
+    if size.correction == "low_rank":
+        small, large = min(out, columns), max(out, columns)
+        projected = size.rank * (2 * weight + columns**2)
+        each += product + 2 * small**2 * large + EIGENVECTORS * small**3 + projected
+        work["merging", "elements"] += len(RIDGES) * size.rank * weight
+    work["corrections", speed] = size.terms * (product + metric) + len(RIDGES) * each
+    work["corrections", "cholesky"] = len(RIDGES) * columns**3 // 3
+    square = 0 if size.metric is None else size.metric.square
+    work["judging", "fp32"] = (1 + len(RIDGES)) * held_out_tokens * (2 * weight + square)
+    work["merging", "elements"] += len(RIDGES) * size.sources * weight
+    return work
+
+
 def moments_bytes(sizes: Sequence[LinearSize]) -> int:
     """Bytes of the moments of linears that see one input, at their most."""
     first = sizes[0]
@@ -211,3 +248,16 @@ def solution_bytes(size: LinearSize) -> int:
     # The factor takes the place of the matrix, which is fp32, as are copies of what it is made of.
     copies = 0 if number == FLOAT else FLOAT * (unknowns * size.weight + columns**2)
     return work + copies + FLOAT * ((unknowns * columns) ** 2 + columns**2)
+
+
+def correction_bytes(size: LinearSize) -> int:
+    """Bytes that a linear's correction takes beside its moments."""
+    if size.correction == "none":
+        return 0
+    number, weight = size.dtype.itemsize, size.weight
+    # The Gram matrix of all terms, shifted, its factor, and what the factorisation returns.
+    grams = 4 * number * size.columns**2
+    # Residuals, the right-hand side, the solution and the one before; those of conjugate gradients.
+    vectors = number * weight * (size.terms + 3 + (0 if size.metric is None else 5))
+    merged = 3 * FLOAT * weight
+    return grams + vectors + merged

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mergekit_dam.coefficients.tensors import FittedTensor, TensorSources
+from mergekit_dam.fitting.correction import correct
 from mergekit_dam.fitting.evidence import Evidence, Losses, M
 from mergekit_dam.fitting.judged import judged, judged_solution
 from mergekit_dam.fitting.metric import PLAIN, Metric
@@ -99,6 +100,8 @@ def fit_linear(
         solver=solution.statistics(),
         started=started,
     )
+    if weight.settings.correction != "none":
+        fitted = correct(fitted, evidence, bias_start)
     if bias is None or bias_start is None:
         return [fitted]
     facing_merged = _facing(fitted.merged, axis)

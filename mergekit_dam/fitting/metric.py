@@ -68,6 +68,16 @@ class Metric:
         # The product is symmetric only up to rounding.
         return cls((matrix + matrix.T) / 2, True, DAMPING * mean)
 
+    @property
+    def mean(self) -> float:
+        """Mean of its diagonal."""
+        if self.factors is None:
+            return self.shift
+        if self.is_matrix:
+            return self.shift + float(self.factors.diagonal().mean(dtype=torch.float64))
+        energy = float(self.factors.square().sum(dtype=torch.float64))
+        return self.shift + energy / self.factors.shape[1]
+
     def __call__(self, x: Tensor) -> Tensor:
         """`S x` for x `[out, n]` or `[out]`, in the dtype of x."""
         if self.factors is None:

@@ -9,7 +9,7 @@ from mergekit.common import ModelReference
 from mergekit.config import ParameterSetting
 from pydantic import TypeAdapter
 
-from mergekit_dam.coefficients.file import FILE_NAME, CoefficientFile
+from mergekit_dam.coefficients.file import CORRECTIONS_NAME, FILE_NAME, CoefficientFile
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.host import report
 from mergekit_dam.host.prepare import Prepared
@@ -26,7 +26,7 @@ def write_artifacts(
     out_path: Path,
     record: MergeRecord,
 ) -> None:
-    """Write `dam_coefficients.safetensors` and `dam_report.json`."""
+    """Write `dam_coefficients.safetensors`, `dam_report.json`, and corrections if there are any."""
     sources = [str(model) for model in order]
     if prepared.replay is not None:
         provenance = {k: v for k, v in prepared.replay.metadata.items() if k != "axes"}
@@ -39,6 +39,9 @@ def write_artifacts(
                 str(m): c.provenance.sha256 for m, c in prepared.calibration.items()
             },
         }
+    if record.corrections:
+        record.corrections.save(out_path / CORRECTIONS_NAME)
+        provenance["corrections"] = True
     CoefficientFile(record.coefficients, tuple(sources), {**provenance, "axes": record.axes}).save(
         out_path / FILE_NAME
     )

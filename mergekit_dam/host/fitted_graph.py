@@ -13,11 +13,13 @@ from typing import TypeAlias
 import torch
 from mergekit.common import ModelReference
 
+from mergekit_dam.coefficients.correction import Corrections
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.host.checks import check_complete, check_shapes, refuse_outside
 from mergekit_dam.host.headers import spans_of
 from mergekit_dam.host.initial import averages, check_start, saved_record, search_start
 from mergekit_dam.host.merge import Merge, Tasks, Tensors
+from mergekit_dam.host.output import SCRATCH
 from mergekit_dam.host.places import PlacedTensor, place_tensors
 from mergekit_dam.host.prepare import Prepared
 from mergekit_dam.host.stages import PlannedStage, calibration_streams, load_stage, planned_stages
@@ -70,6 +72,7 @@ def fitted_tasks(merge: Merge, tensors: Tensors, decoder: Decoder) -> Tasks:
     )
     outside = averages(placed)
     if prepared.run.one_sweep:
+        outside.corrections = Corrections(merge.out_path / f"{SCRATCH}corrections")
         tasks = _one_sweep(stages, streams, outside)
     else:
         start = _start(merge, tensors, stages, outside)

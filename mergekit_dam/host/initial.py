@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from mergekit.common import ModelReference
 
+from mergekit_dam.coefficients.correction import Corrections
 from mergekit_dam.coefficients.file import CoefficientFile
 from mergekit_dam.coefficients.merge import column_problem
 from mergekit_dam.coefficients.record import MergeRecord
@@ -131,4 +132,5 @@ def saved_record(
         coefficients={name: saved.coefficients[name][rows] for name in names},
         axes={name: axes[name] for name in names if axes.get(name, -1) != -1},
         reports={name: TensorReport(name, "replay", "replayed") for name in names},
+        corrections=None if saved.corrections is None else Corrections.of_file(saved.corrections),
     )

@@ -24,7 +24,7 @@ import torch
 from mergekit.common import ModelReference
 from mergekit.graph import Task
 
-from mergekit_dam.coefficients.merge import column_problem, merge_weights
+from mergekit_dam.coefficients.merge import column_problem
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.coefficients.tensors import TensorSpec
 from mergekit_dam.errors import DamError
@@ -223,7 +223,7 @@ class MergeKnown(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):
         problem = column_problem(coefficients.shape[1], loaded[0].shape, axis)
         if problem:
             raise DamError(f"{name}: {problem}")
-        return merge_weights(sources.tensors, coefficients, axis=axis).to(sources.dtype)
+        return sources.merged(coefficients, axis=axis, correction=record.correction(name))
 
 
 class Piece(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mergekit_dam.coefficients.correction import Correction
 from mergekit_dam.coefficients.merge import expert_axis
 from mergekit_dam.coefficients.tensors import FittedTensor, TensorReport, TensorSources
 from mergekit_dam.fitting.evidence import Evidence, Pool
@@ -66,6 +67,7 @@ class _Fused:
     linear: FusedLinear
     rows: list[Tensor] = field(default_factory=list)
     kept: dict[str, list[int]] = field(default_factory=dict)
+    corrections: dict[int, Correction | None] = field(default_factory=dict)
     losses: Tensor = field(default_factory=lambda: torch.zeros(6, dtype=torch.float64))
 
     @property
@@ -91,6 +93,7 @@ class _Fused:
         ]
         values = [*start, *(ended if report.outcome == "fitted" else start), *energies]
         self.losses += torch.tensor(values, dtype=torch.float64)
+        self.corrections[expert] = fitted.correction
 
     def settled(self, seconds: float) -> FittedTensor:
         """The whole fused tensor, merged, with its report."""
@@ -115,8 +118,12 @@ class _Fused:
             seconds=seconds,
             experts=self.kept,
         )
-        merged = sources.merged(coefficients, axis=linear.axis)
-        return FittedTensor(sources, merged, coefficients, linear.axis, report)
+        own = (self.corrections.get(expert) for expert in range(len(self.rows)))
+        correction = Correction.stacked(own)
+        if correction is not None:
+            report.correction.update(experts=sum(c is not None for c in self.corrections.values()))
+        merged = sources.merged(coefficients, axis=linear.axis, correction=correction)
+        return FittedTensor(sources, merged, coefficients, linear.axis, report, correction)
 
 
 def fit_experts(walk: Walk, group: int, units: list[Unit]) -> Iterator[tuple[str, FittedTensor]]:

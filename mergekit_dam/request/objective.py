@@ -37,6 +37,11 @@ def check_objective(
             f"{where}: `objective: logits` takes no `metric`, as it fits no layers; set "
             f"`objective: layer+logits`, or remove it"
         )
+    if run.objective == "logits" and "correction" not in wrong and corrected(scopes):
+        problems.append(
+            "`objective: logits` takes no `correction`, as it fits no layers; set "
+            "`objective: layer+logits`, or remove it"
+        )
     if "mofo_fraction" in given and run.optimizer != "mofo" and "optimizer" not in wrong:
         problems.append(
             f"{where}: `optimizer: {run.optimizer}` takes no `mofo_fraction`; set `optimizer: "
@@ -75,6 +80,12 @@ def _check_nonlinearity(
             f"`sum_to_one: false`, name a `base_model`, or take `tanh` or `none`"
         ]
     return []
+
+
+def corrected(scopes: Iterable[Scope]) -> bool:
+    """Whether some tensor is to get a correction."""
+    settings = [s.settings["correction"] for s in scopes if "correction" in s.settings]
+    return any(SPECS["correction"].validate(v) != "none" for s in settings for v in scalars(s))
 
 
 def quoted(names: Iterable[str]) -> str:

@@ -179,7 +179,12 @@ def at(start: MergeRecord, coefficients: Mapping[str, Tensor], objective: Object
         axes={**start.axes, **{n: c.axis for n, c in fitted.items() if c.axis != -1}},
         reports={
             **start.reports,
-            **{n: TensorReport(n, c.kind, "fitted end to end") for n, c in fitted.items()},
+            **{
+                n: TensorReport(
+                    n, c.kind, "fitted end to end", correction=start.reports[n].correction
+                )
+                for n, c in fitted.items()
+            },
         },
     )
 

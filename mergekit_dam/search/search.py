@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mergekit_dam.coefficients.correction import Corrections
 from mergekit_dam.coefficients.record import MergeRecord, Trial
 from mergekit_dam.errors import DamError
 from mergekit_dam.layers.fit import fit_stage
@@ -79,8 +80,11 @@ class Best:
         kept = verdict.mean < self.verdict.mean
         seconds = time.perf_counter() - started
         self.trials.append(Trial(name, kept, verdict.losses, verdict.mean, seconds, details))
+        lost = self.record if kept else record
         if kept:
             self.record, self.verdict = record, verdict
+        if lost.corrections is not None and lost.corrections is not self.record.corrections:
+            lost.corrections.discard()
 
 
 @torch.no_grad()
@@ -114,9 +118,9 @@ def search(
             sensitivity = sweep_back(
                 network, start, moved, entered=boundaries, left=left, seed=settings.random_seed
             )
-            layer_trial(network, streams, best, data, sensitivity)
+            layer_trial(network, streams, best, data, sensitivity, scratch)
         if settings.objective != "logits" and not best.improved:
-            layer_trial(network, streams, best, data, None)
+            layer_trial(network, streams, best, data, None, scratch)
         if settings.objective != "layer":
             logits_trial(network, settings, best, data, boundaries)
     network.release()
@@ -187,11 +191,13 @@ def layer_trial(
     best: Best,
     data: Sequence[Stream],
     sensitivity: Sensitivity | None,
+    scratch: Path,
 ) -> None:
     """Try one sweep of layer fits on the merged stream, in a metric or the plain one."""
     started = time.perf_counter()
     moving = [dataclasses.replace(stream) for stream in streams]
     record = best.record.without(network.tensor_names)
+    record.corrections = Corrections(scratch / f".dam-corrections-{len(best.trials)}")
     for number, opened in network.all():
         metrics = None
         if sensitivity is not None and opened.stage.kind == "block":

@@ -175,7 +175,9 @@ class OpenStage:
         """Weights of the merged model with some coefficients: cast as written, then to fp32."""
         return {
             name: tensor.merged(
-                point.coefficients[tensor.name], axis=point.axes.get(tensor.name, -1)
+                point.coefficients[tensor.name],
+                axis=point.axes.get(tensor.name, -1),
+                correction=point.correction(tensor.name),
             ).float()
             for name, tensor in self.sources.items()
         }

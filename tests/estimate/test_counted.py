@@ -23,7 +23,7 @@ from mergekit_dam.estimate.inventory import Inventory, take_inventory
 from mergekit_dam.estimate.memory import Room
 from mergekit_dam.estimate.merge import plan_merge
 from mergekit_dam.estimate.sweeps import Sweep, sweeps
-from mergekit_dam.fitting import costs
+from mergekit_dam.fitting import correction, costs
 from mergekit_dam.fitting.costs import LinearSize, MetricSize
 from mergekit_dam.fitting.evidence import Evidence
 from mergekit_dam.fitting.linear import fit_linear
@@ -62,6 +62,9 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
         lambda g, q, k, v, *_: sdpa_backward_flop_count(g.shape, q.shape, k.shape, v.shape)
     ),
     aten.linalg_cholesky_ex: lambda matrix, *_: matrix.numel() * matrix.shape[-1] // 3,
+    aten.cholesky_solve: lambda right, *_: 2 * right.numel() * right.shape[0],
+    aten.linalg_solve_triangular: lambda factor, right, **_: right.numel() * factor.shape[-1],
+    aten._linalg_eigh: lambda matrix, *_: costs.EIGENVECTORS * matrix.shape[-1] ** 3,
 }
 
 
@@ -127,14 +130,23 @@ LAYER, SENSITIVITY = {"metric": "identity"}, {"metric": "sensitivity"}
         pytest.param(llama, SENSITIVITY, id="layer fits in metrics"),
         pytest.param(llama, {"objective": "logits", "steps": 8}, id="descent"),
         pytest.param(llama, {**LAYER, "granularity": "tensor"}, id="a coefficient per tensor"),
+        pytest.param(llama, {**LAYER, "correction": "full"}, id="corrections"),
+        pytest.param(llama, {**LAYER, "correction": "low_rank"}, id="corrections of low rank"),
+        pytest.param(llama, {**SENSITIVITY, "correction": "full"}, id="corrections in metrics"),
         pytest.param(mixture, LAYER, id="mixture"),
+        pytest.param(mixture, {**LAYER, "correction": "full"}, id="mixture with corrections"),
         pytest.param(mixture, SENSITIVITY, id="mixture in metrics"),
         pytest.param(mixture, {**LAYER, "experts": "all"}, id="mixture, fed by all tokens"),
     ],
 )
 def test_flops_of_a_merge_are_those_that_are_computed(
-    tmp_path: Path, config: Callable[[], PretrainedConfig], parameters: dict[str, Any]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    config: Callable[[], PretrainedConfig],
+    parameters: dict[str, Any],
 ) -> None:
+    for module in (costs, correction):  # how many are tried depends on the text
+        monkeypatch.setattr(module, "RIDGES", (1e-1,))
     found, merged, counted = planned_and_merged(tmp_path, config(), **parameters)
     for entry in merged.report["tensors"]:  # how tokens are routed is not known beforehand
         assert not any("fewer than" in reason for reason in entry.get("experts") or {})

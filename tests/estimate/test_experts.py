@@ -74,9 +74,7 @@ def test_a_plan_has_the_solves_of_all_experts_and_the_moments_of_one(tmp_path: P
     many = replace(unit, experts=16 * EXPERTS)
     groups = tuple((many,) if own == (unit,) else own for own in block.groups)
     larger = replace(block, groups=groups)
-    few, more = (
-        flops.experts_fit(own, block.unknowns, found, sensitivity=True) for own in (unit, many)
-    )
+    few, more = (flops.experts_fit(own, block, found, sensitivity=True) for own in (unit, many))
     assert more["solves", "cholesky"] == 16 * few["solves", "cholesky"]
     assert more["Gram matrices", "fp32"] == few["Gram matrices", "fp32"] > 0
     needs = [memory.fit_need(own, found, ROOM, metrics=True) for own in (block, larger)]

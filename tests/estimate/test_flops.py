@@ -46,8 +46,9 @@ class TestWork:
 
     def test_a_dense_solve_is_counted_by_hand(self, take: Any) -> None:
         found = take()
-        (unit,) = (u for u in found.blocks[0].units if u.name.endswith("down_proj"))
-        work = flops.linear_fit(unit, 2, found, sensitivity=False)
+        block = found.blocks[0]
+        (unit,) = (u for u in block.units if u.name.endswith("down_proj"))
+        work = flops.linear_fit(unit, block, found, sensitivity=False)
         out, columns = 16, 24
         assert work["solves", "cholesky"] == (2 * columns) ** 3 // 3
         # Loss and residual at the start, two iterations; three pairs of directions.

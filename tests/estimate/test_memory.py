@@ -120,7 +120,7 @@ class TestProblems:
         ):
             assert remedy in memory_
         assert "resident" not in memory_  # pages of files take no memory of the process's own
-        assert disk.startswith("disk: the merged model and hidden states take")
+        assert disk.startswith("disk: the merged model and temporary files take")
 
     def test_memory_held_by_other_processes_is_named_as_such(self, take: Any) -> None:
         busy = replace(SPEEDS, available=1000)

@@ -15,6 +15,7 @@ from tests.kit.worker import counted_tokens
 SIZES: dict[str, Any] = {"samples": 16, "sequence_length": 16}
 FITS: dict[str, dict[str, Any]] = {
     "identity": {**SIZES, "objective": "layer", "metric": "identity"},
+    "correction": {**SIZES, "objective": "layer", "metric": "sensitivity", "correction": "full"},
     "sensitivity": {**SIZES, "objective": "layer", "metric": "sensitivity", "ridge": 0.1},
     "logits": {**SIZES, "objective": "logits", "steps": 8, "learning_rate": 0.02},
     "both": {

@@ -37,6 +37,14 @@ def test_a_default_that_is_given_counts_as_given() -> None:
     only_problem(configuration(parameters=f"{{objective: layer, steps: {steps}}}"))
 
 
+@pytest.mark.parametrize("value", ["full", "[{filter: mlp, value: low_rank}, {value: none}]"])
+def test_a_correction_without_layer_fits_is_refused(value: str) -> None:
+    settings = f"{{objective: logits, correction: {value}}}"
+    assert only_problem(configuration(parameters=settings)).startswith(
+        "`objective: logits` takes no `correction`, as it fits no layers"
+    )
+
+
 def test_a_metric_without_layer_fits_is_refused() -> None:
     problem = only_problem(configuration(parameters="{objective: logits, metric: identity}"))
     assert problem == (

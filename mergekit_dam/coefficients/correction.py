@@ -1,0 +1,193 @@
+"""Corrections: matrices that are added to merged weights, and the file that keeps them.
+
+A corrected weight is `sum_s c_s * W_s + D`. D is kept whole, or as two factors of low rank.
+"""
+
+import json
+import math
+import shutil
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mergekit_dam.coefficients.file import CORRECTIONS_NAME, written_whole
+from mergekit_dam.parameters import CorrectionKind
+
+_PIECE = 2**18
+"""Elements of a weight that factors are multiplied for at a time: they stay in the cache."""
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What is added to one merged weight, facing it as `[out, in]`.
+
+    For fused experts both tensors have a first dimension more.
+
+    Attributes:
+        right: fp32 `[out, in]`, the matrix itself, or `[rank, in]`, its right factor.
+        left: fp32 `[out, rank]`, the left factor; None if `right` is the matrix itself.
+    """
+
+    right: Tensor
+    left: Tensor | None = None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by field."""
+        found = {"right": self.right, "left": self.left}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def add_to(self, merged: Tensor, *, axis: int = -1) -> None:
+        """Add to a merged weight, in place.
+
+        Products of the factors are added up rank by rank, each rounded to fp32: a product of
+        matrices would be summed in another order on another machine.
+
+        Args:
+            merged: fp32 weight of the merged model.
+            axis: its input dimension.
+        """
+        if merged.ndim == 3:
+            for expert, own in enumerate(merged):
+                self.of_expert(expert).add_to(own, axis=axis - 1 if axis > 0 else axis)
+            return
+        facing = merged.T if axis == 0 else merged
+        right = self.right.to(merged)
+        if self.left is None:
+            facing.add_(right)
+            return
+        left = self.left.to(merged)
+        rows = max(1, _PIECE // facing.shape[1])
+        for first in range(0, len(facing), rows):
+            piece = facing[first : first + rows]
+            for column, row in zip(left[first : first + rows].T, right, strict=True):
+                piece.addcmul_(column[:, None], row[None])
+
+    def of_expert(self, expert: int) -> "Correction":
+        """The correction of one expert's slice of a fused weight."""
+        return Correction(self.right[expert], None if self.left is None else self.left[expert])
+
+    def cpu(self) -> "Correction":
+        """The same on the host."""
+        return Correction(self.right.cpu(), None if self.left is None else self.left.cpu())
+
+    @classmethod
+    def stacked(cls, own: Iterable["Correction | None"]) -> "Correction | None":
+        """The correction of a fused weight, from those of its experts; None if none has one."""
+        every = list(own)
+        like = next((correction for correction in every if correction is not None), None)
+        if like is None:
+            return None
+        stacks = {
+            name: torch.stack(
+                [torch.zeros_like(tensor) if c is None else c.tensors[name] for c in every]
+            )
+            for name, tensor in like.tensors.items()
+        }
+        return cls(**stacks)
+
+
+def stored_bytes(shape: Sequence[int], kind: CorrectionKind, rank: int) -> int:
+    """Bytes of the correction of a weight in its file, at the most.
+
+    Args:
+        shape: shape of the weight; that of a fused one has experts first.
+        rank: rank of a correction of low rank.
+    """
+    if kind == "none" or len(shape) < 2:
+        return 0
+    *experts, out, columns = shape
+    rank = min(rank, out, columns)
+    each = out * columns if kind == "full" else rank * (out + columns)
+    return 4 * math.prod(experts) * each
+
+
+class Corrections:
+    """Corrections by output tensor's name, in files: only the one that is asked for is in memory.
+
+    Args:
+        folder: gets a file per correction, and is made when the first is put there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, Path] = {}
+
+    @classmethod
+    def of_file(cls, path: Path) -> "Corrections":
+        """Those that an earlier merge has written.
+
+        Raises:
+            SafetensorError: the file is damaged.
+        """
+        found = cls(path.parent)
+        with safe_open(path, framework="pt") as handle:
+            names = {key.rpartition(".")[0] for key in handle.keys()}  # noqa: SIM118 (no mapping)
+        found._files = dict.fromkeys(sorted(names), path)
+        return found
+
+    def __bool__(self) -> bool:
+        return bool(self._files)
+
+    def put(self, name: str, correction: Correction) -> None:
+        """Keep the correction of an output tensor."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        file = self._folder / f"{len(self._files):06d}.safetensors"
+        own = {f"{name}.{key}": tensor for key, tensor in correction.cpu().tensors.items()}
+        save_file({key: tensor.contiguous() for key, tensor in own.items()}, file)
+        self._files[name] = file
+
+    def get(self, name: str) -> Correction | None:
+        """The correction of an output tensor, if it has one."""
+        file = self._files.get(name)
+        if file is None:
+            return None
+        with safe_open(file, framework="pt") as handle:
+            keys = {key for key in ("left", "right") if f"{name}.{key}" in handle.keys()}  # noqa: SIM118
+            return Correction(**{key: handle.get_tensor(f"{name}.{key}") for key in keys})
+
+    def shapes(self) -> Iterator[tuple[str, Mapping[str, tuple[int, ...]]]]:
+        """Every output tensor's name, and the shapes of its correction's tensors."""
+        for name in sorted(self._files):
+            correction = self.get(name)
+            assert correction is not None
+            yield name, {key: tuple(t.shape) for key, t in correction.tensors.items()}
+
+    def save(self, path: Path) -> None:
+        """Write all of them to one safetensors file, one after the other, and go by that file."""
+        header: dict[str, Any] = {}
+        size = 0
+        for name, shapes in self.shapes():
+            for key, shape in shapes.items():
+                end = size + 4 * torch.Size(shape).numel()
+                header[f"{name}.{key}"] = {
+                    "dtype": "F32",
+                    "shape": list(shape),
+                    "data_offsets": [size, end],
+                }
+                size = end
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # values begin at a multiple of 8 bytes
+        with written_whole(path) as temporary, temporary.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for name, shapes in self.shapes():
+                correction = self.get(name)
+                assert correction is not None
+                for key in shapes:
+                    file.write(correction.tensors[key].numpy().tobytes())
+        self.discard()
+        self._files = dict.fromkeys(sorted(self._files), path)
+
+    def discard(self) -> None:
+        """Remove the files that were put into the folder."""
+        for file in set(self._files.values()):
+            if file.parent == self._folder and file.name != CORRECTIONS_NAME:
+                shutil.rmtree(self._folder, ignore_errors=True)
+                return

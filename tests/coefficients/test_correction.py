@@ -1,0 +1,115 @@
+"""Corrections: added to merged weights, and kept in files."""
+
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mergekit_dam.coefficients.correction import Correction, Corrections, stored_bytes
+from mergekit_dam.coefficients.merge import merge_weights
+from mergekit_dam.parameters import CorrectionKind
+from tests.kit.tensors import randn
+
+RANK = 3
+
+
+def factors(*first: int, out: int = 6, columns: int = 5) -> Correction:
+    return Correction(randn(*first, RANK, columns), randn(*first, out, RANK, seed=1))
+
+
+def product(correction: Correction) -> torch.Tensor:
+    assert correction.left is not None
+    return correction.left.double() @ correction.right.double()
+
+
+@pytest.mark.parametrize("axis", [-1, 0])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_merged_weight_gets_its_correction(whole: bool, axis: int) -> None:
+    tensors = [randn(6, 5, seed=2), randn(6, 5, seed=3)]
+    correction = factors()
+    added = product(correction)
+    if whole:
+        correction = Correction(added.float())
+    if axis == 0:
+        tensors = [tensor.T.contiguous() for tensor in tensors]
+        added = added.T
+    coefficients = torch.tensor([[0.25], [0.75]])
+    merged = merge_weights(tensors, coefficients, axis=axis, correction=correction)
+    plain = merge_weights(tensors, coefficients, axis=axis)
+    torch.testing.assert_close(merged, (plain + added).float())
+
+
+def test_factors_are_added_up_rank_by_rank_whatever_is_done_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    correction, by_hand = factors(), randn(6, 5, seed=4)
+    merged = by_hand.clone()
+    assert correction.left is not None
+    for k in range(RANK):
+        by_hand += correction.left[:, k : k + 1] * correction.right[k : k + 1]
+    monkeypatch.setattr("mergekit_dam.coefficients.correction._PIECE", 10)
+    correction.add_to(merged)
+    torch.testing.assert_close(merged, by_hand, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_every_expert_of_a_fused_weight_gets_its_own(axis: int) -> None:
+    own = [factors(), None, Correction(randn(RANK, 5, seed=7), randn(6, RANK, seed=8))]
+    correction = Correction.stacked(own)
+    assert correction is not None
+    merged = torch.zeros(3, 5, 6) if axis == 1 else torch.zeros(3, 6, 5)
+    correction.add_to(merged, axis=axis)
+    for part, expected in zip(merged, own, strict=True):
+        facing = part.T if axis == 1 else part
+        wanted = torch.zeros(6, 5) if expected is None else product(expected).float()
+        torch.testing.assert_close(facing, wanted)
+    assert Correction.stacked([None, None]) is None
+
+
+def test_corrections_come_back_from_their_files_and_from_the_one_that_is_written(
+    tmp_path: Path,
+) -> None:
+    kept = Corrections(tmp_path / "scratch")
+    assert not kept
+    whole = Correction(randn(2, 4))
+    kept.put("b", factors())
+    kept.put("a", whole)
+    path = tmp_path / "dam_corrections.safetensors"
+    before = {name: kept.get(name) for name in ("a", "b", "c")}
+    kept.save(path)
+    assert not (tmp_path / "scratch").exists()
+    assert set(load_file(path)) == {"a.right", "b.left", "b.right"}
+    for own in (kept, Corrections.of_file(path)):
+        assert own
+        for name, expected in before.items():
+            found = own.get(name)
+            assert (found is None) == (expected is None) == (name == "c")
+            if found is not None and expected is not None:
+                assert found.right.equal(expected.right)
+                assert (found.left is None) == (expected.left is None)
+
+
+def test_the_same_corrections_give_the_same_bytes(tmp_path: Path) -> None:
+    files = []
+    for number, names in enumerate((["a", "b"], ["b", "a"])):
+        kept = Corrections(tmp_path / f"scratch{number}")
+        for name in names:
+            kept.put(name, factors(out=4 if name == "a" else 6))
+        kept.save(tmp_path / f"{number}.safetensors")
+        files.append((tmp_path / f"{number}.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (3, 6, 4)], ids=["a linear", "experts"])
+@pytest.mark.parametrize("rank", [2, 9])
+def test_stored_bytes_are_those_of_the_tensors(shape: tuple[int, ...], rank: int) -> None:
+    *experts, out, columns = shape
+    kept = min(rank, out, columns)
+    whole = Correction(randn(*shape))
+    factors = Correction(randn(*experts, kept, columns), randn(*experts, out, kept))
+    for correction, kind in ((whole, "full"), (factors, "low_rank")):
+        size = sum(tensor.nbytes for tensor in correction.tensors.values())
+        assert stored_bytes(shape, cast(CorrectionKind, kind), rank) == size
+    assert stored_bytes(shape, "none", rank) == stored_bytes(shape[-1:], "full", rank) == 0
