@@ -15,16 +15,13 @@ NAME = "dam"
 Offload = Literal["auto", "device", "host", "disk"]
 
 Nonlinearity = Literal["none", "tanh", "sigmoid", "relu"]
-OptimizerName = Literal["adamw", "mofo"]
 Schedule = Literal["constant", "linear", "cosine", "inverse_sqrt"]
 """Transformers' schedules that need no further arguments; all of them allow a warm-up."""
 Granularity = Literal["column", "tensor"]
 Objective = Literal["layer", "logits", "layer+logits"]
-MetricName = Literal["identity", "sensitivity"]
 ExpertFeed = Literal["routed", "all"]
 CorrectionKind = Literal["none", "low_rank", "full"]
 Resident = Literal["auto", "always", "never"]
-ForwardDtype = Literal["auto", "float32", "bfloat16"]
 
 
 class Parameters(BaseModel):
@@ -82,9 +79,8 @@ class TensorParameters(Parameters):
     )
     correction: CorrectionKind = Field(
         default="none",
-        description="Matrix that is added to a linear after its coefficients are fitted: `full` "
-        "is as large as the weight, `low_rank` is two factors of `correction_rank`. Set it to come "
-        "closer to models that are far apart.",
+        description="Matrix that is added to a fitted linear: `full` is as large as the weight, "
+        "`low_rank` two factors of `correction_rank`. Set it for models that are far apart.",
     )
     correction_rank: int = Field(
         default=32, gt=0, description="Rank of `low_rank`. Raise it to come closer to `full`."
@@ -120,16 +116,12 @@ class LogitsParameters(Parameters):
         "held-out KL by a tenth, as with models that are far apart. Set it for a known cost.",
     )
     batch_size: int = Field(
-        default=1,
-        gt=0,
-        description="Sequences per model in one gradient computation. More take more memory.",
+        default=1, gt=0, description="Sequences per model in one gradient. More take more memory."
     )
     gradient_accumulation: int = Field(
-        default=1,
-        gt=0,
-        description="Batches per step. Raise it if a larger batch does not fit into memory.",
+        default=1, gt=0, description="Batches per step. Raise it if a larger one does not fit."
     )
-    optimizer: OptimizerName = Field(
+    optimizer: Literal["adamw", "mofo"] = Field(
         default="adamw",
         description="AdamW without weight decay, or MoFO, which moves only the coefficients with "
         "the largest momentum in each step, to stay closer to the start.",
@@ -212,7 +204,7 @@ class RunParameters(LogitsParameters):
         "(`layer`); the logits of the whole model, by gradient descent (`logits`, the paper's "
         "objective); or both in this order. `layer` takes the least time.",
     )
-    metric: MetricName = Field(
+    metric: Literal["identity", "sensitivity"] = Field(
         default="sensitivity",
         description="How layer fits measure an error: directly (`identity`), or by its effect on "
         "the loss, in a second sweep (`sensitivity`). `identity` takes less time.",
@@ -258,7 +250,7 @@ class RunParameters(LogitsParameters):
         description="GPU memory that the merge may use, such as `12GB`. Default: all of it. Set "
         "it if other programs use the GPU too.",
     )
-    forward_dtype: ForwardDtype = Field(
+    forward_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
         description="Precision of products in the blocks: `auto` is bfloat16 on a GPU, where it "
         "is faster, and float32 on a CPU. Hidden states, sums and solves are float32 or better.",
@@ -298,9 +290,8 @@ class RunParameters(LogitsParameters):
 
     def dtype_on(self, device: torch.device) -> torch.dtype:
         """Dtype of the products in the models' blocks on a device."""
-        half = self.forward_dtype == "bfloat16"
-        half |= self.forward_dtype == "auto" and device.type == "cuda"
-        return torch.bfloat16 if half else torch.float32
+        half = self.forward_dtype == "auto" and device.type == "cuda"
+        return torch.bfloat16 if half or self.forward_dtype == "bfloat16" else torch.float32
 
     def held_out(self, sequences: int) -> int:
         """Number of a model's held-out sequences: at least 1 if `holdout` is not 0, never all."""
