@@ -26,7 +26,7 @@ _PIECE = 2**18
 
 @dataclass(frozen=True)
 class Correction:
-    """What is added to one merged weight, facing it as `[out, in]`.
+    """A matrix that is added to one merged weight, seen as `[out, in]`.
 
     For fused experts both tensors have a first dimension more.
 
@@ -52,7 +52,7 @@ class Correction:
 
         Args:
             merged: fp32 weight of the merged model.
-            axis: its input dimension.
+            axis: Input dimension of the weight.
         """
         if merged.ndim == 3:
             for expert, own in enumerate(merged):
@@ -98,8 +98,8 @@ def stored_bytes(shape: Sequence[int], kind: CorrectionKind, rank: int) -> int:
     """Bytes of the correction of a weight in its file, at the most.
 
     Args:
-        shape: shape of the weight; that of a fused one has experts first.
-        rank: rank of a correction of low rank.
+        shape: Shape of the weight; fused experts come first.
+        rank: Rank of a correction of low rank.
     """
     if kind == "none" or len(shape) < 2:
         return 0
@@ -113,7 +113,7 @@ class Corrections:
     """Corrections by output tensor's name, in files: only the one that is asked for is in memory.
 
     Args:
-        folder: gets a file per correction, and is made when the first is put there.
+        folder: Folder for one file per correction; it is made when the first is put there.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -122,10 +122,10 @@ class Corrections:
 
     @classmethod
     def of_file(cls, path: Path) -> "Corrections":
-        """Those that an earlier merge has written.
+        """The corrections that an earlier merge has written.
 
         Raises:
-            SafetensorError: the file is damaged.
+            SafetensorError: The file is damaged.
         """
         found = cls(path.parent)
         with safe_open(path, framework="pt") as handle:
@@ -161,7 +161,7 @@ class Corrections:
             yield name, {key: tuple(t.shape) for key, t in correction.tensors.items()}
 
     def save(self, path: Path) -> None:
-        """Write all of them to one safetensors file, one after the other, and go by that file."""
+        """Write all of them to one safetensors file, one after the other, and read from it later."""
         header: dict[str, Any] = {}
         size = 0
         for name, shapes in self.shapes():

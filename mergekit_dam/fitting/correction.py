@@ -1,12 +1,12 @@
-"""The correction of one linear: what a full matrix can still gain after its columns were fitted.
+"""The correction of one linear: the matrix that leaves the least error once its columns are fitted.
 
-D minimises, at the merged weight W and in the metric of the fit,
+The correction D minimises, at the merged weight W and in the metric of the fit,
 
     sum_k s_k (<S_k D G_k, D> - 2 <S_k R_k, D>)  +  ridge * m * |D|^2,    R_k = sum (y - W x) x^T,
 
 with m the mean diagonal of the quadratic. In the plain metric that is `D = R (G + ridge m)^-1`. In
 others it is found by conjugate gradients, preconditioned by the factorised Gram matrix. The ridge
-is that which held-out data likes best. Relatives are FeatCal (arXiv 2605.13030) and RegMean++
+is chosen on held-out data. Related methods are FeatCal (arXiv 2605.13030) and RegMean++
 (arXiv 2508.03121), which correct from other starts.
 """
 
@@ -25,10 +25,10 @@ from mergekit_dam.fitting.problem import Term
 from mergekit_dam.streams.distributed import from_first
 
 RIDGES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
-"""Ridges that are tried, relative to the mean diagonal, as long as held-out data likes the next."""
+"""Ridges relative to the mean diagonal, tried in this order until the held-out loss rises."""
 
 TOLERANCE = 1e-2
-"""Relative residual at which conjugate gradients stop: held-out data does not tell more."""
+"""Relative residual at which conjugate gradients stop: held-out data shows no finer differences."""
 
 MAX_ITERATIONS = 50
 
@@ -36,12 +36,12 @@ MAX_ITERATIONS = 50
 def correct(
     fitted: FittedTensor, evidence: Evidence[LinearMoments], bias: Tensor | None
 ) -> FittedTensor:
-    """A fitted weight with its correction, where held-out data likes that better.
+    """Add a correction to a fitted weight, if that lowers the held-out loss.
 
     Args:
-        fitted: the weight after its columns were fitted, or with its start kept.
-        evidence: what the columns were fitted to.
-        bias: that the moments were taken with, as merged, or None.
+        fitted: The weight after the fit of its columns, whether that was kept or not.
+        evidence: Moments and tokens that the columns were fitted to and judged by.
+        bias: Merged bias `[out]` that the linear adds, or None.
     """
     settings, axis = fitted.sources.settings, fitted.axis
     facing = _facing(fitted.merged, axis)
@@ -90,8 +90,8 @@ class CorrectionProblem:
     """The quadratic of a correction `[out, in]`, with its ridge.
 
     Attributes:
-        terms: one per domain, or one of all where errors are measured plainly.
-        ridge: relative to the mean diagonal.
+        terms: One per domain, or a single one where errors are measured plainly.
+        ridge: Strength of the pull to zero, relative to the mean diagonal.
     """
 
     terms: Sequence[Term]
@@ -122,8 +122,8 @@ class CorrectionProblem:
         """The minimiser `[out, in]`, in the dtype of the Gram matrices.
 
         Args:
-            start: where conjugate gradients begin: the minimiser at another ridge.
-            tolerance: relative residual at which they stop.
+            start: Where conjugate gradients begin, for example the minimiser at another ridge.
+            tolerance: Relative residual at which they stop.
         """
         rhs = sum(term.apply(term.residual) for term in self.terms)
         assert isinstance(rhs, Tensor)

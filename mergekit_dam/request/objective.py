@@ -19,8 +19,15 @@ def check_objective(
         scopes: Every scope with its valid parameters.
         wrong: Parameters with an invalid value; no combination with them is checked.
     """
-    if "objective" in wrong:
-        return []
+    return [
+        *_check_correction(run, scopes, wrong),
+        *([] if "objective" in wrong else _check_descent(config, run, scopes, wrong)),
+    ]
+
+
+def _check_descent(
+    config: MergeConfiguration, run: RunParameters, scopes: list[Scope], wrong: Collection[str]
+) -> list[str]:
     where = "parameters (top level)"
     given = {name: None for scope in scopes if scope.level == "top" for name in scope.settings}
     unread = [name for name in given if name in LogitsParameters.model_fields]
@@ -37,11 +44,6 @@ def check_objective(
             f"{where}: `objective: logits` takes no `metric`, as it fits no layers; set "
             f"`objective: layer+logits`, or remove it"
         )
-    if run.objective == "logits" and "correction" not in wrong and corrected(scopes):
-        problems.append(
-            "`objective: logits` takes no `correction`, as it fits no layers; set "
-            "`objective: layer+logits`, or remove it"
-        )
     if "mofo_fraction" in given and run.optimizer != "mofo" and "optimizer" not in wrong:
         problems.append(
             f"{where}: `optimizer: {run.optimizer}` takes no `mofo_fraction`; set `optimizer: "
@@ -54,6 +56,28 @@ def check_objective(
         )
     if run.nonlinearity != "none":
         problems += [f"{where}: {p}" for p in _check_nonlinearity(config, run, scopes)]
+    return problems
+
+
+def _check_correction(
+    run: RunParameters, scopes: Iterable[Scope], wrong: Collection[str]
+) -> list[str]:
+    """Problems with corrections, which may differ from tensor to tensor."""
+    if "correction" in wrong:
+        return []
+    given = [scope.settings for scope in scopes]
+    settings = [own["correction"] for own in given if "correction" in own]
+    kinds = {SPECS["correction"].validate(v) for setting in settings for v in scalars(setting)}
+    problems = []
+    if kinds - {"none"} and run.objective == "logits":
+        problems.append(
+            "`objective: logits` takes no `correction`, as it fits no layers; set "
+            "`objective: layer+logits`, or remove it"
+        )
+    if "low_rank" not in kinds and any("correction_rank" in own for own in given):
+        problems.append(
+            "`correction_rank` is read by `correction: low_rank` alone; set that, or remove it"
+        )
     return problems
 
 
@@ -80,12 +104,6 @@ def _check_nonlinearity(
             f"`sum_to_one: false`, name a `base_model`, or take `tanh` or `none`"
         ]
     return []
-
-
-def corrected(scopes: Iterable[Scope]) -> bool:
-    """Whether some tensor is to get a correction."""
-    settings = [s.settings["correction"] for s in scopes if "correction" in s.settings]
-    return any(SPECS["correction"].validate(v) != "none" for s in settings for v in scalars(s))
 
 
 def quoted(names: Iterable[str]) -> str:

@@ -45,6 +45,12 @@ def test_a_correction_without_layer_fits_is_refused(value: str) -> None:
     )
 
 
+@pytest.mark.parametrize("more", ["", ", correction: full"])
+def test_a_rank_without_a_correction_of_low_rank_is_refused(more: str) -> None:
+    problem = only_problem(configuration(parameters=f"{{correction_rank: 8{more}}}"))
+    assert problem.startswith("`correction_rank` is read by `correction: low_rank` alone")
+
+
 def test_a_metric_without_layer_fits_is_refused() -> None:
     problem = only_problem(configuration(parameters="{objective: logits, metric: identity}"))
     assert problem == (
