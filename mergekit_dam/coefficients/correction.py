@@ -161,7 +161,7 @@ class Corrections:
             yield name, {key: tuple(t.shape) for key, t in correction.tensors.items()}
 
     def save(self, path: Path) -> None:
-        """Write all of them to one safetensors file, one after the other, and read from it later."""
+        """Write all of them to one safetensors file, one by one, and read from it later."""
         header: dict[str, Any] = {}
         size = 0
         for name, shapes in self.shapes():
