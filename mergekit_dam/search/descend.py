@@ -179,14 +179,15 @@ def at(start: MergeRecord, coefficients: Mapping[str, Tensor], objective: Object
         axes={**start.axes, **{n: c.axis for n, c in fitted.items() if c.axis != -1}},
         reports={
             **start.reports,
-            **{
-                n: TensorReport(
-                    n, c.kind, "fitted end to end", correction=start.reports[n].correction
-                )
-                for n, c in fitted.items()
-            },
+            **{n: _report(n, c.kind, start.reports.get(n)) for n, c in fitted.items()},
         },
     )
+
+
+def _report(name: str, kind: str, start: TensorReport | None) -> TensorReport:
+    """The report of a tensor that was fitted end to end; a correction that it had stays."""
+    correction = start.correction if start is not None else {}
+    return TensorReport(name, kind, "fitted end to end", correction=correction)
 
 
 def merged_rows(coefficients: Mapping[str, Tensor], objective: Objective) -> dict[str, Tensor]:
