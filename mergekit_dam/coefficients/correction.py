@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,15 +58,15 @@ class Correction:
             for expert, own in enumerate(merged):
                 self.of_expert(expert).add_to(own, axis=axis - 1 if axis > 0 else axis)
             return
-        facing = merged.T if axis == 0 else merged
+        turned = out_by_in(merged, axis)
         right = self.right.to(merged)
         if self.left is None:
-            facing.add_(right)
+            turned.add_(right)
             return
         left = self.left.to(merged)
-        rows = max(1, _PIECE // facing.shape[1])
-        for first in range(0, len(facing), rows):
-            piece = facing[first : first + rows]
+        rows = max(1, _PIECE // turned.shape[1])
+        for first in range(0, len(turned), rows):
+            piece = turned[first : first + rows]
             for column, row in zip(left[first : first + rows].T, right, strict=True):
                 piece.addcmul_(column[:, None], row[None])
 
@@ -92,6 +92,11 @@ class Correction:
             for name, tensor in like.tensors.items()
         }
         return cls(**stacks)
+
+
+def out_by_in(weight: Tensor, axis: int) -> Tensor:
+    """A weight as `[out, in]`, given its input dimension."""
+    return weight.T if axis == 0 else weight
 
 
 def stored_bytes(shape: Sequence[int], kind: CorrectionKind, rank: int) -> int:
@@ -153,23 +158,23 @@ class Corrections:
             keys = {key for key in ("left", "right") if f"{name}.{key}" in handle.keys()}  # noqa: SIM118
             return Correction(**{key: handle.get_tensor(f"{name}.{key}") for key in keys})
 
-    def shapes(self) -> Iterator[tuple[str, Mapping[str, tuple[int, ...]]]]:
-        """Every output tensor's name, and the shapes of its correction's tensors."""
+    def _all(self) -> Iterator[tuple[str, Correction]]:
+        """Every output tensor's name and its correction, one at a time."""
         for name in sorted(self._files):
             correction = self.get(name)
             assert correction is not None
-            yield name, {key: tuple(t.shape) for key, t in correction.tensors.items()}
+            yield name, correction
 
     def save(self, path: Path) -> None:
         """Write all of them to one safetensors file, one by one, and read from it later."""
         header: dict[str, Any] = {}
         size = 0
-        for name, shapes in self.shapes():
-            for key, shape in shapes.items():
-                end = size + 4 * torch.Size(shape).numel()
+        for name, correction in self._all():
+            for key, tensor in correction.tensors.items():
+                end = size + tensor.nbytes
                 header[f"{name}.{key}"] = {
                     "dtype": "F32",
-                    "shape": list(shape),
+                    "shape": list(tensor.shape),
                     "data_offsets": [size, end],
                 }
                 size = end
@@ -177,11 +182,9 @@ class Corrections:
         text += b" " * (-len(text) % 8)  # values begin at a multiple of 8 bytes
         with written_whole(path) as temporary, temporary.open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
-            for name, shapes in self.shapes():
-                correction = self.get(name)
-                assert correction is not None
-                for key in shapes:
-                    file.write(correction.tensors[key].numpy().tobytes())
+            for _, correction in self._all():
+                for tensor in correction.tensors.values():
+                    file.write(tensor.numpy().tobytes())
         self.discard()
         self._files = dict.fromkeys(sorted(self._files), path)
 

@@ -33,7 +33,7 @@ def problems(
             f"GPU memory: {most.phase} takes {_gb(most.device)}, the GPU has {_gb(room.gpu)}; "
             f"{_remedy(inventory, room, most.phase, 'device')}"
         )
-    written = sum(tensor.written + tensor.correction for tensor in inventory.tensors)
+    written = sum(tensor.written for tensor in inventory.tensors) + inventory.corrections
     files = written + disk_bytes(inventory, room)
     if files > machine.disk:
         yield (

@@ -124,6 +124,11 @@ class Inventory:
         every = (*(t for part in self.parts for t in part.tensors), *self.outside)
         return tuple({tensor.name: tensor for tensor in every}.values())
 
+    @property
+    def corrections(self) -> int:
+        """Bytes of all corrections."""
+        return sum(tensor.correction for tensor in self.tensors)
+
 
 def take_inventory(planned: PlannedMerge) -> Inventory:
     """Take the sizes of a planned merge, without reading any weight."""

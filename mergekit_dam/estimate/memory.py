@@ -235,7 +235,7 @@ def disk_bytes(inventory: Inventory, room: Room) -> int:
     if settings is None:
         return 0
     one = stream_bytes(inventory)
-    count = sum(tensor.correction for tensor in inventory.tensors)
+    count = inventory.corrections
     if stream_place(inventory, room) == "disk":
         count += (3 if settings.one_sweep else 5) * one
     if outputs_place(inventory, room) == "disk" and settings.objective != "logits":

@@ -35,7 +35,7 @@ def to_json(estimate: Estimate) -> dict[str, Any]:
         "peak_gpu_bytes": estimate.gpu.device if estimate.room.gpu else 0,
         "streams": estimate.streams,
         "scratch_bytes": estimate.scratch,
-        "correction_bytes": sum(tensor.correction for tensor in inventory.tensors),
+        "correction_bytes": inventory.corrections,
         "machine": asdict(estimate.machine),
         "problems": list(estimate.problems),
     }
@@ -93,9 +93,8 @@ def _models(estimate: Estimate) -> str:
     ]
     if inventory.settings is not None:
         counts = " + ".join(map(str, text.sequences))
-        corrections = sum(tensor.correction for tensor in inventory.tensors)
-        if corrections:
-            lines.append(f"corrections: {_size(corrections)} beside the merged model")
+        if inventory.corrections:
+            lines.append(f"corrections: {_size(inventory.corrections)} beside the merged model")
         lines.append(
             f"{counts} sequences of {text.length} tokens, {sum(text.held_out)} of them held out; "
             f"temporary files: {_size(estimate.scratch)}, streams on the {estimate.streams}"

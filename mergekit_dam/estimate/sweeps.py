@@ -38,7 +38,7 @@ def sweeps(inventory: Inventory, room: Room) -> list[Sweep]:
     The second layer sweep and the descents after the first are not certain to be run.
     """
     every = sum(tensor.stored for tensor in inventory.tensors)
-    written = sum(tensor.written + tensor.correction for tensor in inventory.tensors)
+    written = sum(tensor.written for tensor in inventory.tensors) + inventory.corrections
     last = Sweep("merge and write", every, search.written(inventory), written)
     settings = inventory.settings
     if settings is None:

@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from mergekit_dam.coefficients.correction import Correction
+from mergekit_dam.coefficients.correction import Correction, out_by_in
 from mergekit_dam.coefficients.tensors import FittedTensor
 from mergekit_dam.fitting.evidence import Evidence
 from mergekit_dam.fitting.moments import LinearMoments
@@ -44,16 +44,18 @@ def correct(
         bias: Merged bias `[out]` that the linear adds, or None.
     """
     settings, axis = fitted.sources.settings, fitted.axis
-    facing = _facing(fitted.merged, axis)
-    terms = [Term(m.inputs.gram, m.residual(facing, bias), m.metric, m.scale) for m in evidence.fit]
+    start_weight = out_by_in(fitted.merged, axis)
+    terms = [
+        Term(m.inputs.gram, m.residual(start_weight, bias), m.metric, m.scale) for m in evidence.fit
+    ]
 
     def merged(correction: Correction) -> Tensor:
         return fitted.sources.merged(fitted.coefficients, axis=axis, correction=correction)
 
     def held_out(correction: Correction) -> float:
-        return evidence.held_out_loss(_facing(merged(correction), axis), bias)
+        return evidence.held_out_loss(out_by_in(merged(correction), axis), bias)
 
-    start = evidence.held_out_loss(facing, bias)
+    start = evidence.held_out_loss(start_weight, bias)
     best, lowest, chosen = None, start, 0.0
     solved: Tensor | None = None
     for ridge in RIDGES:
@@ -171,8 +173,3 @@ class CorrectionProblem:
         left, right = (vectors, vectors.T @ whitened) if wide else (whitened @ vectors, vectors.T)
         back = torch.linalg.solve_triangular(self.factor, right, upper=False, left=False)
         return Correction(back.float().contiguous(), left.float().contiguous())
-
-
-def _facing(weight: Tensor, axis: int) -> Tensor:
-    """A weight as `[out, in]`."""
-    return weight.T if axis == 0 else weight

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from mergekit_dam.coefficients.correction import out_by_in
 from mergekit_dam.coefficients.tensors import FittedTensor, TensorSources
 from mergekit_dam.fitting.correction import correct
 from mergekit_dam.fitting.evidence import Evidence, Losses, M
@@ -74,7 +75,7 @@ def fit_linear(
     """
     started = time.perf_counter()
     form = weight.settings.parametrisation
-    facing = [_facing(tensor, axis) for tensor in weight.tensors]
+    facing = [out_by_in(tensor, axis) for tensor in weight.tensors]
     bias_start = None if bias is None else bias.merged(bias.start())
 
     average = form.average(facing, evidence.fit[0].cross.dtype)
@@ -86,7 +87,7 @@ def fit_linear(
 
     def held_out(coefficients: Tensor) -> float:
         merged = weight.merged(coefficients, axis=axis)
-        return evidence.held_out_loss(_facing(merged, axis), bias_start)
+        return evidence.held_out_loss(out_by_in(merged, axis), bias_start)
 
     candidate = form.stepped(solution.step)
     # The objective without its ridge is the loss up to a constant: the loss falls by the gain.
@@ -104,7 +105,7 @@ def fit_linear(
         fitted = correct(fitted, evidence, bias_start)
     if bias is None or bias_start is None:
         return [fitted]
-    facing_merged = _facing(fitted.merged, axis)
+    facing_merged = out_by_in(fitted.merged, axis)
     residuals = [
         Residual(m.y_sum - facing_merged.double() @ m.inputs.x_sum, m.count, m.metric, m.scale)
         for m in evidence.fit
@@ -128,8 +129,3 @@ def _solve(
     if weight.settings.granularity == "tensor":
         return solve_tensor(problem, weight.settings.ridge)
     return solve_columns(problem, weight.settings.ridge)
-
-
-def _facing(weight: Tensor, axis: int) -> Tensor:
-    """A weight as `[out, in]`."""
-    return weight.T if axis == 0 else weight
