@@ -1,6 +1,7 @@
 """Corrections: matrices that are added to merged weights, and the file that keeps them.
 
-A corrected weight is `sum_s c_s * W_s + D`. D is kept whole, or as two factors of low rank.
+A corrected weight is `sum_s c_s * W_s + D`. D is kept whole, as two factors of low rank, or as the
+sum of both.
 """
 
 import json
@@ -20,29 +21,39 @@ from torch import Tensor
 from mergekit_dam.coefficients.file import CORRECTIONS_NAME, written_whole
 from mergekit_dam.parameters import CorrectionKind
 
+FIELDS = ("full", "left", "right")
+"""Tensors of a correction, as they are called in files."""
+
 _PIECE = 2**18
 """Elements of a weight that factors are multiplied for at a time: they stay in the cache."""
 
 
 @dataclass(frozen=True)
 class Correction:
-    """A matrix that is added to one merged weight, seen as `[out, in]`.
+    """A matrix that is added to one merged weight: `full + left @ right`, seen as `[out, in]`.
 
-    For fused experts both tensors have a first dimension more.
+    For fused experts all tensors have a first dimension more.
 
     Attributes:
-        right: fp32 `[out, in]`, the matrix itself, or `[rank, in]`, its right factor.
-        left: fp32 `[out, rank]`, the left factor; None if `right` is the matrix itself.
+        full: fp32 `[out, in]`; None where there are factors alone.
+        left: fp32 `[out, rank]`, the left factor; None where there are none.
+        right: fp32 `[rank, in]`, the right factor.
     """
 
-    right: Tensor
+    full: Tensor | None = None
     left: Tensor | None = None
+    right: Tensor | None = None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by field."""
-        found = {"right": self.right, "left": self.left}
+        found = {name: getattr(self, name) for name in FIELDS}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    @property
+    def rank(self) -> int:
+        """Rank of the factors; 0 where there are none."""
+        return 0 if self.left is None else self.left.shape[-1]
 
     def add_to(self, merged: Tensor, *, axis: int = -1) -> None:
         """Add to a merged weight, in place.
@@ -59,11 +70,11 @@ class Correction:
                 self.of_expert(expert).add_to(own, axis=axis - 1 if axis > 0 else axis)
             return
         turned = out_by_in(merged, axis)
-        right = self.right.to(merged)
-        if self.left is None:
-            turned.add_(right)
+        if self.full is not None:
+            turned.add_(self.full.to(merged))
+        if self.left is None or self.right is None:
             return
-        left = self.left.to(merged)
+        left, right = self.left.to(merged), self.right.to(merged)
         rows = max(1, _PIECE // turned.shape[1])
         for first in range(0, len(turned), rows):
             piece = turned[first : first + rows]
@@ -72,11 +83,11 @@ class Correction:
 
     def of_expert(self, expert: int) -> "Correction":
         """The correction of one expert's slice of a fused weight."""
-        return Correction(self.right[expert], None if self.left is None else self.left[expert])
+        return Correction(**{name: tensor[expert] for name, tensor in self.tensors.items()})
 
     def cpu(self) -> "Correction":
         """The same on the host."""
-        return Correction(self.right.cpu(), None if self.left is None else self.left.cpu())
+        return Correction(**{name: tensor.cpu() for name, tensor in self.tensors.items()})
 
     @classmethod
     def stacked(cls, own: Iterable["Correction | None"]) -> "Correction | None":
@@ -95,22 +106,26 @@ class Correction:
 
 
 def out_by_in(weight: Tensor, axis: int) -> Tensor:
-    """A weight as `[out, in]`, given its input dimension."""
-    return weight.T if axis == 0 else weight
+    """A weight as `[out, in]`, of every expert if it is fused, given its input dimension."""
+    return weight if axis % weight.ndim == weight.ndim - 1 else weight.mT
 
 
-def stored_bytes(shape: Sequence[int], kind: CorrectionKind, rank: int) -> int:
+def stored_bytes(
+    shape: Sequence[int], kind: CorrectionKind, rank: int, *, descended: bool = False
+) -> int:
     """Bytes of the correction of a weight in its file, at the most.
 
     Args:
         shape: Shape of the weight; fused experts come first.
-        rank: Rank of a correction of low rank.
+        rank: Rank of the factors.
+        descended: Whether factors are fitted end to end, beside a whole matrix if there is one.
     """
     if kind == "none" or len(shape) < 2:
         return 0
     *experts, out, columns = shape
-    rank = min(rank, out, columns)
-    each = out * columns if kind == "full" else rank * (out + columns)
+    factors = min(rank, out, columns) * (out + columns)
+    whole = out * columns if kind == "full" else 0
+    each = whole + (factors if descended or not whole else 0)
     return 4 * math.prod(experts) * each
 
 
@@ -155,8 +170,9 @@ class Corrections:
         if file is None:
             return None
         with safe_open(file, framework="pt") as handle:
-            keys = {key for key in ("left", "right") if f"{name}.{key}" in handle.keys()}  # noqa: SIM118
-            return Correction(**{key: handle.get_tensor(f"{name}.{key}") for key in keys})
+            keys = handle.keys()
+            found = {key: f"{name}.{key}" for key in FIELDS if f"{name}.{key}" in keys}
+            return Correction(**{key: handle.get_tensor(own) for key, own in found.items()})
 
     def _all(self) -> Iterator[tuple[str, Correction]]:
         """Every output tensor's name and its correction, one at a time."""

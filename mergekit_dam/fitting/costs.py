@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from mergekit_dam.fitting.correction import RIDGES
+from mergekit_dam.fitting.correction_problem import EIGEN_LIMIT
 from mergekit_dam.fitting.metric import kept_as_rows
 from mergekit_dam.fitting.solver import DENSE_LIMIT, precision
 from mergekit_dam.parameters import CorrectionKind
@@ -31,8 +32,9 @@ EIGENVECTORS = 9
 ITERATIONS = 25
 """Iterations of conjugate gradients without a factorisation, about, at the tolerance of fp32."""
 
-CORRECTION_ITERATIONS = 8
-"""Iterations of conjugate gradients per ridge of a correction, about."""
+CORRECTION_ITERATIONS = 4
+"""Iterations of conjugate gradients per ridge of a correction, with diagonalised matrices, about;
+three times as many with a factorised one."""
 
 FLOAT = 4
 """Bytes of a number in fp32."""
@@ -203,21 +205,30 @@ def correction(size: LinearSize, held_out_tokens: int) -> Work:
     work = Work()
     if size.correction == "none":
         return work
-    columns, out, weight = size.columns, size.out, size.weight
-    speed: Speed = "fp64" if size.dtype == torch.float64 else "fp32"
+    columns, out, weight, metric = size.columns, size.out, size.weight, size.metric
+    single = metric is not None or size.dtype == torch.float32
+    speed: Speed = "fp32" if single else "fp64"
     product = 2 * weight * columns
-    metric = 0 if size.metric is None else size.metric.product * columns
-    iterations = 0 if size.metric is None else CORRECTION_ITERATIONS
-    # Two triangular solves per preconditioned residual take as much as a product.
-    each = product + iterations * (product + size.terms * (product + metric))
+    measured = 0 if metric is None else metric.product * columns
+    diagonalised = metric is not None and max(out, columns) <= EIGEN_LIMIT
+    # Products with eigenvectors on both sides and back; or two triangular solves.
+    conditioned = 4 * weight * (out + columns) if diagonalised else product
+    iterations = 0
+    if metric is not None:
+        iterations = CORRECTION_ITERATIONS if diagonalised else 3 * CORRECTION_ITERATIONS
+    each = conditioned + iterations * (conditioned + size.terms * (product + measured))
     if size.correction == "low_rank":
         small, large = min(out, columns), max(out, columns)
         projected = size.rank * (2 * weight + columns**2)
         each += product + 2 * small**2 * large + EIGENVECTORS * small**3 + projected
         work["merging", "elements"] += len(RIDGES) * size.rank * weight
-    work["corrections", speed] = size.terms * (product + metric) + len(RIDGES) * each
-    work["corrections", "cholesky"] = len(RIDGES) * columns**3 // 3
-    square = 0 if size.metric is None else size.metric.square
+    once = size.terms * (product + measured)
+    if diagonalised:
+        once += EIGENVECTORS * (out**3 + columns**3)
+    work["corrections", speed] = once + len(RIDGES) * each
+    if size.correction == "low_rank" or not diagonalised:
+        work["corrections", "cholesky"] = len(RIDGES) * columns**3 // 3
+    square = 0 if metric is None else metric.square
     work["judging", "fp32"] = (1 + len(RIDGES)) * held_out_tokens * (2 * weight + square)
     work["merging", "elements"] += len(RIDGES) * size.sources * weight
     return work
@@ -255,8 +266,16 @@ def correction_bytes(size: LinearSize) -> int:
     if size.correction == "none":
         return 0
     number, weight = size.dtype.itemsize, size.weight
-    # The Gram matrix of all terms, shifted, its factor, and what the factorisation returns.
-    grams = 4 * number * size.columns**2
+    if size.metric is not None and number == DOUBLE:
+        number = FLOAT
+        copies = FLOAT * size.terms * (size.columns**2 + weight)
+    else:
+        copies = 0
+    # The Gram matrix of all terms, shifted, its factor, and what the factorisation returns; or
+    # eigenvectors of both sides, with what the solver of eigenvalues works on.
+    grams = 4 * number * size.columns**2 + copies
+    if size.metric is not None:
+        grams += 3 * number * size.out**2
     # Residuals, the right-hand side, the solution and the one before; those of conjugate gradients.
     vectors = number * weight * (size.terms + 3 + (0 if size.metric is None else 5))
     merged = 3 * FLOAT * weight

@@ -1,5 +1,6 @@
 """Corrections: added to merged weights, and kept in files."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -16,22 +17,28 @@ RANK = 3
 
 
 def factors(*first: int, out: int = 6, columns: int = 5) -> Correction:
-    return Correction(randn(*first, RANK, columns), randn(*first, out, RANK, seed=1))
+    right = randn(*first, RANK, columns)
+    return Correction(left=randn(*first, out, RANK, seed=1), right=right)
 
 
 def product(correction: Correction) -> torch.Tensor:
     assert correction.left is not None
+    assert correction.right is not None
     return correction.left.double() @ correction.right.double()
 
 
 @pytest.mark.parametrize("axis", [-1, 0])
-@pytest.mark.parametrize("whole", [True, False])
-def test_a_merged_weight_gets_its_correction(whole: bool, axis: int) -> None:
+@pytest.mark.parametrize("kind", ["full", "factors", "both"])
+def test_a_merged_weight_gets_its_correction(kind: str, axis: int) -> None:
     tensors = [randn(6, 5, seed=2), randn(6, 5, seed=3)]
     correction = factors()
     added = product(correction)
-    if whole:
+    if kind == "full":
         correction = Correction(added.float())
+    if kind == "both":
+        whole = randn(6, 5, seed=9)
+        correction = replace(correction, full=whole)
+        added = added + whole
     if axis == 0:
         tensors = [tensor.T.contiguous() for tensor in tensors]
         added = added.T
@@ -47,6 +54,7 @@ def test_factors_are_added_up_rank_by_rank_whatever_is_done_at_a_time(
     correction, by_hand = factors(), randn(6, 5, seed=4)
     merged = by_hand.clone()
     assert correction.left is not None
+    assert correction.right is not None
     for k in range(RANK):
         by_hand += correction.left[:, k : k + 1] * correction.right[k : k + 1]
     monkeypatch.setattr("mergekit_dam.coefficients.correction._PIECE", 10)
@@ -56,7 +64,7 @@ def test_factors_are_added_up_rank_by_rank_whatever_is_done_at_a_time(
 
 @pytest.mark.parametrize("axis", [-1, 1])
 def test_every_expert_of_a_fused_weight_gets_its_own(axis: int) -> None:
-    own = [factors(), None, Correction(randn(RANK, 5, seed=7), randn(6, RANK, seed=8))]
+    own = [factors(), None, factors()]
     correction = Correction.stacked(own)
     assert correction is not None
     merged = torch.zeros(3, 5, 6) if axis == 1 else torch.zeros(3, 6, 5)
@@ -80,15 +88,15 @@ def test_corrections_come_back_from_their_files_and_from_the_one_that_is_written
     before = {name: kept.get(name) for name in ("a", "b", "c")}
     kept.save(path)
     assert not (tmp_path / "scratch").exists()
-    assert set(load_file(path)) == {"a.right", "b.left", "b.right"}
+    assert set(load_file(path)) == {"a.full", "b.left", "b.right"}
     for own in (kept, Corrections.of_file(path)):
         assert own
         for name, expected in before.items():
             found = own.get(name)
             assert (found is None) == (expected is None) == (name == "c")
             if found is not None and expected is not None:
-                assert found.right.equal(expected.right)
-                assert (found.left is None) == (expected.left is None)
+                assert found.tensors.keys() == expected.tensors.keys()
+                assert all(t.equal(expected.tensors[key]) for key, t in found.tensors.items())
 
 
 def test_the_same_corrections_give_the_same_bytes(tmp_path: Path) -> None:
@@ -108,8 +116,15 @@ def test_stored_bytes_are_those_of_the_tensors(shape: tuple[int, ...], rank: int
     *experts, out, columns = shape
     kept = min(rank, out, columns)
     whole = Correction(randn(*shape))
-    factors = Correction(randn(*experts, kept, columns), randn(*experts, out, kept))
-    for correction, kind in ((whole, "full"), (factors, "low_rank")):
+    factors = Correction(left=randn(*experts, out, kept), right=randn(*experts, kept, columns))
+    both = replace(factors, full=whole.full)
+    for correction, kind, descended in (
+        (whole, "full", False),
+        (both, "full", True),
+        (factors, "low_rank", False),
+        (factors, "low_rank", True),
+    ):
         size = sum(tensor.nbytes for tensor in correction.tensors.values())
-        assert stored_bytes(shape, cast(CorrectionKind, kind), rank) == size
+        found = stored_bytes(shape, cast(CorrectionKind, kind), rank, descended=descended)
+        assert found == size
     assert stored_bytes(shape, "none", rank) == stored_bytes(shape[-1:], "full", rank) == 0

@@ -1,13 +1,18 @@
 """The correction of a linear, against the dense solution of its quadratic."""
 
+import logging
+
 import pytest
 import torch
 from torch import Tensor
 
-from mergekit_dam.fitting import correction as correction_module
-from mergekit_dam.fitting.correction import CorrectionProblem
+from mergekit_dam.coefficients.correction import Correction
+from mergekit_dam.fitting import correction_problem
+from mergekit_dam.fitting.correction_problem import CorrectionProblem
+from mergekit_dam.fitting.linear import fit_linear
 from mergekit_dam.fitting.metric import PLAIN, Metric
 from mergekit_dam.fitting.problem import Term
+from tests.kit.fits import MODELS, evidence_of_domains, sources_of
 from tests.kit.tensors import randn
 
 OUT, IN = 5, 7
@@ -49,53 +54,99 @@ TERMS = {
 }
 
 
+@pytest.mark.parametrize("limit", [0, 100], ids=["factorised", "diagonalised"])
 @pytest.mark.parametrize("ridge", [1e-1, 1e-3, 1e-5])
 @pytest.mark.parametrize("kind", TERMS)
 def test_a_correction_is_the_dense_minimiser(
-    kind: str, ridge: float, monkeypatch: pytest.MonkeyPatch
+    kind: str, ridge: float, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(correction_module, "MAX_ITERATIONS", 500)
-    problem = CorrectionProblem(TERMS[kind], ridge)
+    monkeypatch.setattr(correction_problem, "MAX_ITERATIONS", 500)
+    monkeypatch.setattr(correction_problem, "EIGEN_LIMIT", limit)
+    problem = CorrectionProblem(TERMS[kind])
     mean = sum(
         own.scale * float(matrix_of(own.metric).diagonal().mean() * own.gram.diagonal().mean())
         for own in TERMS[kind]
     )
-    assert problem.shift == pytest.approx(ridge * mean, rel=1e-6)
-    found = problem.solve(tolerance=1e-12)
-    torch.testing.assert_close(found, dense(TERMS[kind], problem.shift), rtol=1e-6, atol=1e-8)
-    again = CorrectionProblem(TERMS[kind], ridge).solve(2 * found, tolerance=1e-12)
+    assert problem.mean == pytest.approx(mean, rel=1e-6)
+    found = step_of(problem, ridge)
+    torch.testing.assert_close(found, dense(TERMS[kind], ridge * mean), rtol=1e-6, atol=1e-8)
+    again = step_of(problem, ridge, 2 * found)
     torch.testing.assert_close(again, found, rtol=1e-6, atol=1e-8)
+
+
+def step_of(problem: CorrectionProblem, ridge: float, start: Tensor | None = None) -> Tensor:
+    solved = problem.solve(ridge, start, tolerance=1e-12)
+    assert solved is not None
+    return solved.step
+
+
+def test_a_single_kronecker_product_is_solved_at_once() -> None:
+    problem = CorrectionProblem(TERMS["one metric"])
+    solved = problem.solve(1e-3, tolerance=1e-6)
+    assert solved is not None
+    assert solved.iterations == 0
+    assert solved.residual < 1e-6
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_a_low_rank_is_the_best_in_the_metric_of_the_inputs(rank: int) -> None:
     """By Eckart and Young, of whitened matrices; the plain SVD is not."""
-    problem = CorrectionProblem(TERMS["plain"], 1e-4)
-    solved = problem.solve()
-    assert problem.factor is not None
+    problem, ridge = CorrectionProblem(TERMS["plain"]), 1e-4
+    solved, factor = step_of(problem, ridge), problem.factor(ridge)
+    assert factor is not None
 
     def error(matrix: Tensor) -> float:
-        assert problem.factor is not None
-        return float(((solved - matrix) @ problem.factor).norm())
+        assert factor is not None
+        return float(((solved - matrix) @ factor).norm())
 
-    found = problem.truncated(solved, rank)
-    assert found.left is not None
-    own = error(found.left.double() @ found.right.double())
+    own = error(product(problem.truncated(solved, ridge, rank)))
     left, values, right = torch.linalg.svd(solved)
     plain = error(left[:, :rank] * values[:rank] @ right[:rank])
-    best = float(torch.linalg.svdvals(solved @ problem.factor)[rank:].norm())
+    best = float(torch.linalg.svdvals(solved @ factor)[rank:].norm())
     assert own == pytest.approx(best, rel=1e-4)
     assert plain > 1.001 * own
 
 
+def product(correction: Correction | None) -> Tensor:
+    assert correction is not None
+    assert correction.left is not None
+    assert correction.right is not None
+    return correction.left.double() @ correction.right.double()
+
+
 def test_the_whole_rank_is_the_whole_matrix() -> None:
-    problem = CorrectionProblem(TERMS["two metrics"], 1e-2)
-    solved = problem.solve()
-    found = problem.truncated(solved, 100)
-    assert found.left is not None
-    torch.testing.assert_close((found.left @ found.right).double(), solved, rtol=1e-4, atol=1e-5)
+    problem = CorrectionProblem(TERMS["two metrics"])
+    solved = step_of(problem, 1e-2)
+    found = product(problem.truncated(solved, 1e-2, 100))
+    torch.testing.assert_close(found, solved, rtol=1e-4, atol=1e-5)
 
 
 def test_inputs_without_energy_have_no_correction() -> None:
     nothing = Term(torch.zeros(IN, IN).double(), torch.zeros(OUT, IN).double())
-    assert CorrectionProblem([nothing], 1e-2).factor is None
+    problem = CorrectionProblem([nothing])
+    assert problem.factor(1e-2) is None
+    assert problem.solve(1e-2) is None
+
+
+@pytest.mark.parametrize("limit", [0, 50])
+def test_a_limit_of_iterations_is_said(
+    limit: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(correction_problem, "MAX_ITERATIONS", limit)
+    tensors = [randn(OUT, IN, seed=20 + s) for s in range(MODELS)]
+    domains = [
+        (randn(40, IN, seed=s), randn(40, OUT, seed=s + 9), metric(s, as_rows=False))
+        for s in range(MODELS)
+    ]
+    with caplog.at_level(logging.WARNING, logger="mergekit_dam"):
+        (fitted,) = fit_linear(
+            sources_of(tensors, correction="full"), None, evidence_of_domains(domains), axis=-1
+        )
+    said = fitted.report.correction
+    assert said["outcome"] == "full"
+    if limit:
+        assert "stopped" not in said
+        assert not caplog.messages
+    else:
+        assert "at their limit of 0 iterations" in said["stopped"]
+        assert any(said["stopped"] in message for message in caplog.messages)

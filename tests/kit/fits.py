@@ -33,6 +33,7 @@ def sources_of(
     form: str = "affine",
     ridge: float = TINY,
     granularity: str = "column",
+    correction: str = "none",
     loss_weights: Sequence[float] = (1.0,) * MODELS,
     dtype: torch.dtype = torch.float32,
 ) -> TensorSources:
@@ -41,6 +42,7 @@ def sources_of(
         loss_weights=tuple(loss_weights),
         ridge=ridge,
         granularity=granularity,
+        correction=correction,
         embeddings=True,
         norms=True,
         head=True,

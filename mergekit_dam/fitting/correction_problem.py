@@ -1,0 +1,189 @@
+"""The quadratic of a correction, and its minimisers at several ridges.
+
+The correction D `[out, in]` of a merged weight W minimises, in the metric of the fit,
+
+    sum_k s_k (<S_k D G_k, D> - 2 <S_k R_k, D>)  +  ridge * m * |D|^2,    R_k = sum (y - W x) x^T,
+
+with m the mean diagonal of the quadratic. In the plain metric that is `D = R (G + ridge m)^-1`. In
+others it is found by conjugate gradients. Their preconditioner is the inverse of the one Kronecker
+product that is nearest: that of the mean metric and the mean Gram matrix.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from mergekit_dam.coefficients.correction import Correction
+from mergekit_dam.fitting.problem import Term
+
+TOLERANCE = 1e-2
+"""Relative residual at which conjugate gradients stop: held-out data shows no finer differences."""
+
+MAX_ITERATIONS = 50
+
+EIGEN_LIMIT = 6144
+"""Largest side of a weight for which matrices are diagonalised; beyond, they are factorised."""
+
+Precondition = Callable[[Tensor], Tensor]
+"""Approximate inverse of the shifted quadratic, applied to `[out, in]`."""
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The minimiser `[out, in]` at one ridge, and how it was found.
+
+    Attributes:
+        step: The minimiser, in the dtype of the Gram matrices.
+        iterations: Number of iterations of conjugate gradients.
+        residual: Norm of the residual of the linear system, relative to its right-hand side.
+        converged: Whether conjugate gradients stopped before their limit.
+    """
+
+    step: Tensor
+    iterations: int = 0
+    residual: float = 0.0
+    converged: bool = True
+
+    @property
+    def limit_reached(self) -> str:
+        """The message that conjugate gradients stopped at their limit, for log and report."""
+        return (
+            f"conjugate gradients stopped at their limit of {self.iterations} iterations, with a "
+            f"relative residual of {self.residual:.1e}"
+        )
+
+
+@dataclass(frozen=True)
+class CorrectionProblem:
+    """The quadratic of a correction, without its ridge.
+
+    Attributes:
+        terms: One per domain, or a single one where errors are measured plainly.
+    """
+
+    terms: Sequence[Term]
+
+    @property
+    def plain(self) -> bool:
+        """Whether the minimiser has a closed form."""
+        return len(self.terms) == 1 and self.terms[0].metric.factors is None
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """Gram matrix `[in, in]` of all terms, each by the mean of its metric."""
+        total = torch.zeros_like(self.terms[0].gram)
+        for term in self.terms:
+            total.add_(term.gram, alpha=term.scale * term.metric.mean)
+        return (total + total.T) / 2
+
+    @cached_property
+    def mean(self) -> float:
+        """Mean diagonal of the quadratic."""
+        return float(self.gram.diagonal().mean(dtype=torch.float64))
+
+    @cached_property
+    def rhs(self) -> Tensor:
+        """The right-hand side `[out, in]`."""
+        total = torch.zeros_like(self.terms[0].residual)
+        for term in self.terms:
+            total += term.apply(term.residual)
+        return total
+
+    def factor(self, ridge: float) -> Tensor | None:
+        """Lower Cholesky factor of the shifted Gram matrix; None if it has none in its dtype."""
+        shifted = self.gram.clone()
+        shifted.diagonal().add_(ridge * self.mean)
+        factor, failed = torch.linalg.cholesky_ex(shifted)
+        return None if self.mean == 0 or bool(failed) else factor
+
+    def solve(
+        self, ridge: float, start: Tensor | None = None, *, tolerance: float = TOLERANCE
+    ) -> Solved | None:
+        """The minimiser; None if the shifted Gram matrix cannot be factorised in its dtype.
+
+        Args:
+            ridge: Strength of the pull to zero, relative to the mean diagonal.
+            start: Where conjugate gradients begin, for example the minimiser at another ridge.
+            tolerance: Relative residual at which they stop.
+        """
+        precondition = self._precondition(ridge)
+        if precondition is None:
+            return None
+        if self.plain:
+            return Solved(precondition(self.rhs))
+        step = precondition(self.rhs) if start is None else start.clone()
+        residual = self.rhs - self.product(step, ridge)
+        size = float(self.rhs.norm())
+        conditioned = precondition(residual)
+        direction, slope = conditioned.clone(), (residual * conditioned).sum()
+        iterations = 0
+        while (left := float(residual.norm())) > tolerance * size and iterations < MAX_ITERATIONS:
+            curvature = self.product(direction, ridge)
+            length = slope / (direction * curvature).sum()
+            step += length * direction
+            residual -= length * curvature
+            conditioned = precondition(residual)
+            previous, slope = slope, (residual * conditioned).sum()
+            direction = conditioned + (slope / previous) * direction
+            iterations += 1
+        relative = left / size if size else 0.0
+        return Solved(step, iterations, relative, converged=relative <= tolerance)
+
+    def product(self, x: Tensor, ridge: float) -> Tensor:
+        """`sum_k s_k S_k x G_k + ridge m x` of x `[out, in]`."""
+        total = ridge * self.mean * x
+        for term in self.terms:
+            total += term.apply(x @ term.gram)
+        return total
+
+    def _precondition(self, ridge: float) -> Precondition | None:
+        diagonalised = not self.plain and max(self.rhs.shape) <= EIGEN_LIMIT
+        if diagonalised and self.mean:
+            (of_metric, rows), (of_gram, columns) = self._eigen
+            shifted = of_metric[:, None] * of_gram + ridge * self.mean
+
+            def by_eigenvectors(x: Tensor) -> Tensor:
+                return rows @ (rows.T @ x @ columns / shifted) @ columns.T
+
+            return by_eigenvectors
+        factor = self.factor(ridge)
+        if factor is None:
+            return None
+
+        def by_factor(x: Tensor) -> Tensor:
+            solved: Tensor = torch.cholesky_solve(x.T, factor)
+            return solved.T
+
+        return by_factor
+
+    @cached_property
+    def _eigen(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Eigenvalues and eigenvectors of the mean metric, of mean 1, and of the Gram matrix."""
+        identity = torch.eye(len(self.rhs)).to(self.rhs)
+        metric = torch.zeros_like(identity)
+        for term in self.terms:
+            metric += float(term.gram.diagonal().mean(dtype=torch.float64)) * term.apply(identity)
+        metric /= self.mean
+        own, rows = torch.linalg.eigh((metric + metric.T) / 2)
+        values, columns = torch.linalg.eigh(self.gram)
+        return (own.clamp_min(0), rows), (values.clamp_min(0), columns)
+
+    def truncated(self, solved: Tensor, ridge: float, rank: int) -> Correction | None:
+        """The matrix of some rank that is nearest to a minimiser, in the metric of the inputs.
+
+        With `G + ridge m = L L^T`, the singular vectors of `D L` are kept, and turned back by
+        `L^-1`. None if there is no such L in the dtype of the Gram matrix.
+        """
+        factor = self.factor(ridge)
+        if factor is None:
+            return None
+        whitened = solved @ factor
+        wide = whitened.shape[0] <= whitened.shape[1]
+        square = whitened @ whitened.T if wide else whitened.T @ whitened
+        vectors = torch.linalg.eigh(square).eigenvectors[:, -rank:].flip(1)
+        left, right = (vectors, vectors.T @ whitened) if wide else (whitened @ vectors, vectors.T)
+        back = torch.linalg.solve_triangular(factor, right, upper=False, left=False)
+        return Correction(right=back.float().contiguous(), left=left.float().contiguous())
