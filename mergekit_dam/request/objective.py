@@ -68,17 +68,13 @@ def _check_correction(
     given = [scope.settings for scope in scopes]
     settings = [own["correction"] for own in given if "correction" in own]
     kinds = {SPECS["correction"].validate(v) for setting in settings for v in scalars(setting)}
-    problems = []
-    if kinds - {"none"} and run.objective == "logits":
-        problems.append(
-            "`objective: logits` takes no `correction`, as it fits no layers; set "
-            "`objective: layer+logits`, or remove it"
-        )
-    if "low_rank" not in kinds and any("correction_rank" in own for own in given):
-        problems.append(
-            "`correction_rank` is read by `correction: low_rank` alone; set that, or remove it"
-        )
-    return problems
+    reads = "low_rank" in kinds or ("full" in kinds and run.objective != "layer")
+    if not reads and any("correction_rank" in own for own in given):
+        return [
+            "`correction_rank` is read by `correction: low_rank`, and beside `full` by a descent; "
+            "set one of these, or remove it"
+        ]
+    return []
 
 
 def _check_nonlinearity(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_dam.coefficients.correction import out_by_in
 from mergekit_dam.coefficients.merge import column_counts
 from mergekit_dam.coefficients.parametrisation import Parametrisation
 from mergekit_dam.coefficients.record import MergeRecord
@@ -15,6 +16,9 @@ from mergekit_dam.parameters import Nonlinearity
 from mergekit_dam.sources.stage import OpenStage
 
 _RANGES: dict[Nonlinearity, tuple[float, float]] = {"tanh": (-1, 1), "sigmoid": (0, 1)}
+
+CORRECTED = ("linear", "router", "experts")
+"""Kinds of units whose weights have corrections."""
 
 _ROUNDING = 1e-6
 """A start nearer than this to the edge of a range counts as at the edge: fp32 rounding."""
@@ -69,6 +73,8 @@ class Coordinate:
         form: the map from unknowns to coefficients.
         columns: number of unknowns per direction: one per input column (of every expert), or 1.
         axis: input dimension of the tensor.
+        shape: shape of a weight, seen as `[out, in]`, of every expert if it is fused.
+        rank: rank of the factors that are fitted beside the coefficients; 0 without a correction.
     """
 
     name: str
@@ -76,6 +82,8 @@ class Coordinate:
     form: Parametrisation
     columns: int
     axis: int
+    shape: tuple[int, ...] = ()
+    rank: int = 0
 
 
 def coordinates_of(opened: OpenStage, anatomy: Anatomy, head: str | None) -> list[Coordinate]:
@@ -104,14 +112,18 @@ def coordinates_of(opened: OpenStage, anatomy: Anatomy, head: str | None) -> lis
             weighs = parameter in axes
             axis = axes.get(parameter, -1)
             by_column = weighs and settings.granularity == "column"
-            counts = column_counts(sources.tensors[0].shape, axis)
+            like = sources.tensors[0]
+            corrected = weighs and kind in CORRECTED and settings.correction != "none"
+            shape = tuple(out_by_in(like, axis).shape) if corrected else ()
             found.append(
                 Coordinate(
                     name=sources.name,
                     kind=kind if weighs else "bias",
                     form=settings.parametrisation,
-                    columns=counts[-1] if by_column else 1,
+                    columns=column_counts(like.shape, axis)[-1] if by_column else 1,
                     axis=axis,
+                    shape=shape,
+                    rank=min(settings.correction_rank, *shape[-2:]) if corrected else 0,
                 )
             )
     return found

@@ -1,6 +1,6 @@
 """The descent of the end-to-end objective: steps of an optimiser on the unknowns.
 
-1. The unknowns start at given coefficients.
+1. The unknowns are coefficients and the factors of corrections. They start at a given point.
 2. Each step uses the gradient on the next sequences of every model, plus that of the penalties.
 3. At regular intervals the merged model is judged on held-out data. The result is the best point
    that was judged.
@@ -8,6 +8,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from mergekit_dam.coefficients.parametrisation import Parametrisation
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.coefficients.tensors import TensorReport
 from mergekit_dam.search.backprop import forward
-from mergekit_dam.search.coordinates import coefficients_of, starting_unknowns
+from mergekit_dam.search.coordinates import Coordinate, coefficients_of, starting_unknowns
+from mergekit_dam.search.factors import Factors
 from mergekit_dam.search.gradient import Batch, Objective
 from mergekit_dam.search.judge import Verdict, judge
 from mergekit_dam.search.optimizers import make_optimizer, make_schedule
@@ -29,6 +31,9 @@ from mergekit_dam.streams.stream import Stream
 
 LOOKS = 8
 """How often a descent is judged on held-out data, about."""
+
+FACTOR_RATE = 1e-3
+"""Default learning rate of the factors of corrections."""
 
 
 def judged_steps(steps: int) -> frozenset[int]:
@@ -64,6 +69,8 @@ def descend(
     steps: int,
     column_weights: Mapping[str, Tensor],
     seed: int,
+    moving: Path,
+    kept: Path,
 ) -> Descent:
     """Minimise the objective from a start.
 
@@ -74,10 +81,14 @@ def descend(
         verdict: verdict on the start.
         steps: number of steps of the optimiser.
         column_weights: weights of the weighted overlap, by tensor; empty where that is off.
-        seed: seed of the order of the sequences.
+        seed: seed of the order of the sequences, and of random factors.
+        moving: folder for the factors of corrections while they move.
+        kept: folder for a folder with the corrections of the best point.
     """
     network = objective.network
-    descender = Descender(objective, start, steps)
+    coordinates = objective.coordinates.values()
+    factors = Factors(coordinates, start.corrections, folder=moving, seed=seed)
+    descender = Descender(objective, start, steps, factors)
     batches = batches_of(data, network.loss_weights, objective.settings.batch_size, seed)
     best, lowest, best_step = start, verdict, 0
     losses = []
@@ -90,8 +101,12 @@ def descend(
             with torch.no_grad():
                 now = descender.point()
             seen = verdict_of(network, now, data)
-            if seen.mean < lowest.mean:
-                best, lowest, best_step = now, seen, step
+            if seen.better_than(lowest):
+                if best is not start and best.corrections is not None:
+                    best.corrections.discard()
+                own = factors.kept(now.coefficients, kept / f"{moving.name}-{step}")
+                best = dataclasses.replace(now, corrections=own)
+                lowest, best_step = seen, step
     return Descent(best, lowest, best_step, tuple(losses))
 
 
@@ -102,10 +117,13 @@ class Descender:
         objective: the objective.
         start: coefficients of every tensor to start from.
         steps: total number of steps, for the learning rate's schedule.
+        factors: the corrections, of which factors move.
     """
 
-    def __init__(self, objective: Objective, start: MergeRecord, steps: int) -> None:
-        self._objective, self._start = objective, start
+    def __init__(
+        self, objective: Objective, start: MergeRecord, steps: int, factors: Factors
+    ) -> None:
+        self._objective, self._start, self._factors = objective, start, factors
         settings = objective.settings
         self._coordinates = list(objective.coordinates.values())
         self._unknowns = starting_unknowns(
@@ -114,22 +132,25 @@ class Descender:
         groups = [
             {
                 "params": [self._unknowns[c.name]],
-                "lr": settings.learning_rate or learning_rate(c.form),
+                "lr": settings.learning_rate or learning_rate(c.form, corrected=factors.move),
             }
             for c in self._coordinates
         ]
-        self._optimizer = make_optimizer(groups, settings)
-        self._schedule = make_schedule(self._optimizer, settings, steps)
+        self._optimizers = [make_optimizer(groups, settings)]
+        if factors.move:
+            self._optimizers.append(factors.optimizer(factor_rate(settings.learning_rate)))
+        self._schedules = [make_schedule(own, settings, steps) for own in self._optimizers]
 
     def step(self, batches: Iterator[list[Batch]], column_weights: Mapping[str, Tensor]) -> float:
         """Take one step; returns the loss on its batches, without penalties."""
         objective, settings = self._objective, self._objective.settings
         coefficients = self._coefficients()
-        point = at(self._start, coefficients, objective)
+        point = at(self._start, coefficients, objective, self._factors)
         loss = 0.0
-        self._optimizer.zero_grad()
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=optimizer is self._optimizers[0])
         for _ in range(settings.gradient_accumulation):
-            part, gradients = objective(point, next(batches))
+            part, gradients = objective(point, next(batches), self._factors)
             loss += part / settings.gradient_accumulation
             torch.autograd.backward(
                 [coefficients[name] for name in gradients],
@@ -144,30 +165,44 @@ class Descender:
             penalties.backward()  # type: ignore[no-untyped-call]
         if settings.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self._unknowns.values(), settings.max_grad_norm)
-        self._optimizer.step()
-        self._schedule.step()
+        self._factors.add_up()
+        for optimizer, schedule in zip(self._optimizers, self._schedules, strict=True):
+            optimizer.step()
+            schedule.step()
         return loss
 
     def point(self) -> MergeRecord:
         """The current coefficients of every tensor."""
-        return at(self._start, self._coefficients(), self._objective)
+        return at(self._start, self._coefficients(), self._objective, self._factors)
 
     def _coefficients(self) -> dict[str, Tensor]:
         nonlinearity = self._objective.settings.nonlinearity
         return coefficients_of(self._coordinates, self._unknowns, nonlinearity)
 
 
-def learning_rate(form: Parametrisation) -> float:
+def learning_rate(form: Parametrisation, *, corrected: bool) -> float:
     """The default learning rate for a form of the coefficients.
 
     Coefficients that sum to one move the merged weight along the differences of the models. Free
-    coefficients scale the whole weight, and diverge at a tenth of that rate.
+    coefficients scale the whole weight, and diverge at a tenth of that rate. Beside factors,
+    coefficients have less to do.
     """
-    return 0.1 if form.sums_to_one else 0.01
+    rate = 0.1 if form.sums_to_one else 0.01
+    return rate / 2 if corrected else rate
 
 
-def at(start: MergeRecord, coefficients: Mapping[str, Tensor], objective: Objective) -> MergeRecord:
-    """The start with new coefficients for the fitted tensors and the tensors tied to them."""
+def factor_rate(asked: float | None) -> float:
+    """The learning rate of factors, in proportion to that of the coefficients if that is given."""
+    return FACTOR_RATE if asked is None else FACTOR_RATE * asked / 0.05
+
+
+def at(
+    start: MergeRecord,
+    coefficients: Mapping[str, Tensor],
+    objective: Objective,
+    factors: Factors,
+) -> MergeRecord:
+    """The start with other coefficients for fitted tensors and those tied to them, and factors."""
     found = {name: rows.detach().cpu() for name, rows in coefficients.items()}
     for name, other in objective.network.tied.items():
         if other in found:
@@ -179,15 +214,20 @@ def at(start: MergeRecord, coefficients: Mapping[str, Tensor], objective: Object
         axes={**start.axes, **{n: c.axis for n, c in fitted.items() if c.axis != -1}},
         reports={
             **start.reports,
-            **{n: _report(n, c.kind, start.reports.get(n)) for n, c in fitted.items()},
+            **{n: _report(c, start.reports.get(n)) for n, c in fitted.items()},
         },
+        corrections=factors,
     )
 
 
-def _report(name: str, kind: str, start: TensorReport | None) -> TensorReport:
-    """The report of a tensor that was fitted end to end; a correction that it had stays."""
-    correction = start.correction if start is not None else {}
-    return TensorReport(name, kind, "fitted end to end", correction=correction)
+def _report(coordinate: Coordinate, start: TensorReport | None) -> TensorReport:
+    """The report of a tensor that was fitted end to end; what is said of a correction stays."""
+    correction = dict(start.correction) if start is not None else {}
+    if coordinate.rank:
+        correction["descended_rank"] = coordinate.rank
+    return TensorReport(
+        coordinate.name, coordinate.kind, "fitted end to end", correction=correction
+    )
 
 
 def merged_rows(coefficients: Mapping[str, Tensor], objective: Objective) -> dict[str, Tensor]:

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mergekit_dam.coefficients.correction import out_by_in
 from mergekit_dam.coefficients.merge import coefficient_gradient
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.parameters import RunParameters
 from mergekit_dam.search.backprop import Gradients, Weights, add_gradients, backward, forward
 from mergekit_dam.search.coordinates import Coordinate
+from mergekit_dam.search.factors import Factors
 from mergekit_dam.search.losses import logit_loss
 from mergekit_dam.sources.network import Network
 from mergekit_dam.sources.stage import OpenStage
@@ -66,18 +68,22 @@ class Objective:
     boundaries: BoundaryStates
     _merged: dict[int, Weights] = field(default_factory=dict)
 
-    def __call__(self, point: MergeRecord, batches: Sequence[Batch]) -> tuple[float, Gradients]:
+    def __call__(
+        self, point: MergeRecord, batches: Sequence[Batch], factors: Factors | None = None
+    ) -> tuple[float, Gradients]:
         """Loss in nats, and its gradient with respect to the fitted tensors' coefficients.
 
         Args:
             point: coefficients of every tensor of the model.
             batches: one batch per model.
+            factors: the factors of the point's corrections, if they move: their gradients are
+                added to, in this process, by the share of one batch in a step.
 
         Returns:
             The loss without penalties, and the gradients fp64 `[S, columns]` by tensor name.
         """
         self._merged.clear()
-        gradients: Gradients = {}
+        found = _Found(self.coordinates, factors, 1 / self.settings.gradient_accumulation)
 
         def weights_of(number: int, opened: OpenStage) -> Weights:
             if number not in self._merged:
@@ -90,18 +96,18 @@ class Objective:
         tokens = [batch.tokens for batch in batches]
         hidden = forward(self.network, weights_of, tokens, self.boundaries)
         opened = self.network.output()
-        loss, flowing = self._output(opened, point, batches, hidden, gradients)
+        loss, flowing = self._output(opened, point, batches, hidden, found)
         del opened
         for number, opened in self.network.backward():
             flowing = self._stage(
-                opened, weights_of(number, opened), self.boundaries.get(number), flowing, gradients
+                opened, weights_of(number, opened), self.boundaries.get(number), flowing, found
             )
         first = {spec.name for spec in self.network.stages[0].tensors}
         if first & self.coordinates.keys():
             opened = self.network.open(0)
-            self._stage(opened, weights_of(0, opened), tokens, flowing, gradients)
+            self._stage(opened, weights_of(0, opened), tokens, flowing, found)
         self._merged.clear()
-        return all_sums([loss])[0], {name: all_sum(own) for name, own in gradients.items()}
+        return all_sums([loss])[0], {name: all_sum(own) for name, own in found.gradients.items()}
 
     def _output(
         self,
@@ -109,9 +115,9 @@ class Objective:
         point: MergeRecord,
         batches: Sequence[Batch],
         hidden: Sequence[Tensor],
-        gradients: Gradients,
+        found: "_Found",
     ) -> tuple[float, list[Tensor]]:
-        """The loss and its gradients at the last block's outputs; `gradients` gets the stage's."""
+        """The loss and its gradients at the last block's outputs; `found` gets the stage's."""
         weights = opened.merged_weights(point)
         sums = self._zeros(opened, weights)
         live = {n: w.detach().requires_grad_(n in sums) for n, w in weights.items()}
@@ -140,7 +146,7 @@ class Objective:
                 entered.append(got[0].cpu())
                 add_gradients(sums, got[1:])
             flowing.append(concatenated(entered, none=stream))
-        self._turn(opened, sums, gradients)
+        found.turn(opened, sums)
         return loss, flowing
 
     def _stage(
@@ -149,14 +155,14 @@ class Objective:
         weights: Weights,
         entered: Sequence[Tensor],
         flowing: Sequence[Tensor],
-        gradients: Gradients,
+        found: "_Found",
     ) -> list[Tensor]:
         sums = self._zeros(opened, weights)
         flowing = [
             backward(opened.part, weights, x, gradient, self.network.device, sums=sums)
             for x, gradient in zip(entered, flowing, strict=True)
         ]
-        self._turn(opened, sums, gradients)
+        found.turn(opened, sums)
         return flowing
 
     def _zeros(self, opened: OpenStage, weights: Weights) -> Gradients:
@@ -166,8 +172,25 @@ class Objective:
             if sources.name in self.coordinates
         }
 
-    def _turn(self, opened: OpenStage, sums: Gradients, gradients: Gradients) -> None:
-        """Convert the gradients of a stage's weights to gradients of coefficients, and add them.
+
+@dataclass
+class _Found:
+    """What becomes of the gradients of merged weights, which are not kept themselves.
+
+    Attributes:
+        coordinates: the fitted tensors by name.
+        factors: the factors that move; they keep their own gradients.
+        share: share of a batch in a step, for the factors.
+        gradients: gradients of coefficients, by tensor name.
+    """
+
+    coordinates: Mapping[str, Coordinate]
+    factors: Factors | None
+    share: float
+    gradients: Gradients = field(default_factory=dict)
+
+    def turn(self, opened: OpenStage, sums: Gradients) -> None:
+        """Convert the gradients of a stage's weights to those of the unknowns, and add them.
 
         A tied tensor acts in two stages; its gradient is the sum of both.
         """
@@ -180,4 +203,7 @@ class Objective:
                 axis=coordinate.axis,
                 per_column=coordinate.columns > 1,
             )
-            gradients[sources.name] = gradients.get(sources.name, 0) + turned
+            self.gradients[sources.name] = self.gradients.get(sources.name, 0) + turned
+            if self.factors is not None and coordinate.rank:
+                facing = out_by_in(gradient, coordinate.axis)
+                self.factors.add_gradient(sources.name, facing, self.share)

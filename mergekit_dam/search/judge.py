@@ -19,6 +19,10 @@ Logits = Callable[[Tensor], Tensor]
 """From the hidden states that leave the last block to logits."""
 
 
+SACRIFICE = 0.1
+"""Relative rise of one model's divergence that a lower mean may cost."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Divergences of a merged model from its teachers, in nats per token.
@@ -36,6 +40,15 @@ class Verdict:
         """Mean over the streams, weighted by their loss weights."""
         pairs = zip(self.losses, self.weights, strict=True)
         return sum(loss * weight for loss, weight in pairs) / sum(self.weights)
+
+    def better_than(self, other: "Verdict") -> bool:
+        """Whether the mean is lower, and no model that counts pays for it.
+
+        A model pays if its divergence is more than `SACRIFICE` higher, relative to the other.
+        """
+        pairs = zip(self.losses, other.losses, self.weights, strict=True)
+        paid = any(own > (1 + SACRIFICE) * was for own, was, weight in pairs if weight)
+        return self.mean < other.mean and not paid
 
 
 @torch.no_grad()

@@ -42,6 +42,9 @@ from mergekit_dam.streams.stream import Stream
 DESCENTS = (20, 400)
 """Steps of each descent where no number is configured: the first shows whether it pays."""
 
+CORRECTIONS = ".dam-corrections"
+"""Beginning of the names of folders for a trial's corrections."""
+
 WORTHWHILE = 0.1
 """A longer descent follows if the one before lowered the held-out KL by this fraction."""
 
@@ -77,7 +80,7 @@ class Best:
         **details: float,
     ) -> None:
         """Record a trial, and keep its coefficients if the judge prefers them."""
-        kept = verdict.mean < self.verdict.mean
+        kept = verdict.better_than(self.verdict)
         seconds = time.perf_counter() - started
         self.trials.append(Trial(name, kept, verdict.losses, verdict.mean, seconds, details))
         lost = self.record if kept else record
@@ -122,7 +125,7 @@ def search(
         if settings.objective != "logits" and not best.improved:
             layer_trial(network, streams, best, data, None, scratch)
         if settings.objective != "layer":
-            logits_trial(network, settings, best, data, boundaries)
+            logits_trial(network, settings, best, data, boundaries, kept=scratch)
     network.release()
     return dataclasses.replace(best.record, trials=best.trials)
 
@@ -197,7 +200,7 @@ def layer_trial(
     started = time.perf_counter()
     moving = [dataclasses.replace(stream) for stream in streams]
     record = best.record.without(network.tensor_names)
-    record.corrections = Corrections(scratch / f".dam-corrections-{len(best.trials)}")
+    record.corrections = Corrections(scratch / f"{CORRECTIONS}-{len(best.trials)}")
     for number, opened in network.all():
         metrics = None
         if sensitivity is not None and opened.stage.kind == "block":
@@ -214,6 +217,8 @@ def logits_trial(
     best: Best,
     data: Sequence[Stream],
     boundaries: BoundaryStates,
+    *,
+    kept: Path,
 ) -> None:
     """Descend the end-to-end objective from the best so far, as long as it is worthwhile."""
     coordinates, weights = _coordinates(network, settings, data)
@@ -222,15 +227,18 @@ def logits_trial(
     objective = Objective(network, coordinates, settings, boundaries)
     for number, steps in enumerate(descents(settings.steps)):
         started, before = time.perf_counter(), best.verdict.mean
-        ended = descend(
-            objective,
-            data,
-            best.record,
-            best.verdict,
-            steps=steps,
-            column_weights=weights,
-            seed=settings.random_seed + number,
-        )
+        with tempfile.TemporaryDirectory(prefix=CORRECTIONS, dir=kept) as moving:
+            ended = descend(
+                objective,
+                data,
+                best.record,
+                best.verdict,
+                steps=steps,
+                column_weights=weights,
+                seed=settings.random_seed + number,
+                moving=Path(moving),
+                kept=kept,
+            )
         name = f"logits, {steps} steps"
         best.consider(name, ended.record, ended.verdict, started, best_step=ended.steps)
         if best.verdict.mean > (1 - WORTHWHILE) * before:

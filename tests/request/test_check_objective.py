@@ -38,17 +38,19 @@ def test_a_default_that_is_given_counts_as_given() -> None:
 
 
 @pytest.mark.parametrize("value", ["full", "[{filter: mlp, value: low_rank}, {value: none}]"])
-def test_a_correction_without_layer_fits_is_refused(value: str) -> None:
-    settings = f"{{objective: logits, correction: {value}}}"
-    assert only_problem(configuration(parameters=settings)).startswith(
-        "`objective: logits` takes no `correction`, as it fits no layers"
-    )
+def test_a_descent_alone_takes_corrections(value: str) -> None:
+    check(configuration(parameters=f"{{objective: logits, correction: {value}}}"))
 
 
-@pytest.mark.parametrize("more", ["", ", correction: full"])
-def test_a_rank_without_a_correction_of_low_rank_is_refused(more: str) -> None:
-    problem = only_problem(configuration(parameters=f"{{correction_rank: 8{more}}}"))
-    assert problem.startswith("`correction_rank` is read by `correction: low_rank` alone")
+@pytest.mark.parametrize("more", ["correction: none", "correction: full, objective: layer"])
+def test_a_rank_that_nothing_reads_is_refused(more: str) -> None:
+    problem = only_problem(configuration(parameters=f"{{correction_rank: 8, {more}}}"))
+    assert problem.startswith("`correction_rank` is read by `correction: low_rank`, and beside")
+
+
+@pytest.mark.parametrize("more", ["correction: low_rank, objective: layer", "correction: full"])
+def test_a_rank_is_read_by_factors(more: str) -> None:
+    check(configuration(parameters=f"{{correction_rank: 8, {more}}}"))
 
 
 def test_a_metric_without_layer_fits_is_refused() -> None:

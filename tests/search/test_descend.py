@@ -27,7 +27,7 @@ from tests.kit.networks import Made, make
 from tests.kit.settings import logits_settings
 from tests.kit.tensors import CPU
 
-WORST = Verdict((math.inf,), (1.0,))
+WORST = Verdict((math.inf,) * 2, (1.0,) * 2)
 
 
 def run(
@@ -52,6 +52,8 @@ def run(
         steps=steps_of(settings),
         column_weights=weights or {},
         seed=SEED,
+        moving=folder / "moving",
+        kept=folder,
     )
 
 
@@ -60,7 +62,7 @@ def ever_better(monkeypatch: pytest.MonkeyPatch) -> None:
     """A judge that likes every look better than the one before: the last is the result."""
     count = itertools.count()
     monkeypatch.setattr(
-        descend_module, "verdict_of", lambda *_: Verdict((1 / (1 + next(count)),), (1.0,))
+        descend_module, "verdict_of", lambda *_: Verdict((1 / (1 + next(count)),) * 2, (1.0,) * 2)
     )
 
 

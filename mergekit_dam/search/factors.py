@@ -1,0 +1,168 @@
+"""The factors of corrections, as unknowns of a descent beside the coefficients.
+
+A corrected linear's weight is `sum_s c_s * W_s + D + left @ right`. A start whose correction is of
+low rank has D = 0 and the correction for factors; other starts have `left = 0` and random rows in
+`right`. The rows of `right` are orthonormal at the start, so that one learning rate suits all.
+
+Factors, their gradients and the optimiser's moments are in files that are mapped into memory, as
+they are many times as large as the coefficients.
+"""
+
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+
+from mergekit_dam.coefficients.correction import Correction, Corrections
+from mergekit_dam.search.coordinates import Coordinate
+from mergekit_dam.streams.distributed import all_sum, from_first
+
+_STATE = ("exp_avg", "exp_avg_sq")
+"""Moments that AdamW keeps per parameter."""
+
+
+@dataclass(frozen=True)
+class Moving:
+    """The factors of one tensor, fp32 and on the host, each with its gradient."""
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def both(self) -> tuple[Tensor, Tensor]:
+        """Both factors."""
+        return self.left, self.right
+
+
+class Factors(Corrections):
+    """Corrections of which factors move: those of a point on its way through a descent.
+
+    Args:
+        coordinates: The fitted tensors; those of a rank above 0 have factors.
+        start: Corrections of the start, if it has any.
+        folder: Folder for the files of this descent.
+        seed: Seed of random factors.
+    """
+
+    def __init__(
+        self,
+        coordinates: Iterable[Coordinate],
+        start: Corrections | None,
+        *,
+        folder: Path,
+        seed: int,
+    ) -> None:
+        super().__init__(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._start = start
+        self._moving: dict[str, Moving] = {}
+        self._moments: dict[Tensor, dict[str, Tensor]] = {}
+        for number, coordinate in enumerate(c for c in coordinates if c.rank):
+            self._put(coordinate, folder / f"{number:06d}", seed)
+
+    def _put(self, coordinate: Coordinate, file: Path, seed: int) -> None:
+        """Map the files of one tensor, and fill in its start."""
+        whole = None if self._start is None else self._start.get(coordinate.name)
+        # Factorisations may differ between machines, the start of all processes must not.
+        given = from_first(lambda: starting_factors(coordinate, whole, seed))
+        parts = []
+        for side, value in zip(("left", "right"), given, strict=True):
+            factor, gradient, *moments = mapped(file.with_suffix(f".{side}"), value.shape, 4)
+            factor.copy_(value)
+            factor.grad = gradient
+            self._moments[factor] = dict(zip(_STATE, moments, strict=True))
+            parts.append(factor)
+        self._moving[coordinate.name] = Moving(*parts)
+
+    def __bool__(self) -> bool:
+        return bool(self._moving) or bool(self._start)
+
+    @property
+    def move(self) -> bool:
+        """Whether any tensor has factors."""
+        return bool(self._moving)
+
+    def get(self, name: str) -> Correction | None:
+        """The correction of an output tensor at this point, if it has one."""
+        whole = None if self._start is None else self._start.get(name)
+        own = self._moving.get(name)
+        if own is None:
+            return whole
+        full = None if whole is None else whole.full
+        return Correction(full, own.left, own.right)
+
+    def optimizer(self, rate: float) -> AdamW:
+        """AdamW on all factors, without weight decay, its moments in files."""
+        factors = [factor for own in self._moving.values() for factor in own.both]
+        optimizer = AdamW(factors, lr=rate, weight_decay=0.0, foreach=False)
+        for factor in factors:
+            optimizer.state[factor] = {"step": torch.tensor(0.0), **self._moments[factor]}
+        return optimizer
+
+    def add_gradient(self, name: str, gradient: Tensor, share: float) -> None:
+        """Add to the gradients of a tensor's factors, if it has some.
+
+        Args:
+            name: Name of the output tensor.
+            gradient: Gradient of its merged weight, fp32 `[out, in]` (of every expert).
+            share: Factor of the gradient.
+        """
+        own = self._moving.get(name)
+        if own is None:
+            return
+        left, right = (factor.to(gradient) for factor in own.both)
+        for factor, found in zip(own.both, (gradient @ right.mT, left.mT @ gradient), strict=True):
+            assert factor.grad is not None
+            factor.grad.add_(found.to(factor), alpha=share)
+
+    def add_up(self) -> None:
+        """Add the gradients of the other processes."""
+        for own in self._moving.values():
+            for factor in own.both:
+                assert factor.grad is not None
+                factor.grad.copy_(all_sum(factor.grad))
+
+    def kept(self, names: Iterable[str], folder: Path) -> Corrections:
+        """All corrections as they are now, in files of their own.
+
+        Args:
+            names: Names of all output tensors.
+        """
+        found = Corrections(folder)
+        for name in names:
+            correction = self.get(name)
+            if correction is not None:
+                found.put(name, correction)
+        return found
+
+
+def starting_factors(
+    coordinate: Coordinate, start: Correction | None, seed: int
+) -> tuple[Tensor, Tensor]:
+    """The factors fp32 `[out, rank]` and `[rank, in]` (of every expert) that a descent starts from.
+
+    Their product is that of the start's factors, or 0 where it has none.
+    """
+    *experts, out, columns = coordinate.shape
+    if start is not None and start.left is not None and start.right is not None:
+        rows, turn = torch.linalg.qr(start.right.mT.double())
+        return (start.left.double() @ turn.mT).float(), rows.mT.float().contiguous()
+    # Every tensor has random numbers of its own, whatever other tensors there are.
+    own = zlib.crc32(f"{seed} {coordinate.name}".encode())
+    generator = torch.Generator().manual_seed(own)
+    random = torch.randn(*experts, columns, coordinate.rank, generator=generator)
+    rows = torch.linalg.qr(random).Q.mT.contiguous()
+    return torch.zeros(*experts, out, coordinate.rank), rows
+
+
+def mapped(file: Path, shape: torch.Size, count: int) -> Sequence[Tensor]:
+    """Some fp32 tensors of zeros, of one shape, in a new file that is mapped into memory."""
+    size = count * shape.numel()
+    with file.open("wb") as handle:
+        handle.truncate(4 * size)
+    whole = torch.from_file(str(file), shared=True, size=size, dtype=torch.float32)
+    return whole.view(count, *shape).unbind()
