@@ -36,6 +36,8 @@ class TensorSize:
         half: the tensor of some source is not fp32 once it is loaded, so that running takes a copy.
         written: bytes of the merged tensor as it is written.
         correction: bytes of its correction.
+        factors: bytes of those factors of the correction that a descent moves.
+        rank: rank of these factors.
     """
 
     name: str
@@ -46,6 +48,8 @@ class TensorSize:
     half: bool
     written: int
     correction: int = 0
+    factors: int = 0
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,11 @@ class Inventory:
     def corrections(self) -> int:
         """Bytes of all corrections."""
         return sum(tensor.correction for tensor in self.tensors)
+
+    @property
+    def moving(self) -> int:
+        """Bytes in files while factors descend: with a gradient and two moments each."""
+        return 4 * sum(tensor.factors for tensor in self.tensors)
 
 
 def take_inventory(planned: PlannedMerge) -> Inventory:
@@ -230,7 +239,12 @@ def _part(
     return PartSize(
         kind=stage.kind,
         tensors=tuple(
-            replace(sizes[p.name], correction=_correction_bytes(own[p.in_model].shape, p.settings))
+            _corrected(
+                sizes[p.name],
+                own[p.in_model].shape,
+                p.settings,
+                descended=stage.models.settings.objective != "layer",
+            )
             if p in every
             else sizes[p.name]
             for p in stage.all_tensors
@@ -245,8 +259,18 @@ def _part(
     )
 
 
-def _correction_bytes(shape: Sequence[int], settings: TensorSettings) -> int:
-    return stored_bytes(shape, settings.correction, settings.correction_rank)
+def _corrected(
+    size: TensorSize, shape: Sequence[int], settings: TensorSettings, *, descended: bool
+) -> TensorSize:
+    """A tensor's sizes with those of its correction."""
+    kind, rank = settings.correction, settings.correction_rank
+    factors = stored_bytes(shape, "none" if kind == "none" else "low_rank", rank)
+    return replace(
+        size,
+        correction=stored_bytes(shape, kind, rank, descended=descended),
+        factors=factors if descended else 0,
+        rank=min(rank, *shape[-2:]) if factors and descended else 0,
+    )
 
 
 def _entering(stage: Stage) -> Tensor:

@@ -236,6 +236,8 @@ def disk_bytes(inventory: Inventory, room: Room) -> int:
         return 0
     one = stream_bytes(inventory)
     count = inventory.corrections
+    if inventory.moving:  # the corrections of the start, and those of the best point
+        count += inventory.corrections + inventory.moving
     if stream_place(inventory, room) == "disk":
         count += (3 if settings.one_sweep else 5) * one
     if outputs_place(inventory, room) == "disk" and settings.objective != "logits":

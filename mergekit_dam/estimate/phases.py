@@ -77,7 +77,7 @@ def _search(inventory: Inventory, room: Room, *, kept: bool) -> Iterator[Need]:
         for part in fits:
             need = backward_need(part, inventory, weights_too=True)
             need = replace(need, phase=f"descent: {need.phase}")
-            need = need.plus(device=merged + 4 * DOUBLE * unknowns)
+            need = need.plus(device=merged + 4 * DOUBLE * unknowns, mapped=inventory.moving)
             yield with_streams(need, 2 * one, inventory, room)
 
 

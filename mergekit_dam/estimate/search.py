@@ -4,7 +4,7 @@ A change of the loops in `search/` is a change of this file.
 """
 
 from mergekit_dam.estimate.flops import LOGITS_PASSES, forward, gradients, merging, run_speed
-from mergekit_dam.estimate.inventory import Inventory
+from mergekit_dam.estimate.inventory import Inventory, PartSize
 from mergekit_dam.fitting.costs import Work
 from mergekit_dam.parameters import RunParameters
 from mergekit_dam.search.descend import judged_steps
@@ -59,8 +59,20 @@ def descent(inventory: Inventory, settings: RunParameters, steps: int) -> Work:
         # Weights are merged twice, and once more when judged; gradients turn into coefficients'.
         passes = inventory.sources * (3 * steps + judged)
         work["descent", "elements"] += passes * part.parameters
+        work += _factors(part, steps * settings.gradient_accumulation, judged)
     logits = inventory.vocabulary * (steps * 2 * tokens + judged * text.judging_tokens)
     work["descent", "elements"] += LOGITS_PASSES * logits
+    return work
+
+
+def _factors(part: PartSize, gradients: int, judged: int) -> Work:
+    """Work on the factors of a part's corrections: merged with the weights, and their gradients."""
+    work = Work()
+    for tensor in part.tensors:
+        if tensor.factors:
+            multiplied = tensor.rank * tensor.parameters
+            work["descent", "fp32"] += 4 * gradients * multiplied
+            work["descent", "elements"] += (2 * gradients + judged) * multiplied
     return work
 
 

@@ -121,6 +121,7 @@ def was_run(sweep: Sweep, merged: Merged) -> bool:
 
 
 LAYER, SENSITIVITY = {"metric": "identity"}, {"metric": "sensitivity"}
+DESCENT = {"objective": "logits", "steps": 8}
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,9 @@ LAYER, SENSITIVITY = {"metric": "identity"}, {"metric": "sensitivity"}
     [
         pytest.param(llama, LAYER, id="layer fits"),
         pytest.param(llama, SENSITIVITY, id="layer fits in metrics"),
-        pytest.param(llama, {"objective": "logits", "steps": 8}, id="descent"),
+        pytest.param(llama, DESCENT, id="descent"),
+        pytest.param(llama, {**DESCENT, "correction": "low_rank"}, id="descent of factors"),
+        pytest.param(mixture, {**DESCENT, "correction": "full"}, id="descent beside corrections"),
         pytest.param(llama, {**LAYER, "granularity": "tensor"}, id="a coefficient per tensor"),
         pytest.param(llama, {**LAYER, "correction": "full"}, id="corrections"),
         pytest.param(llama, {**LAYER, "correction": "low_rank"}, id="corrections of low rank"),
