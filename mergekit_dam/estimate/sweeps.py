@@ -6,7 +6,8 @@ from mergekit_dam.estimate import flops, search
 from mergekit_dam.estimate.inventory import Inventory
 from mergekit_dam.estimate.memory import Room, kept_weights, output_cache_bytes
 from mergekit_dam.fitting.costs import Work
-from mergekit_dam.search.search import descents
+from mergekit_dam.parameters import RunParameters
+from mergekit_dam.search.search import ENOUGH, descents
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,16 @@ def sweeps(inventory: Inventory, room: Room) -> list[Sweep]:
             goes = 2 * steps * settings.gradient_accumulation + looks
             work = search.descent(inventory, settings, steps)
             name = f"descent, {steps} steps"
-            condition = "if that pays" if index else ""
+            condition = "if that pays" if index else _condition(settings)
             found.append(Sweep(name, goes * again, work, condition=condition))
     return [*found, last]
+
+
+def _condition(settings: RunParameters) -> str:
+    """The condition of the first descent."""
+    if settings.objective == "logits" or settings.steps is not None:
+        return ""
+    return f"if {ENOUGH:.0%} of the KL are left"
 
 
 def _stored(inventory: Inventory, first: int) -> int:

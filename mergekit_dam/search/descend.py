@@ -66,6 +66,7 @@ def descend(
     start: MergeRecord,
     verdict: Verdict,
     *,
+    reference: Sequence[float],
     steps: int,
     column_weights: Mapping[str, Tensor],
     seed: int,
@@ -79,6 +80,7 @@ def descend(
         data: calibration tokens, and the hidden states that leave the teachers' last blocks.
         start: coefficients of every tensor to start from.
         verdict: verdict on the start.
+        reference: divergences at the start of the search, as `Verdict.better_than` takes them.
         steps: number of steps of the optimiser.
         column_weights: weights of the weighted overlap, by tensor; empty where that is off.
         seed: seed of the order of the sequences, and of random factors.
@@ -101,7 +103,7 @@ def descend(
             with torch.no_grad():
                 now = descender.point()
             seen = verdict_of(network, now, data)
-            if seen.better_than(lowest):
+            if seen.better_than(lowest, reference):
                 if best is not start and best.corrections is not None:
                     best.corrections.discard()
                 own = factors.kept(now.coefficients, kept / f"{moving.name}-{step}")

@@ -20,7 +20,7 @@ Logits = Callable[[Tensor], Tensor]
 
 
 SACRIFICE = 0.1
-"""Relative rise of one model's divergence that a lower mean may cost."""
+"""Rise of one model's divergence that a lower mean may cost, as a fraction of the start's."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,15 @@ class Verdict:
         pairs = zip(self.losses, self.weights, strict=True)
         return sum(loss * weight for loss, weight in pairs) / sum(self.weights)
 
-    def better_than(self, other: "Verdict") -> bool:
+    def better_than(self, other: "Verdict", start: Sequence[float]) -> bool:
         """Whether the mean is lower, and no model that counts pays for it.
 
-        A model pays if its divergence is more than `SACRIFICE` higher, relative to the other.
+        Args:
+            start: divergences at the start of the search. A model pays if its divergence rises by
+                more than the fraction `SACRIFICE` of these.
         """
-        pairs = zip(self.losses, other.losses, self.weights, strict=True)
-        paid = any(own > (1 + SACRIFICE) * was for own, was, weight in pairs if weight)
+        every = zip(self.losses, other.losses, start, self.weights, strict=True)
+        paid = any(own - was > SACRIFICE * at for own, was, at, weight in every if weight)
         return self.mean < other.mean and not paid
 
 

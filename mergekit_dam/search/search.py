@@ -3,14 +3,15 @@
 1. Survey: every teacher and the model at the start run on the calibration data once.
 2. Trials of the configured objective. First, a sweep of layer fits in the sensitivity metric.
    Next, a sweep in the plain metric, if the first was not asked for or did not improve the model.
-   Then, descents of the end-to-end objective from the best so far: a short one, and a long one if
-   the short one was worthwhile.
+   Then, where those left much to gain, descents of the end-to-end objective from the best so far:
+   a short one, and a long one if the short one was worthwhile.
 3. A trial is kept if the merged model as a whole comes nearer to its teachers on held-out data.
 
 On held-out data the result is never worse than the start, or than a search with fewer trials.
 """
 
 import dataclasses
+import logging
 import math
 import tempfile
 import time
@@ -39,11 +40,17 @@ from mergekit_dam.streams import progress
 from mergekit_dam.streams.boundaries import BoundaryStates
 from mergekit_dam.streams.stream import Stream
 
+LOG = logging.getLogger(__name__)
+
 DESCENTS = (20, 400)
 """Steps of each descent where no number is configured: the first shows whether it pays."""
 
 CORRECTIONS = ".dam-corrections"
 """Beginning of the names of folders for a trial's corrections."""
+
+ENOUGH = 0.2
+"""Without a configured number of steps, there is no descent where layer fits left a smaller
+fraction of the start's held-out KL than this: its steps cost more than such a rest is worth."""
 
 WORTHWHILE = 0.1
 """A longer descent follows if the one before lowered the held-out KL by this fraction."""
@@ -67,6 +74,12 @@ class Best:
     trials: list[Trial]
 
     @property
+    def left(self) -> float:
+        """The fraction of the start's held-out KL that is left."""
+        start = self.trials[0].mean_held_out_kl
+        return self.verdict.mean / start if start else 0.0
+
+    @property
     def improved(self) -> bool:
         """Whether something better than the start was found."""
         return any(trial.kept for trial in self.trials[1:])
@@ -80,7 +93,7 @@ class Best:
         **details: float,
     ) -> None:
         """Record a trial, and keep its coefficients if the judge prefers them."""
-        kept = verdict.better_than(self.verdict)
+        kept = verdict.better_than(self.verdict, self.trials[0].held_out_kl)
         seconds = time.perf_counter() - started
         self.trials.append(Trial(name, kept, verdict.losses, verdict.mean, seconds, details))
         lost = self.record if kept else record
@@ -221,6 +234,9 @@ def logits_trial(
     kept: Path,
 ) -> None:
     """Descend the end-to-end objective from the best so far, as long as it is worthwhile."""
+    if settings.steps is None and best.left < ENOUGH:
+        LOG.info("no descent: layer fits left %.0f %% of the start's KL", 100 * best.left)
+        return
     coordinates, weights = _coordinates(network, settings, data)
     if not coordinates:
         return
@@ -233,6 +249,7 @@ def logits_trial(
                 data,
                 best.record,
                 best.verdict,
+                reference=best.trials[0].held_out_kl,
                 steps=steps,
                 column_weights=weights,
                 seed=settings.random_seed + number,

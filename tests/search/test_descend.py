@@ -49,6 +49,7 @@ def run(
         data or made.data(),
         start or made.average(),
         verdict,
+        reference=verdict.losses,
         steps=steps_of(settings),
         column_weights=weights or {},
         seed=SEED,

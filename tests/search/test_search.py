@@ -1,6 +1,5 @@
 """Whole merges by a search: the trials are judged as reported, and the best is written."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from mergekit_dam.search import judge
+from mergekit_dam.search.judge import SACRIFICE
 from tests.kit.merging import Merged, dam, linear, merge, tensors_of
 from tests.kit.models import Models, loaded, logits_of, save_models, tiny_llama_config
 from tests.kit.searches import HELD_OUT, POLISH, SAMPLES, polished
@@ -49,13 +50,17 @@ def best_of(merged: Merged) -> dict[str, Any]:
 
 
 def assert_sound(merged: Merged) -> None:
-    """A trial is kept where it is better than all before it, and the result is the best of them."""
-    lowest = math.inf
-    for trial in merged.report["search"]:
-        assert trial["kept"] == (trial["mean_held_out_kl"] < lowest), trial
-        lowest = min(lowest, trial["mean_held_out_kl"])
-    assert merged.report["search"][0]["name"] == "start"
-    assert lowest == best_of(merged)["mean_held_out_kl"]
+    """A trial is kept where it is better than all that were kept before it, and no model pays."""
+    start, *rest = merged.report["search"]
+    assert start["name"] == "start"
+    best = start
+    for trial in rest:
+        lower = trial["mean_held_out_kl"] < best["mean_held_out_kl"]
+        every = zip(*(own["held_out_kl"] for own in (trial, best, start)), strict=True)
+        paid = any(own - was > SACRIFICE * at for own, was, at in every)
+        assert trial["kept"] == (lower and not paid), trial
+        best = trial if trial["kept"] else best
+    assert best is best_of(merged)
 
 
 def test_the_reported_kl_is_that_of_the_model_on_disk(
@@ -134,11 +139,14 @@ def test_a_replay_gives_the_same_bytes(
 
 
 def test_a_trial_that_is_worse_is_not_kept(
-    llama_models: Models, calibration: Calibration, tmp_path: Path
+    llama_models: Models,
+    calibration: Calibration,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A hopeless descent leaves the layer fit, which is that of a merge without a search."""
+    monkeypatch.setattr(judge, "SACRIFICE", math.inf)  # of these models, one pays for the layer fit
     hopeless = polished(llama_models, calibration, tmp_path / "out", learning_rate=1e3)
-    assert_sound(hopeless)
     assert not trials_of(hopeless)["logits"]["kept"]
     layer = polished(llama_models, calibration, tmp_path / "layer", objective="layer")
     assert "layer" in best_of(hopeless)["name"]

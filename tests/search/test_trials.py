@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergekit_dam.coefficients.record import MergeRecord
+from mergekit_dam.coefficients.record import MergeRecord, Trial
 from mergekit_dam.layers.fit import fit_stage
 from mergekit_dam.search import backprop as backprop_module
 from mergekit_dam.search import descend as descend_module
@@ -51,12 +51,13 @@ def test_a_layer_sweep_that_is_worse_is_not_kept(
 )
 def test_the_best_is_kept(loss: float, kept: bool) -> None:
     start, other = MergeRecord(), MergeRecord()
-    best = Best(start, Verdict((1.0, 1.0), (1.0, 2.0)), [])
+    first = Trial("start", True, (1.0, 1.0), 1.0, 0.0)
+    best = Best(start, Verdict((1.0, 1.0), (1.0, 2.0)), [first])
     verdict = Verdict((loss, loss), (1.0, 2.0))
     best.consider("another", other, verdict, 0.0, steps=3)
     assert best.record is (other if kept else start)
     assert (best.verdict is verdict) == kept
-    (trial,) = best.trials
+    _, trial = best.trials
     assert (trial.name, trial.kept, trial.details) == ("another", kept, {"steps": 3})
     assert trial.held_out_kl == verdict.losses
 
@@ -72,7 +73,9 @@ def test_a_search_in_memory_is_never_worse_than_its_start(metric: Any, tmp_path:
     data = made.data(9, 3)
     start, *rest = record.trials
     found = verdict_of(made.network(), record, data)
-    assert found.mean == pytest.approx(min(r.mean_held_out_kl for r in record.trials), rel=1e-4)
+    kept = [trial.mean_held_out_kl for trial in record.trials if trial.kept]
+    assert kept == sorted(kept, reverse=True)
+    assert found.mean == pytest.approx(kept[-1], rel=1e-4)
     assert found.mean < start.mean_held_out_kl
     assert {trial.name for trial in rest if trial.kept}
     assert record.coefficients.keys() == made.weights[0].keys()
@@ -122,3 +125,42 @@ def test_a_descent_is_judged_on_held_out_data_alone(
     searched(make(), tmp_path)
     assert seen
     assert all(counts == [3, 3] for counts in seen)
+
+
+@pytest.mark.parametrize(
+    ("left", "steps", "descends"), [(0.1, None, False), (0.3, None, True), (0.1, 2, True)]
+)
+def test_there_is_no_descent_where_layer_fits_left_little(
+    left: float, steps: int | None, descends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless a number of steps is configured."""
+    asked = []
+
+    def fake(_: Any, data: Any, start: MergeRecord, verdict: Verdict, **rest: Any) -> Descent:
+        asked.append(rest["steps"])
+        return Descent(start, verdict, 0, ())
+
+    def judged(network: Any, record: MergeRecord, *_: Any) -> Verdict:
+        size = left if record.reports else 1.0
+        return Verdict((size, size), (1.0, 1.0))
+
+    monkeypatch.setattr(search_module, "descend", fake)
+    monkeypatch.setattr(search_module, "judged_at_output", judged)
+    searched(make(), tmp_path, objective="layer+logits", steps=steps)
+    assert bool(asked) == descends
+
+
+@pytest.mark.parametrize(
+    ("losses", "better"),
+    [((0.2, 0.2), True), ((0.1, 0.38), True), ((0.1, 0.42), False), ((0.4, 0.31), False)],
+)
+def test_a_lower_mean_that_one_model_pays_for_is_not_better(
+    losses: tuple[float, float], better: bool
+) -> None:
+    before = Verdict((0.4, 0.3), (1.0, 1.0))
+    assert Verdict(losses, before.weights).better_than(before, (2.0, 1.0)) == better
+
+
+def test_a_model_that_does_not_count_may_pay() -> None:
+    before = Verdict((1.0, 1.0), (1.0, 0.0))
+    assert Verdict((0.5, 9.0), before.weights).better_than(before, (1.0, 1.0))
