@@ -1,5 +1,6 @@
 """Whole merges by a search: the trials are judged as reported, and the best is written."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
