@@ -81,6 +81,15 @@ class Correction:
             for column, row in zip(left[first : first + rows].T, right, strict=True):
                 piece.addcmul_(column[:, None], row[None])
 
+    def plus(self, factors: "Correction") -> "Correction":
+        """The sum with a correction that has factors alone."""
+        if self.left is None or self.right is None:
+            return Correction(self.full, factors.left, factors.right)
+        assert factors.left is not None
+        assert factors.right is not None
+        left = torch.cat([self.left, factors.left], dim=-1)
+        return Correction(self.full, left, torch.cat([self.right, factors.right], dim=-2))
+
     def of_expert(self, expert: int) -> "Correction":
         """The correction of one expert's slice of a fused weight."""
         return Correction(**{name: tensor[expert] for name, tensor in self.tensors.items()})
@@ -111,22 +120,27 @@ def out_by_in(weight: Tensor, axis: int) -> Tensor:
 
 
 def stored_bytes(
-    shape: Sequence[int], kind: CorrectionKind, rank: int, *, descended: bool = False
+    shape: Sequence[int],
+    kind: CorrectionKind,
+    rank: int,
+    *,
+    swept: bool = True,
+    descended: bool = False,
 ) -> int:
     """Bytes of the correction of a weight in its file, at the most.
 
     Args:
         shape: Shape of the weight; fused experts come first.
-        rank: Rank of the factors.
-        descended: Whether factors are fitted end to end, beside a whole matrix if there is one.
+        rank: Rank of factors.
+        swept: Whether layer fits correct it, in the way that `kind` says.
+        descended: Whether a descent adds factors.
     """
     if kind == "none" or len(shape) < 2:
         return 0
     *experts, out, columns = shape
     factors = min(rank, out, columns) * (out + columns)
-    whole = out * columns if kind == "full" else 0
-    each = whole + (factors if descended or not whole else 0)
-    return 4 * math.prod(experts) * each
+    own = out * columns if kind == "full" else factors
+    return 4 * math.prod(experts) * (swept * own + descended * factors)
 
 
 class Corrections:

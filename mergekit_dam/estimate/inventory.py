@@ -17,7 +17,7 @@ from mergekit_dam.estimate.structure import Group, UnitShape, groups_of
 from mergekit_dam.estimate.text import Text
 from mergekit_dam.host.compat import LoaderCache
 from mergekit_dam.host.headers import Header
-from mergekit_dam.parameters import CorrectionKind, ExpertFeed, RunParameters
+from mergekit_dam.parameters import CorrectionKind, ExpertFeed, Objective, RunParameters
 from mergekit_dam.sources.stage import Stage, StageKind
 
 _PROBE_TOKENS = 2
@@ -243,7 +243,7 @@ def _part(
                 sizes[p.name],
                 own[p.in_model].shape,
                 p.settings,
-                descended=stage.models.settings.objective != "layer",
+                stage.models.settings.objective,
             )
             if p in every
             else sizes[p.name]
@@ -260,14 +260,15 @@ def _part(
 
 
 def _corrected(
-    size: TensorSize, shape: Sequence[int], settings: TensorSettings, *, descended: bool
+    size: TensorSize, shape: Sequence[int], settings: TensorSettings, objective: Objective
 ) -> TensorSize:
     """A tensor's sizes with those of its correction."""
     kind, rank = settings.correction, settings.correction_rank
+    swept, descended = objective != "logits", objective != "layer"
     factors = stored_bytes(shape, "none" if kind == "none" else "low_rank", rank)
     return replace(
         size,
-        correction=stored_bytes(shape, kind, rank, descended=descended),
+        correction=stored_bytes(shape, kind, rank, swept=swept, descended=descended),
         factors=factors if descended else 0,
         rank=min(rank, *shape[-2:]) if factors and descended else 0,
     )

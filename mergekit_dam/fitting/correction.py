@@ -1,10 +1,12 @@
 """The correction of one linear: the matrix that leaves the least error once its columns are fitted.
 
-Ridges go down as long as held-out data prefers the next. Related methods are FeatCal
-(arXiv 2605.13030) and RegMean++ (arXiv 2508.03121), which correct from other starts.
+Ridges go down as long as held-out data prefers the next. In metrics, they are judged by what is
+nearest to their minimisers at little cost; the minimiser is found for the best. Related methods
+are FeatCal (arXiv 2605.13030) and RegMean++ (arXiv 2508.03121), which correct from other starts.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from mergekit_dam.coefficients.correction import Correction, out_by_in
 from mergekit_dam.coefficients.tensors import FittedTensor, TensorSettings
-from mergekit_dam.fitting.correction_problem import CorrectionProblem, Solved
+from mergekit_dam.fitting.correction_problem import CorrectionProblem
 from mergekit_dam.fitting.evidence import Evidence
 from mergekit_dam.fitting.moments import LinearMoments
 from mergekit_dam.fitting.problem import Term
@@ -40,32 +42,47 @@ def correct(
     def merged(correction: Correction) -> Tensor:
         return fitted.sources.merged(fitted.coefficients, axis=axis, correction=correction)
 
+    def held_out(candidate: Correction) -> float:
+        return evidence.held_out_loss(out_by_in(merged(candidate), axis), bias)
+
     start = evidence.held_out_loss(start_weight, bias)
-    best, lowest = None, start
     said: dict[str, Any] = {"outcome": "dropped: held-out loss was not better"}
     problem = problem_of(evidence, start_weight, bias)
-    solved: Solved | None = None
-    for ridge in RIDGES:
-        solved = problem.solve(ridge, None if solved is None else solved.step)
-        candidate = _candidate(problem, solved, ridge, fitted.sources.settings)
-        if solved is None or candidate is None:  # nor are smaller ridges positive definite
-            break
-        loss = evidence.held_out_loss(out_by_in(merged(candidate), axis), bias)
-        if not loss < lowest:
-            break
-        best, lowest = candidate, loss
-        said = {"outcome": fitted.sources.settings.correction.replace("_", " "), "ridge": ridge}
+    ridge, nearest = _ridge(problem, lambda step: held_out(Correction(full=step.float())), start)
+    best: Correction | None = None
+    if nearest is not None:
+        solved = problem.solve(ridge, nearest)
+        candidate = _candidate(problem, solved.step, ridge, fitted.sources.settings)
+        if candidate is not None and (loss := held_out(candidate)) < start:
+            best = candidate
+            said = {"outcome": fitted.sources.settings.correction.replace("_", " ")}
+            said |= {"ridge": ridge, "held_out": loss, **({"rank": best.rank} if best.rank else {})}
         if not solved.converged:
             said["stopped"] = solved.limit_reached
+            LOG.warning("%s: correction: %s", fitted.sources.name, solved.limit_reached)
     # Machines may differ in the last bits of a solution; the merged model must not.
     best = from_first(lambda: None if best is None else best.cpu())
     said["held_out_start"] = start
-    if best is not None:
-        said |= {"held_out": lowest} | ({} if best.left is None else {"rank": best.rank})
-    if "stopped" in said:
-        LOG.warning("%s: correction: %s", fitted.sources.name, said["stopped"])
     fitted = replace(fitted, report=replace(fitted.report, correction=said))
     return fitted if best is None else replace(fitted, merged=merged(best), correction=best)
+
+
+def _ridge(
+    problem: CorrectionProblem, held_out: Callable[[Tensor], float], start: float
+) -> tuple[float, Tensor | None]:
+    """The ridge that held-out data likes best, and what is nearest to the minimiser there.
+
+    Args:
+        held_out: Held-out loss with a correction `[out, in]`.
+        start: Held-out loss without one. Where no ridge is better, there is no minimiser.
+    """
+    best, chosen, lowest = None, 0.0, start
+    for ridge in RIDGES:
+        step = problem.nearest(ridge)
+        if step is None or not (loss := held_out(step)) < lowest:
+            break
+        best, chosen, lowest = step, ridge, loss
+    return chosen, best
 
 
 def problem_of(
@@ -84,11 +101,9 @@ def problem_of(
 
 
 def _candidate(
-    problem: CorrectionProblem, solved: Solved | None, ridge: float, settings: TensorSettings
+    problem: CorrectionProblem, step: Tensor, ridge: float, settings: TensorSettings
 ) -> Correction | None:
     """A correction of the kind that is asked for; None where it cannot be computed."""
-    if solved is None:
-        return None
     if settings.correction == "low_rank":
-        return problem.truncated(solved.step, ridge, settings.correction_rank)
-    return Correction(full=solved.step.float())
+        return problem.truncated(step, ridge, settings.correction_rank)
+    return Correction(full=step.float())

@@ -5,8 +5,8 @@ The correction D `[out, in]` of a merged weight W minimises, in the metric of th
     sum_k s_k (<S_k D G_k, D> - 2 <S_k R_k, D>)  +  ridge * m * |D|^2,    R_k = sum (y - W x) x^T,
 
 with m the mean diagonal of the quadratic. In the plain metric that is `D = R (G + ridge m)^-1`. In
-others it is found by conjugate gradients. Their preconditioner is the inverse of the one Kronecker
-product that is nearest: that of the mean metric and the mean Gram matrix.
+others it is found by conjugate gradients. They start from, and are preconditioned by, the one
+Kronecker product that is nearest: that of the mean metric and the mean Gram matrix.
 """
 
 from collections.abc import Callable, Sequence
@@ -99,22 +99,27 @@ class CorrectionProblem:
         factor, failed = torch.linalg.cholesky_ex(shifted)
         return None if self.mean == 0 or bool(failed) else factor
 
-    def solve(
-        self, ridge: float, start: Tensor | None = None, *, tolerance: float = TOLERANCE
-    ) -> Solved | None:
-        """The minimiser; None if the shifted Gram matrix cannot be factorised in its dtype.
+    def nearest(self, ridge: float) -> Tensor | None:
+        """The minimiser of the one Kronecker product that is nearest to the quadratic.
+
+        In the plain metric it is the minimiser itself. None if the shifted Gram matrix cannot be
+        factorised in its dtype.
+        """
+        precondition = self._precondition(ridge)
+        return None if precondition is None else precondition(self.rhs)
+
+    def solve(self, ridge: float, start: Tensor, *, tolerance: float = TOLERANCE) -> Solved:
+        """The minimiser.
 
         Args:
             ridge: Strength of the pull to zero, relative to the mean diagonal.
-            start: Where conjugate gradients begin, for example the minimiser at another ridge.
+            start: What is nearest to it at this ridge; where conjugate gradients begin.
             tolerance: Relative residual at which they stop.
         """
-        precondition = self._precondition(ridge)
+        precondition = None if self.plain else self._precondition(ridge)
         if precondition is None:
-            return None
-        if self.plain:
-            return Solved(precondition(self.rhs))
-        step = precondition(self.rhs) if start is None else start.clone()
+            return Solved(start)
+        step = start.clone()
         residual = self.rhs - self.product(step, ridge)
         size = float(self.rhs.norm())
         conditioned = precondition(residual)
@@ -140,34 +145,45 @@ class CorrectionProblem:
         return total
 
     def _precondition(self, ridge: float) -> Precondition | None:
-        diagonalised = not self.plain and max(self.rhs.shape) <= EIGEN_LIMIT
-        if diagonalised and self.mean:
-            (of_metric, rows), (of_gram, columns) = self._eigen
-            shifted = of_metric[:, None] * of_gram + ridge * self.mean
-
-            def by_eigenvectors(x: Tensor) -> Tensor:
-                return rows @ (rows.T @ x @ columns / shifted) @ columns.T
-
-            return by_eigenvectors
+        if self.mean and not self.plain and max(self.rhs.shape) <= EIGEN_LIMIT:
+            return self._by_eigenvectors(ridge)
         factor = self.factor(ridge)
         if factor is None:
             return None
 
-        def by_factor(x: Tensor) -> Tensor:
-            solved: Tensor = torch.cholesky_solve(x.T, factor)
-            return solved.T
+        def by_factors(x: Tensor) -> Tensor:
+            solved: Tensor = torch.cholesky_solve(x.T, factor).T
+            if not self.plain:
+                solved = torch.cholesky_solve(solved, self._metric_factor)
+            return solved
 
-        return by_factor
+        return by_factors
+
+    def _by_eigenvectors(self, ridge: float) -> Precondition:
+        (of_metric, rows), (of_gram, columns) = self._eigen
+        shifted = of_metric[:, None] * of_gram + ridge * self.mean
+        return lambda x: rows @ (rows.T @ x @ columns / shifted) @ columns.T
+
+    @cached_property
+    def _metric(self) -> Tensor:
+        """The mean metric `[out, out]`, of mean diagonal 1."""
+        identity = torch.eye(len(self.rhs)).to(self.rhs)
+        total = torch.zeros_like(identity)
+        for term in self.terms:
+            total += float(term.gram.diagonal().mean(dtype=torch.float64)) * term.apply(identity)
+        total /= self.mean
+        return (total + total.T) / 2
+
+    @cached_property
+    def _metric_factor(self) -> Tensor:
+        """Lower Cholesky factor of the mean metric, which is damped."""
+        factor: Tensor = torch.linalg.cholesky(self._metric)
+        return factor
 
     @cached_property
     def _eigen(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Eigenvalues and eigenvectors of the mean metric, of mean 1, and of the Gram matrix."""
-        identity = torch.eye(len(self.rhs)).to(self.rhs)
-        metric = torch.zeros_like(identity)
-        for term in self.terms:
-            metric += float(term.gram.diagonal().mean(dtype=torch.float64)) * term.apply(identity)
-        metric /= self.mean
-        own, rows = torch.linalg.eigh((metric + metric.T) / 2)
+        """Eigenvalues and eigenvectors of the mean metric and of the Gram matrix."""
+        own, rows = torch.linalg.eigh(self._metric)
         values, columns = torch.linalg.eigh(self.gram)
         return (own.clamp_min(0), rows), (values.clamp_min(0), columns)
 

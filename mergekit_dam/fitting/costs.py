@@ -32,9 +32,9 @@ EIGENVECTORS = 9
 ITERATIONS = 25
 """Iterations of conjugate gradients without a factorisation, about, at the tolerance of fp32."""
 
-CORRECTION_ITERATIONS = 4
+CORRECTION_ITERATIONS = 3
 """Iterations of conjugate gradients per ridge of a correction, with diagonalised matrices, about;
-three times as many with a factorised one."""
+twice as many with factorised ones."""
 
 FLOAT = 4
 """Bytes of a number in fp32."""
@@ -215,22 +215,27 @@ def correction(size: LinearSize, held_out_tokens: int) -> Work:
     conditioned = 4 * weight * (out + columns) if diagonalised else product
     iterations = 0
     if metric is not None:
-        iterations = CORRECTION_ITERATIONS if diagonalised else 3 * CORRECTION_ITERATIONS
-    each = conditioned + iterations * (conditioned + size.terms * (product + measured))
+        iterations = CORRECTION_ITERATIONS if diagonalised else 2 * CORRECTION_ITERATIONS
+    # Every ridge is judged by what is nearest to its minimiser; the minimiser follows for the best.
+    solved = (1 + iterations if iterations else 0) * (
+        conditioned + size.terms * (product + measured)
+    )
     if size.correction == "low_rank":
         small, large = min(out, columns), max(out, columns)
         projected = size.rank * (2 * weight + columns**2)
-        each += product + 2 * small**2 * large + EIGENVECTORS * small**3 + projected
-        work["merging", "elements"] += len(RIDGES) * size.rank * weight
+        solved += product + 2 * small**2 * large + EIGENVECTORS * small**3 + projected
+        work["merging", "elements"] += size.rank * weight
     once = size.terms * (product + measured)
     if diagonalised:
         once += EIGENVECTORS * (out**3 + columns**3)
-    work["corrections", speed] = once + len(RIDGES) * each
-    if size.correction == "low_rank" or not diagonalised:
+    work["corrections", speed] = once + len(RIDGES) * conditioned + solved
+    if not diagonalised:
         work["corrections", "cholesky"] = len(RIDGES) * columns**3 // 3
+    if size.correction == "low_rank":
+        work["corrections", "cholesky"] += columns**3 // 3
     square = 0 if metric is None else metric.square
-    work["judging", "fp32"] = (1 + len(RIDGES)) * held_out_tokens * (2 * weight + square)
-    work["merging", "elements"] += len(RIDGES) * size.sources * weight
+    work["judging", "fp32"] = (2 + len(RIDGES)) * held_out_tokens * (2 * weight + square)
+    work["merging", "elements"] += (1 + len(RIDGES)) * size.sources * weight
     return work
 
 

@@ -1,8 +1,7 @@
 """The factors of corrections, as unknowns of a descent beside the coefficients.
 
-A corrected linear's weight is `sum_s c_s * W_s + D + left @ right`. A start whose correction is of
-low rank has D = 0 and the correction for factors; other starts have `left = 0` and random rows in
-`right`. The rows of `right` are orthonormal at the start, so that one learning rate suits all.
+A corrected linear's weight is `sum_s c_s * W_s + D + left @ right`, with D the correction of the
+start. `left` is 0 at the start, and the rows of `right` are random and orthonormal.
 
 Factors, their gradients and the optimiser's moments are in files that are mapped into memory, as
 they are many times as large as the coefficients.
@@ -10,7 +9,6 @@ they are many times as large as the coefficients.
 
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,19 +21,6 @@ from mergekit_dam.streams.distributed import all_sum, from_first
 
 _STATE = ("exp_avg", "exp_avg_sq")
 """Moments that AdamW keeps per parameter."""
-
-
-@dataclass(frozen=True)
-class Moving:
-    """The factors of one tensor, fp32 and on the host, each with its gradient."""
-
-    left: Tensor
-    right: Tensor
-
-    @property
-    def both(self) -> tuple[Tensor, Tensor]:
-        """Both factors."""
-        return self.left, self.right
 
 
 class Factors(Corrections):
@@ -59,16 +44,15 @@ class Factors(Corrections):
         super().__init__(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._start = start
-        self._moving: dict[str, Moving] = {}
+        self._moving: dict[str, Correction] = {}
         self._moments: dict[Tensor, dict[str, Tensor]] = {}
         for number, coordinate in enumerate(c for c in coordinates if c.rank):
             self._put(coordinate, folder / f"{number:06d}", seed)
 
     def _put(self, coordinate: Coordinate, file: Path, seed: int) -> None:
         """Map the files of one tensor, and fill in its start."""
-        whole = None if self._start is None else self._start.get(coordinate.name)
         # Factorisations may differ between machines, the start of all processes must not.
-        given = from_first(lambda: starting_factors(coordinate, whole, seed))
+        given = from_first(lambda: starting_factors(coordinate, seed))
         parts = []
         for side, value in zip(("left", "right"), given, strict=True):
             factor, gradient, *moments = mapped(file.with_suffix(f".{side}"), value.shape, 4)
@@ -76,7 +60,7 @@ class Factors(Corrections):
             factor.grad = gradient
             self._moments[factor] = dict(zip(_STATE, moments, strict=True))
             parts.append(factor)
-        self._moving[coordinate.name] = Moving(*parts)
+        self._moving[coordinate.name] = Correction(None, *parts)
 
     def __bool__(self) -> bool:
         return bool(self._moving) or bool(self._start)
@@ -89,15 +73,18 @@ class Factors(Corrections):
     def get(self, name: str) -> Correction | None:
         """The correction of an output tensor at this point, if it has one."""
         whole = None if self._start is None else self._start.get(name)
-        own = self._moving.get(name)
-        if own is None:
-            return whole
-        full = None if whole is None else whole.full
-        return Correction(full, own.left, own.right)
+        moving = self.moving(name)
+        if whole is None or moving is None:
+            return whole or moving
+        return whole.plus(moving)
+
+    def moving(self, name: str) -> Correction | None:
+        """The factors of a tensor that move, on the host and with gradients, if it has some."""
+        return self._moving.get(name)
 
     def optimizer(self, rate: float) -> AdamW:
         """AdamW on all factors, without weight decay, its moments in files."""
-        factors = [factor for own in self._moving.values() for factor in own.both]
+        factors = self._factors()
         optimizer = AdamW(factors, lr=rate, weight_decay=0.0, foreach=False)
         for factor in factors:
             optimizer.state[factor] = {"step": torch.tensor(0.0), **self._moments[factor]}
@@ -111,20 +98,24 @@ class Factors(Corrections):
             gradient: Gradient of its merged weight, fp32 `[out, in]` (of every expert).
             share: Factor of the gradient.
         """
-        own = self._moving.get(name)
+        own = self.moving(name)
         if own is None:
             return
-        left, right = (factor.to(gradient) for factor in own.both)
-        for factor, found in zip(own.both, (gradient @ right.mT, left.mT @ gradient), strict=True):
+        left, right = (factor.to(gradient) for factor in own.tensors.values())
+        found = (gradient @ right.mT, left.mT @ gradient)
+        for factor, added in zip(own.tensors.values(), found, strict=True):
             assert factor.grad is not None
-            factor.grad.add_(found.to(factor), alpha=share)
+            factor.grad.add_(added.to(factor), alpha=share)
 
     def add_up(self) -> None:
         """Add the gradients of the other processes."""
-        for own in self._moving.values():
-            for factor in own.both:
-                assert factor.grad is not None
-                factor.grad.copy_(all_sum(factor.grad))
+        for factor in self._factors():
+            assert factor.grad is not None
+            factor.grad.copy_(all_sum(factor.grad))
+
+    def _factors(self) -> list[Tensor]:
+        """All factors that move: left and right ones of one tensor after the other."""
+        return [factor for own in self._moving.values() for factor in own.tensors.values()]
 
     def kept(self, names: Iterable[str], folder: Path) -> Corrections:
         """All corrections as they are now, in files of their own.
@@ -140,17 +131,12 @@ class Factors(Corrections):
         return found
 
 
-def starting_factors(
-    coordinate: Coordinate, start: Correction | None, seed: int
-) -> tuple[Tensor, Tensor]:
+def starting_factors(coordinate: Coordinate, seed: int) -> tuple[Tensor, Tensor]:
     """The factors fp32 `[out, rank]` and `[rank, in]` (of every expert) that a descent starts from.
 
-    Their product is that of the start's factors, or 0 where it has none.
+    Their product is 0. Rows of one length suit one learning rate for all tensors.
     """
     *experts, out, columns = coordinate.shape
-    if start is not None and start.left is not None and start.right is not None:
-        rows, turn = torch.linalg.qr(start.right.mT.double())
-        return (start.left.double() @ turn.mT).float(), rows.mT.float().contiguous()
     # Every tensor has random numbers of its own, whatever other tensors there are.
     own = zlib.crc32(f"{seed} {coordinate.name}".encode())
     generator = torch.Generator().manual_seed(own)

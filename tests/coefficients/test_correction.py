@@ -76,6 +76,19 @@ def test_every_expert_of_a_fused_weight_gets_its_own(axis: int) -> None:
     assert Correction.stacked([None, None]) is None
 
 
+@pytest.mark.parametrize("start", ["full", "factors"])
+def test_factors_are_added_to_a_correction(start: str) -> None:
+    first = Correction(randn(6, 5, seed=3)) if start == "full" else factors()
+    added = factors()
+    one_by_one, at_once = torch.zeros(6, 5), torch.zeros(6, 5)
+    first.add_to(one_by_one)
+    added.add_to(one_by_one)
+    both = first.plus(added)
+    both.add_to(at_once)
+    assert at_once.equal(one_by_one)
+    assert both.rank == (RANK if start == "full" else 2 * RANK)
+
+
 def test_corrections_come_back_from_their_files_and_from_the_one_that_is_written(
     tmp_path: Path,
 ) -> None:
@@ -117,14 +130,14 @@ def test_stored_bytes_are_those_of_the_tensors(shape: tuple[int, ...], rank: int
     kept = min(rank, out, columns)
     whole = Correction(randn(*shape))
     factors = Correction(left=randn(*experts, out, kept), right=randn(*experts, kept, columns))
-    both = replace(factors, full=whole.full)
-    for correction, kind, descended in (
-        (whole, "full", False),
-        (both, "full", True),
-        (factors, "low_rank", False),
-        (factors, "low_rank", True),
+    for correction, kind, swept, descended in (
+        (whole, "full", True, False),
+        (whole.plus(factors), "full", True, True),
+        (factors, "full", False, True),
+        (factors, "low_rank", True, False),
+        (factors.plus(factors), "low_rank", True, True),
     ):
         size = sum(tensor.nbytes for tensor in correction.tensors.values())
-        found = stored_bytes(shape, cast(CorrectionKind, kind), rank, descended=descended)
-        assert found == size
+        asked = cast(CorrectionKind, kind)
+        assert stored_bytes(shape, asked, rank, swept=swept, descended=descended) == size
     assert stored_bytes(shape, "none", rank) == stored_bytes(shape[-1:], "full", rank) == 0
