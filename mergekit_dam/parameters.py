@@ -78,12 +78,12 @@ class TensorParameters(Parameters):
         "latter needs less calibration text.",
     )
     correction: CorrectionKind = Field(
-        default="none",
-        description="Matrix that is added to a fitted linear: `full` is as large as the weight, "
-        "`low_rank` two factors of `correction_rank`. Set it for models that are far apart.",
+        default="low_rank",
+        description="Matrix that is added to a fitted linear: two factors of `correction_rank`, "
+        "or `full`, as large as the weight. With `none`, coefficients alone are learned.",
     )
     correction_rank: int = Field(
-        default=32, gt=0, description="Rank of `low_rank`. Raise it to come closer to `full`."
+        default=64, gt=0, description="Rank of the factors. Lower it to save disk."
     )
     embeddings: bool = Field(
         default=True,

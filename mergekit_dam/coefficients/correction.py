@@ -119,6 +119,12 @@ def out_by_in(weight: Tensor, axis: int) -> Tensor:
     return weight if axis % weight.ndim == weight.ndim - 1 else weight.mT
 
 
+def saves_room(shape: Sequence[int], rank: int) -> bool:
+    """Whether factors of some rank are smaller than a matrix `[out, in]`."""
+    out, columns = shape
+    return min(rank, out, columns) * (out + columns) < out * columns
+
+
 def stored_bytes(
     shape: Sequence[int],
     kind: CorrectionKind,
@@ -139,7 +145,8 @@ def stored_bytes(
         return 0
     *experts, out, columns = shape
     factors = min(rank, out, columns) * (out + columns)
-    own = out * columns if kind == "full" else factors
+    whole = kind == "full" or not saves_room((out, columns), rank)
+    own = out * columns if whole else factors
     return 4 * math.prod(experts) * (swept * own + descended * factors)
 
 

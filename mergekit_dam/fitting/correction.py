@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mergekit_dam.coefficients.correction import Correction, out_by_in
+from mergekit_dam.coefficients.correction import Correction, out_by_in, saves_room
 from mergekit_dam.coefficients.tensors import FittedTensor, TensorSettings
 from mergekit_dam.fitting.correction_problem import CorrectionProblem
 from mergekit_dam.fitting.evidence import Evidence
@@ -55,8 +55,8 @@ def correct(
         candidate = _candidate(problem, solved.step, ridge, fitted.sources.settings)
         if candidate is not None and (loss := held_out(candidate)) < start:
             best = candidate
-            said = {"outcome": fitted.sources.settings.correction.replace("_", " ")}
-            said |= {"ridge": ridge, "held_out": loss, **({"rank": best.rank} if best.rank else {})}
+            said = {"outcome": "low rank", "rank": best.rank} if best.rank else {"outcome": "full"}
+            said |= {"ridge": ridge, "held_out": loss}
         if not solved.converged:
             said["stopped"] = solved.limit_reached
             LOG.warning("%s: correction: %s", fitted.sources.name, solved.limit_reached)
@@ -103,7 +103,10 @@ def problem_of(
 def _candidate(
     problem: CorrectionProblem, step: Tensor, ridge: float, settings: TensorSettings
 ) -> Correction | None:
-    """A correction of the kind that is asked for; None where it cannot be computed."""
-    if settings.correction == "low_rank":
+    """A correction of the kind that is asked for; None where it cannot be computed.
+
+    Where factors would take as much room as the matrix, it is the matrix.
+    """
+    if settings.correction == "low_rank" and saves_room(step.shape, settings.correction_rank):
         return problem.truncated(step, ridge, settings.correction_rank)
     return Correction(full=step.float())

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable
 
 from mergekit.config import MergeConfiguration
 
-from mergekit_dam.parameters import LogitsParameters, RunParameters
+from mergekit_dam.parameters import LogitsParameters, RunParameters, TensorParameters
 from mergekit_dam.request.scopes import SPECS, Scope, scalars
 
 
@@ -68,6 +68,8 @@ def _check_correction(
     given = [scope.settings for scope in scopes]
     settings = [own["correction"] for own in given if "correction" in own]
     kinds = {SPECS["correction"].validate(v) for setting in settings for v in scalars(setting)}
+    if all(isinstance(setting, list) for setting in settings):  # other tensors have the default
+        kinds.add(TensorParameters().correction)
     reads = "low_rank" in kinds or ("full" in kinds and run.objective != "layer")
     if not reads and any("correction_rank" in own for own in given):
         return [

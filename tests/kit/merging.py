@@ -30,8 +30,9 @@ SMALL: dict[str, Any] = {
     "sequence_length": 16,
     "objective": "layer",
     "metric": "identity",
+    "correction": "none",
 }
-"""Parameters of a merge that takes a second."""
+"""Parameters of a merge that takes a second, of coefficients alone."""
 
 SAMPLES, HELD_OUT = 6, 2
 """Sequences of each model, and those of them that are held out, in the merge of the session."""

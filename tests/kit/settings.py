@@ -55,6 +55,7 @@ def tensor_settings(
         loss_weights=tuple(loss_weights or [1.0] * count),
         ridge=ridge,
         granularity=granularity,
+        correction="none",
         embeddings=embeddings,
         norms=norms,
         head=head,
