@@ -112,8 +112,8 @@ class LogitsParameters(Parameters):
     steps: int | None = Field(
         default=None,
         gt=0,
-        description="Number of optimiser steps. Default: 20, and 400 more if those lowered the "
-        "held-out KL by a tenth, as with models that are far apart. Set it for a known cost.",
+        description="Number of optimiser steps. Default: none where layer fits left less than "
+        "a fifth of the held-out KL; else 20, and 400 more if those paid. Set it for a known cost.",
     )
     batch_size: int = Field(
         default=1, gt=0, description="Sequences per model in one gradient. More take more memory."
@@ -136,8 +136,8 @@ class LogitsParameters(Parameters):
     learning_rate: float | None = Field(
         default=None,
         gt=0,
-        description="Peak of the learning rate. Default: 0.1, or 0.01 with `sum_to_one: false`. "
-        "Lower it if the losses jump.",
+        description="Peak of the learning rate; a 50th for factors of corrections. Default: 0.1, or "
+        "0.01 with `sum_to_one: false`; half beside factors. Lower it if the losses jump.",
     )
     lr_schedule: Schedule = Field(
         default="cosine",

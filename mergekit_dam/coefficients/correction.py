@@ -4,6 +4,7 @@ A corrected weight is `sum_s c_s * W_s + D`. D is kept whole, as two factors of 
 sum of both.
 """
 
+import hashlib
 import json
 import math
 import shutil
@@ -18,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mergekit_dam.coefficients.file import CORRECTIONS_NAME, written_whole
+from mergekit_dam.coefficients.file import CORRECTIONS_NAME, METADATA_KEY, written_whole
 from mergekit_dam.parameters import CorrectionKind
 
 FIELDS = ("full", "left", "right")
@@ -202,9 +203,14 @@ class Corrections:
             assert correction is not None
             yield name, correction
 
-    def save(self, path: Path) -> None:
-        """Write all of them to one safetensors file, one by one, and read from it later."""
-        header: dict[str, Any] = {}
+    def save(self, path: Path) -> str:
+        """Write all of them to one safetensors file, one by one, and read from it later.
+
+        Returns:
+            Digest of all tensors, which is in the metadata of the file, too.
+        """
+        # The digest is known when all tensors are written: until then, zeros keep its place.
+        header: dict[str, Any] = {"__metadata__": {METADATA_KEY: "0" * 64}}
         size = 0
         for name, correction in self._all():
             for key, tensor in correction.tensors.items():
@@ -217,13 +223,19 @@ class Corrections:
                 size = end
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # values begin at a multiple of 8 bytes
+        digest = hashlib.sha256()
         with written_whole(path) as temporary, temporary.open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             for _, correction in self._all():
                 for tensor in correction.tensors.values():
-                    file.write(tensor.numpy().tobytes())
+                    values = tensor.numpy().tobytes()
+                    digest.update(values)
+                    file.write(values)
+            file.seek(8 + text.index(b"0" * 64))
+            file.write(digest.hexdigest().encode())
         self.discard()
         self._files = dict.fromkeys(sorted(self._files), path)
+        return digest.hexdigest()
 
     def discard(self) -> None:
         """Remove the files that were put into the folder."""

@@ -19,7 +19,7 @@ LOG = logging.getLogger(__name__)
 
 FILE_NAME = "dam_coefficients.safetensors"
 CORRECTIONS_NAME = "dam_corrections.safetensors"
-_METADATA_KEY = "mergekit_dam"
+METADATA_KEY = "mergekit_dam"
 
 
 @contextmanager
@@ -86,7 +86,7 @@ class CoefficientFile:
             for name, tensor in self.coefficients.items()
         }
         with written_whole(path) as temporary:
-            save_file(tensors, temporary, metadata={_METADATA_KEY: provenance})
+            save_file(tensors, temporary, metadata={METADATA_KEY: provenance})
 
     @classmethod
     def load(cls, path: str | Path, *, parameter: str = "coefficients") -> "CoefficientFile":
@@ -108,17 +108,33 @@ class CoefficientFile:
             )
         try:
             with safe_open(file, framework="pt") as handle:
-                metadata = json.loads((handle.metadata() or {})[_METADATA_KEY])
+                metadata = json.loads((handle.metadata() or {})[METADATA_KEY])
                 tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (safe_open is no mapping)
             sources = tuple(metadata.pop("sources"))
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ConfigError(
                 f"{parameter}: {file} was not written by a dam merge ({error!r})"
             ) from error
-        corrections = file.parent / CORRECTIONS_NAME if metadata.get("corrections") else None
-        if corrections is not None and not corrections.is_file():
-            raise ConfigError(
-                f"{parameter}: {file} belongs to a merge with corrections; required its "
-                f"{CORRECTIONS_NAME} in the same folder, where there is none"
-            )
+        corrections = _corrections(file, metadata.get("corrections"), parameter)
         return cls(tensors, sources, metadata, parameter, corrections)
+
+
+def _corrections(file: Path, digest: str | None, parameter: str) -> Path | None:
+    """The file of the corrections that belong to a file of coefficients, by their digest."""
+    if digest is None:
+        return None
+    found = file.parent / CORRECTIONS_NAME
+    required = (
+        f"{parameter}: {file} belongs to a merge with corrections; required its "
+        f"{CORRECTIONS_NAME} in the same folder"
+    )
+    if not found.is_file():
+        raise ConfigError(f"{required}, where there is none")
+    try:
+        with safe_open(found, framework="pt") as handle:
+            own = (handle.metadata() or {}).get(METADATA_KEY)
+    except SafetensorError as error:
+        raise ConfigError(f"{required}, got a damaged file ({error!r})") from error
+    if own != digest:
+        raise ConfigError(f"{required}, got the one of another merge")
+    return found

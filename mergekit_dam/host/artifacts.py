@@ -40,8 +40,10 @@ def write_artifacts(
             },
         }
     if record.corrections:
-        record.corrections.save(out_path / CORRECTIONS_NAME)
-        provenance["corrections"] = True
+        provenance["corrections"] = record.corrections.save(out_path / CORRECTIONS_NAME)
+    else:  # nor may those of an earlier merge stay
+        provenance.pop("corrections", None)
+        (out_path / CORRECTIONS_NAME).unlink(missing_ok=True)
     CoefficientFile(record.coefficients, tuple(sources), {**provenance, "axes": record.axes}).save(
         out_path / FILE_NAME
     )

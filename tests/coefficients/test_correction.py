@@ -6,6 +6,7 @@ from typing import cast
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mergekit_dam.coefficients.correction import Correction, Corrections, stored_bytes
@@ -99,7 +100,9 @@ def test_corrections_come_back_from_their_files_and_from_the_one_that_is_written
     kept.put("a", whole)
     path = tmp_path / "dam_corrections.safetensors"
     before = {name: kept.get(name) for name in ("a", "b", "c")}
-    kept.save(path)
+    digest = kept.save(path)
+    with safe_open(path, framework="pt") as handle:
+        assert handle.metadata() == {"mergekit_dam": digest}
     assert not (tmp_path / "scratch").exists()
     assert set(load_file(path)) == {"a.full", "b.left", "b.right"}
     for own in (kept, Corrections.of_file(path)):

@@ -73,7 +73,7 @@ def test_the_report_says_what_became_of_every_correction(
 
 def torch_keys(file: Path) -> list[str]:
     size = int.from_bytes(file.read_bytes()[:8], "little")
-    return list(json.loads(file.read_bytes()[8 : 8 + size]))
+    return [k for k in json.loads(file.read_bytes()[8 : 8 + size]) if k != "__metadata__"]
 
 
 def test_without_one_nothing_of_it_is_written(
@@ -169,16 +169,33 @@ def test_tensors_in_memory_are_merged_with_them(
         assert found[name].equal(tensor), name
 
 
+@pytest.mark.parametrize("fault", ["there is none", "a damaged file", "the one of another merge"])
 def test_coefficients_without_their_corrections_are_refused(
-    llama_models: Models, calibration: Calibration, tmp_path: Path
+    fault: str, llama_models: Models, calibration: Calibration, tmp_path: Path
 ) -> None:
     merged = corrected(llama_models, calibration, tmp_path / "out", "full")
-    (merged.path / FILE).unlink()
-    with pytest.raises(ConfigError, match=f"required its {FILE}"):
+    file = merged.path / FILE
+    if fault == "there is none":
+        file.unlink()
+    elif fault == "a damaged file":
+        file.write_bytes(file.read_bytes()[:-8])
+    else:
+        other = corrected(llama_models, calibration, tmp_path / "other", "low_rank")
+        file.write_bytes((other.path / FILE).read_bytes())
+    with pytest.raises(ConfigError, match=f"required its {FILE} in the same folder.*{fault}"):
         merge(
             dam(llama_models.models, base=llama_models.base, coefficients=str(merged.path)),
             tmp_path / "again",
         )
+
+
+def test_a_merge_without_them_removes_those_of_the_merge_before(
+    llama_models: Models, calibration: Calibration, tmp_path: Path
+) -> None:
+    first = corrected(llama_models, calibration, tmp_path / "out", "full")
+    assert (first.path / FILE).exists()
+    second = corrected(llama_models, calibration, tmp_path / "out", "none")
+    assert not (second.path / FILE).exists()
 
 
 def test_an_interrupted_search_leaves_none_behind(
