@@ -136,7 +136,7 @@ class LogitsParameters(Parameters):
     learning_rate: float | None = Field(
         default=None,
         gt=0,
-        description="Peak of the learning rate; a 50th for factors of corrections. Default: 0.1, or "
+        description="Peak of the learning rate; a 50th of it for factors. Default: 0.1, or "
         "0.01 with `sum_to_one: false`; half beside factors. Lower it if the losses jump.",
     )
     lr_schedule: Schedule = Field(
