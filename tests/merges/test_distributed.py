@@ -26,6 +26,14 @@ FITS: dict[str, dict[str, Any]] = {
         "steps": 8,
         "learning_rate": 0.01,
     },
+    "factors": {
+        **SIZES,
+        "objective": "layer+logits",
+        "correction": "low_rank",
+        "correction_rank": 3,
+        "steps": 8,
+        "learning_rate": 0.01,
+    },
     # The second process has neither data to fit nor data to judge one of the models by.
     "few tokens": {
         "samples": 2,
