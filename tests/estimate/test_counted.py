@@ -185,7 +185,10 @@ def test_flops_of_a_linear_are_those_that_its_fit_computes(
 ) -> None:
     form = Parametrisation.create([1.0] * MODELS, base=None, include_base=False, sum_to_one=False)
     settings = TensorSettings(
-        parametrisation=form, loss_weights=(1.0,) * MODELS, granularity=granularity
+        parametrisation=form,
+        loss_weights=(1.0,) * MODELS,
+        granularity=granularity,
+        correction="none",
     )
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(OUT, COLUMNS, generator=generator) for _ in range(MODELS)]

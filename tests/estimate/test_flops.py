@@ -82,6 +82,14 @@ class TestWork:
         found = take(objective="layer+logits")
         every = [sweep for sweep in sweeps(found, ROOM) if sweep.name.startswith("descent")]
         assert [sweep.name for sweep in every] == [f"descent, {n} steps" for n in DESCENTS]
-        assert [sweep.certain for sweep in every] == [True, *[False] * (len(DESCENTS) - 1)]
+        assert [sweep.condition for sweep in every] == ["if 20% of the KL are left", "if that pays"]
         first, *_, last = [sweep_seconds(sweep, SPEEDS) for sweep in every]
         assert last == pytest.approx(DESCENTS[-1] / DESCENTS[0] * first, rel=0.3)
+
+    @pytest.mark.parametrize("parameters", [{"objective": "logits"}, {"steps": 20}])
+    def test_a_descent_that_is_asked_for_is_certain(
+        self, take: Any, parameters: dict[str, Any]
+    ) -> None:
+        found = take(**{"objective": "layer+logits", **parameters})
+        names = [sweep.name for sweep in sweeps(found, ROOM) if sweep.certain]
+        assert "descent, 20 steps" in names
