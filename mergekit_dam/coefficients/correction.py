@@ -22,7 +22,7 @@ from torch import Tensor
 from mergekit_dam.coefficients.file import CORRECTIONS_NAME, METADATA_KEY, written_whole
 from mergekit_dam.parameters import CorrectionKind
 
-FIELDS = ("full", "left", "right")
+FIELDS = ("full", "left", "right", "moved_left", "moved_right")
 """Tensors of a correction, as they are called in files."""
 
 _PIECE = 2**18
@@ -31,19 +31,22 @@ _PIECE = 2**18
 
 @dataclass(frozen=True)
 class Correction:
-    """A matrix that is added to one merged weight: `full + left @ right`, seen as `[out, in]`.
+    """A matrix that is added to one merged weight, seen as `[out, in]`.
 
-    For fused experts all tensors have a first dimension more.
+    It is `full + left @ right + moved_left @ moved_right`; what is None is left out. For fused
+    experts all tensors have a first dimension more.
 
     Attributes:
-        full: fp32 `[out, in]`; None where there are factors alone.
-        left: fp32 `[out, rank]`, the left factor; None where there are none.
-        right: fp32 `[rank, in]`, the right factor.
+        full: fp32 `[out, in]`, the correction of a layer fit.
+        left, right: fp32 `[out, rank]` and `[rank, in]`, its factors if it is of low rank.
+        moved_left, moved_right: The same of factors that a descent has added.
     """
 
     full: Tensor | None = None
     left: Tensor | None = None
     right: Tensor | None = None
+    moved_left: Tensor | None = None
+    moved_right: Tensor | None = None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -52,9 +55,10 @@ class Correction:
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     @property
-    def rank(self) -> int:
-        """Rank of the factors; 0 where there are none."""
-        return 0 if self.left is None else self.left.shape[-1]
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Left and right factors."""
+        pairs = ((self.left, self.right), (self.moved_left, self.moved_right))
+        return [(a, b) for a, b in pairs if a is not None and b is not None]
 
     def add_to(self, merged: Tensor, *, axis: int = -1) -> None:
         """Add to a merged weight, in place.
@@ -73,23 +77,13 @@ class Correction:
         turned = out_by_in(merged, axis)
         if self.full is not None:
             turned.add_(self.full.to(merged))
-        if self.left is None or self.right is None:
-            return
-        left, right = self.left.to(merged), self.right.to(merged)
         rows = max(1, _PIECE // turned.shape[1])
-        for first in range(0, len(turned), rows):
-            piece = turned[first : first + rows]
-            for column, row in zip(left[first : first + rows].T, right, strict=True):
-                piece.addcmul_(column[:, None], row[None])
-
-    def plus(self, factors: "Correction") -> "Correction":
-        """The sum with a correction that has factors alone."""
-        if self.left is None or self.right is None:
-            return Correction(self.full, factors.left, factors.right)
-        assert factors.left is not None
-        assert factors.right is not None
-        left = torch.cat([self.left, factors.left], dim=-1)
-        return Correction(self.full, left, torch.cat([self.right, factors.right], dim=-2))
+        for left, right in self.pairs:
+            columns, right = left.to(merged), right.to(merged)
+            for first in range(0, len(turned), rows):
+                piece = turned[first : first + rows]
+                for column, row in zip(columns[first : first + rows].T, right, strict=True):
+                    piece.addcmul_(column[:, None], row[None])
 
     def of_expert(self, expert: int) -> "Correction":
         """The correction of one expert's slice of a fused weight."""

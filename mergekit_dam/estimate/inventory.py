@@ -17,7 +17,7 @@ from mergekit_dam.estimate.structure import Group, UnitShape, groups_of
 from mergekit_dam.estimate.text import Text
 from mergekit_dam.host.compat import LoaderCache
 from mergekit_dam.host.headers import Header
-from mergekit_dam.parameters import CorrectionKind, ExpertFeed, Objective, RunParameters
+from mergekit_dam.parameters import CorrectionKind, ExpertFeed, RunParameters
 from mergekit_dam.sources.stage import Stage, StageKind
 
 _PROBE_TOKENS = 2
@@ -243,7 +243,7 @@ def _part(
                 sizes[p.name],
                 own[p.in_model].shape,
                 p.settings,
-                stage.models.settings.objective,
+                stage.models.settings,
             )
             if p in every
             else sizes[p.name]
@@ -260,11 +260,11 @@ def _part(
 
 
 def _corrected(
-    size: TensorSize, shape: Sequence[int], settings: TensorSettings, objective: Objective
+    size: TensorSize, shape: Sequence[int], settings: TensorSettings, run: RunParameters
 ) -> TensorSize:
     """A tensor's sizes with those of its correction."""
     kind, rank = settings.correction, settings.correction_rank
-    swept, descended = objective != "logits", objective != "layer"
+    swept, descended = run.objective != "logits", run.objective != "layer"
     factors = stored_bytes(shape, "none" if kind == "none" else "low_rank", rank)
     return replace(
         size,

@@ -55,7 +55,9 @@ def correct(
         candidate = _candidate(problem, solved.step, ridge, fitted.sources.settings)
         if candidate is not None and (loss := held_out(candidate)) < start:
             best = candidate
-            said = {"outcome": "low rank", "rank": best.rank} if best.rank else {"outcome": "full"}
+            said = {"outcome": "full"}
+            if best.left is not None:
+                said = {"outcome": "low rank", "rank": best.left.shape[1]}
             said |= {"ridge": ridge, "held_out": loss}
         if not solved.converged:
             said["stopped"] = solved.limit_reached

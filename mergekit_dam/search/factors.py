@@ -1,12 +1,14 @@
 """The factors of corrections, as unknowns of a descent beside the coefficients.
 
-A corrected linear's weight is `sum_s c_s * W_s + D + left @ right`, with D the correction of the
-start. `left` is 0 at the start, and the rows of `right` are random and orthonormal.
+A corrected linear's weight is `sum_s c_s * W_s + D + left @ right`, with D the correction of a
+layer fit. At the start of a first descent `left` is 0, and the rows of `right` are random and
+orthonormal; a further descent goes on from where the factors are.
 
 Factors, their gradients and the optimiser's moments are in files that are mapped into memory, as
 they are many times as large as the coefficients.
 """
 
+import dataclasses
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -44,23 +46,24 @@ class Factors(Corrections):
         super().__init__(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._start = start
-        self._moving: dict[str, Correction] = {}
+        self._moving: dict[str, list[Tensor]] = {}
         self._moments: dict[Tensor, dict[str, Tensor]] = {}
         for number, coordinate in enumerate(c for c in coordinates if c.rank):
             self._put(coordinate, folder / f"{number:06d}", seed)
 
     def _put(self, coordinate: Coordinate, file: Path, seed: int) -> None:
         """Map the files of one tensor, and fill in its start."""
+        name = coordinate.name
+        known = None if self._start is None else self._start.get(name)
         # Factorisations may differ between machines, the start of all processes must not.
-        given = from_first(lambda: starting_factors(coordinate, seed))
-        parts = []
+        given = from_first(lambda: starting_factors(coordinate, known, seed))
+        self._moving[name] = pair = []
         for side, value in zip(("left", "right"), given, strict=True):
             factor, gradient, *moments = mapped(file.with_suffix(f".{side}"), value.shape, 4)
             factor.copy_(value)
             factor.grad = gradient
             self._moments[factor] = dict(zip(_STATE, moments, strict=True))
-            parts.append(factor)
-        self._moving[coordinate.name] = Correction(None, *parts)
+            pair.append(factor)
 
     def __bool__(self) -> bool:
         return bool(self._moving) or bool(self._start)
@@ -74,13 +77,17 @@ class Factors(Corrections):
         """The correction of an output tensor at this point, if it has one."""
         whole = None if self._start is None else self._start.get(name)
         moving = self.moving(name)
-        if whole is None or moving is None:
-            return whole or moving
-        return whole.plus(moving)
+        if not moving:
+            return whole
+        left, right = moving
+        return dataclasses.replace(whole or Correction(), moved_left=left, moved_right=right)
 
-    def moving(self, name: str) -> Correction | None:
-        """The factors of a tensor that move, on the host and with gradients, if it has some."""
-        return self._moving.get(name)
+    def moving(self, name: str) -> list[Tensor]:
+        """The factors of a tensor that move, on the host and with gradients; none if it has none.
+
+        They are fp32 `[out, rank]` and `[rank, in]` (of every expert).
+        """
+        return self._moving.get(name, [])
 
     def optimizer(self, rate: float) -> AdamW:
         """AdamW on all factors, without weight decay, its moments in files."""
@@ -98,12 +105,12 @@ class Factors(Corrections):
             gradient: Gradient of its merged weight, fp32 `[out, in]` (of every expert).
             share: Factor of the gradient.
         """
-        own = self.moving(name)
-        if own is None:
+        moving = self.moving(name)
+        if not moving:
             return
-        left, right = (factor.to(gradient) for factor in own.tensors.values())
+        left, right = (factor.to(gradient) for factor in moving)
         found = (gradient @ right.mT, left.mT @ gradient)
-        for factor, added in zip(own.tensors.values(), found, strict=True):
+        for factor, added in zip(moving, found, strict=True):
             assert factor.grad is not None
             factor.grad.add_(added.to(factor), alpha=share)
 
@@ -115,7 +122,7 @@ class Factors(Corrections):
 
     def _factors(self) -> list[Tensor]:
         """All factors that move: left and right ones of one tensor after the other."""
-        return [factor for own in self._moving.values() for factor in own.tensors.values()]
+        return [factor for pair in self._moving.values() for factor in pair]
 
     def kept(self, names: Iterable[str], folder: Path) -> Corrections:
         """All corrections as they are now, in files of their own.
@@ -131,11 +138,16 @@ class Factors(Corrections):
         return found
 
 
-def starting_factors(coordinate: Coordinate, seed: int) -> tuple[Tensor, Tensor]:
+def starting_factors(
+    coordinate: Coordinate, known: Correction | None, seed: int
+) -> tuple[Tensor, Tensor]:
     """The factors fp32 `[out, rank]` and `[rank, in]` (of every expert) that a descent starts from.
 
-    Their product is 0. Rows of one length suit one learning rate for all tensors.
+    Where no descent has moved them before, their product is 0. Rows of one length suit one learning
+    rate for all tensors.
     """
+    if known is not None and known.moved_left is not None and known.moved_right is not None:
+        return known.moved_left, known.moved_right
     *experts, out, columns = coordinate.shape
     # Every tensor has random numbers of its own, whatever other tensors there are.
     own = zlib.crc32(f"{seed} {coordinate.name}".encode())

@@ -47,8 +47,8 @@ def whole(correction: Correction | None, own: Coordinate) -> Tensor:
         return total
     if correction.full is not None:
         total = total + correction.full
-    if correction.left is not None and correction.right is not None:
-        total = total + correction.left.double() @ correction.right.double()
+    for left, right in correction.pairs:
+        total = total + left.double() @ right.double()
     return total
 
 
@@ -65,9 +65,8 @@ def test_factors_start_where_the_corrections_are(
             assert found is None
             continue
         assert found is not None
-        assert found.right is not None
         assert whole(found, own).equal(whole(start.get(own.name), own))
-        moving = found.right[..., -RANK:, :]
+        moving = part(factors, own.name, "right")
         identity = torch.eye(RANK).expand(*own.shape[:-2], RANK, RANK)
         torch.testing.assert_close(moving @ moving.mT, identity, rtol=0, atol=1e-5)
 
@@ -105,9 +104,7 @@ def test_gradients_of_factors_agree_with_autograd(
 
 def part(factors: Factors, name: str, side: str) -> Tensor:
     """One factor that moves."""
-    correction = factors.moving(name)
-    assert correction is not None
-    return correction.tensors[side]
+    return dict(zip(("left", "right"), factors.moving(name), strict=True))[side]
 
 
 def plain_gradients(
@@ -179,6 +176,20 @@ def test_what_is_kept_stays_when_factors_move_on(tmp_path: Path) -> None:
 
 def test_random_factors_depend_on_the_seed_and_the_name_alone() -> None:
     own = next(c for c in make(correction="full").coordinates.values() if c.rank)
-    first, again, other = (starting_factors(own, seed)[1] for seed in (0, 0, 1))
+    first, again, other = (starting_factors(own, None, seed)[1] for seed in (0, 0, 1))
     assert first.equal(again)
     assert not first.equal(other)
+
+
+def test_a_further_descent_goes_on_with_the_same_factors(tmp_path: Path) -> None:
+    made, _, factors = made_with_factors("llama", tmp_path, "low_rank")
+    own = next(own for own in made.coordinates.values() if own.rank)
+    part(factors, own.name, "left").add_(0.5)
+    kept = factors.kept(made.weights[0], tmp_path / "kept")
+    further = Factors(made.coordinates.values(), kept, folder=tmp_path / "further", seed=9)
+    for one, other in zip(factors.moving(own.name), further.moving(own.name), strict=True):
+        assert one.equal(other)
+    before, after = factors.get(own.name), further.get(own.name)
+    assert whole(before, own).equal(whole(after, own))
+    assert after is not None
+    assert len(after.pairs) == 2
