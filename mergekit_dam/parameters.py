@@ -113,7 +113,7 @@ class LogitsParameters(Parameters):
         default=None,
         gt=0,
         description="Number of optimiser steps. Default: none where layer fits left less than "
-        "a fifth of the held-out KL; else 20, and 400 more if those paid. Set it for a known cost.",
+        "a fifth of the start's KL; else 20, and 400 more if those paid. Set it for a known cost.",
     )
     batch_size: int = Field(
         default=1, gt=0, description="Sequences per model in one gradient. More take more memory."
@@ -136,8 +136,8 @@ class LogitsParameters(Parameters):
     learning_rate: float | None = Field(
         default=None,
         gt=0,
-        description="Peak of the learning rate; a 50th of it for factors. Default: 0.1, or "
-        "0.01 with `sum_to_one: false`; half beside factors. Lower it if the losses jump.",
+        description="Peak of the learning rate; factors have a 50th. Default: 0.1, or 0.01 with "
+        "`sum_to_one: false`, half beside factors; factors 0.001. Lower it if the losses jump.",
     )
     lr_schedule: Schedule = Field(
         default="cosine",

@@ -66,7 +66,7 @@ def descend(
     start: MergeRecord,
     verdict: Verdict,
     *,
-    reference: Sequence[float],
+    allowance: float,
     steps: int,
     column_weights: Mapping[str, Tensor],
     seed: int,
@@ -80,7 +80,7 @@ def descend(
         data: calibration tokens, and the hidden states that leave the teachers' last blocks.
         start: coefficients of every tensor to start from.
         verdict: verdict on the start.
-        reference: divergences at the start of the search, as `Verdict.better_than` takes them.
+        allowance: rise of one model's divergence over the start's that a point may cost.
         steps: number of steps of the optimiser.
         column_weights: weights of the weighted overlap, by tensor; empty where that is off.
         seed: seed of the order of the sequences, and of random factors.
@@ -103,7 +103,7 @@ def descend(
             with torch.no_grad():
                 now = descender.point()
             seen = verdict_of(network, now, data)
-            if seen.better_than(lowest, reference):
+            if seen.mean < lowest.mean and seen.better_than(verdict, allowance):
                 if best is not start and best.corrections is not None:
                     best.corrections.discard()
                 own = factors.kept(now.coefficients, kept / f"{moving.name}-{step}")
@@ -134,7 +134,7 @@ class Descender:
         groups = [
             {
                 "params": [self._unknowns[c.name]],
-                "lr": settings.learning_rate or learning_rate(c.form, corrected=factors.move),
+                "lr": settings.learning_rate or learning_rate(c.form, corrected=c.rank > 0),
             }
             for c in self._coordinates
         ]

@@ -9,6 +9,7 @@ they are many times as large as the coefficients.
 """
 
 import dataclasses
+import os
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -162,5 +163,7 @@ def mapped(file: Path, shape: torch.Size, count: int) -> Sequence[Tensor]:
     size = count * shape.numel()
     with file.open("wb") as handle:
         handle.truncate(4 * size)
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a crash later
+            os.posix_fallocate(handle.fileno(), 0, 4 * size)
     whole = torch.from_file(str(file), shared=True, size=size, dtype=torch.float32)
     return whole.view(count, *shape).unbind()

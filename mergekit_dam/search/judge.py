@@ -4,6 +4,7 @@ The measure is `KL(teacher k || merged)` on model k's data at temperature 1, in 
 Every fit aims at it. It is measured on sequences that took no part in the fit.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,10 +18,6 @@ from mergekit_dam.streams.stream import Stream
 
 Logits = Callable[[Tensor], Tensor]
 """From the hidden states that leave the last block to logits."""
-
-
-SACRIFICE = 0.1
-"""Rise of one model's divergence that a lower mean may cost, as a fraction of the start's."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +38,14 @@ class Verdict:
         pairs = zip(self.losses, self.weights, strict=True)
         return sum(loss * weight for loss, weight in pairs) / sum(self.weights)
 
-    def better_than(self, other: "Verdict", start: Sequence[float]) -> bool:
-        """Whether the mean is lower, and no model that counts pays for it.
+    def better_than(self, other: "Verdict", allowance: float = math.inf) -> bool:
+        """Whether the mean is lower, and no model that counts pays too much for it.
 
         Args:
-            start: divergences at the start of the search. A model pays if its divergence rises by
-                more than the fraction `SACRIFICE` of these.
+            allowance: rise of one model's divergence that a lower mean may cost, in nats per token.
         """
-        every = zip(self.losses, other.losses, start, self.weights, strict=True)
-        paid = any(own - was > SACRIFICE * at for own, was, at, weight in every if weight)
+        every = zip(self.losses, other.losses, self.weights, strict=True)
+        paid = any(own - was > allowance for own, was, weight in every if weight)
         return self.mean < other.mean and not paid
 
 

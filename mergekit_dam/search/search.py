@@ -45,6 +45,9 @@ LOG = logging.getLogger(__name__)
 DESCENTS = (20, 400)
 """Steps of each descent where no number is configured: the first shows whether it pays."""
 
+SACRIFICE = 0.1
+"""Rise of one model's KL that a trial after layer fits may cost, relative to the start's mean."""
+
 CORRECTIONS = ".dam-corrections"
 """Beginning of the names of folders for a trial's corrections."""
 
@@ -80,6 +83,11 @@ class Best:
         return self.verdict.mean / start if start else 0.0
 
     @property
+    def allowance(self) -> float:
+        """Rise of one model's KL that a trial may cost; only a start is not guarded."""
+        return SACRIFICE * self.trials[0].mean_held_out_kl if self.improved else math.inf
+
+    @property
     def improved(self) -> bool:
         """Whether something better than the start was found."""
         return any(trial.kept for trial in self.trials[1:])
@@ -93,7 +101,7 @@ class Best:
         **details: float,
     ) -> None:
         """Record a trial, and keep its coefficients if the judge prefers them."""
-        kept = verdict.better_than(self.verdict, self.trials[0].held_out_kl)
+        kept = verdict.better_than(self.verdict, self.allowance)
         seconds = time.perf_counter() - started
         self.trials.append(Trial(name, kept, verdict.losses, verdict.mean, seconds, details))
         lost = self.record if kept else record
@@ -234,7 +242,7 @@ def logits_trial(
     kept: Path,
 ) -> None:
     """Descend the end-to-end objective from the best so far, as long as it is worthwhile."""
-    if settings.steps is None and best.left < ENOUGH:
+    if settings.objective != "logits" and settings.steps is None and best.left < ENOUGH:
         LOG.info("no descent: layer fits left %.0f %% of the start's KL", 100 * best.left)
         return
     coordinates, weights = _coordinates(network, settings, data)
@@ -249,7 +257,7 @@ def logits_trial(
                 data,
                 best.record,
                 best.verdict,
-                reference=best.trials[0].held_out_kl,
+                allowance=best.allowance,
                 steps=steps,
                 column_weights=weights,
                 seed=settings.random_seed + number,

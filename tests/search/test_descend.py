@@ -40,6 +40,7 @@ def run(
     data: Sequence[Stream] | None = None,
     resident: Resident = "auto",
     weights: Mapping[str, Tensor] | None = None,
+    allowance: float = math.inf,
 ) -> Descent:
     objective = Objective(
         made.network(resident), made.coordinates, settings, BoundaryStates(folder)
@@ -49,7 +50,7 @@ def run(
         data or made.data(),
         start or made.average(),
         verdict,
-        reference=verdict.losses,
+        allowance=allowance,
         steps=steps_of(settings),
         column_weights=weights or {},
         seed=SEED,
@@ -228,3 +229,15 @@ def test_the_verdict_is_the_kl_of_whole_models_on_held_out_sequences(name: str) 
         assert loss == pytest.approx(float(expected), rel=1e-5)
     a, b = verdict.losses
     assert verdict.mean == pytest.approx((a + 1.5 * b) / 2.5)
+
+
+@pytest.mark.parametrize(("allowance", "steps"), [(math.inf, 3), (0.1, 2)])
+def test_a_point_that_one_model_pays_for_is_passed_over(
+    allowance: float, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is judged by what that model had before the descent, not at the look before."""
+    looks = iter([(0.8, 1.0), (0.7, 1.08), (0.5, 1.16)])
+    monkeypatch.setattr(descend_module, "verdict_of", lambda *_: Verdict(next(looks), (1.0, 1.0)))
+    before = Verdict((1.0, 1.0), (1.0, 1.0))
+    settings = logits_settings(steps=3)
+    assert run(make(), tmp_path, settings, verdict=before, allowance=allowance).steps == steps

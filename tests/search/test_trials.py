@@ -158,9 +158,20 @@ def test_a_lower_mean_that_one_model_pays_for_is_not_better(
     losses: tuple[float, float], better: bool
 ) -> None:
     before = Verdict((0.4, 0.3), (1.0, 1.0))
-    assert Verdict(losses, before.weights).better_than(before, (2.0, 1.0)) == better
+    assert Verdict(losses, before.weights).better_than(before, 0.1) == better
 
 
 def test_a_model_that_does_not_count_may_pay() -> None:
     before = Verdict((1.0, 1.0), (1.0, 0.0))
-    assert Verdict((0.5, 9.0), before.weights).better_than(before, (1.0, 1.0))
+    assert Verdict((0.5, 9.0), before.weights).better_than(before, 0.1)
+
+
+@pytest.mark.parametrize(("improved", "kept"), [(False, True), (True, False)])
+def test_only_what_is_better_than_the_start_is_guarded(improved: bool, kept: bool) -> None:
+    """A start may be as good as one of the models: no fit could keep that."""
+    trials = [Trial("start", True, (0.0, 1.0), 0.5, 0.0)]
+    if improved:
+        trials.append(Trial("layer", True, (0.0, 0.9), 0.45, 0.0))
+    best = Best(MergeRecord(), Verdict((0.0, 0.9), (1.0, 1.0)), trials)
+    best.consider("another", MergeRecord(), Verdict((0.2, 0.2), (1.0, 1.0)), 0.0)
+    assert best.trials[-1].kept == kept
