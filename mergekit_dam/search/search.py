@@ -51,7 +51,7 @@ SACRIFICE = 0.1
 CORRECTIONS = ".dam-corrections"
 """Beginning of the names of folders for a trial's corrections."""
 
-ENOUGH = 0.2
+ENOUGH = 0.05
 """Without a configured number of steps, there is no descent where layer fits left a smaller
 fraction of the start's held-out KL than this: its steps cost more than such a rest is worth."""
 

@@ -82,7 +82,7 @@ class TestWork:
         found = take(objective="layer+logits")
         every = [sweep for sweep in sweeps(found, ROOM) if sweep.name.startswith("descent")]
         assert [sweep.name for sweep in every] == [f"descent, {n} steps" for n in DESCENTS]
-        assert [sweep.condition for sweep in every] == ["if 20% of the KL are left", "if that pays"]
+        assert [sweep.condition for sweep in every] == ["if 5% of the KL are left", "if that pays"]
         first, *_, last = [sweep_seconds(sweep, SPEEDS) for sweep in every]
         assert last == pytest.approx(DESCENTS[-1] / DESCENTS[0] * first, rel=0.3)
 

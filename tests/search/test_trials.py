@@ -128,7 +128,7 @@ def test_a_descent_is_judged_on_held_out_data_alone(
 
 
 @pytest.mark.parametrize(
-    ("left", "steps", "descends"), [(0.1, None, False), (0.3, None, True), (0.1, 2, True)]
+    ("left", "steps", "descends"), [(0.04, None, False), (0.3, None, True), (0.04, 2, True)]
 )
 def test_there_is_no_descent_where_layer_fits_left_little(
     left: float, steps: int | None, descends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
