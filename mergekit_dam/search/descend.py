@@ -33,7 +33,10 @@ LOOKS = 8
 """How often a descent is judged on held-out data, about."""
 
 FACTOR_RATE = 1e-3
-"""Default learning rate of the factors of corrections."""
+"""Default learning rate of the factors of corrections, far from the teachers."""
+
+FULL_RATE_FROM = 0.4
+"""Fraction of the start's KL from which rates are full where factors move; they fall with it."""
 
 
 def judged_steps(steps: int) -> frozenset[int]:
@@ -72,6 +75,7 @@ def descend(
     seed: int,
     moving: Path,
     kept: Path,
+    left: float = 1.0,
 ) -> Descent:
     """Minimise the objective from a start.
 
@@ -86,11 +90,12 @@ def descend(
         seed: seed of the order of the sequences, and of random factors.
         moving: folder for the factors of corrections while they move.
         kept: folder for a folder with the corrections of the best point.
+        left: fraction of the held-out KL at the start of the search that is left.
     """
     network = objective.network
     coordinates = objective.coordinates.values()
     factors = Factors(coordinates, start.corrections, folder=moving, seed=seed)
-    descender = Descender(objective, start, steps, factors)
+    descender = Descender(objective, start, steps, factors, left)
     batches = batches_of(data, network.loss_weights, objective.settings.batch_size, seed)
     best, lowest, best_step = start, verdict, 0
     losses = []
@@ -120,13 +125,20 @@ class Descender:
         start: coefficients of every tensor to start from.
         steps: total number of steps, for the learning rate's schedule.
         factors: the corrections, of which factors move.
+        left: as for `descend`; it scales default rates where factors move.
     """
 
     def __init__(
-        self, objective: Objective, start: MergeRecord, steps: int, factors: Factors
+        self,
+        objective: Objective,
+        start: MergeRecord,
+        steps: int,
+        factors: Factors,
+        left: float,
     ) -> None:
         self._objective, self._start, self._factors = objective, start, factors
         settings = objective.settings
+        asked, scale = settings.learning_rate, min(1.0, left / FULL_RATE_FROM)
         self._coordinates = list(objective.coordinates.values())
         self._unknowns = starting_unknowns(
             self._coordinates, start, settings.nonlinearity, objective.network.device
@@ -134,13 +146,13 @@ class Descender:
         groups = [
             {
                 "params": [self._unknowns[c.name]],
-                "lr": settings.learning_rate or learning_rate(c.form, corrected=c.rank > 0),
+                "lr": asked or learning_rate(c.form, scale if c.rank else None),
             }
             for c in self._coordinates
         ]
         self._optimizers = [make_optimizer(groups, settings)]
         if factors.move:
-            self._optimizers.append(factors.optimizer(factor_rate(settings.learning_rate)))
+            self._optimizers.append(factors.optimizer(asked / 50 if asked else FACTOR_RATE * scale))
         self._schedules = [make_schedule(own, settings, steps) for own in self._optimizers]
 
     def step(self, batches: Iterator[list[Batch]], column_weights: Mapping[str, Tensor]) -> float:
@@ -182,20 +194,18 @@ class Descender:
         return coefficients_of(self._coordinates, self._unknowns, nonlinearity)
 
 
-def learning_rate(form: Parametrisation, *, corrected: bool) -> float:
+def learning_rate(form: Parametrisation, scale: float | None) -> float:
     """The default learning rate for a form of the coefficients.
 
     Coefficients that sum to one move the merged weight along the differences of the models. Free
-    coefficients scale the whole weight, and diverge at a tenth of that rate. Beside factors,
-    coefficients have less to do.
+    coefficients scale the whole weight, and diverge at a tenth of that rate.
+
+    Args:
+        scale: For a tensor with factors, the factor of its rates: near to the teachers, large steps
+            do harm. Beside factors, coefficients have less to do, and half their rate.
     """
     rate = 0.1 if form.sums_to_one else 0.01
-    return rate / 2 if corrected else rate
-
-
-def factor_rate(asked: float | None) -> float:
-    """The learning rate of factors, in proportion to that of the coefficients if that is given."""
-    return FACTOR_RATE if asked is None else FACTOR_RATE * asked / 0.05
+    return rate if scale is None else rate / 2 * scale
 
 
 def at(

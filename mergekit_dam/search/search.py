@@ -263,6 +263,7 @@ def logits_trial(
                 seed=settings.random_seed + number,
                 moving=Path(moving),
                 kept=kept,
+                left=best.left,
             )
         name = f"logits, {steps} steps"
         best.consider(name, ended.record, ended.verdict, started, best_step=ended.steps)
