@@ -137,7 +137,7 @@ class LogitsParameters(Parameters):
         default=None,
         gt=0,
         description="Peak of the learning rate; factors have a 50th. Default: 0.1, or 0.01 with "
-        "`sum_to_one: false`, half beside factors; factors 0.001. Lower it if the losses jump.",
+        "`sum_to_one: false`; at most half beside factors. Lower it if the losses jump.",
     )
     lr_schedule: Schedule = Field(
         default="cosine",
