@@ -146,7 +146,7 @@ class Descender:
         groups = [
             {
                 "params": [self._unknowns[c.name]],
-                "lr": asked or learning_rate(c.form, scale if c.rank else None),
+                "lr": asked or learning_rate(c.form, scale if factors.move else None),
             }
             for c in self._coordinates
         ]
@@ -201,8 +201,8 @@ def learning_rate(form: Parametrisation, scale: float | None) -> float:
     coefficients scale the whole weight, and diverge at a tenth of that rate.
 
     Args:
-        scale: For a tensor with factors, the factor of its rates: near to the teachers, large steps
-            do harm. Beside factors, coefficients have less to do, and half their rate.
+        scale: Where factors move, the factor of all rates: near to the teachers, large steps do
+            harm. Beside factors, coefficients have less to do, and half their rate.
     """
     rate = 0.1 if form.sums_to_one else 0.01
     return rate if scale is None else rate / 2 * scale
