@@ -150,10 +150,10 @@ class Descender:
             }
             for c in self._coordinates
         ]
-        self._optimizers = [make_optimizer(groups, settings)]
+        self.optimizers = [make_optimizer(groups, settings)]
         if factors.move:
-            self._optimizers.append(factors.optimizer(asked / 50 if asked else FACTOR_RATE * scale))
-        self._schedules = [make_schedule(own, settings, steps) for own in self._optimizers]
+            self.optimizers.append(factors.optimizer(asked / 50 if asked else FACTOR_RATE * scale))
+        self._schedules = [make_schedule(own, settings, steps) for own in self.optimizers]
 
     def step(self, batches: Iterator[list[Batch]], column_weights: Mapping[str, Tensor]) -> float:
         """Take one step; returns the loss on its batches, without penalties."""
@@ -161,8 +161,8 @@ class Descender:
         coefficients = self._coefficients()
         point = at(self._start, coefficients, objective, self._factors)
         loss = 0.0
-        for optimizer in self._optimizers:
-            optimizer.zero_grad(set_to_none=optimizer is self._optimizers[0])
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=optimizer is self.optimizers[0])
         for _ in range(settings.gradient_accumulation):
             part, gradients = objective(point, next(batches), self._factors)
             loss += part / settings.gradient_accumulation
@@ -180,7 +180,7 @@ class Descender:
         if settings.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self._unknowns.values(), settings.max_grad_norm)
         self._factors.add_up()
-        for optimizer, schedule in zip(self._optimizers, self._schedules, strict=True):
+        for optimizer, schedule in zip(self.optimizers, self._schedules, strict=True):
             optimizer.step()
             schedule.step()
         return loss

@@ -10,6 +10,7 @@ from mergekit_dam.coefficients.correction import Correction, Corrections
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.parameters import CorrectionKind, RunParameters
 from mergekit_dam.search.coordinates import Coordinate
+from mergekit_dam.search.descend import Descender
 from mergekit_dam.search.factors import Factors, starting_factors
 from mergekit_dam.search.gradient import Batch, Objective
 from mergekit_dam.streams.boundaries import BoundaryStates
@@ -193,3 +194,34 @@ def test_a_further_descent_goes_on_with_the_same_factors(tmp_path: Path) -> None
     assert whole(before, own).equal(whole(after, own))
     assert after is not None
     assert len(after.pairs) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "left", "asked", "rates"),
+    [
+        ("none", 0.1, None, (0.1,)),
+        ("low_rank", 1.0, None, (0.05, 0.001)),
+        ("low_rank", 0.1, None, (0.0125, 0.00025)),
+        ("low_rank", 0.1, 0.02, (0.02, 0.0004)),
+    ],
+)
+def test_rates_suit_how_near_the_start_is_where_factors_move(
+    kind: CorrectionKind, left: float, asked: float | None, rates: tuple[float, ...], tmp_path: Path
+) -> None:
+    """Those of all coefficients, also of tensors without factors."""
+    made, _, factors = (
+        made_with_factors("llama", tmp_path, kind) if kind != "none" else plain(tmp_path)
+    )
+    settings = logits_settings(steps=1, learning_rate=asked)
+    boundaries = BoundaryStates(tmp_path / "boundaries")
+    objective = Objective(made.network(), made.coordinates, settings, boundaries)
+    descender = Descender(objective, made.point(), 1, factors, left)
+    for optimizer, rate in zip(descender.optimizers, rates, strict=True):
+        found = [group["lr"] for group in optimizer.param_groups]
+        assert found == pytest.approx([rate] * len(found))
+
+
+def plain(folder: Path) -> tuple[Made, None, Factors]:
+    """A network without corrections."""
+    made = make("llama")
+    return made, None, Factors(made.coordinates.values(), None, folder=folder, seed=0)
