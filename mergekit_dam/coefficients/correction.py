@@ -70,11 +70,11 @@ class Correction:
             merged: fp32 weight of the merged model.
             axis: Input dimension of the weight.
         """
-        if merged.ndim == 3:
-            for expert, own in enumerate(merged):
-                self.of_expert(expert).add_to(own, axis=axis - 1 if axis > 0 else axis)
-            return
         turned = out_by_in(merged, axis)
+        if turned.ndim == 3:
+            for expert, own in enumerate(turned):
+                self.of_expert(expert).add_to(own)
+            return
         if self.full is not None:
             turned.add_(self.full.to(merged))
         rows = max(1, _PIECE // turned.shape[1])

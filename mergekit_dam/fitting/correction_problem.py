@@ -9,7 +9,7 @@ others it is found by conjugate gradients. They start from, and are precondition
 Kronecker product that is nearest: that of the mean metric and the mean Gram matrix.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.coefficients.correction import Correction
-from mergekit_dam.fitting.problem import Term
+from mergekit_dam.fitting.conjugate_gradients import Operator, conjugate_gradients, limit_reached
+from mergekit_dam.fitting.problem import Term, add_reactions, pull
 
 TOLERANCE = 1e-2
 """Relative residual at which conjugate gradients stop: held-out data shows no finer differences."""
@@ -26,9 +27,6 @@ MAX_ITERATIONS = 50
 
 EIGEN_LIMIT = 6144
 """Largest side of a weight for which matrices are diagonalised; beyond, they are factorised."""
-
-Precondition = Callable[[Tensor], Tensor]
-"""Approximate inverse of the shifted quadratic, applied to `[out, in]`."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +48,7 @@ class Solved:
     @property
     def limit_reached(self) -> str:
         """The message that conjugate gradients stopped at their limit, for log and report."""
-        return (
-            f"conjugate gradients stopped at their limit of {self.iterations} iterations, with a "
-            f"relative residual of {self.residual:.1e}"
-        )
+        return limit_reached(self.iterations, self.residual)
 
 
 @dataclass(frozen=True)
@@ -87,10 +82,7 @@ class CorrectionProblem:
     @cached_property
     def rhs(self) -> Tensor:
         """The right-hand side `[out, in]`."""
-        total = torch.zeros_like(self.terms[0].residual)
-        for term in self.terms:
-            total += term.apply(term.residual)
-        return total
+        return pull(self.terms)
 
     def factor(self, ridge: float) -> Tensor | None:
         """Lower Cholesky factor of the shifted Gram matrix; None if it has none in its dtype."""
@@ -119,32 +111,23 @@ class CorrectionProblem:
         precondition = None if self.plain else self._precondition(ridge)
         if precondition is None:
             return Solved(start)
-        step = start.clone()
-        residual = self.rhs - self.product(step, ridge)
         size = float(self.rhs.norm())
-        conditioned = precondition(residual)
-        direction, slope = conditioned.clone(), (residual * conditioned).sum()
-        iterations = 0
-        while (left := float(residual.norm())) > tolerance * size and iterations < MAX_ITERATIONS:
-            curvature = self.product(direction, ridge)
-            length = slope / (direction * curvature).sum()
-            step += length * direction
-            residual -= length * curvature
-            conditioned = precondition(residual)
-            previous, slope = slope, (residual * conditioned).sum()
-            direction = conditioned + (slope / previous) * direction
-            iterations += 1
-        relative = left / size if size else 0.0
-        return Solved(step, iterations, relative, converged=relative <= tolerance)
+        ended = conjugate_gradients(
+            lambda step: self.product(step, ridge),
+            precondition,
+            start.clone(),
+            self.rhs - self.product(start, ridge),
+            target=tolerance * size,
+            limit=MAX_ITERATIONS,
+        )
+        relative = float(ended.residual.norm()) / size if size else 0.0
+        return Solved(ended.step, ended.iterations, relative, ended.converged)
 
     def product(self, x: Tensor, ridge: float) -> Tensor:
         """`sum_k s_k S_k x G_k + ridge m x` of x `[out, in]`."""
-        total = ridge * self.mean * x
-        for term in self.terms:
-            total += term.apply(x @ term.gram)
-        return total
+        return add_reactions(ridge * self.mean * x, self.terms, x)
 
-    def _precondition(self, ridge: float) -> Precondition | None:
+    def _precondition(self, ridge: float) -> Operator | None:
         if self.mean and not self.plain and max(self.rhs.shape) <= EIGEN_LIMIT:
             return self._by_eigenvectors(ridge)
         factor = self.factor(ridge)
@@ -159,7 +142,7 @@ class CorrectionProblem:
 
         return by_factors
 
-    def _by_eigenvectors(self, ridge: float) -> Precondition:
+    def _by_eigenvectors(self, ridge: float) -> Operator:
         (of_metric, rows), (of_gram, columns) = self._eigen
         shifted = of_metric[:, None] * of_gram + ridge * self.mean
         return lambda x: rows @ (rows.T @ x @ columns / shifted) @ columns.T

@@ -59,17 +59,11 @@ class ColumnProblem:
 
     def reaction(self, deviation: Tensor) -> Tensor:
         """`sum_k s_k S_k V G_k` for V `[out, in]`."""
-        total = torch.zeros_like(deviation)
-        for term in self.terms:
-            total += term.apply(deviation @ term.gram)
-        return total
+        return add_reactions(torch.zeros_like(deviation), self.terms, deviation)
 
     def right_hand_side(self) -> Tensor:
         """The right-hand side b, `[U, in]`."""
-        total = torch.zeros_like(self.directions[0])
-        for term in self.terms:
-            total += term.apply(term.residual)
-        return sum_rows(self.directions, total)
+        return sum_rows(self.directions, pull(self.terms))
 
     def column_blocks(self) -> Tensor:
         """The U x U diagonal blocks of A, one per input column: `[in, U, U]`."""
@@ -86,6 +80,21 @@ class ColumnProblem:
             for u in range(v):
                 blocks[:, v, u] = blocks[:, u, v]
         return blocks
+
+
+def pull(terms: Sequence[Term]) -> Tensor:
+    """`sum_k s_k S_k R_k`, `[out, in]`: minus half the gradient at the start."""
+    total = torch.zeros_like(terms[0].residual)
+    for term in terms:
+        total += term.apply(term.residual)
+    return total
+
+
+def add_reactions(total: Tensor, terms: Sequence[Term], deviation: Tensor) -> Tensor:
+    """Add `sum_k s_k S_k V G_k` for V `[out, in]` to a tensor, in place; returns it."""
+    for term in terms:
+        total += term.apply(deviation @ term.gram)
+    return total
 
 
 def sum_rows(directions: Tensor, other: Tensor) -> Tensor:

@@ -10,12 +10,12 @@ by the linear system `A d = b` with `A[(u,p),(v,q)] = sum_k s_k (T_u^T S_k T_v)[
 S_k of its errors; terms in the plain metric may be summed into one beforehand.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from mergekit_dam.fitting.conjugate_gradients import Operator, conjugate_gradients, limit_reached
 from mergekit_dam.fitting.problem import ColumnProblem, sum_rows
 
 DENSE_LIMIT = 12288
@@ -31,9 +31,6 @@ At 1e-3, a fit has 0.9999 of its gain after a third of the iterations that 1e-5 
 """
 
 MAX_ITERATIONS = 1000
-
-Precondition = Callable[[Tensor], Tensor]
-"""Approximate inverse of the shifted matrix, applied to fp64 `[U, in]`."""
 
 
 def precision(unknowns: int) -> torch.dtype:
@@ -74,10 +71,8 @@ class Solution:
     @property
     def limit_reached(self) -> str:
         """The message that conjugate gradients stopped at their limit, for log and report."""
-        return (
-            f"conjugate gradients stopped at their limit of {self.iterations} iterations, with a "
-            f"relative residual of {self.residual:.1e}; a larger `ridge` makes them converge"
-        )
+        said = limit_reached(self.iterations, self.residual)
+        return f"{said}; a larger `ridge` makes them converge"
 
 
 def solve_columns(
@@ -103,7 +98,7 @@ def solve_columns(
     return _conjugate_gradients(problem, rhs, *factorised, method)
 
 
-def _factorised(problem: ColumnProblem, ridge: float) -> tuple[float, Precondition] | None:
+def _factorised(problem: ColumnProblem, ridge: float) -> tuple[float, Operator] | None:
     """The ridge's shift, and the inverse of the whole shifted matrix, by Cholesky in fp32.
 
     Cholesky runs in fp64 if the matrix is not positive definite in fp32. Where the matrix is 0, the
@@ -146,7 +141,7 @@ def _cholesky(matrix: Tensor) -> tuple[Tensor, bool]:
     return factor, bool(info)
 
 
-def _factorised_columns(problem: ColumnProblem, ridge: float) -> tuple[float, Precondition] | None:
+def _factorised_columns(problem: ColumnProblem, ridge: float) -> tuple[float, Operator] | None:
     """The ridge's shift, and the inverse of the U x U blocks of the matrix's columns."""
     blocks = problem.column_blocks().double()
     shift = ridge * float(blocks.diagonal(dim1=1, dim2=2).mean())
@@ -162,30 +157,23 @@ def _factorised_columns(problem: ColumnProblem, ridge: float) -> tuple[float, Pr
 
 
 def _conjugate_gradients(
-    problem: ColumnProblem, rhs: Tensor, shift: float, precondition: Precondition, method: str
+    problem: ColumnProblem, rhs: Tensor, shift: float, precondition: Operator, method: str
 ) -> Solution:
-    """Preconditioned conjugate gradients from a step of 0; vectors are fp64."""
-    step = torch.zeros_like(rhs)
-    residual = rhs.clone()
-    target = TOLERANCE[problem.directions.dtype] * float(rhs.norm())
-    conditioned = precondition(residual)
-    direction = conditioned.clone()
-    slope = (residual * conditioned).sum()
-    iterations = 0
-    while (left := float(residual.norm())) > target and iterations < MAX_ITERATIONS:
-        curvature = problem.product(direction).add_(direction, alpha=shift)
-        length = slope / (direction * curvature).sum()
-        step += length * direction
-        residual -= length * curvature
-        conditioned = precondition(residual)
-        previous, slope = slope, (residual * conditioned).sum()
-        direction = conditioned + (slope / previous) * direction
-        iterations += 1
+    """Operatored conjugate gradients from a step of 0; vectors are fp64."""
+    ended = conjugate_gradients(
+        lambda step: problem.product(step).add_(step, alpha=shift),
+        precondition,
+        torch.zeros_like(rhs),
+        rhs.clone(),
+        target=TOLERANCE[problem.directions.dtype] * float(rhs.norm()),
+        limit=MAX_ITERATIONS,
+    )
+    step, residual = ended.step, ended.residual
     # The step solves `(A + shift) d = b - residual`, so the residual enters the gain.
     gain = _gain(step, rhs, shift) + float((step * residual).sum())
     # If the start is already the minimum, rhs is 0: the bound avoids 0 / 0.
     relative = float(residual.norm() / rhs.norm().clamp_min(1e-300))
-    return Solution(step, method, gain, iterations, relative, converged=not left > target)
+    return Solution(step, method, gain, ended.iterations, relative, ended.converged)
 
 
 def _nothing(rhs: Tensor) -> Solution:

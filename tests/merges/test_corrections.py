@@ -29,6 +29,11 @@ def corrected(
     return merge(dam(models.models, calibration, base=models.base, **small), out)
 
 
+def replayed(merged: Merged, models: Models, out: Path) -> Merged:
+    """The same merge from its coefficients."""
+    return merge(dam(models.models, base=models.base, coefficients=str(merged.path)), out)
+
+
 def kl_of(merged: Merged) -> float:
     """Held-out KL of the whole model after the last trial."""
     kl: float = merged.report["search"][-1]["mean_held_out_kl"]
@@ -44,9 +49,7 @@ def test_a_replay_gives_the_same_bytes(name: str, kind: str, metric: str, tmp_pa
     fitted = corrected(models, texts, tmp_path / "out", kind, metric=metric)
     assert (fitted.path / FILE).is_file()
     assert not [path for path in fitted.path.iterdir() if path.name.startswith(".dam")]
-    again = merge(
-        dam(models.models, base=models.base, coefficients=str(fitted.path)), tmp_path / "again"
-    )
+    again = replayed(fitted, models, tmp_path / "again")
     assert again.model_bytes == fitted.model_bytes
     assert (again.path / FILE).read_bytes() == (fitted.path / FILE).read_bytes()
     assert again.load()
@@ -114,9 +117,7 @@ def test_experts_have_corrections_of_their_own(kind: str, tmp_path: Path) -> Non
     merged = corrected(models, texts, tmp_path / "out", kind, samples=16, sequence_length=24)
     keys = {key for key in torch_keys(merged.path / FILE) if "experts" in key}
     assert keys
-    again = merge(
-        dam(models.models, base=models.base, coefficients=str(merged.path)), tmp_path / "again"
-    )
+    again = replayed(merged, models, tmp_path / "again")
     assert again.model_bytes == merged.model_bytes
 
 
@@ -132,10 +133,7 @@ def test_a_descent_goes_on_from_them_and_keeps_them(
         steps=3,
         learning_rate=1e-3,
     )
-    again = merge(
-        dam(llama_models.models, base=llama_models.base, coefficients=str(merged.path)),
-        tmp_path / "again",
-    )
+    again = replayed(merged, llama_models, tmp_path / "again")
     assert again.model_bytes == merged.model_bytes
     assert (merged.path / FILE).is_file()
 
@@ -183,10 +181,7 @@ def test_coefficients_without_their_corrections_are_refused(
         other = corrected(llama_models, calibration, tmp_path / "other", "low_rank")
         file.write_bytes((other.path / FILE).read_bytes())
     with pytest.raises(ConfigError, match=f"required its {FILE} in the same folder.*{fault}"):
-        merge(
-            dam(llama_models.models, base=llama_models.base, coefficients=str(merged.path)),
-            tmp_path / "again",
-        )
+        replayed(merged, llama_models, tmp_path / "again")
 
 
 def test_a_merge_without_them_removes_those_of_the_merge_before(

@@ -1,0 +1,72 @@
+"""Preconditioned conjugate gradients, for vectors of any shape."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Operator = Callable[[Tensor], Tensor]
+"""A linear map from vectors to vectors of one shape."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Where conjugate gradients ended.
+
+    Attributes:
+        step: The approximate solution.
+        residual: The right-hand side less the product of the matrix and the solution.
+        iterations: Number of iterations.
+        converged: Whether they stopped before their limit.
+    """
+
+    step: Tensor
+    residual: Tensor
+    iterations: int
+    converged: bool
+
+
+def conjugate_gradients(
+    product: Operator,
+    precondition: Operator,
+    step: Tensor,
+    residual: Tensor,
+    *,
+    target: float,
+    limit: int,
+) -> Ended:
+    """Solve a positive definite system from a start.
+
+    Args:
+        product: The matrix.
+        precondition: Approximate inverse of the matrix.
+        step: Where they begin; changed in place.
+        residual: Residual of that start; changed in place.
+        target: Norm of the residual at which they stop.
+        limit: Largest number of iterations.
+    """
+    conditioned = precondition(residual)
+    direction, slope = conditioned.clone(), (residual * conditioned).sum()
+    iterations = 0
+    while (left := float(residual.norm())) > target and iterations < limit:
+        curvature = product(direction)
+        length = slope / (direction * curvature).sum()
+        step += length * direction
+        residual -= length * curvature
+        conditioned = precondition(residual)
+        previous, slope = slope, (residual * conditioned).sum()
+        direction = conditioned + (slope / previous) * direction
+        iterations += 1
+    return Ended(step, residual, iterations, converged=not left > target)
+
+
+def limit_reached(iterations: int, residual: float) -> str:
+    """The message that they stopped at their limit, for log and report.
+
+    Args:
+        residual: Norm of the residual, relative to that of the right-hand side.
+    """
+    return (
+        f"conjugate gradients stopped at their limit of {iterations} iterations, with a "
+        f"relative residual of {residual:.1e}"
+    )
