@@ -18,7 +18,7 @@ def limit_gpu(device: torch.device, limit: int | None) -> None:
         return
     whole = torch.cuda.get_device_properties(device).total_memory
     fraction = 1.0 if limit is None else min(1.0, limit / whole)
-    torch.cuda.set_per_process_memory_fraction(fraction, device)
+    torch.cuda.set_per_process_memory_fraction(fraction, _number(device))
 
 
 def memory_of(device: torch.device) -> int:
@@ -26,7 +26,12 @@ def memory_of(device: torch.device) -> int:
     if device.type != "cuda":
         return psutil.virtual_memory().total
     whole = torch.cuda.get_device_properties(device).total_memory
-    return int(whole * torch.cuda.get_per_process_memory_fraction(device))
+    return int(whole * torch.cuda.get_per_process_memory_fraction(_number(device)))
+
+
+def _number(device: torch.device) -> int:
+    """The number of a GPU; without one, it is the GPU that torch uses at the moment."""
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def free_memory_of(device: torch.device) -> int:

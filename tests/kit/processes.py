@@ -30,11 +30,13 @@ def torchrun(*command: str | Path) -> subprocess.Popen[str]:
     )
 
 
-def start_merges(configurations: Mapping[str, Any], folder: Path) -> subprocess.Popen[str]:
+def start_merges(
+    configurations: Mapping[str, Any], folder: Path, *, device: str = "cpu"
+) -> subprocess.Popen[str]:
     """Start merges by two processes: each merge goes to a subfolder of its name."""
     folder.mkdir(exist_ok=True)
     (folder / "merges.json").write_text(json.dumps(configurations), encoding="utf-8")
-    return torchrun("-m", "tests.kit.worker", folder)
+    return torchrun("-m", "tests.kit.worker", folder, device)
 
 
 def finish(running: subprocess.Popen[str]) -> None:

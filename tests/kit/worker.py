@@ -1,6 +1,6 @@
 """Run merges one after the other, and count the tokens that each process runs.
 
-torchrun --nproc-per-node 2 -m tests.kit.worker FOLDER
+torchrun --nproc-per-node 2 -m tests.kit.worker FOLDER DEVICE
 
 FOLDER/merges.json has configurations by name. The merge goes to FOLDER/NAME, and the number of
 tokens that each process ran for it to FOLDER/tokens-RANK.json.
@@ -48,18 +48,18 @@ def counted_tokens() -> Iterator[dict[str, int]]:
         yield counts
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, device: str) -> None:
     plugin.install()
     from tests.kit.merging import merge
 
     tokens = {}
     for name, configuration in json.loads((folder / "merges.json").read_text("utf-8")).items():
         with counted_tokens() as counts:
-            merge(configuration, folder / name)
+            merge(configuration, folder / name, device=device)
         tokens[name] = counts
     file = folder / f"tokens-{os.environ['RANK']}.json"
     file.write_text(json.dumps(tokens), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -23,11 +23,25 @@ WHOLE = 1000
 def gpu() -> Iterator[mock.Mock]:
     """A GPU of 1000 bytes, 900 of them free; 60 are allocated, 100 reserved by this process."""
     fraction = [1.0]
+
+    def numbered(device: object) -> None:
+        """As torch does for a limit: it wants the number of a GPU."""
+        assert device == 0
+
+    def limit(value: float, device: object) -> None:
+        numbered(device)
+        fraction[0] = value
+
+    def limited(device: object) -> float:
+        numbered(device)
+        return fraction[0]
+
     with mock.patch.multiple(
         torch.cuda,
+        current_device=lambda: 0,
         get_device_properties=lambda _: SimpleNamespace(total_memory=WHOLE),
-        set_per_process_memory_fraction=lambda value, _: fraction.__setitem__(0, value),
-        get_per_process_memory_fraction=lambda _: fraction[0],
+        set_per_process_memory_fraction=limit,
+        get_per_process_memory_fraction=limited,
         mem_get_info=lambda _: (900, WHOLE),
         memory_allocated=lambda _: 60,
         memory_reserved=lambda _: 100,

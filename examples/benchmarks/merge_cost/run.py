@@ -31,7 +31,7 @@ from examples.benchmarks.merge_cost.settings import (
     Sweep,
     every_case,
 )
-from mergekit_dam.coefficients.file import FILE_NAME
+from mergekit_dam.coefficients.file import CORRECTIONS_NAME, FILE_NAME
 from mergekit_dam.errors import DamError
 
 
@@ -133,7 +133,7 @@ def _merged(
     """Merge; returns the measurement, and the reason if it failed.
 
     Args:
-        keep: folder to copy the coefficients to; all else that was merged is deleted.
+        keep: folder to copy coefficients and corrections to; all else that was merged is deleted.
     """
     settings, models = bench.settings, bench.inputs.models
     folder = settings.out / "merged" / name
@@ -144,7 +144,8 @@ def _merged(
     measured = bench.run(_command(point, name, folder, bench), log)
     reason = failure(measured, log)
     if keep is not None and not reason:
-        shutil.copy(folder / FILE_NAME, keep)
+        for file in (FILE_NAME, CORRECTIONS_NAME):
+            shutil.copy(folder / file, keep)
     shutil.rmtree(folder, ignore_errors=True)
     return measured, reason
 
