@@ -65,7 +65,7 @@ def _search(inventory: Inventory, room: Room, *, kept: bool) -> Iterator[Need]:
         metrics = settings.metric == "sensitivity"
         for part in fits:
             need = fit_need(part, inventory, room, metrics=metrics)
-            yield with_streams(need, 2 * one + _moving_bytes(inventory), inventory, room)
+            yield with_streams(need, one + _moving_bytes(inventory), inventory, room)
         yield with_streams(judge_need(inventory), 4 * one, inventory, room)
         for part in fits if metrics else ():
             if part.kind != "input":

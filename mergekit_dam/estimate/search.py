@@ -10,15 +10,16 @@ from mergekit_dam.parameters import RunParameters
 from mergekit_dam.search.descend import judged_steps
 
 
-def survey(inventory: Inventory) -> Work:
-    """One run of every teacher and of the model at the start."""
+def survey(inventory: Inventory, *, teachers: bool) -> Work:
+    """One run of the model at the start, and of every teacher if they run, too."""
     work = Work()
     for part in inventory.parts[:-1]:
         flops, elements = forward(part, inventory, inventory.text.tokens)
-        work["teachers", "forward"] += flops
         work["merged stream", "forward"] += flops
-        work["teachers", "elements"] += elements + inventory.text.models * part.parameters
         work["merged stream", "elements"] += elements
+        if teachers:
+            work["teachers", "forward"] += flops
+            work["teachers", "elements"] += elements + inventory.text.models * part.parameters
         work += merging(part, inventory, 1)
     return work + judgement(inventory)
 

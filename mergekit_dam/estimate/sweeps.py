@@ -52,8 +52,9 @@ def sweeps(inventory: Inventory, room: Room) -> list[Sweep]:
     # What stays in memory after the first sweep is not read again.
     fraction = 1 - kept_weights(inventory, room) / max(1, _loaded(inventory))
     again = int(fraction * stages)
-    found = [Sweep("survey", stages, search.survey(inventory))]
-    if settings.objective != "logits":
+    layers = settings.objective != "logits"
+    found = [Sweep("survey", stages, search.survey(inventory, teachers=not layers))]
+    if layers:
         if settings.metric == "sensitivity":
             back = int(fraction * _stored(inventory, 1))
             found.append(Sweep("backward", back, search.backward_sweep(inventory)))

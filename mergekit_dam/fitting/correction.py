@@ -1,11 +1,9 @@
 """The correction of one linear: the matrix that leaves the least error once its columns are fitted.
 
-Ridges go down as long as held-out data prefers the next. In metrics, they are judged by what is
-nearest to their minimisers at little cost; the minimiser is found for the best. Related methods
-are FeatCal (arXiv 2605.13030) and RegMean++ (arXiv 2508.03121), which correct from other starts.
+Ridges go down as long as held-out data prefers the next. Related methods are FeatCal (arXiv
+2605.13030) and RegMean++ (arXiv 2508.03121), which correct from other starts.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,13 +12,11 @@ from torch import Tensor
 
 from mergekit_dam.coefficients.correction import Correction, out_by_in, saves_room
 from mergekit_dam.coefficients.tensors import FittedTensor, TensorSettings
-from mergekit_dam.fitting.correction_problem import CorrectionProblem
+from mergekit_dam.fitting.correction_problem import CorrectionProblem, Minimiser
 from mergekit_dam.fitting.evidence import Evidence
 from mergekit_dam.fitting.moments import LinearMoments
 from mergekit_dam.fitting.problem import Term
 from mergekit_dam.streams.distributed import from_first
-
-LOG = logging.getLogger(__name__)
 
 RIDGES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 """Ridges relative to the mean diagonal, tried in this order until the held-out loss rises."""
@@ -48,20 +44,16 @@ def correct(
     start = evidence.held_out_loss(start_weight, bias)
     said: dict[str, Any] = {"outcome": "dropped: held-out loss was not better"}
     problem = problem_of(evidence, start_weight, bias)
-    ridge, nearest = _ridge(problem, lambda step: held_out(Correction(full=step.float())), start)
+    ridge, found = _ridge(problem, lambda step: held_out(Correction(full=step.float())), start)
     best: Correction | None = None
-    if nearest is not None:
-        solved = problem.solve(ridge, nearest)
-        candidate = _candidate(problem, solved.step, ridge, fitted.sources.settings)
-        if candidate is not None and (loss := held_out(candidate)) < start:
+    if found is not None:
+        candidate = _candidate(found, fitted.sources.settings)
+        if (loss := held_out(candidate)) < start:
             best = candidate
             said = {"outcome": "full"}
             if best.left is not None:
                 said = {"outcome": "low rank", "rank": best.left.shape[1]}
             said |= {"ridge": ridge, "held_out": loss}
-        if not solved.converged:
-            said["stopped"] = solved.limit_reached
-            LOG.warning("%s: correction: %s", fitted.sources.name, solved.limit_reached)
     # Machines may differ in the last bits of a solution; the merged model must not.
     best = from_first(lambda: None if best is None else best.cpu())
     said["held_out_start"] = start
@@ -71,8 +63,8 @@ def correct(
 
 def _ridge(
     problem: CorrectionProblem, held_out: Callable[[Tensor], float], start: float
-) -> tuple[float, Tensor | None]:
-    """The ridge that held-out data likes best, and what is nearest to the minimiser there.
+) -> tuple[float, Minimiser | None]:
+    """The ridge that held-out data likes best, and the minimiser there.
 
     Args:
         held_out: Held-out loss with a correction `[out, in]`.
@@ -80,20 +72,17 @@ def _ridge(
     """
     best, chosen, lowest = None, 0.0, start
     for ridge in RIDGES:
-        step = problem.nearest(ridge)
-        if step is None or not (loss := held_out(step)) < lowest:
+        found = problem.minimiser(ridge)
+        if found is None or not (loss := held_out(found.matrix)) < lowest:
             break
-        best, chosen, lowest = step, ridge, loss
+        best, chosen, lowest = found, ridge, loss
     return chosen, best
 
 
 def problem_of(
     evidence: Evidence[LinearMoments], weight: Tensor, bias: Tensor | None
 ) -> CorrectionProblem:
-    """The quadratic of the correction of a merged weight `[out, in]`.
-
-    Conjugate gradients run in fp32: their tolerance needs no more.
-    """
+    """The quadratic of the correction of a merged weight `[out, in]`; metrics are fp32."""
     terms = [Term(m.inputs.gram, m.residual(weight, bias), m.metric, m.scale) for m in evidence.fit]
     problem = CorrectionProblem(terms)
     if problem.plain:
@@ -102,13 +91,12 @@ def problem_of(
     return CorrectionProblem(single)
 
 
-def _candidate(
-    problem: CorrectionProblem, step: Tensor, ridge: float, settings: TensorSettings
-) -> Correction | None:
-    """A correction of the kind that is asked for; None where it cannot be computed.
+def _candidate(found: Minimiser, settings: TensorSettings) -> Correction:
+    """A correction of the kind that is asked for.
 
     Where factors would take as much room as the matrix, it is the matrix.
     """
-    if settings.correction == "low_rank" and saves_room(step.shape, settings.correction_rank):
-        return problem.truncated(step, ridge, settings.correction_rank)
-    return Correction(full=step.float())
+    shape = found.whitened.shape
+    if settings.correction == "low_rank" and saves_room(shape, settings.correction_rank):
+        return found.truncated(settings.correction_rank)
+    return Correction(full=found.matrix.float())

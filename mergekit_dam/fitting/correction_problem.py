@@ -5,8 +5,9 @@ The correction D `[out, in]` of a merged weight W minimises, in the metric of th
     sum_k s_k (<S_k D G_k, D> - 2 <S_k R_k, D>)  +  ridge * m * |D|^2,    R_k = sum (y - W x) x^T,
 
 with m the mean diagonal of the quadratic. In the plain metric that is `D = R (G + ridge m)^-1`. In
-others it is found by conjugate gradients. They start from, and are preconditioned by, the one
-Kronecker product that is nearest: that of the mean metric and the mean Gram matrix.
+others, the matrix of the quadratic is replaced by the one Kronecker product that is nearest: that
+of the mean metric S and the mean Gram matrix G. Then `D = S^-1 P (G + ridge m)^-1`, with
+`P = sum_k s_k S_k R_k`. Conjugate gradients from there to the minimum recover no more.
 """
 
 from collections.abc import Sequence
@@ -17,38 +18,36 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.coefficients.correction import Correction
-from mergekit_dam.fitting.conjugate_gradients import Operator, conjugate_gradients, limit_reached
-from mergekit_dam.fitting.problem import Term, add_reactions, pull
-
-TOLERANCE = 1e-2
-"""Relative residual at which conjugate gradients stop: held-out data shows no finer differences."""
-
-MAX_ITERATIONS = 50
-
-EIGEN_LIMIT = 6144
-"""Largest side of a weight for which matrices are diagonalised; beyond, they are factorised."""
+from mergekit_dam.fitting.low_rank import nearest_product
+from mergekit_dam.fitting.problem import Term, pooled_gram, pull
 
 
 @dataclass(frozen=True)
-class Solved:
-    """The minimiser `[out, in]` at one ridge, and how it was found.
+class Minimiser:
+    """The minimiser D `[out, in]` at one ridge.
 
     Attributes:
-        step: The minimiser, in the dtype of the Gram matrices.
-        iterations: Number of iterations of conjugate gradients.
-        residual: Norm of the residual of the linear system, relative to its right-hand side.
-        converged: Whether conjugate gradients stopped before their limit.
+        whitened: `D L`, whose size is that of D in the metric of the inputs.
+        factor: L, the lower Cholesky factor of the shifted Gram matrix.
     """
 
-    step: Tensor
-    iterations: int = 0
-    residual: float = 0.0
-    converged: bool = True
+    whitened: Tensor
+    factor: Tensor
 
     @property
-    def limit_reached(self) -> str:
-        """The message that conjugate gradients stopped at their limit, for log and report."""
-        return limit_reached(self.iterations, self.residual)
+    def matrix(self) -> Tensor:
+        """D itself."""
+        return self._turned_back(self.whitened)
+
+    def truncated(self, rank: int) -> Correction:
+        """The matrix of some rank that is nearest, in the metric of the inputs."""
+        left, right = nearest_product(self.whitened, rank)
+        back = self._turned_back(right)
+        return Correction(right=back.float().contiguous(), left=left.float().contiguous())
+
+    def _turned_back(self, rows: Tensor) -> Tensor:
+        turned: Tensor = torch.linalg.solve_triangular(self.factor, rows, upper=False, left=False)
+        return turned
 
 
 @dataclass(frozen=True)
@@ -63,126 +62,54 @@ class CorrectionProblem:
 
     @property
     def plain(self) -> bool:
-        """Whether the minimiser has a closed form."""
+        """Whether errors are measured plainly."""
         return len(self.terms) == 1 and self.terms[0].metric.factors is None
 
     @cached_property
     def gram(self) -> Tensor:
         """Gram matrix `[in, in]` of all terms, each by the mean of its metric."""
-        total = torch.zeros_like(self.terms[0].gram)
-        for term in self.terms:
-            total.add_(term.gram, alpha=term.scale * term.metric.mean)
-        return (total + total.T) / 2
+        return pooled_gram(self.terms)
 
     @cached_property
     def mean(self) -> float:
         """Mean diagonal of the quadratic."""
         return float(self.gram.diagonal().mean(dtype=torch.float64))
 
-    @cached_property
-    def rhs(self) -> Tensor:
-        """The right-hand side `[out, in]`."""
-        return pull(self.terms)
-
-    def factor(self, ridge: float) -> Tensor | None:
-        """Lower Cholesky factor of the shifted Gram matrix; None if it has none in its dtype."""
-        shifted = self.gram.clone()
-        shifted.diagonal().add_(ridge * self.mean)
-        factor, failed = torch.linalg.cholesky_ex(shifted)
-        return None if self.mean == 0 or bool(failed) else factor
-
-    def nearest(self, ridge: float) -> Tensor | None:
-        """The minimiser of the one Kronecker product that is nearest to the quadratic.
-
-        In the plain metric it is the minimiser itself. None if the shifted Gram matrix cannot be
-        factorised in its dtype.
-        """
-        precondition = self._precondition(ridge)
-        return None if precondition is None else precondition(self.rhs)
-
-    def solve(self, ridge: float, start: Tensor, *, tolerance: float = TOLERANCE) -> Solved:
+    def minimiser(self, ridge: float) -> Minimiser | None:
         """The minimiser.
 
         Args:
             ridge: Strength of the pull to zero, relative to the mean diagonal.
-            start: What is nearest to it at this ridge; where conjugate gradients begin.
-            tolerance: Relative residual at which they stop.
+
+        Returns:
+            None if the inputs have no energy, or the shifted Gram matrix cannot be factorised in
+            its dtype.
         """
-        precondition = None if self.plain else self._precondition(ridge)
-        if precondition is None:
-            return Solved(start)
-        size = float(self.rhs.norm())
-        ended = conjugate_gradients(
-            lambda step: self.product(step, ridge),
-            precondition,
-            start.clone(),
-            self.rhs - self.product(start, ridge),
-            target=tolerance * size,
-            limit=MAX_ITERATIONS,
-        )
-        relative = float(ended.residual.norm()) / size if size else 0.0
-        return Solved(ended.step, ended.iterations, relative, ended.converged)
-
-    def product(self, x: Tensor, ridge: float) -> Tensor:
-        """`sum_k s_k S_k x G_k + ridge m x` of x `[out, in]`."""
-        return add_reactions(ridge * self.mean * x, self.terms, x)
-
-    def _precondition(self, ridge: float) -> Operator | None:
-        if self.mean and not self.plain and max(self.rhs.shape) <= EIGEN_LIMIT:
-            return self._by_eigenvectors(ridge)
-        factor = self.factor(ridge)
-        if factor is None:
+        if self.mean == 0:
             return None
-
-        def by_factors(x: Tensor) -> Tensor:
-            solved: Tensor = torch.cholesky_solve(x.T, factor).T
-            if not self.plain:
-                solved = torch.cholesky_solve(solved, self._metric_factor)
-            return solved
-
-        return by_factors
-
-    def _by_eigenvectors(self, ridge: float) -> Operator:
-        (of_metric, rows), (of_gram, columns) = self._eigen
-        shifted = of_metric[:, None] * of_gram + ridge * self.mean
-        return lambda x: rows @ (rows.T @ x @ columns / shifted) @ columns.T
+        shifted = self.gram.clone()
+        shifted.diagonal().add_(ridge * self.mean)
+        factor, failed = torch.linalg.cholesky_ex(shifted)
+        if bool(failed):
+            return None
+        whitened = torch.linalg.solve_triangular(factor.mT, self._pulled, upper=True, left=False)
+        return Minimiser(whitened, factor)
 
     @cached_property
+    def _pulled(self) -> Tensor:
+        """`S^-1 P`, `[out, in]`."""
+        pulled = pull(self.terms)
+        if self.plain:
+            return pulled
+        return torch.cholesky_solve(pulled, torch.linalg.cholesky(self._metric))
+
+    @property
     def _metric(self) -> Tensor:
-        """The mean metric `[out, out]`, of mean diagonal 1."""
-        identity = torch.eye(len(self.rhs)).to(self.rhs)
+        """The mean metric `[out, out]`, damped, of mean diagonal 1."""
+        residual = self.terms[0].residual
+        identity = torch.eye(len(residual), dtype=residual.dtype, device=residual.device)
         total = torch.zeros_like(identity)
         for term in self.terms:
             total += float(term.gram.diagonal().mean(dtype=torch.float64)) * term.apply(identity)
         total /= self.mean
         return (total + total.T) / 2
-
-    @cached_property
-    def _metric_factor(self) -> Tensor:
-        """Lower Cholesky factor of the mean metric, which is damped."""
-        factor: Tensor = torch.linalg.cholesky(self._metric)
-        return factor
-
-    @cached_property
-    def _eigen(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Eigenvalues and eigenvectors of the mean metric and of the Gram matrix."""
-        own, rows = torch.linalg.eigh(self._metric)
-        values, columns = torch.linalg.eigh(self.gram)
-        return (own.clamp_min(0), rows), (values.clamp_min(0), columns)
-
-    def truncated(self, solved: Tensor, ridge: float, rank: int) -> Correction | None:
-        """The matrix of some rank that is nearest to a minimiser, in the metric of the inputs.
-
-        With `G + ridge m = L L^T`, the singular vectors of `D L` are kept, and turned back by
-        `L^-1`. None if there is no such L in the dtype of the Gram matrix.
-        """
-        factor = self.factor(ridge)
-        if factor is None:
-            return None
-        whitened = solved @ factor
-        wide = whitened.shape[0] <= whitened.shape[1]
-        square = whitened @ whitened.T if wide else whitened.T @ whitened
-        vectors = torch.linalg.eigh(square).eigenvectors[:, -rank:].flip(1)
-        left, right = (vectors, vectors.T @ whitened) if wide else (whitened @ vectors, vectors.T)
-        back = torch.linalg.solve_triangular(factor, right, upper=False, left=False)
-        return Correction(right=back.float().contiguous(), left=left.float().contiguous())

@@ -14,9 +14,9 @@ from typing import Literal
 import torch
 
 from mergekit_dam.fitting.correction import RIDGES
-from mergekit_dam.fitting.correction_problem import EIGEN_LIMIT
+from mergekit_dam.fitting.low_rank import OVERSAMPLED, POWERS
 from mergekit_dam.fitting.metric import kept_as_rows
-from mergekit_dam.fitting.solver import DENSE_LIMIT, precision
+from mergekit_dam.fitting.solver import DENSE_LIMIT, ROUGH, precision
 from mergekit_dam.parameters import CorrectionKind
 
 Speed = Literal["forward", "fp32", "fp64", "cholesky", "elements"]
@@ -26,15 +26,8 @@ precision, of factorisations in fp32 (all in flops), or of passes over elements 
 Work = Counter[tuple[str, Speed]]
 """Flops, or elements, by kind of work and by the speed that its time depends on."""
 
-EIGENVECTORS = 9
-"""Flops of all eigenvectors of a symmetric matrix, per cubed row, about."""
-
 ITERATIONS = 25
 """Iterations of conjugate gradients without a factorisation, about, at the tolerance of fp32."""
-
-CORRECTION_ITERATIONS = 3
-"""Iterations of conjugate gradients per ridge of a correction, with diagonalised matrices, about;
-twice as many with factorised ones."""
 
 FLOAT = 4
 """Bytes of a number in fp32."""
@@ -125,7 +118,8 @@ class LinearSize:
     @property
     def factorised(self) -> bool:
         """Whether the whole normal matrix is formed and factorised."""
-        return self.by_column and self.unknowns * self.columns <= DENSE_LIMIT
+        exact = self.by_column and self.correction == "none"
+        return exact and self.unknowns * self.columns <= DENSE_LIMIT
 
 
 def input_moments(columns: int, tokens: int, chunks: int) -> Work:
@@ -179,23 +173,30 @@ def solution(size: LinearSize) -> Work:
     metric = 0 if size.metric is None else size.metric.product * columns
     product = 2 * weight * columns
     work = Work()
-    # The loss at the start has a product of weight and Gram matrix, the residual has another one;
-    # the metric is applied to the weight for the loss, and to the residual for the right-hand side.
-    work["solves", speed] = size.terms * (2 * product + 2 * metric)
+    # The residual has a product of weight and Gram matrix, for every term.
+    work["solves", speed] = size.terms * product
     work["solves", "elements"] = 4 * (unknowns + 2) * weight * size.sources
+    terms = size.terms
+    if size.correction == "none":
+        # The metric is applied to the weight for its loss, and to the residual.
+        work["solves", speed] += terms * 2 * metric
+    else:
+        terms, metric = 1, 0
     pairs = unknowns * (unknowns + 1) // 2
     if not size.by_column:
-        work["solves", speed] += size.terms * unknowns * (product + metric)
+        work["solves", speed] += terms * unknowns * (product + metric)
         work["solves", "elements"] += 2 * unknowns**2 * weight
         return work
     if size.factorised:
-        work["solves", "fp32"] += size.terms * (pairs * product + unknowns * metric)
-        work["solves", "elements"] += size.terms * pairs * 2 * columns * columns
+        work["solves", "fp32"] += terms * (pairs * product + unknowns * metric)
+        work["solves", "elements"] += terms * pairs * 2 * columns * columns
         work["solves", "cholesky"] = (unknowns * columns) ** 3 // 3
         iterations = 2 if speed == "fp64" else 1
+    elif size.correction != "none":
+        iterations = ROUGH
     else:
         iterations = 1 + ITERATIONS
-    work["solves", speed] += size.terms * iterations * (product + metric)
+    work["solves", speed] += terms * iterations * (product + metric)
     work["solves", "elements"] += iterations * (2 * unknowns + 2) * weight
     return work
 
@@ -209,30 +210,19 @@ def correction(size: LinearSize, held_out_tokens: int) -> Work:
     single = metric is not None or size.dtype == torch.float32
     speed: Speed = "fp32" if single else "fp64"
     product = 2 * weight * columns
-    measured = 0 if metric is None else metric.product * columns
-    diagonalised = metric is not None and max(out, columns) <= EIGEN_LIMIT
-    # Products with eigenvectors on both sides and back; or two triangular solves.
-    conditioned = 4 * weight * (out + columns) if diagonalised else product
-    iterations = 0
+    # Residuals at the weight; two triangular solves for every ridge.
+    work["corrections", speed] = (size.terms + len(RIDGES)) * product
+    work["corrections", "cholesky"] = len(RIDGES) * columns**3 // 3
     if metric is not None:
-        iterations = CORRECTION_ITERATIONS if diagonalised else 2 * CORRECTION_ITERATIONS
-    # Every ridge is judged by what is nearest to its minimiser; the minimiser follows for the best.
-    solved = (1 + iterations if iterations else 0) * (
-        conditioned + size.terms * (product + measured)
-    )
+        # The metrics of the residuals, their mean as a matrix, its factor, and two solves with it.
+        measured = metric.product * (columns + out)
+        work["corrections", speed] += size.terms * measured + 2 * out**2 * columns
+        work["corrections", "cholesky"] += out**3 // 3
     if size.correction == "low_rank":
-        small, large = min(out, columns), max(out, columns)
-        projected = size.rank * (2 * weight + columns**2)
-        solved += product + 2 * small**2 * large + EIGENVECTORS * small**3 + projected
+        subspace = min(size.rank + OVERSAMPLED, out, columns)
+        products = 2 * (POWERS + 1) + 2
+        work["corrections", speed] += 2 * products * weight * subspace + size.rank * columns**2
         work["merging", "elements"] += size.rank * weight
-    once = size.terms * (product + measured)
-    if diagonalised:
-        once += EIGENVECTORS * (out**3 + columns**3)
-    work["corrections", speed] = once + len(RIDGES) * conditioned + solved
-    if not diagonalised:
-        work["corrections", "cholesky"] = len(RIDGES) * columns**3 // 3
-    if size.correction == "low_rank":
-        work["corrections", "cholesky"] += columns**3 // 3
     square = 0 if metric is None else metric.square
     work["judging", "fp32"] = (2 + len(RIDGES)) * held_out_tokens * (2 * weight + square)
     work["merging", "elements"] += (1 + len(RIDGES)) * size.sources * weight
@@ -271,17 +261,14 @@ def correction_bytes(size: LinearSize) -> int:
     if size.correction == "none":
         return 0
     number, weight = size.dtype.itemsize, size.weight
+    copies = 0
     if size.metric is not None and number == DOUBLE:
-        number = FLOAT
-        copies = FLOAT * size.terms * (size.columns**2 + weight)
-    else:
-        copies = 0
-    # The Gram matrix of all terms, shifted, its factor, and what the factorisation returns; or
-    # eigenvectors of both sides, with what the solver of eigenvalues works on.
+        number, copies = FLOAT, FLOAT * size.terms * (size.columns**2 + weight)
+    # The Gram matrix of all terms, shifted, its factor, and the factor of the best ridge so far.
     grams = 4 * number * size.columns**2 + copies
     if size.metric is not None:
-        grams += 3 * number * size.out**2
-    # Residuals, the right-hand side, the solution and the one before; those of conjugate gradients.
-    vectors = number * weight * (size.terms + 3 + (0 if size.metric is None else 5))
+        grams = max(grams, number * (size.columns**2 + 3 * size.out**2) + copies)
+    # Residuals, the right-hand side, and two minimisers, one of them also as a matrix.
+    vectors = number * weight * (size.terms + 4)
     merged = 3 * FLOAT * weight
     return grams + vectors + merged

@@ -12,9 +12,9 @@ from mergekit_dam.fitting.moments import LinearMoments
 
 @dataclass(frozen=True)
 class Losses:
-    """A loss on the data of the fit and on the held-out data."""
+    """A loss on the data of the fit, where that is known, and on the held-out data."""
 
-    fit: float
+    fit: float | None
     held_out: float
 
 

@@ -43,13 +43,13 @@ def judged(
     Raises:
         DamError: The loss at the start is not finite.
     """
-    if not math.isfinite(before.fit + before.held_out):
+    if not _finite(before):
         raise DamError(
             f"{sources.name}: required a finite loss at the average of the models, got "
-            f"{before.fit} ({before.held_out} on held-out text); a model's weights, or its "
-            f"hidden states on its calibration text, are not finite"
+            f"{before.fit} on the text of the fit and {before.held_out} on held-out text; a "
+            f"model's weights, or its hidden states on its calibration text, are not finite"
         )
-    finite = math.isfinite(after.fit + after.held_out)
+    finite = _finite(after)
     kept = finite and after.held_out < before.held_out
     # Machines may differ in the last bits of a solution; all must continue with the same one.
     coefficients = from_first(lambda: (candidate if kept else sources.start()).cpu())
@@ -67,6 +67,10 @@ def judged(
     return FittedTensor(
         sources, sources.merged(coefficients, axis=axis), coefficients, axis, report
     )
+
+
+def _finite(losses: Losses) -> bool:
+    return math.isfinite((losses.fit or 0.0) + losses.held_out)
 
 
 def judged_solution(

@@ -14,8 +14,8 @@ from mergekit_dam.fitting.evidence import Evidence, Losses, M
 from mergekit_dam.fitting.judged import judged, judged_solution
 from mergekit_dam.fitting.metric import PLAIN, Metric
 from mergekit_dam.fitting.moments import LinearMoments
-from mergekit_dam.fitting.problem import ColumnProblem, Term
-from mergekit_dam.fitting.solver import Solution, solve_columns, solve_small, solve_tensor
+from mergekit_dam.fitting.problem import ColumnProblem, Term, pooled
+from mergekit_dam.fitting.solver import solve_columns, solve_small, solve_tensor
 
 LOG = logging.getLogger(__name__)
 
@@ -78,10 +78,13 @@ def fit_linear(
     facing = [out_by_in(tensor, axis) for tensor in weight.tensors]
     bias_start = None if bias is None else bias.merged(bias.start())
 
-    average = form.average(facing, evidence.fit[0].cross.dtype)
-    fit_loss = evidence.fit_loss(average, bias_start)
-    solution = _solve(weight, facing, average, bias_start, evidence)
-    del average
+    problem, fit_loss = _problem(weight, facing, bias_start, evidence)
+    if weight.settings.granularity == "tensor":
+        solution = solve_tensor(problem, weight.settings.ridge)
+    else:
+        rough = weight.settings.correction != "none"
+        solution = solve_columns(problem, weight.settings.ridge, rough=rough)
+    del problem
     if not solution.converged:
         LOG.warning("%s: %s", weight.name, solution.limit_reached)
 
@@ -97,7 +100,10 @@ def fit_linear(
         candidate,
         axis=axis,
         before=Losses(fit_loss, held_out(weight.start())),
-        after=Losses(fit_loss - solution.gain / evidence.total, held_out(candidate)),
+        after=Losses(
+            None if fit_loss is None else fit_loss - solution.gain / evidence.total,
+            held_out(candidate),
+        ),
         solver=solution.statistics(),
         started=started,
     )
@@ -113,19 +119,25 @@ def fit_linear(
     return [fitted, fit_bias(bias, residuals, facing_merged, evidence)]
 
 
-def _solve(
+def _problem(
     weight: TensorSources,
     facing: Sequence[Tensor],
-    average: Tensor,
     bias: Tensor | None,
     evidence: Evidence[LinearMoments],
-) -> Solution:
-    """Solve for the step away from the average; sums and directions have the average's dtype."""
+) -> tuple[ColumnProblem, float | None]:
+    """The problem of the step away from the average, and the loss of that on the data of the fit.
+
+    Where a correction follows, columns are fitted in the plain metric: it recovers as much, and
+    products with metrics cost much. The loss, which is in the metrics, is then None.
+    """
+    form = weight.settings.parametrisation
+    average = form.average(facing, evidence.fit[0].cross.dtype)
     terms = [
         Term(m.inputs.gram, m.residual(average, bias), m.metric, m.scale) for m in evidence.fit
     ]
-    directions = weight.settings.parametrisation.directions(facing, average.dtype)
-    problem = ColumnProblem(directions, terms)
-    if weight.settings.granularity == "tensor":
-        return solve_tensor(problem, weight.settings.ridge)
-    return solve_columns(problem, weight.settings.ridge)
+    directions = form.directions(facing, average.dtype)
+    if weight.settings.correction != "none" and terms[0].metric.factors is not None:
+        return ColumnProblem(directions, [pooled(terms)]), None
+    pairs = zip(evidence.fit, terms, strict=True)
+    loss = sum(m.error(average, bias, term.residual) for m, term in pairs) / evidence.total
+    return ColumnProblem(directions, terms), loss

@@ -142,17 +142,21 @@ class LinearMoments:
             left -= torch.outer(bias.to(left), self.inputs.x_sum.to(left))
         return left
 
-    def error(self, weight: Tensor, bias: Tensor | None) -> float:
-        """`scale * sum |W x + b - y|^2` in the metric, for a weight `[out, in]`, bias `[out]`."""
+    def error(self, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> float:
+        """`scale * sum |W x + b - y|^2` in the metric, for a weight `[out, in]`, bias `[out]`.
+
+        Args:
+            residual: `self.residual(weight, bias)`, where it is known.
+        """
+        if residual is None:
+            residual = self.residual(weight, bias)
         weight = weight.to(self.cross)
         weighted = self.metric(weight)
-        squared = ((weight @ self.inputs.gram) * weighted).sum(dtype=torch.float64)
-        squared -= 2 * (weighted * self.cross).sum(dtype=torch.float64)
+        squared = -(weighted * (self.cross + residual)).sum(dtype=torch.float64)
         if bias is not None:
-            bias, weight_sum = bias.double(), weight.double() @ self.inputs.x_sum
-            weighted_bias = self.metric(bias)
-            squared += 2 * (weighted_bias * (weight_sum - self.y_sum)).sum()
-            squared += self.count * (weighted_bias * bias).sum()
+            bias = bias.double()
+            left = self.y_sum - weight.double() @ self.inputs.x_sum - self.count * bias
+            squared -= (self.metric(bias) * (self.y_sum + left)).sum()
         # Rounding can make a small difference of large sums negative.
         return self.scale * max(float(squared) + self.y_square, 0.0)
 

@@ -9,6 +9,7 @@
 Only one linear of one expert is fitted at a time: there are as many Gram matrices as domains.
 """
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -91,7 +92,8 @@ class _Fused:
             sum(sums.scale * sums.energy for sums in every) / evidence.total
             for every in (evidence.fit, evidence.held_out)
         ]
-        values = [*start, *(ended if report.outcome == "fitted" else start), *energies]
+        losses = [*start, *(ended if report.outcome == "fitted" else start)]
+        values = [*(math.nan if loss is None else loss for loss in losses), *energies]
         self.losses += torch.tensor(values, dtype=torch.float64)
         self.corrections[expert] = fitted.correction
 
@@ -103,7 +105,7 @@ class _Fused:
         reasons = list(self.kept)
         kept = reasons[0] if len(reasons) == 1 else "start kept by all experts"
         losses = [
-            float(loss / energy) if energy else None
+            float(loss / energy) if energy and not loss.isnan() else None
             for loss, energy in zip(self.losses[:4], self.losses[[4, 5, 4, 5]], strict=True)
         ]
         report = TensorReport(

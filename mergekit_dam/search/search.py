@@ -1,6 +1,7 @@
 """The search for the best coefficients: one trial after the other, each judged on held-out data.
 
-1. Survey: every teacher and the model at the start run on the calibration data once.
+1. Survey: the model at the start runs on the calibration data once, and so does every teacher: in
+   the first sweep of layer fits or, where there is none, in the survey.
 2. Trials of the configured objective. First, a sweep of layer fits in the sensitivity metric.
    Next, a sweep in the plain metric, if the first was not asked for or did not improve the model.
    Then, where those left much to gain, descents of the end-to-end objective from the best so far:
@@ -12,10 +13,9 @@ On held-out data the result is never worse than the start, or than a search with
 
 import dataclasses
 import logging
-import math
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,20 +23,18 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.coefficients.correction import Corrections
-from mergekit_dam.coefficients.record import MergeRecord, Trial
-from mergekit_dam.errors import DamError
+from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.layers.fit import fit_stage
 from mergekit_dam.parameters import RunParameters
-from mergekit_dam.search.backprop import run
+from mergekit_dam.search.best import Best
 from mergekit_dam.search.coordinates import Coordinate, coordinates_of
 from mergekit_dam.search.descend import descend, judged_at_output
 from mergekit_dam.search.gradient import Objective
-from mergekit_dam.search.judge import Verdict
 from mergekit_dam.search.regularisers import column_weights
-from mergekit_dam.search.sensitivity import Sensitivity, gradient_tokens, sweep_back
+from mergekit_dam.search.sensitivity import Sensitivity, sweep_back
+from mergekit_dam.search.survey import judged_start, survey
 from mergekit_dam.sources.network import Network
 from mergekit_dam.sources.stage import OpenStage
-from mergekit_dam.streams import progress
 from mergekit_dam.streams.boundaries import BoundaryStates
 from mergekit_dam.streams.stream import Stream
 
@@ -44,9 +42,6 @@ LOG = logging.getLogger(__name__)
 
 DESCENTS = (20, 400)
 """Steps of each descent where no number is configured: the first shows whether it pays."""
-
-SACRIFICE = 0.1
-"""Rise of one model's KL that a trial after layer fits may cost, relative to the start's mean."""
 
 CORRECTIONS = ".dam-corrections"
 """Beginning of the names of folders for a trial's corrections."""
@@ -66,49 +61,6 @@ def descents(asked: int | None) -> tuple[int, ...]:
         asked: the number of steps that the configuration asks for, if it does.
     """
     return DESCENTS if asked is None else (asked,)
-
-
-@dataclasses.dataclass
-class Best:
-    """The best coefficients so far, the verdict on them, and the trials."""
-
-    record: MergeRecord
-    verdict: Verdict
-    trials: list[Trial]
-
-    @property
-    def left(self) -> float:
-        """The fraction of the start's held-out KL that is left."""
-        start = self.trials[0].mean_held_out_kl
-        return self.verdict.mean / start if start else 0.0
-
-    @property
-    def allowance(self) -> float:
-        """Rise of one model's KL that a trial may cost; only a start is not guarded."""
-        return SACRIFICE * self.trials[0].mean_held_out_kl if self.improved else math.inf
-
-    @property
-    def improved(self) -> bool:
-        """Whether something better than the start was found."""
-        return any(trial.kept for trial in self.trials[1:])
-
-    def consider(
-        self,
-        name: str,
-        record: MergeRecord,
-        verdict: Verdict,
-        started: float,
-        **details: float,
-    ) -> None:
-        """Record a trial, and keep its coefficients if the judge prefers them."""
-        kept = verdict.better_than(self.verdict, self.allowance)
-        seconds = time.perf_counter() - started
-        self.trials.append(Trial(name, kept, verdict.losses, verdict.mean, seconds, details))
-        lost = self.record if kept else record
-        if kept:
-            self.record, self.verdict = record, verdict
-        if lost.corrections is not None and lost.corrections is not self.record.corrections:
-            lost.corrections.discard()
 
 
 @torch.no_grad()
@@ -135,101 +87,103 @@ def search(
     scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".dam-", dir=scratch) as folder:
         boundaries = BoundaryStates(Path(folder) / "entered")
-        weighs_errors = settings.objective != "logits" and settings.metric == "sensitivity"
-        best, data, moved = survey(network, streams, start, boundaries if weighs_errors else None)
-        if weighs_errors:
-            left = BoundaryStates(Path(folder) / "left")
-            sensitivity = sweep_back(
-                network, start, moved, entered=boundaries, left=left, seed=settings.random_seed
+        if settings.objective == "logits":
+            surveyed = survey(network, streams, start, None, teachers=True)
+            best, data = judged_start(network, streams, surveyed, surveyed.streams)
+            del surveyed
+        else:
+            best, data = layer_trials(
+                network, streams, settings, start, entered=boundaries, scratch=scratch
             )
-            layer_trial(network, streams, best, data, sensitivity, scratch)
-        if settings.objective != "logits" and not best.improved:
-            layer_trial(network, streams, best, data, None, scratch)
         if settings.objective != "layer":
             logits_trial(network, settings, best, data, boundaries, kept=scratch)
     network.release()
     return dataclasses.replace(best.record, trials=best.trials)
 
 
-def survey(
+def layer_trials(
+    network: Network,
+    streams: Sequence[Stream],
+    settings: RunParameters,
+    start: MergeRecord,
+    *,
+    entered: BoundaryStates,
+    scratch: Path,
+) -> tuple[Best, list[Stream]]:
+    """Try one sweep of layer fits, and another in the plain metric if that was no good.
+
+    Args:
+        entered: saves the inputs of the blocks for the tokens that metrics need.
+        scratch: a folder on a disk with room for hidden states and corrections.
+
+    Returns:
+        The best so far, and the data of all that follows, as `judged_start` gives it.
+    """
+    weighs_errors = settings.metric == "sensitivity"
+    boundaries = entered if weighs_errors else None
+    surveyed = survey(network, streams, start, boundaries, teachers=False)
+    with tempfile.TemporaryDirectory(prefix=".dam-", dir=scratch) as folder:
+        sensitivity = None
+        if weighs_errors:
+            sensitivity = sweep_back(
+                network,
+                start,
+                surveyed.streams,
+                entered=entered,
+                left=BoundaryStates(Path(folder)),
+                seed=settings.random_seed,
+            )
+        swept = layer_sweep(network, streams, start, sensitivity, scratch)
+    best, data = judged_start(network, streams, surveyed, swept.streams)
+    del surveyed
+    swept.consider(network, best, data)
+    if weighs_errors and not best.improved:
+        del swept
+        layer_sweep(network, streams, start, None, scratch).consider(network, best, data)
+    return best, data
+
+
+@dataclasses.dataclass(frozen=True)
+class Swept:
+    """A trial that was not judged yet.
+
+    Attributes:
+        record: what was fitted.
+        streams: both streams of all data after the last block.
+        started: `time.perf_counter()` when the trial began.
+    """
+
+    name: str
+    record: MergeRecord
+    streams: list[Stream]
+    started: float
+
+    def consider(self, network: Network, best: Best, data: Sequence[Stream]) -> None:
+        """Judge the trial, and keep it if it is the best."""
+        merged = [stream.merged for stream in self.streams]
+        verdict = judged_at_output(network, self.record, data, merged)
+        best.consider(self.name, self.record, verdict, self.started)
+
+
+def layer_sweep(
     network: Network,
     streams: Sequence[Stream],
     start: MergeRecord,
-    boundaries: BoundaryStates | None,
-) -> tuple[Best, list[Stream], list[Stream]]:
-    """Run every teacher on its own data, and the model at the start on all data.
-
-    Args:
-        network: the stages of the model.
-        streams: calibration tokens of every model.
-        start: coefficients of the model at the start.
-        boundaries: saves the inputs of the blocks for the tokens that metrics need.
-
-    Returns:
-        The start as the best so far; the data: tokens with the hidden states that leave the
-        teachers' last blocks; the streams after the last block.
-    """
-    started = time.perf_counter()
-    moving = [dataclasses.replace(stream) for stream in streams]
-    for number, opened in network.forward():
-        progress.show(f"start {opened.part.label}")
-        if number > 0 and boundaries is not None:
-            boundaries.put(number, [gradient_tokens(stream) for stream in moving])
-        own = opened.merged_weights(start)
-        for stream in moving:
-            left = run(opened.part, own, stream.merged, network.device)
-            stream.merged = stream.keep(_finite(left, opened))
-            part = opened.teacher_part(stream.source)
-            # Inline: a variable would keep these weights in memory after their stage.
-            left = run(part, opened.teacher_weights(stream.source), stream.teacher, network.device)
-            stream.teacher = stream.keep(_finite(left, opened))
-    data = [
-        dataclasses.replace(stream, teacher=moved.teacher)
-        for stream, moved in zip(streams, moving, strict=True)
-    ]
-    verdict = judged_at_output(network, start, data, [stream.merged for stream in moving])
-    if not math.isfinite(verdict.mean):
-        raise _not_finite(network.output())
-    seconds = time.perf_counter() - started
-    trial = Trial("start", True, verdict.losses, verdict.mean, seconds)
-    return Best(start, verdict, [trial]), data, moving
-
-
-def _finite(leaving: Iterable[Tensor], opened: OpenStage) -> Iterator[Tensor]:
-    for chunk in leaving:
-        if not chunk.isfinite().all():
-            raise _not_finite(opened)
-        yield chunk
-
-
-def _not_finite(opened: OpenStage) -> DamError:
-    return DamError(
-        f"{opened.part.label}: its output is not finite, because a model's weights, or its hidden "
-        f"states on its calibration text, are not"
-    )
-
-
-def layer_trial(
-    network: Network,
-    streams: Sequence[Stream],
-    best: Best,
-    data: Sequence[Stream],
     sensitivity: Sensitivity | None,
     scratch: Path,
-) -> None:
-    """Try one sweep of layer fits on the merged stream, in a metric or the plain one."""
+) -> Swept:
+    """One sweep of layer fits on the merged stream, in a metric or the plain one."""
     started = time.perf_counter()
+    metric = "identity" if sensitivity is None else "sensitivity"
     moving = [dataclasses.replace(stream) for stream in streams]
-    record = best.record.without(network.tensor_names)
-    record.corrections = Corrections(scratch / f"{CORRECTIONS}-{len(best.trials)}")
+    record = start.without(network.tensor_names)
+    record.corrections = Corrections(scratch / f"{CORRECTIONS}-{metric}")
     for number, opened in network.all():
         metrics = None
         if sensitivity is not None and opened.stage.kind == "block":
             metrics = partial(sensitivity.metrics, number, opened)
         fit_stage(opened, moving, record, metrics=metrics)
-    verdict = judged_at_output(network, record, data, [stream.merged for stream in moving])
-    name = "layer, identity" if sensitivity is None else "layer, sensitivity"
-    best.consider(name, record, verdict, started)
+    return Swept(f"layer, {metric}", record, moving, started)
 
 
 def logits_trial(

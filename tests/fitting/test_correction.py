@@ -1,18 +1,14 @@
 """The correction of a linear, against the dense solution of its quadratic."""
 
-import logging
-
 import pytest
 import torch
 from torch import Tensor
 
 from mergekit_dam.coefficients.correction import Correction
-from mergekit_dam.fitting import correction_problem
-from mergekit_dam.fitting.correction_problem import CorrectionProblem
-from mergekit_dam.fitting.linear import fit_linear
+from mergekit_dam.fitting.correction_problem import CorrectionProblem, Minimiser
+from mergekit_dam.fitting.low_rank import nearest_product
 from mergekit_dam.fitting.metric import PLAIN, Metric
 from mergekit_dam.fitting.problem import Term
-from tests.kit.fits import MODELS, evidence_of_domains, sources_of
 from tests.kit.tensors import randn
 
 OUT, IN = 5, 7
@@ -47,60 +43,83 @@ def dense(terms: list[Term], shift: float) -> Tensor:
 TERMS = {
     "plain": [term(0)],
     "one metric": [term(0, metric(1, as_rows=False), 2.0)],
-    "two metrics": [
-        term(0, metric(1, as_rows=False), 0.5),
-        term(2, metric(3, as_rows=True), 1.5),
-    ],
+    "gradients": [term(2, metric(3, as_rows=True), 1.5)],
 }
+SEVERAL = [term(0, metric(1, as_rows=False), 0.5), term(2, metric(3, as_rows=True), 1.5)]
+"""Two domains, each with a metric of its own."""
 
 
-@pytest.mark.parametrize("limit", [0, 100], ids=["factorised", "diagonalised"])
-@pytest.mark.parametrize("ridge", [1e-1, 1e-3, 1e-5])
-@pytest.mark.parametrize("kind", TERMS)
-def test_a_correction_is_the_dense_minimiser(
-    kind: str, ridge: float, limit: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(correction_problem, "MAX_ITERATIONS", 500)
-    monkeypatch.setattr(correction_problem, "EIGEN_LIMIT", limit)
-    problem = CorrectionProblem(TERMS[kind])
-    mean = sum(
+def size_of(terms: list[Term]) -> float:
+    """Mean diagonal of the quadratic."""
+    return sum(
         own.scale * float(matrix_of(own.metric).diagonal().mean() * own.gram.diagonal().mean())
-        for own in TERMS[kind]
+        for own in terms
     )
+
+
+def minimiser(problem: CorrectionProblem, ridge: float) -> Minimiser:
+    found = problem.minimiser(ridge)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("ridge", [1e-1, 1e-3, 1e-5])
+def test_in_the_plain_metric_a_correction_is_the_dense_minimiser(ridge: float) -> None:
+    problem, mean = CorrectionProblem(TERMS["plain"]), size_of(TERMS["plain"])
     assert problem.mean == pytest.approx(mean, rel=1e-6)
-    found = step_of(problem, ridge)
-    torch.testing.assert_close(found, dense(TERMS[kind], ridge * mean), rtol=1e-6, atol=1e-8)
-    again = found if kind == "plain" else step_of(problem, ridge, 2 * found)
-    torch.testing.assert_close(again, found, rtol=1e-6, atol=1e-8)
+    found = minimiser(problem, ridge).matrix
+    torch.testing.assert_close(found, dense(TERMS["plain"], ridge * mean), rtol=1e-6, atol=1e-8)
 
 
-def step_of(problem: CorrectionProblem, ridge: float, start: Tensor | None = None) -> Tensor:
-    start = problem.nearest(ridge) if start is None else start
-    assert start is not None
-    return problem.solve(ridge, start, tolerance=1e-12).step
+@pytest.mark.parametrize("kind", TERMS)
+def test_a_single_term_has_the_dense_minimiser_without_a_ridge(kind: str) -> None:
+    """With one, it shrinks the inputs of a Kronecker product, and not its outputs."""
+    found = minimiser(CorrectionProblem(TERMS[kind]), 1e-12).matrix
+    torch.testing.assert_close(found, dense(TERMS[kind], 0), rtol=1e-5, atol=1e-6)
 
 
-def test_a_single_kronecker_product_is_solved_at_once() -> None:
-    problem = CorrectionProblem(TERMS["one metric"])
-    nearest = problem.nearest(1e-3)
-    assert nearest is not None
-    solved = problem.solve(1e-3, nearest, tolerance=1e-6)
-    assert solved.iterations == 0
-    assert solved.residual < 1e-6
+def test_several_metrics_are_taken_for_their_mean() -> None:
+    problem, ridge, mean = CorrectionProblem(SEVERAL), 1e-3, size_of(SEVERAL)
+    assert problem.mean == pytest.approx(mean, rel=1e-6)
+    sizes = [own.scale * own.gram.diagonal().mean() for own in SEVERAL]
+    matrices = [matrix_of(own.metric) for own in SEVERAL]
+    metric = sum(size * s for size, s in zip(sizes, matrices, strict=True)) / mean
+    gram = sum(
+        own.scale * s.diagonal().mean() * own.gram for own, s in zip(SEVERAL, matrices, strict=True)
+    )
+    pulled = sum(own.scale * s @ own.residual for own, s in zip(SEVERAL, matrices, strict=True))
+    expected = torch.linalg.solve(metric, pulled) @ torch.linalg.inv(
+        gram + ridge * mean * torch.eye(IN).double()
+    )
+    torch.testing.assert_close(minimiser(problem, ridge).matrix, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_several_metrics_lower_the_quadratic_nearly_as_far_as_its_minimum() -> None:
+    shift = 1e-3 * size_of(SEVERAL)
+
+    def gain(step: Tensor) -> float:
+        total = -shift * step.square().sum()
+        for own in SEVERAL:
+            s = matrix_of(own.metric)
+            total += own.scale * (
+                2 * (s @ own.residual * step).sum() - (s @ step @ own.gram * step).sum()
+            )
+        return float(total)
+
+    found = minimiser(CorrectionProblem(SEVERAL), 1e-3).matrix
+    assert 0.5 < gain(found) / gain(dense(SEVERAL, shift)) <= 1
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_a_low_rank_is_the_best_in_the_metric_of_the_inputs(rank: int) -> None:
     """By Eckart and Young, of whitened matrices; the plain SVD is not."""
-    problem, ridge = CorrectionProblem(TERMS["plain"]), 1e-4
-    solved, factor = step_of(problem, ridge), problem.factor(ridge)
-    assert factor is not None
+    found = minimiser(CorrectionProblem(TERMS["plain"]), 1e-4)
+    solved, factor = found.matrix, found.factor
 
     def error(matrix: Tensor) -> float:
-        assert factor is not None
         return float(((solved - matrix) @ factor).norm())
 
-    own = error(product(problem.truncated(solved, ridge, rank)))
+    own = error(product(found.truncated(rank)))
     left, values, right = torch.linalg.svd(solved)
     plain = error(left[:, :rank] * values[:rank] @ right[:rank])
     best = float(torch.linalg.svdvals(solved @ factor)[rank:].norm())
@@ -108,46 +127,30 @@ def test_a_low_rank_is_the_best_in_the_metric_of_the_inputs(rank: int) -> None:
     assert plain > 1.001 * own
 
 
-def product(correction: Correction | None) -> Tensor:
-    assert correction is not None
+def product(correction: Correction) -> Tensor:
     assert correction.left is not None
     assert correction.right is not None
     return correction.left.double() @ correction.right.double()
 
 
 def test_the_whole_rank_is_the_whole_matrix() -> None:
-    problem = CorrectionProblem(TERMS["two metrics"])
-    solved = step_of(problem, 1e-2)
-    found = product(problem.truncated(solved, 1e-2, 100))
-    torch.testing.assert_close(found, solved, rtol=1e-4, atol=1e-5)
+    found = minimiser(CorrectionProblem(SEVERAL), 1e-2)
+    torch.testing.assert_close(product(found.truncated(100)), found.matrix, rtol=1e-4, atol=1e-5)
+
+
+def test_a_low_rank_of_a_wide_matrix_is_nearly_the_best() -> None:
+    """Singular values that fall slowly are the hardest for subspace iteration."""
+    left, right = torch.linalg.qr(randn(60, 60, seed=0)).Q, torch.linalg.qr(randn(90, 60, seed=1)).Q
+    matrix = left * torch.arange(1.0, 61).rsqrt() @ right.T
+    for rank in (4, 16):
+        made, rows = nearest_product(matrix, rank)
+        best = float(torch.linalg.svdvals(matrix)[rank:].norm())
+        assert best <= float((matrix - made @ rows).norm()) * (1 + 1e-5) < 1.001 * best
+        again = nearest_product(matrix, rank)
+        assert torch.equal(made, again[0])
+        assert torch.equal(rows, again[1])
 
 
 def test_inputs_without_energy_have_no_correction() -> None:
     nothing = Term(torch.zeros(IN, IN).double(), torch.zeros(OUT, IN).double())
-    problem = CorrectionProblem([nothing])
-    assert problem.factor(1e-2) is None
-    assert problem.nearest(1e-2) is None
-
-
-@pytest.mark.parametrize("limit", [0, 50])
-def test_a_limit_of_iterations_is_said(
-    limit: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(correction_problem, "MAX_ITERATIONS", limit)
-    tensors = [randn(OUT, IN, seed=20 + s) for s in range(MODELS)]
-    domains = [
-        (randn(40, IN, seed=s), randn(40, OUT, seed=s + 9), metric(s, as_rows=False))
-        for s in range(MODELS)
-    ]
-    with caplog.at_level(logging.WARNING, logger="mergekit_dam"):
-        (fitted,) = fit_linear(
-            sources_of(tensors, correction="full"), None, evidence_of_domains(domains), axis=-1
-        )
-    said = fitted.report.correction
-    assert said["outcome"] == "full"
-    if limit:
-        assert "stopped" not in said
-        assert not caplog.messages
-    else:
-        assert "at their limit of 0 iterations" in said["stopped"]
-        assert any(said["stopped"] in message for message in caplog.messages)
+    assert CorrectionProblem([nothing]).minimiser(1e-2) is None

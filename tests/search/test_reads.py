@@ -8,7 +8,7 @@ import pytest
 
 from mergekit_dam.search.descend import verdict_of
 from mergekit_dam.search.gradient import Objective
-from mergekit_dam.search.search import survey
+from mergekit_dam.search.survey import survey
 from mergekit_dam.sources import network as network_module
 from mergekit_dam.streams.boundaries import BoundaryStates
 from tests.kit.merging import tensors_of
@@ -62,9 +62,10 @@ def reads_of(network: CountedNetwork) -> list[int]:
 def test_a_sweep_reads_a_stage_once_and_a_step_twice(tmp_path: Path) -> None:
     made = make(base=True)
     network = made.network("never")
-    survey_ = survey(network, made.streams(), made.average(), BoundaryStates(tmp_path))
-    assert reads_of(network) == [1] * 4
-    assert len(survey_[1]) == 2
+    boundaries = BoundaryStates(tmp_path)
+    surveyed = survey(network, made.streams(), made.average(), boundaries, teachers=True)
+    assert reads_of(network) == [1, 1, 1, 0]
+    assert len(surveyed.streams) == 2
     verdict_of(network, made.average(), made.data())
     assert reads_of(network) == [1] * 4
     objective = Objective(network, made.coordinates, logits_settings(), BoundaryStates(tmp_path))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mergekit_dam.search.search import SACRIFICE
+from mergekit_dam.search.best import SACRIFICE
 from tests.kit.merging import Merged, dam, linear, merge, tensors_of
 from tests.kit.models import Models, loaded, logits_of, save_models, tiny_llama_config
 from tests.kit.searches import HELD_OUT, POLISH, SAMPLES, polished

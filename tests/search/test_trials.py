@@ -15,9 +15,12 @@ from mergekit_dam.layers.fit import fit_stage
 from mergekit_dam.search import backprop as backprop_module
 from mergekit_dam.search import descend as descend_module
 from mergekit_dam.search import search as search_module
+from mergekit_dam.search import survey as survey_module
+from mergekit_dam.search.best import Best
 from mergekit_dam.search.descend import Descent, verdict_of
 from mergekit_dam.search.judge import Verdict
-from mergekit_dam.search.search import Best, survey
+from mergekit_dam.search.search import layer_sweep
+from mergekit_dam.search.survey import judged_start, survey
 from mergekit_dam.streams.boundaries import BoundaryStates
 from tests.kit.networks import make
 from tests.kit.searches import searched
@@ -82,13 +85,20 @@ def test_a_search_in_memory_is_never_worse_than_its_start(metric: Any, tmp_path:
     assert record.axes["transformer.h.0.mlp.c_fc.weight"] == 0
 
 
-def test_the_surveys_teachers_are_the_models(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layers", [True, False], ids=["layer sweep", "survey"])
+def test_the_teachers_of_a_search_are_the_models(layers: bool, tmp_path: Path) -> None:
     made = make("llama-tied")
-    _, data, _ = survey(made.network(), made.streams(), made.average(), BoundaryStates(tmp_path))
+    network, streams, start = made.network(), made.streams(), made.average()
+    surveyed = survey(network, streams, start, BoundaryStates(tmp_path), teachers=not layers)
+    taught = surveyed.streams
+    if layers:
+        taught = layer_sweep(network, streams, start, None, tmp_path).streams
+    best, data = judged_start(network, streams, surveyed, taught)
     for own, expected in zip(data, made.data(), strict=True):
         torch.testing.assert_close(own.teacher, expected.teacher, rtol=1e-4, atol=1e-5)
         assert own.merged[:].equal(expected.merged[:])
         assert (own.source, own.share) == (expected.source, expected.share)
+    assert best.verdict.mean == pytest.approx(verdict_of(network, start, data).mean, rel=1e-4)
 
 
 @pytest.mark.parametrize(("factor", "descents"), [(0.5, 2), (0.95, 1), (1.5, 1)])
@@ -145,7 +155,8 @@ def test_there_is_no_descent_where_layer_fits_left_little(
         return Verdict((size, size), (1.0, 1.0))
 
     monkeypatch.setattr(search_module, "descend", fake)
-    monkeypatch.setattr(search_module, "judged_at_output", judged)
+    for module in (survey_module, search_module):
+        monkeypatch.setattr(module, "judged_at_output", judged)
     searched(make(), tmp_path, objective="layer+logits", steps=steps)
     assert bool(asked) == descends
 

@@ -1,0 +1,114 @@
+"""The first sweep of a search: the start, and all teachers where nothing else runs them."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+
+from torch import Tensor
+
+from mergekit_dam.coefficients.record import MergeRecord, Trial
+from mergekit_dam.errors import DamError
+from mergekit_dam.search.backprop import run
+from mergekit_dam.search.best import Best
+from mergekit_dam.search.descend import judged_at_output
+from mergekit_dam.search.sensitivity import gradient_tokens
+from mergekit_dam.sources.network import Network
+from mergekit_dam.sources.stage import OpenStage
+from mergekit_dam.streams import progress
+from mergekit_dam.streams.boundaries import BoundaryStates
+from mergekit_dam.streams.stream import Stream
+
+
+@dataclasses.dataclass(frozen=True)
+class Surveyed:
+    """What the model at the start makes of all data.
+
+    Attributes:
+        record: its coefficients.
+        streams: the merged streams after the last block, and the teachers' if those ran, too.
+        seconds: how long it took.
+    """
+
+    record: MergeRecord
+    streams: list[Stream]
+    seconds: float
+
+
+def survey(
+    network: Network,
+    streams: Sequence[Stream],
+    start: MergeRecord,
+    boundaries: BoundaryStates | None,
+    *,
+    teachers: bool,
+) -> Surveyed:
+    """Run the model at the start on all data.
+
+    Args:
+        network: the stages of the model.
+        streams: calibration tokens of every model.
+        start: coefficients of the model at the start.
+        boundaries: saves the inputs of the blocks for the tokens that metrics need.
+        teachers: whether every teacher runs on its own data, too.
+    """
+    started = time.perf_counter()
+    moving = [dataclasses.replace(stream) for stream in streams]
+    for number, opened in network.forward():
+        progress.show(f"start {opened.part.label}")
+        if number > 0 and boundaries is not None:
+            boundaries.put(number, [gradient_tokens(stream) for stream in moving])
+        own = opened.merged_weights(start)
+        for stream in moving:
+            left = run(opened.part, own, stream.merged, network.device)
+            stream.merged = stream.keep(_finite(left, opened))
+            if teachers:
+                part = opened.teacher_part(stream.source)
+                # Inline: a variable would keep these weights in memory after their stage.
+                left = run(
+                    part, opened.teacher_weights(stream.source), stream.teacher, network.device
+                )
+                stream.teacher = stream.keep(_finite(left, opened))
+    return Surveyed(start, moving, time.perf_counter() - started)
+
+
+def judged_start(
+    network: Network, streams: Sequence[Stream], surveyed: Surveyed, taught: Sequence[Stream]
+) -> tuple[Best, list[Stream]]:
+    """Judge the start, the first of all trials.
+
+    Args:
+        streams: calibration tokens of every model.
+        surveyed: the start's streams.
+        taught: streams whose teachers' side has left the last block.
+
+    Returns:
+        The start as the best so far, and the data of all that follows: tokens with the hidden
+        states that leave the teachers' last blocks.
+    """
+    started = time.perf_counter()
+    data = [
+        dataclasses.replace(stream, teacher=after.teacher)
+        for stream, after in zip(streams, taught, strict=True)
+    ]
+    merged = [stream.merged for stream in surveyed.streams]
+    verdict = judged_at_output(network, surveyed.record, data, merged)
+    if not math.isfinite(verdict.mean):
+        raise _not_finite(network.output())
+    seconds = surveyed.seconds + time.perf_counter() - started
+    trial = Trial("start", True, verdict.losses, verdict.mean, seconds)
+    return Best(surveyed.record, verdict, [trial]), data
+
+
+def _finite(leaving: Iterable[Tensor], opened: OpenStage) -> Iterator[Tensor]:
+    for chunk in leaving:
+        if not chunk.isfinite().all():
+            raise _not_finite(opened)
+        yield chunk
+
+
+def _not_finite(opened: OpenStage) -> DamError:
+    return DamError(
+        f"{opened.part.label}: its output is not finite, because a model's weights, or its hidden "
+        f"states on its calibration text, are not"
+    )
