@@ -106,10 +106,13 @@ class CorrectionProblem:
     @property
     def _metric(self) -> Tensor:
         """The mean metric `[out, out]`, damped, of mean diagonal 1."""
-        residual = self.terms[0].residual
-        identity = torch.eye(len(residual), dtype=residual.dtype, device=residual.device)
-        total = torch.zeros_like(identity)
-        for term in self.terms:
-            total += float(term.gram.diagonal().mean(dtype=torch.float64)) * term.apply(identity)
-        total /= self.mean
-        return (total + total.T) / 2
+        shares = [
+            term.scale * float(term.gram.diagonal().mean(dtype=torch.float64)) / self.mean
+            for term in self.terms
+        ]
+        total = torch.zeros(())
+        for share, term in zip(shares, self.terms, strict=True):
+            own = term.metric.matrix
+            assert own is not None  # of errors that are not measured plainly
+            total = own.mul_(share) if total.ndim == 0 else total.add_(own, alpha=share)
+        return ((total + total.T) / 2).to(self.gram)

@@ -65,6 +65,11 @@ class MetricSize:
         return (2 if as_rows else 1) * 2 * self.rows * self.out
 
     @property
+    def as_matrix(self) -> int:
+        """Flops of S as a matrix."""
+        return 2 * self.rows * self.out**2 if kept_as_rows(self.tokens, self.out) else 0
+
+    @property
     def square(self) -> int:
         """Flops of `y^T S y` per token."""
         return 2 * self.rows * self.out
@@ -215,7 +220,7 @@ def correction(size: LinearSize, held_out_tokens: int) -> Work:
     work["corrections", "cholesky"] = len(RIDGES) * columns**3 // 3
     if metric is not None:
         # The metrics of the residuals, their mean as a matrix, its factor, and two solves with it.
-        measured = metric.product * (columns + out)
+        measured = metric.product * columns + metric.as_matrix
         work["corrections", speed] += size.terms * measured + 2 * out**2 * columns
         work["corrections", "cholesky"] += out**3 // 3
     if size.correction == "low_rank":

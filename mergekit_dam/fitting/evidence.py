@@ -21,11 +21,11 @@ class Losses:
 class Judge(Protocol):
     """Data that judges a fit: sums over tokens, or the tokens themselves."""
 
-    energy: float
+    energy: Tensor
     scale: float
 
     @property
-    def count(self) -> float:
+    def count(self) -> Tensor:
         """Sum of the tokens' weights."""
 
     def add_up(self) -> None:

@@ -1,11 +1,12 @@
 """Sufficient statistics of the fit of a norm, per feature."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from mergekit_dam.streams.distributed import all_sum, all_sums
+from mergekit_dam.fitting.moments import nothing
+from mergekit_dam.streams.distributed import all_sum
 
 
 @dataclass
@@ -28,8 +29,8 @@ class FeatureMoments:
     n_sum: Tensor
     y_sum: Tensor
     y_square: Tensor
-    energy: float = 0.0
-    count: float = 0.0
+    energy: Tensor = field(default_factory=nothing)
+    count: Tensor = field(default_factory=nothing)
     scale: float = 1.0
 
     @classmethod
@@ -51,14 +52,14 @@ class FeatureMoments:
         self.n_sum += weight @ n
         self.y_sum += weight @ target
         self.y_square += weight @ target.square()
-        self.energy += float((weight @ output.square()).sum())
-        self.count += float(weight.sum())
+        self.energy = self.energy + (weight @ output.square()).sum()
+        self.count = self.count + weight.sum()
 
     def add_up(self) -> None:
         """Add the sums of the other processes."""
         sums = (self.n_square, self.n_y, self.n_sum, self.y_sum, self.y_square)
         self.n_square, self.n_y, self.n_sum, self.y_sum, self.y_square = map(all_sum, sums)
-        self.energy, self.count = all_sums([self.energy, self.count])
+        self.energy, self.count = all_sum(torch.stack([self.energy, self.count]))
 
     def scaled(self, factor: float) -> "FeatureMoments":
         """A copy with its tokens weighted by `factor`."""
@@ -73,8 +74,8 @@ class FeatureMoments:
         self.n_sum.add_(other.n_sum, alpha=factor)
         self.y_sum.add_(other.y_sum, alpha=factor)
         self.y_square.add_(other.y_square, alpha=factor)
-        self.energy += factor * other.energy
-        self.count += factor * other.count
+        self.energy = self.energy + factor * other.energy
+        self.count = self.count + factor * other.count
 
     def error(self, weight: Tensor, bias: Tensor | None) -> float:
         """`scale * sum |w n + b - y|^2` for a weight and a bias `[features]`."""

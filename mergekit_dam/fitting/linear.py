@@ -25,7 +25,7 @@ class Residual:
     """Targets minus the output of the weight, summed over the weighted tokens, fp64 `[n]`."""
 
     total: Tensor
-    count: float
+    count: Tensor
     metric: Metric = PLAIN
     scale: float = 1.0
 

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.fitting.metric import PLAIN, Metric
-from mergekit_dam.streams.distributed import all_sum, all_sums
+from mergekit_dam.fitting.tensor_cores import tensor_cores
+from mergekit_dam.streams.distributed import all_sum
+
+
+def nothing() -> Tensor:
+    """An empty sum, fp64. It goes where what is added to it is: reading it there would wait."""
+    return torch.zeros((), dtype=torch.float64)
 
 
 @dataclass
@@ -26,7 +32,7 @@ class InputMoments:
 
     gram: Tensor
     x_sum: Tensor
-    count: float = 0.0
+    count: Tensor = field(default_factory=nothing)
 
     @classmethod
     def zeros(
@@ -38,15 +44,17 @@ class InputMoments:
 
     def add(self, x: Tensor, weight: Tensor) -> None:
         """Add a chunk: fp32 `[tokens, in]`, and the tokens' weights `[tokens]`."""
-        # One fp32 product per chunk; the sum over chunks has the dtype of `gram`.
-        self.gram += (x * weight[:, None]).T @ x
+        # One fp32 product per chunk; the sum over chunks has the dtype of `gram`. Both factors, and
+        # those of `cross`, are rounded alike where products round them.
+        scaled = x * weight.sqrt()[:, None]
+        self.gram += scaled.T @ scaled
         self.x_sum += weight @ x
-        self.count += float(weight.sum(dtype=torch.float64))
+        self.count = self.count + weight.sum(dtype=torch.float64)
 
     def add_up(self) -> None:
         """Add the sums of the other processes."""
         self.gram, self.x_sum = all_sum(self.gram), all_sum(self.x_sum)
-        (self.count,) = all_sums([self.count])
+        self.count = all_sum(self.count)
 
     def scaled(self, factor: float) -> "InputMoments":
         """A copy with its tokens weighted by `factor`."""
@@ -56,7 +64,7 @@ class InputMoments:
         """Add another set of sums with its tokens weighted by `factor`."""
         self.gram.add_(other.gram, alpha=factor)
         self.x_sum.add_(other.x_sum, alpha=factor)
-        self.count += factor * other.count
+        self.count = self.count + factor * other.count
 
 
 @dataclass
@@ -77,8 +85,8 @@ class LinearMoments:
     inputs: InputMoments
     cross: Tensor
     y_sum: Tensor
-    y_square: float = 0.0
-    energy: float = 0.0
+    y_square: Tensor = field(default_factory=nothing)
+    energy: Tensor = field(default_factory=nothing)
     metric: Metric = PLAIN
     scale: float = 1.0
 
@@ -91,7 +99,7 @@ class LinearMoments:
         return cls(inputs, cross, inputs.x_sum.new_zeros(out_features), metric=metric)
 
     @property
-    def count(self) -> float:
+    def count(self) -> Tensor:
         """Sum of the tokens' weights."""
         return self.inputs.count
 
@@ -104,17 +112,17 @@ class LinearMoments:
             output: The teacher's own output `[tokens, out]`.
             weight: Weight of each token, `[tokens]`.
         """
-        weighted = target * weight[:, None]
-        self.cross += weighted.T @ x
-        self.y_sum += weighted.sum(0, dtype=torch.float64)
+        root = weight.sqrt()[:, None]
+        self.cross += (target * root).T @ (x * root)
+        self.y_sum += (target * weight[:, None]).sum(0, dtype=torch.float64)
         energy = self.metric.square(output, weight)
-        self.energy += energy
-        self.y_square += energy if target is output else self.metric.square(target, weight)
+        square = energy if target is output else self.metric.square(target, weight)
+        self.energy, self.y_square = self.energy + energy, self.y_square + square
 
     def add_up(self) -> None:
         """Add the sums of the other processes, except to `inputs`."""
         self.cross, self.y_sum = all_sum(self.cross), all_sum(self.y_sum)
-        self.y_square, self.energy = all_sums([self.y_square, self.energy])
+        self.y_square, self.energy = all_sum(torch.stack([self.y_square, self.energy]))
 
     def scaled(self, factor: float) -> "LinearMoments":
         """A copy with its tokens weighted by `factor`, and with its own `inputs`."""
@@ -132,12 +140,13 @@ class LinearMoments:
         self.inputs.add_scaled(other.inputs, factor)
         self.cross.add_(other.cross, alpha=factor)
         self.y_sum.add_(other.y_sum, alpha=factor)
-        self.y_square += factor * other.y_square
-        self.energy += factor * other.energy
+        self.y_square = self.y_square + factor * other.y_square
+        self.energy = self.energy + factor * other.energy
 
     def residual(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`sum (y - W x - b) x^T`, `[out, in]`, unscaled."""
-        left = self.cross - weight.to(self.cross) @ self.inputs.gram
+        with tensor_cores(False):
+            left = self.cross - weight.to(self.cross) @ self.inputs.gram
         if bias is not None:
             left -= torch.outer(bias.to(left), self.inputs.x_sum.to(left))
         return left
@@ -151,50 +160,50 @@ class LinearMoments:
         if residual is None:
             residual = self.residual(weight, bias)
         weight = weight.to(self.cross)
-        weighted = self.metric(weight)
-        squared = -(weighted * (self.cross + residual)).sum(dtype=torch.float64)
+        with tensor_cores(False):
+            weighted = self.metric(weight)
+        squared = self.y_square - (weighted * (self.cross + residual)).sum(dtype=torch.float64)
         if bias is not None:
             bias = bias.double()
             left = self.y_sum - weight.double() @ self.inputs.x_sum - self.count * bias
             squared -= (self.metric(bias) * (self.y_sum + left)).sum()
         # Rounding can make a small difference of large sums negative.
-        return self.scale * max(float(squared) + self.y_square, 0.0)
+        return self.scale * max(float(squared), 0.0)
 
 
 @dataclass
 class LinearTokens:
     """Held-out inputs and targets of one linear, token by token; they judge its fit.
 
-    They stay on the host, in the process that ran them. They are few: a Gram matrix would take more
-    memory.
+    They stay on the device, and in the process, that ran them. They are few: a Gram matrix would
+    take more memory.
 
     Attributes:
         energy, count, metric, scale: The same as in `LinearMoments`.
     """
 
     metric: Metric = PLAIN
-    energy: float = 0.0
-    count: float = 0.0
+    energy: Tensor = field(default_factory=nothing)
+    count: Tensor = field(default_factory=nothing)
     scale: float = 1.0
     _chunks: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
     def add(self, x: Tensor, target: Tensor, output: Tensor, weight: Tensor) -> None:
         """Add a chunk, as to `LinearMoments`."""
-        self.energy += self.metric.square(output, weight)
-        self.count += float(weight.sum(dtype=torch.float64))
-        self._chunks.append((x.cpu(), target.cpu(), weight))
+        self.energy = self.energy + self.metric.square(output, weight)
+        self.count = self.count + weight.sum(dtype=torch.float64)
+        self._chunks.append((x, target, weight))
 
     def add_up(self) -> None:
         """Add the sums of the other processes."""
-        self.energy, self.count = all_sums([self.energy, self.count])
+        self.energy, self.count = all_sum(torch.stack([self.energy, self.count]))
 
     def error(self, weight: Tensor, bias: Tensor | None) -> float:
         """`scale * sum |W x + b - y|^2` in the metric, over all processes; products are fp32."""
-        weight = weight.float()
-        own = 0.0
+        weight, own = weight.float(), nothing()
         for x, target, counted in self._chunks:
-            left = x.to(weight.device) @ weight.T - target.to(weight.device)
+            left = x @ weight.T - target
             if bias is not None:
                 left += bias.float()
-            own += self.metric.square(left, counted)
-        return self.scale * all_sums([own])[0]
+            own = own + self.metric.square(left, counted)
+        return self.scale * float(all_sum(own))

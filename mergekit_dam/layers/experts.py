@@ -89,7 +89,7 @@ class _Fused:
         start = (report.loss_start, report.held_out_start)
         ended = (report.loss_fitted, report.held_out_fitted)
         energies = [
-            sum(sums.scale * sums.energy for sums in every) / evidence.total
+            sum(sums.scale * float(sums.energy) for sums in every) / evidence.total
             for every in (evidence.fit, evidence.held_out)
         ]
         losses = [*start, *(ended if report.outcome == "fitted" else start)]

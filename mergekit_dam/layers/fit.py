@@ -11,6 +11,7 @@ from torch import Tensor
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.coefficients.tensors import FittedTensor, TensorReport, TensorSources
 from mergekit_dam.errors import DamError, inside
+from mergekit_dam.fitting.tensor_cores import tensor_cores
 from mergekit_dam.layers.state import Metrics, Walk
 from mergekit_dam.layers.walk import walk_part
 from mergekit_dam.model.units import Anatomy
@@ -86,7 +87,8 @@ def _fit(
     progress.show(part.label)
     models = opened.stage.models
     weights = opened.starting_weights()
-    like = streams[0].merged[:1].to(next(iter(weights.values())).device)
+    device = next(iter(weights.values())).device
+    like = streams[0].merged[:1].to(device)
     anatomy = models.examine(part, weights, like)
     walk = Walk(
         part,
@@ -103,7 +105,8 @@ def _fit(
         merged_outputs=OutputCache(streams[0].storage),
     )
     try:
-        return walk_part(walk, advance=opened.stage.kind != "output")
+        with tensor_cores(models.settings.dtype_on(device) != torch.float32):
+            return walk_part(walk, advance=opened.stage.kind != "output")
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise DamError(
             f"the fit has no solution ({error}); either `ridge` is too small, or a model's "

@@ -39,7 +39,7 @@ def gather(
     loss_weights = {unit.name: walk.weight(unit).settings.loss_weights for unit in units}
 
     def scale(name: str, sums: Judge, stream: Stream) -> float:
-        size = sums.energy if pool else sums.count
+        size = float(sums.energy if pool else sums.count)
         return loss_weights[name][stream.source] / max(size, 1e-30)
 
     def fill(sums: Mapping[str, Any], stream: Stream, split: Split) -> None:

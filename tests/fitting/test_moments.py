@@ -126,7 +126,7 @@ def test_losses_are_fractions_of_the_teachers_energy() -> None:
     """Sums scaled by loss weight over energy: predicting nothing at all has loss 1."""
     x, y = data(6, 4)
     moments = linear_moments(x, y, y)
-    scaled = moments.scaled(2.0 / moments.energy)
+    scaled = moments.scaled(2.0 / float(moments.energy))
     evidence = Evidence([scaled], [scaled], total=2.0)
     losses = evidence.losses(torch.zeros(4, 6), None)
     assert losses.fit == pytest.approx(1.0)

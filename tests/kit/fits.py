@@ -71,7 +71,7 @@ def linear_evidence(
 
     def scaled(x: Tensor, y: Tensor) -> LinearMoments:
         moments = moments_of(x, y)
-        return moments.scaled(1 / moments.energy)
+        return moments.scaled(1 / float(moments.energy))
 
     fit = scaled(x, y)
     return Evidence([fit], [fit if held_out is None else scaled(*held_out)], 1.0)
@@ -83,12 +83,12 @@ def evidence_of_domains(
     """Evidence of inputs, outputs and the metric of every domain."""
     terms = [moments_of(x, y, metric) for x, y, metric in domains]
     for term in terms:
-        term.scale = 1 / term.energy
+        term.scale = 1 / float(term.energy)
     return Evidence(terms, terms, float(len(domains)))
 
 
 def feature_evidence(n: Tensor, y: Tensor) -> Evidence[FeatureMoments]:
     own = FeatureMoments.zeros(n.shape[1], CPU)
     own.add(n, y, y, torch.ones(n.shape[0]))
-    scaled = own.scaled(1 / own.energy)
+    scaled = own.scaled(1 / float(own.energy))
     return Evidence([scaled], [scaled], 1.0)
