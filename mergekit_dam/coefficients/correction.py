@@ -26,7 +26,8 @@ FIELDS = ("full", "left", "right", "moved_left", "moved_right")
 """Tensors of a correction, as they are called in files."""
 
 _PIECE = 2**18
-"""Elements of a weight that factors are multiplied for at a time: they stay in the cache."""
+"""Elements of a weight that factors are multiplied for at a time on a CPU: they stay in its cache.
+On a GPU it is the whole weight, as every piece would start a kernel of its own per rank."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Correction:
             return
         if self.full is not None:
             turned.add_(self.full.to(merged))
-        rows = max(1, _PIECE // turned.shape[1])
+        rows = len(turned) if merged.is_cuda else max(1, _PIECE // turned.shape[1])
         for left, right in self.pairs:
             columns, right = left.to(merged), right.to(merged)
             for first in range(0, len(turned), rows):

@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
+from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.host.output import output_folder
 from mergekit_dam.host.prepare import PreparedConfiguration, prepare
 from mergekit_dam.streams import distributed
@@ -38,7 +40,8 @@ def run_dam(
         if distributed.size() > 1:
             distributed.in_turn(lambda: _merge_adapters(config, own))
         first = distributed.is_first()
-        with _card_without_hub(), output_folder(Path(out_path), written=first) as folder:
+        out = output_folder(Path(out_path), written=first)
+        with _card_without_hub(), _short_of_memory(), out as folder:
             stock(config, str(folder), own, config_source or merge_config.to_yaml())
 
 
@@ -46,6 +49,20 @@ def _merge_adapters(config: MergeConfiguration, options: MergeOptions) -> None:
     """Merge adapters before mergekit does: it would take a half-written folder as complete."""
     for model in config.referenced_models():
         model.merged(options.lora_merge_cache, options.trust_remote_code, options.lora_merge_dtype)
+
+
+@contextmanager
+def _short_of_memory() -> Iterator[None]:
+    """Say what to do where the GPU's memory does not suffice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DamError(
+            f"the GPU's memory does not suffice ({first_line(error)}). Let the merge use more "
+            "(`gpu_memory`), or let it need less: `metric: identity` keeps no gradients, "
+            "`objective: layer` needs less than a descent, and so do fewer models; or merge on the "
+            "CPU, without `--cuda`"
+        ) from error
 
 
 @contextmanager

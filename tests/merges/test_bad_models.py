@@ -1,6 +1,7 @@
 """Bad models and weights: each is refused before any work is lost."""
 
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -149,3 +150,14 @@ class TestWeights:
             merge(inputs.configuration(ridge=1e-300, sum_to_one=False), out)
         assert {path.name for path in out.iterdir()} == {*before, "notes.txt"}
         assert first.model_bytes == before["model.safetensors"]
+
+    def test_that_need_more_memory_than_a_gpu_has(self, inputs: Inputs) -> None:
+        """torch's own error, which a machine without a GPU does not raise."""
+        error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the docs")
+        with (
+            mock.patch("mergekit_dam.layers.fit.walk_part", side_effect=error),
+            pytest.raises(DamError, match=r"Tried to allocate 2 GiB\..*`gpu_memory`") as raised,
+        ):
+            merge(inputs.configuration(), inputs.folder / "out")
+        assert "See the docs" not in raised.value.message
+        assert not (inputs.folder / "out").exists()
