@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from mergekit_dam.errors import DamError
 from mergekit_dam.model.part import Part
 from mergekit_dam.sources.network import Network
 from mergekit_dam.sources.stage import OpenStage
@@ -113,3 +114,11 @@ def backward(
             got = got[1:]
         add_gradients(sums, got)
     return concatenated(entered, none=x.new_empty(0))
+
+
+def not_finite(opened: OpenStage) -> DamError:
+    """The error that a part puts out what is not finite."""
+    return DamError(
+        f"{opened.part.label}: its output is not finite, because a model's weights, or its hidden "
+        f"states on its calibration text, are not"
+    )

@@ -25,7 +25,7 @@ from mergekit_dam.layers.state import Metrics
 from mergekit_dam.model.experts import Products, Routing
 from mergekit_dam.model.hooks import capture
 from mergekit_dam.model.units import Anatomy, Unit
-from mergekit_dam.search.backprop import backward, chunks_of
+from mergekit_dam.search.backprop import backward, chunks_of, not_finite
 from mergekit_dam.sources.network import Network
 from mergekit_dam.sources.stage import OpenStage
 from mergekit_dam.streams import progress
@@ -112,6 +112,8 @@ def _label_gradients(
             x = hidden[index : index + 1].to(device).requires_grad_(True)
             with torch.enable_grad():
                 logits = opened.part.run(weights, x)[0].float()
+                if not logits.isfinite().all():
+                    raise not_finite(opened)
                 labels = torch.multinomial(
                     logits.detach().softmax(-1), 1, generator=generator
                 ).squeeze(1)

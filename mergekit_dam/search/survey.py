@@ -8,8 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from torch import Tensor
 
 from mergekit_dam.coefficients.record import MergeRecord, Trial
-from mergekit_dam.errors import DamError
-from mergekit_dam.search.backprop import run
+from mergekit_dam.search.backprop import not_finite, run
 from mergekit_dam.search.best import Best
 from mergekit_dam.search.descend import judged_at_output
 from mergekit_dam.search.sensitivity import gradient_tokens
@@ -94,7 +93,7 @@ def judged_start(
     merged = [stream.merged for stream in surveyed.streams]
     verdict = judged_at_output(network, surveyed.record, data, merged)
     if not math.isfinite(verdict.mean):
-        raise _not_finite(network.output())
+        raise not_finite(network.output())
     seconds = surveyed.seconds + time.perf_counter() - started
     trial = Trial("start", True, verdict.losses, verdict.mean, seconds)
     return Best(surveyed.record, verdict, [trial]), data
@@ -103,12 +102,5 @@ def judged_start(
 def _finite(leaving: Iterable[Tensor], opened: OpenStage) -> Iterator[Tensor]:
     for chunk in leaving:
         if not chunk.isfinite().all():
-            raise _not_finite(opened)
+            raise not_finite(opened)
         yield chunk
-
-
-def _not_finite(opened: OpenStage) -> DamError:
-    return DamError(
-        f"{opened.part.label}: its output is not finite, because a model's weights, or its hidden "
-        f"states on its calibration text, are not"
-    )
