@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from mergekit_dam import __version__
+from mergekit_dam.estimate.gpus import GPUS
 
 
 class _PassThrough(click.Command):
@@ -53,6 +54,12 @@ def merge(ctx: click.Context) -> None:
 @click.argument("out_path", default=".", type=click.Path(path_type=Path))
 @click.option("--cuda", is_flag=True, help="Estimate a merge that runs with --cuda.")
 @click.option(
+    "--gpu",
+    type=click.Choice(sorted(GPUS)),
+    help="Estimate a merge on this GPU, which need not be here, from its published rates. Disk and "
+    "host memory are those of this machine.",
+)
+@click.option(
     "--out-shard-size",
     default="5B",
     show_default=True,
@@ -66,6 +73,7 @@ def plan(
     config: Path,
     out_path: Path,
     cuda: bool,
+    gpu: str | None,
     out_shard_size: str,
     transformers_cache: str | None,
     trust_remote_code: bool,
@@ -82,6 +90,8 @@ def plan(
     from mergekit_dam.estimate import estimate as run
     from mergekit_dam.estimate import report
 
+    if cuda and gpu is not None:
+        raise click.UsageError("--cuda is this machine's GPU, --gpu another: give one of them")
     try:
         shard = parse_kmb(out_shard_size)
     except ValueError as error:
@@ -96,7 +106,7 @@ def plan(
         trust_remote_code=trust_remote_code,
         quiet=True,
     )
-    estimate = run.run_plan(config, out_path, options)
+    estimate = run.run_plan(config, out_path, options, GPUS[gpu] if gpu else None)
     if as_json:
         click.echo(json.dumps(report.to_json(estimate), indent=2))
     else:

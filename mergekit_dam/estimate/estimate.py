@@ -15,8 +15,9 @@ from mergekit.options import MergeOptions
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.estimate.advice import problems
+from mergekit_dam.estimate.gpus import Gpu
 from mergekit_dam.estimate.inventory import Inventory, take_inventory
-from mergekit_dam.estimate.machine import Machine, calibrate
+from mergekit_dam.estimate.machine import Machine, calibrate, with_gpu
 from mergekit_dam.estimate.memory import Need, Room, disk_bytes, stream_place
 from mergekit_dam.estimate.merge import plan_merge
 from mergekit_dam.estimate.phases import phases
@@ -131,29 +132,33 @@ def work_seconds(work: Work, machine: Machine) -> float:
     return sum(count / machine.speed(speed) for (_, speed), count in work.items())
 
 
-def run_plan(file: Path, out_path: Path, options: MergeOptions) -> Estimate:
+def run_plan(file: Path, out_path: Path, options: MergeOptions, gpu: Gpu | None = None) -> Estimate:
     """Estimate the cost of a merge on this machine.
 
     Args:
         file: the configuration.
         out_path: where the merged model would go.
         options: options of the merge.
+        gpu: a GPU that this machine need not have; it takes the place of the options' device.
 
     Raises:
         DamError: the merge would be refused, or there is no GPU where one is asked for.
     """
-    device = torch.device(options.device or "cpu")
-    if device.type == "cuda" and not torch.cuda.is_available():
+    device = torch.device("cuda" if gpu is not None else options.device or "cpu")
+    if gpu is None and device.type == "cuda" and not torch.cuda.is_available():
         raise DamError(
             "--cuda: torch finds no GPU on this machine, whose speed and memory an estimate is of; "
-            "leave it out, or run the plan where the merge will run"
+            "leave it out, run the plan where the merge will run, or name the GPU with --gpu"
         )
     inventory = take_inventory(plan_merge(file, options, out_path))
     startup = time.time() - psutil.Process().create_time()
     own, mapped = _memory()
     settings = inventory.settings
     dtype = torch.float32 if settings is None else settings.dtype_on(device)
-    machine = calibrate(inventory.hidden, _widest(inventory), out_path, device, dtype)
+    if gpu is None:
+        machine = calibrate(inventory.hidden, _widest(inventory), out_path, device, dtype)
+    else:
+        machine = with_gpu(gpu, out_path, dtype)
     limit = None if settings is None else settings.gpu_memory
     room = Room(
         host=machine.memory,

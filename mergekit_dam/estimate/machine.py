@@ -10,7 +10,9 @@ from pathlib import Path
 import psutil
 import torch
 
+from mergekit_dam.estimate.gpus import FACTORISED, REACHED, Gpu
 from mergekit_dam.fitting.costs import Speed
+from mergekit_dam.fitting.tensor_cores import tensor_cores
 from mergekit_dam.streams.stream import CHUNK_TOKENS
 
 Clock = Callable[[], float]
@@ -23,6 +25,8 @@ _FACTORISED = 1536
 """The most rows of a matrix whose factorisation is measured."""
 _ELEMENTS = 2**22
 """Elements of a tensor in a pass that is measured."""
+_PASS_BYTES = 18
+"""Bytes that move for an element that is converted, scaled, and added to others."""
 _FILE = 2**26
 """Bytes of the file that is written and read."""
 
@@ -41,6 +45,7 @@ class Machine:
         available: bytes of that memory that are free at the moment.
         disk: bytes that are free where the merged model goes.
         gpu: bytes of the GPU's memory, 0 without one.
+        measured: whether speeds were measured; a GPU's may be published ones.
     """
 
     forward: float
@@ -54,6 +59,7 @@ class Machine:
     available: int
     disk: int
     gpu: int = 0
+    measured: bool = True
 
     def speed(self, of: Speed) -> float:
         """Flops or elements per second of one kind of work."""
@@ -93,7 +99,8 @@ def calibrate(
     read, write = _disk_speed(existing_folder(out_path), clock)
     memory = psutil.virtual_memory()
     cuda = device.type == "cuda"
-    fp32 = product(torch.float32, CHUNK_TOKENS)
+    with tensor_cores(dtype != torch.float32):  # as in a fit
+        fp32 = product(torch.float32, CHUNK_TOKENS)
     return Machine(
         forward=fp32 if dtype == torch.float32 else product(dtype, CHUNK_TOKENS),
         fp32=fp32,
@@ -106,6 +113,34 @@ def calibrate(
         available=memory.available,
         disk=psutil.disk_usage(str(existing_folder(out_path))).free,
         gpu=torch.cuda.get_device_properties(device).total_memory if cuda else 0,
+    )
+
+
+def with_gpu(
+    gpu: Gpu, out_path: Path, dtype: torch.dtype, clock: Clock = time.perf_counter
+) -> Machine:
+    """This machine with a GPU that it does not have, at a share of its published rates.
+
+    Args:
+        dtype: dtype of the products in the models' blocks.
+        out_path, clock: as for `calibrate`.
+    """
+    folder, memory = existing_folder(out_path), psutil.virtual_memory()
+    read, write = _disk_speed(folder, clock)
+    fp32 = gpu.fp32 if dtype == torch.float32 else gpu.tf32
+    return Machine(
+        forward=REACHED * (gpu.fp32 if dtype == torch.float32 else gpu.bf16),
+        fp32=REACHED * fp32,
+        fp64=REACHED * gpu.fp64,
+        cholesky=FACTORISED * gpu.fp32,
+        elements=REACHED * gpu.bandwidth / _PASS_BYTES,
+        read=read,
+        write=write,
+        memory=memory.total,
+        available=memory.available,
+        disk=psutil.disk_usage(str(folder)).free,
+        gpu=int(gpu.memory),
+        measured=False,
     )
 
 

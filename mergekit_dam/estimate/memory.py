@@ -211,6 +211,11 @@ def _head_bytes(part: PartSize, inventory: Inventory) -> int:
     return max(weight * (4 if copied else 3) + (weight // 2 if copied else 0), 4 * weight + logits)
 
 
+def loaded_bytes(inventory: Inventory) -> int:
+    """Bytes of all parts' tensors, of all sources, as they are loaded."""
+    return sum(tensor.loaded for part in inventory.parts for tensor in part.tensors)
+
+
 def kept_weights(inventory: Inventory, room: Room) -> int:
     """Bytes of the sources that stay in memory between sweeps, pages of files included."""
     assert inventory.settings is not None

@@ -11,6 +11,7 @@ from mergekit_dam.estimate.memory import (
     chunk_bytes,
     fit_need,
     kept_weights,
+    loaded_bytes,
     needs_copies,
     stream_bytes,
     with_article,
@@ -35,7 +36,7 @@ def phases(inventory: Inventory, room: Room) -> list[Need]:
         device = kept if room.gpu else min(kept, converted)
         every = room.libraries + sum(sum(files) for files in inventory.files)
         held = every if kept else mapped
-        searched = _search(inventory, room, kept=kept > 0)
+        searched = _search(inventory, room, kept=kept / max(1, loaded_bytes(inventory)))
         needs = [need.plus(device=device, mapped=held) for need in searched]
     largest = max(inventory.tensors, key=lambda tensor: tensor.parameters)
     merging = largest.converted + 2 * FLOAT * largest.parameters
@@ -50,11 +51,11 @@ def _one_sweep(inventory: Inventory, room: Room) -> Iterator[Need]:
         yield with_streams(need, _moving_bytes(inventory), inventory, room)
 
 
-def _search(inventory: Inventory, room: Room, *, kept: bool) -> Iterator[Need]:
+def _search(inventory: Inventory, room: Room, *, kept: float) -> Iterator[Need]:
     """The phases of a search, with the streams.
 
     Args:
-        kept: some weights stay in memory between sweeps.
+        kept: share of the weights that stays in memory between sweeps.
     """
     settings = inventory.settings
     assert settings is not None
@@ -72,7 +73,7 @@ def _search(inventory: Inventory, room: Room, *, kept: bool) -> Iterator[Need]:
                 need = backward_need(part, inventory, weights_too=False)
                 yield with_streams(need, 3 * one, inventory, room)
     if settings.objective != "layer":
-        merged = FLOAT * sum(part.parameters for part in inventory.parts) if kept else 0
+        merged = int(kept * FLOAT * sum(part.parameters for part in inventory.parts))
         unknowns = sum(u.enters * p.unknowns for p in inventory.parts for u in p.units)
         for part in fits:
             need = backward_need(part, inventory, weights_too=True)

@@ -11,7 +11,12 @@ from mergekit_dam.tables import aligned
 
 _MEANING = (
     "Memory is the process's own; with mapped files, also pages of weights that the system\n"
-    "takes back when it must. Times are for this machine as busy as it was just now."
+    "takes back when it must. "
+)
+_MEASURED = "Times are for this machine as busy as it was just now."
+_PUBLISHED = (
+    "Times come from published rates of the\nGPU, and from this machine's disk; they may be off "
+    "by a factor of two."
 )
 
 
@@ -78,7 +83,8 @@ def _need_json(estimate: Estimate, need: Need) -> dict[str, Any]:
 def table(estimate: Estimate) -> str:
     """The same for people, in a few tables."""
     parts = [_models(estimate), _sweeps(estimate), _work(estimate), _memory(estimate)]
-    return "\n\n".join([*parts, _verdict(estimate), _MEANING])
+    times = _MEASURED if estimate.machine.measured else _PUBLISHED
+    return "\n\n".join([*parts, _verdict(estimate), _MEANING + times])
 
 
 def _models(estimate: Estimate) -> str:

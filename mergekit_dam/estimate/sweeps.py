@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from mergekit_dam.estimate import flops, search
 from mergekit_dam.estimate.inventory import Inventory
-from mergekit_dam.estimate.memory import Room, kept_weights, output_cache_bytes
+from mergekit_dam.estimate.memory import Room, kept_weights, loaded_bytes, output_cache_bytes
 from mergekit_dam.fitting.costs import Work
 from mergekit_dam.parameters import RunParameters
 from mergekit_dam.search.search import ENOUGH, descents
@@ -50,7 +50,7 @@ def sweeps(inventory: Inventory, room: Room) -> list[Sweep]:
         return [Sweep("fit and write", every, work, written)]
     stages = _stored(inventory, 0)
     # What stays in memory after the first sweep is not read again.
-    fraction = 1 - kept_weights(inventory, room) / max(1, _loaded(inventory))
+    fraction = 1 - kept_weights(inventory, room) / max(1, loaded_bytes(inventory))
     again = int(fraction * stages)
     layers = settings.objective != "logits"
     found = [Sweep("survey", stages, search.survey(inventory, teachers=not layers))]
@@ -86,7 +86,3 @@ def _condition(settings: RunParameters) -> str:
 def _stored(inventory: Inventory, first: int) -> int:
     parts = inventory.parts[first:]
     return sum(tensor.stored for part in parts for tensor in part.tensors)
-
-
-def _loaded(inventory: Inventory) -> int:
-    return sum(tensor.loaded for part in inventory.parts for tensor in part.tensors)

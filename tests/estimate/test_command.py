@@ -1,6 +1,7 @@
 """The command `plan`: it prints what a merge will cost, and reads no weight."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,6 +17,14 @@ from mergekit_dam.cli import main
 from tests.kit.estimates import SPEEDS
 from tests.kit.merging import dam
 from tests.kit.models import Models, save_models, tiny_llama_config
+
+
+def _computing(one: Any, other: Any) -> Iterator[tuple[Any, Any]]:
+    """Products in half precision, as two estimates have them."""
+    for own, found in zip(one["work"], other["work"], strict=True):
+        assert (own["kind"], own["count"]) == (found["kind"], found["count"])
+        if own["speed"] == "forward":
+            yield own, found
 
 
 class TestCommand:
@@ -52,6 +61,27 @@ class TestCommand:
         least = told["startup_seconds"] + sum(sweep["seconds"] for sweep in told["sweeps"])
         assert told["seconds"]["least"] == pytest.approx(least)
         assert told["peak_host_bytes"] == max(p["host_bytes"] for p in told["memory"])
+
+    def test_a_gpu_that_is_not_here(self, file: Path) -> None:
+        told = {}
+        for gpu in ("h100", "rtx4090"):
+            result = self.run(file, "--gpu", gpu, "--json")
+            assert result.exit_code == 0, result.output
+            told[gpu] = json.loads(result.stdout)
+        fast, small = told["h100"], told["rtx4090"]
+        assert fast["machine"]["gpu"] == 80e9
+        assert small["peak_gpu_bytes"] == fast["peak_gpu_bytes"] > 0
+        assert all(own["seconds"] > found["seconds"] for own, found in _computing(small, fast))
+        assert "published rates of the\nGPU" in self.run(file, "--gpu", "h100").output
+        result = self.run(file, "--gpu", "h100", "--cuda")
+        assert result.exit_code == 2
+        assert "give one of them" in result.output
+
+    def test_a_gpu_that_is_not_here_has_the_memory_that_the_merge_may_use(self, file: Path) -> None:
+        configuration = yaml.safe_load(file.read_text("utf-8"))
+        configuration["parameters"]["gpu_memory"] = "100kB"
+        file.write_text(yaml.safe_dump(configuration), encoding="utf-8")
+        assert "the GPU has 0.0 GB" in self.run(file, "--gpu", "h100").output
 
     @pytest.mark.parametrize(
         ("text", "said"),

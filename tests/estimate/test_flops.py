@@ -51,8 +51,8 @@ class TestWork:
         work = flops.linear_fit(unit, block, found, sensitivity=False)
         out, columns = 16, 24
         assert work["solves", "cholesky"] == (2 * columns) ** 3 // 3
-        # Loss and residual at the start, two iterations; three pairs of directions.
-        assert work["solves", "fp64"] == (2 + 2) * 2 * out * columns**2
+        # The residual at the start, two iterations; three pairs of directions.
+        assert work["solves", "fp64"] == (1 + 2) * 2 * out * columns**2
         assert work["solves", "fp32"] == 3 * 2 * out * columns**2
         assert work["Gram matrices", "fp32"] == 2 * found.text.fit_tokens * out * columns
 
