@@ -29,6 +29,7 @@ from mergekit_dam.calibration.pieces import Intake, shuffled_pieces
 from mergekit_dam.calibration.source import CalibrationSource
 from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.tables import aligned
+from mergekit_dam.threads import use_own_share
 
 LOG = logging.getLogger(__name__)
 
@@ -114,6 +115,7 @@ def evaluate(
     Raises:
         DamError: If a text or model is missing or cannot be read, or if a text is too short.
     """
+    use_own_share()
     texts = name_texts(files)
     models = tuple(dict.fromkeys(models))
     for model in models:

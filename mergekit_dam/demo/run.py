@@ -27,6 +27,7 @@ from mergekit_dam.demo.texts import DOMAINS, Corpus, make_corpus
 from mergekit_dam.demo.training import draw, new_model, pack_documents, train, train_tokenizer
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluate import EvaluationSettings, evaluate
+from mergekit_dam.threads import use_own_share
 
 MARKER = "demo.json"  # a folder with this file is an earlier demo's and may be overwritten
 
@@ -47,6 +48,7 @@ def run_demo(
     Raises:
         DamError: If the folder has other files and `force` is not set, or if a merge fails.
     """
+    use_own_share()
     settings = settings or DemoSettings()
     _claim(directory, settings, force=force)
 

@@ -23,6 +23,7 @@ from mergekit_dam.estimate.merge import plan_merge
 from mergekit_dam.estimate.phases import phases
 from mergekit_dam.estimate.sweeps import Sweep, sweeps
 from mergekit_dam.fitting.costs import Work
+from mergekit_dam.threads import use_own_share
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,7 @@ def run_plan(file: Path, out_path: Path, options: MergeOptions, gpu: Gpu | None 
     Raises:
         DamError: the merge would be refused, or there is no GPU where one is asked for.
     """
+    use_own_share()
     device = torch.device("cuda" if gpu is not None else options.device or "cpu")
     if gpu is None and device.type == "cuda" and not torch.cuda.is_available():
         raise DamError(

@@ -41,7 +41,9 @@ def correct(
     def held_out(candidate: Correction) -> float:
         return evidence.held_out_loss(out_by_in(merged(candidate), axis), bias)
 
-    start = evidence.held_out_loss(start_weight, bias)
+    report = fitted.report
+    start = report.held_out_fitted if report.outcome == "fitted" else report.held_out_start
+    assert start is not None
     said: dict[str, Any] = {"outcome": "dropped: held-out loss was not better"}
     problem = problem_of(evidence, start_weight, bias)
     ridge, found = _ridge(problem, lambda step: held_out(Correction(full=step.float())), start)

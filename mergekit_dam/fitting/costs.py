@@ -229,7 +229,7 @@ def correction(size: LinearSize, held_out_tokens: int) -> Work:
         work["corrections", speed] += 2 * products * weight * subspace + size.rank * columns**2
         work["merging", "elements"] += size.rank * weight
     square = 0 if metric is None else metric.square
-    work["judging", "fp32"] = (2 + len(RIDGES)) * held_out_tokens * (2 * weight + square)
+    work["judging", "fp32"] = (1 + len(RIDGES)) * held_out_tokens * (2 * weight + square)
     work["merging", "elements"] += (1 + len(RIDGES)) * size.sources * weight
     return work
 
