@@ -252,8 +252,8 @@ class RunParameters(LogitsParameters):
     )
     forward_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
-        description="Precision of products in the blocks: `auto` is bfloat16 on a GPU, where it "
-        "is faster, and float32 on a CPU. Hidden states, sums and solves are float32 or better.",
+        description="Precision of products in the blocks: `auto` is bfloat16 on a GPU (and TF32 "
+        "of sums over tokens), where it is faster, and float32 on a CPU. Solves are more precise.",
     )
     seed: int | None = Field(
         default=None,
