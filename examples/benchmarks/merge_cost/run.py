@@ -144,8 +144,10 @@ def _merged(
     measured = bench.run(_command(point, name, folder, bench), log)
     reason = failure(measured, log)
     if keep is not None and not reason:
-        for file in (FILE_NAME, CORRECTIONS_NAME):
-            shutil.copy(folder / file, keep)
+        for file in (FILE_NAME, CORRECTIONS_NAME):  # the latter only where a tensor has one
+            (keep / file).unlink(missing_ok=True)
+            if (folder / file).is_file():
+                shutil.copy(folder / file, keep)
     shutil.rmtree(folder, ignore_errors=True)
     return measured, reason
 
