@@ -1,7 +1,8 @@
 """The correction of one linear: the matrix that leaves the least error once its columns are fitted.
 
-Ridges go down as long as held-out data prefers the next. Related methods are FeatCal (arXiv
-2605.13030) and RegMean++ (arXiv 2508.03121), which correct from other starts.
+Ridges go down as long as held-out data prefers the next. In metrics, they are judged by what is
+nearest to their minimisers at little cost, and the best is refined. Related methods are FeatCal
+(arXiv 2605.13030) and RegMean++ (arXiv 2508.03121), which correct from other starts.
 """
 
 from collections.abc import Callable
@@ -49,7 +50,7 @@ def correct(
     ridge, found = _ridge(problem, lambda step: held_out(Correction(full=step.float())), start)
     best: Correction | None = None
     if found is not None:
-        candidate = _candidate(found, fitted.sources.settings)
+        candidate = _candidate(problem.refined(found, ridge), fitted.sources.settings)
         if (loss := held_out(candidate)) < start:
             best = candidate
             said = {"outcome": "full"}

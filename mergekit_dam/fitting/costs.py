@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from mergekit_dam.fitting.correction import RIDGES
+from mergekit_dam.fitting.correction_problem import REFINEMENTS
 from mergekit_dam.fitting.low_rank import OVERSAMPLED, POWERS
 from mergekit_dam.fitting.metric import kept_as_rows
 from mergekit_dam.fitting.solver import DENSE_LIMIT, ROUGH, precision
@@ -223,6 +224,11 @@ def correction(size: LinearSize, held_out_tokens: int) -> Work:
         measured = metric.product * columns + metric.as_matrix
         work["corrections", speed] += size.terms * measured + 2 * out**2 * columns
         work["corrections", "cholesky"] += out**3 // 3
+        # A product with the quadratic before every step and one before the first, and a division by
+        # the nearest product after each of them; then the result is whitened.
+        goes = 1 + REFINEMENTS
+        work["corrections", speed] += goes * size.terms * (product + metric.product * columns)
+        work["corrections", speed] += goes * 2 * weight * (out + columns) + product
     if size.correction == "low_rank":
         subspace = min(size.rank + OVERSAMPLED, out, columns)
         products = 2 * (POWERS + 1) + 2
@@ -273,7 +279,8 @@ def correction_bytes(size: LinearSize) -> int:
     grams = 4 * number * size.columns**2 + copies
     if size.metric is not None:
         grams = max(grams, number * (size.columns**2 + 3 * size.out**2) + copies)
-    # Residuals, the right-hand side, and two minimisers, one of them also as a matrix.
-    vectors = number * weight * (size.terms + 4)
+    # Residuals, the right-hand side, and two minimisers, one of them also as a matrix; or one with
+    # the vectors of conjugate gradients.
+    vectors = number * weight * (size.terms + (4 if size.metric is None else 8))
     merged = 3 * FLOAT * weight
     return grams + vectors + merged

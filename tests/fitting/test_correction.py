@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.coefficients.correction import Correction
+from mergekit_dam.fitting import correction_problem
 from mergekit_dam.fitting.correction_problem import CorrectionProblem, Minimiser
 from mergekit_dam.fitting.low_rank import nearest_product
 from mergekit_dam.fitting.metric import PLAIN, Metric
@@ -94,20 +95,36 @@ def test_several_metrics_are_taken_for_their_mean() -> None:
     torch.testing.assert_close(minimiser(problem, ridge).matrix, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_several_metrics_lower_the_quadratic_nearly_as_far_as_its_minimum() -> None:
-    shift = 1e-3 * size_of(SEVERAL)
+def test_refinements_go_from_there_to_the_minimum() -> None:
+    problem, shift = CorrectionProblem(SEVERAL), 1e-3 * size_of(SEVERAL)
 
     def gain(step: Tensor) -> float:
         total = -shift * step.square().sum()
         for own in SEVERAL:
             s = matrix_of(own.metric)
-            total += own.scale * (
-                2 * (s @ own.residual * step).sum() - (s @ step @ own.gram * step).sum()
-            )
+            slope = 2 * s @ own.residual - s @ step @ own.gram
+            total += own.scale * (slope * step).sum()
         return float(total)
 
-    found = minimiser(CorrectionProblem(SEVERAL), 1e-3).matrix
-    assert 0.5 < gain(found) / gain(dense(SEVERAL, shift)) <= 1
+    most = gain(dense(SEVERAL, shift))
+    nearest = minimiser(problem, 1e-3)
+    before, after = (gain(x.matrix) / most for x in (nearest, problem.refined(nearest, 1e-3)))
+    assert 0.5 < before < after <= 1
+    assert 1 - after < 0.5 * (1 - before)
+
+
+def test_enough_refinements_find_the_dense_minimiser(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(correction_problem, "REFINEMENTS", 200)
+    problem, ridge = CorrectionProblem(SEVERAL), 1e-3
+    found = problem.refined(minimiser(problem, ridge), ridge).matrix
+    expected = dense(SEVERAL, ridge * size_of(SEVERAL))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_the_plain_metric_needs_no_refinement() -> None:
+    problem = CorrectionProblem(TERMS["plain"])
+    found = minimiser(problem, 1e-3)
+    assert problem.refined(found, 1e-3) is found
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4])
