@@ -55,7 +55,7 @@ def merge(ctx: click.Context) -> None:
 @click.option("--cuda", is_flag=True, help="Estimate a merge that runs with --cuda.")
 @click.option(
     "--gpu",
-    type=click.Choice(sorted(GPUS)),
+    type=click.Choice(sorted(GPUS), case_sensitive=False),
     help="Estimate a merge on this GPU, which need not be here, from its published rates. Disk and "
     "host memory are those of this machine.",
 )
@@ -82,7 +82,8 @@ def plan(
     """Estimate the cost of a merge before it starts.
 
     Prints bytes, flops, memory and time, and what would not fit. Reads configurations and
-    headers, but no weights and no text, and measures the speed of this machine for two seconds.
+    headers, but no weights and no text, and measures the speed of this machine for two seconds
+    (with --gpu, that of its disk alone).
     """
     from mergekit.common import parse_kmb
     from mergekit.options import MergeOptions

@@ -30,7 +30,8 @@ def problems(
     most = max(needs, key=lambda need: need.device)
     if room.gpu and most.device > room.gpu:
         yield (
-            f"GPU memory: {most.phase} takes {_gb(most.device)}, the GPU has {_gb(room.gpu)}; "
+            f"GPU memory: {most.phase} takes {_gb(most.device)}, and the merge may use "
+            f"{_gb(room.gpu)}; "
             f"{_remedy(inventory, room, most.phase, 'device')}"
         )
     written = sum(tensor.written for tensor in inventory.tensors) + inventory.corrections
@@ -65,7 +66,7 @@ def _remedy(inventory: Inventory, room: Room, phase: str, place: str) -> str:
     if place == "host" and settings.one_sweep:
         found.append("pass a smaller `--out-shard-size`")
     if place == "device":
-        found.append("leave out --cuda")
+        found.append("merge on the CPU")
     return ", or ".join(dict.fromkeys(found))
 
 

@@ -45,7 +45,7 @@ class Machine:
         available: bytes of that memory that are free at the moment.
         disk: bytes that are free where the merged model goes.
         gpu: bytes of the GPU's memory, 0 without one.
-        measured: whether speeds were measured; a GPU's may be published ones.
+        published: name of the GPU whose speeds are published ones; empty if they were measured.
     """
 
     forward: float
@@ -59,7 +59,7 @@ class Machine:
     available: int
     disk: int
     gpu: int = 0
-    measured: bool = True
+    published: str = ""
 
     def speed(self, of: Speed) -> float:
         """Flops or elements per second of one kind of work."""
@@ -140,7 +140,7 @@ def with_gpu(
         available=memory.available,
         disk=psutil.disk_usage(str(folder)).free,
         gpu=int(gpu.memory),
-        measured=False,
+        published=gpu.name,
     )
 
 

@@ -1,5 +1,6 @@
 """An estimate as tables of text for people, and as JSON for programs."""
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -15,8 +16,8 @@ _MEANING = (
 )
 _MEASURED = "Times are for this machine as busy as it was just now."
 _PUBLISHED = (
-    "Times come from published rates of the\nGPU, and from this machine's disk; they may be off "
-    "by a factor of two."
+    "Times come from published rates of an\n{gpu} of {memory}, and from this machine's disk; "
+    "they may be off by a factor of two."
 )
 
 
@@ -41,7 +42,11 @@ def to_json(estimate: Estimate) -> dict[str, Any]:
         "streams": estimate.streams,
         "scratch_bytes": estimate.scratch,
         "correction_bytes": inventory.corrections,
-        "machine": asdict(estimate.machine),
+        # Where no file can be written, the disk has no speed, which JSON could not say.
+        "machine": {
+            name: None if value == math.inf else value
+            for name, value in asdict(estimate.machine).items()
+        },
         "problems": list(estimate.problems),
     }
 
@@ -83,7 +88,9 @@ def _need_json(estimate: Estimate, need: Need) -> dict[str, Any]:
 def table(estimate: Estimate) -> str:
     """The same for people, in a few tables."""
     parts = [_models(estimate), _sweeps(estimate), _work(estimate), _memory(estimate)]
-    times = _MEASURED if estimate.machine.measured else _PUBLISHED
+    machine = estimate.machine
+    published = _PUBLISHED.format(gpu=machine.published, memory=_size(machine.gpu))
+    times = published if machine.published else _MEASURED
     return "\n\n".join([*parts, _verdict(estimate), _MEANING + times])
 
 

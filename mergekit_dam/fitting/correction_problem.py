@@ -69,7 +69,7 @@ class CorrectionProblem:
     @property
     def plain(self) -> bool:
         """Whether errors are measured plainly."""
-        return len(self.terms) == 1 and self.terms[0].metric.factors is None
+        return all(term.metric.factors is None for term in self.terms)
 
     @cached_property
     def gram(self) -> Tensor:
@@ -150,13 +150,13 @@ class CorrectionProblem:
     @property
     def _metric(self) -> Tensor:
         """The mean metric `[out, out]`, damped, of mean diagonal 1."""
-        shares = [
-            term.scale * float(term.gram.diagonal().mean(dtype=torch.float64)) / self.mean
-            for term in self.terms
-        ]
-        total = torch.zeros(())
-        for share, term in zip(shares, self.terms, strict=True):
-            own = term.metric.matrix
-            assert own is not None  # of errors that are not measured plainly
-            total = own.mul_(share) if total.ndim == 0 else total.add_(own, alpha=share)
+        residual = self.terms[0].residual
+        total = torch.zeros(len(residual), len(residual), device=residual.device)
+        for term in self.terms:
+            size = term.scale * float(term.gram.diagonal().mean(dtype=torch.float64)) / self.mean
+            matrix = term.metric.matrix
+            if matrix is None:  # a domain whose loss depends on no output of this linear
+                total.diagonal().add_(size)
+            else:
+                total.add_(matrix, alpha=size)
         return ((total + total.T) / 2).to(self.gram)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.fitting.moments import nothing
-from mergekit_dam.streams.distributed import all_sum
+from mergekit_dam.streams.distributed import all_sum, all_totals
 
 
 @dataclass
@@ -59,7 +59,7 @@ class FeatureMoments:
         """Add the sums of the other processes."""
         sums = (self.n_square, self.n_y, self.n_sum, self.y_sum, self.y_square)
         self.n_square, self.n_y, self.n_sum, self.y_sum, self.y_square = map(all_sum, sums)
-        self.energy, self.count = all_sum(torch.stack([self.energy, self.count]))
+        self.energy, self.count = all_totals(self.energy, self.count)
 
     def scaled(self, factor: float) -> "FeatureMoments":
         """A copy with its tokens weighted by `factor`."""

@@ -136,7 +136,8 @@ def _problem(
         Term(m.inputs.gram, m.residual(average, bias), m.metric, m.scale) for m in evidence.fit
     ]
     directions = form.directions(facing, average.dtype)
-    if weight.settings.correction != "none" and terms[0].metric.factors is not None:
+    measured = any(term.metric.factors is not None for term in terms)
+    if weight.settings.correction != "none" and measured:
         return ColumnProblem(directions, [pooled(terms)]), None
     pairs = zip(evidence.fit, terms, strict=True)
     loss = sum(m.error(average, bias, term.residual) for m, term in pairs) / evidence.total

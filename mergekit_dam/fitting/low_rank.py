@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from mergekit_dam.fitting.tensor_cores import exact
+
 OVERSAMPLED = 8
 """Vectors that the subspace has beyond the rank that is asked for."""
 
@@ -24,10 +26,11 @@ def nearest_product(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     # Drawn on the host: every device begins with the same numbers.
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(matrix.shape[1], size, generator=generator, dtype=torch.float64)
-    basis = torch.linalg.qr(matrix @ start.to(matrix)).Q
-    for _ in range(POWERS):
-        basis = torch.linalg.qr(matrix @ (matrix.T @ basis)).Q
-    within = basis.T @ matrix
-    vectors = torch.linalg.eigh(within @ within.T).eigenvectors[:, -rank:].flip(1)
-    left = basis @ vectors
-    return left, left.T @ matrix
+    with exact():
+        basis = torch.linalg.qr(matrix @ start.to(matrix)).Q
+        for _ in range(POWERS):
+            basis = torch.linalg.qr(matrix @ (matrix.T @ basis)).Q
+        within = basis.T @ matrix
+        vectors = torch.linalg.eigh(within @ within.T).eigenvectors[:, -rank:].flip(1)
+        left = basis @ vectors
+        return left, left.T @ matrix

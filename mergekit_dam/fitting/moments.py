@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.fitting.metric import PLAIN, Metric
-from mergekit_dam.fitting.tensor_cores import tensor_cores
-from mergekit_dam.streams.distributed import all_sum
+from mergekit_dam.fitting.tensor_cores import exact
+from mergekit_dam.streams.distributed import all_sum, all_totals
 
 
 def nothing() -> Tensor:
@@ -54,7 +54,7 @@ class InputMoments:
     def add_up(self) -> None:
         """Add the sums of the other processes."""
         self.gram, self.x_sum = all_sum(self.gram), all_sum(self.x_sum)
-        self.count = all_sum(self.count)
+        (self.count,) = all_totals(self.count)
 
     def scaled(self, factor: float) -> "InputMoments":
         """A copy with its tokens weighted by `factor`."""
@@ -122,7 +122,7 @@ class LinearMoments:
     def add_up(self) -> None:
         """Add the sums of the other processes, except to `inputs`."""
         self.cross, self.y_sum = all_sum(self.cross), all_sum(self.y_sum)
-        self.y_square, self.energy = all_sum(torch.stack([self.y_square, self.energy]))
+        self.y_square, self.energy = all_totals(self.y_square, self.energy)
 
     def scaled(self, factor: float) -> "LinearMoments":
         """A copy with its tokens weighted by `factor`, and with its own `inputs`."""
@@ -145,7 +145,7 @@ class LinearMoments:
 
     def residual(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`sum (y - W x - b) x^T`, `[out, in]`, unscaled."""
-        with tensor_cores(False):
+        with exact():
             left = self.cross - weight.to(self.cross) @ self.inputs.gram
         if bias is not None:
             left -= torch.outer(bias.to(left), self.inputs.x_sum.to(left))
@@ -160,7 +160,7 @@ class LinearMoments:
         if residual is None:
             residual = self.residual(weight, bias)
         weight = weight.to(self.cross)
-        with tensor_cores(False):
+        with exact():
             weighted = self.metric(weight)
         squared = self.y_square - (weighted * (self.cross + residual)).sum(dtype=torch.float64)
         if bias is not None:
@@ -196,14 +196,14 @@ class LinearTokens:
 
     def add_up(self) -> None:
         """Add the sums of the other processes."""
-        self.energy, self.count = all_sum(torch.stack([self.energy, self.count]))
+        self.energy, self.count = all_totals(self.energy, self.count)
 
     def error(self, weight: Tensor, bias: Tensor | None) -> float:
-        """`scale * sum |W x + b - y|^2` in the metric, over all processes; products are fp32."""
+        """`scale * sum |W x + b - y|^2` in the metric, over all processes."""
         weight, own = weight.float(), nothing()
         for x, target, counted in self._chunks:
             left = x @ weight.T - target
             if bias is not None:
                 left += bias.float()
             own = own + self.metric.square(left, counted)
-        return self.scale * float(all_sum(own))
+        return self.scale * float(*all_totals(own))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mergekit_dam.fitting.conjugate_gradients import Operator, conjugate_gradients, limit_reached
 from mergekit_dam.fitting.problem import ColumnProblem, sum_rows
+from mergekit_dam.fitting.tensor_cores import exact
 
 DENSE_LIMIT = 12288
 """Largest number of unknowns whose normal matrix is formed and factorised (600 MB in fp32)."""
@@ -99,10 +100,11 @@ def solve_columns(
         factorised, method = _factorised_columns(problem, ridge), "conjugate gradients"
     if factorised is None:
         return _nothing(rhs)
-    solution = _conjugate_gradients(
-        problem, rhs, *factorised, method, limit=ROUGH if rough else MAX_ITERATIONS
-    )
-    return replace(solution, converged=solution.converged or rough)
+    if rough:
+        solution = _conjugate_gradients(problem, rhs, *factorised, method, limit=ROUGH)
+        return replace(solution, converged=True)
+    with exact():
+        return _conjugate_gradients(problem, rhs, *factorised, method, limit=MAX_ITERATIONS)
 
 
 def _factorised(problem: ColumnProblem, ridge: float) -> tuple[float, Operator] | None:

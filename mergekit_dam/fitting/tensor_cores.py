@@ -6,7 +6,7 @@ steers a solution. Differences of large sums need fp32.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -20,3 +20,8 @@ def tensor_cores(allowed: bool) -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def exact() -> AbstractContextManager[None]:
+    """Forbid them while the body runs."""
+    return tensor_cores(False)

@@ -97,6 +97,16 @@ def all_sums(values: Sequence[float]) -> list[float]:
     return sums
 
 
+def all_totals(*totals: Tensor) -> tuple[Tensor, ...]:
+    """Sum of each number (a tensor of no dimension) over all processes.
+
+    They are summed on the host: a process without tokens has its zeros nowhere else.
+    """
+    if not _several():
+        return totals
+    return all_sum(torch.stack([total.cpu() for total in totals])).unbind()
+
+
 def all_rows(x: Tensor) -> Tensor:
     """Rows `[n, ...]` of all processes, in the order of the processes; `n` may differ."""
     if not _several():

@@ -72,7 +72,8 @@ class TestCommand:
         assert fast["machine"]["gpu"] == 80e9
         assert small["peak_gpu_bytes"] == fast["peak_gpu_bytes"] > 0
         assert all(own["seconds"] > found["seconds"] for own, found in _computing(small, fast))
-        assert "published rates of the\nGPU" in self.run(file, "--gpu", "h100").output
+        said = self.run(file, "--gpu", "H100").output
+        assert "published rates of an\nh100 of 80.00 GB" in said
         result = self.run(file, "--gpu", "h100", "--cuda")
         assert result.exit_code == 2
         assert "give one of them" in result.output
@@ -81,7 +82,13 @@ class TestCommand:
         configuration = yaml.safe_load(file.read_text("utf-8"))
         configuration["parameters"]["gpu_memory"] = "100kB"
         file.write_text(yaml.safe_dump(configuration), encoding="utf-8")
-        assert "the GPU has 0.0 GB" in self.run(file, "--gpu", "h100").output
+        assert "the merge may use 0.0 GB" in self.run(file, "--gpu", "h100").output
+
+    def test_json_has_no_speed_of_a_disk_that_cannot_be_written(self, file: Path) -> None:
+        with mock.patch("tempfile.TemporaryFile", side_effect=OSError):
+            result = self.run(file, "--gpu", "h100", "--json")
+        told = json.loads(result.stdout, parse_constant=pytest.fail)
+        assert told["machine"]["read"] is None
 
     @pytest.mark.parametrize(
         ("text", "said"),

@@ -130,7 +130,7 @@ class TestProblems:
     def test_a_gpu_that_is_too_small(self, take: Any) -> None:
         (problem,) = planned_estimate(take(stream_offload="device"), replace(ROOM, gpu=10)).problems
         assert problem.startswith("GPU memory: ")
-        assert "leave out --cuda" in problem
+        assert "merge on the CPU" in problem
 
     def test_a_merge_that_fits_has_no_problems(self, take: Any) -> None:
         made = planned_estimate(take())

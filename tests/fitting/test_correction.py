@@ -1,5 +1,7 @@
 """The correction of a linear, against the dense solution of its quadratic."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -119,6 +121,16 @@ def test_enough_refinements_find_the_dense_minimiser(monkeypatch: pytest.MonkeyP
     found = problem.refined(minimiser(problem, ridge), ridge).matrix
     expected = dense(SEVERAL, ridge * size_of(SEVERAL))
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("places", [(0,), (1,), (0, 1)])
+def test_a_domain_without_gradients_is_measured_plainly(places: tuple[int, ...]) -> None:
+    terms = [replace(own, metric=PLAIN) if i in places else own for i, own in enumerate(SEVERAL)]
+    problem, shift = CorrectionProblem(terms), 1e-3 * size_of(terms)
+    found = problem.refined(minimiser(problem, 1e-3), 1e-3).matrix
+    if problem.plain:
+        torch.testing.assert_close(found, dense(terms, shift), rtol=1e-6, atol=1e-8)
+    assert (found - dense(terms, shift)).norm() < 0.5 * dense(terms, shift).norm()
 
 
 def test_the_plain_metric_needs_no_refinement() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from mergekit.merge_methods import merge_state_dicts
+from safetensors.torch import save_file
 
 from mergekit_dam.errors import ConfigError
 from mergekit_dam.search import search as search_module
@@ -53,6 +54,24 @@ def test_a_replay_gives_the_same_bytes(name: str, kind: str, metric: str, tmp_pa
     assert again.model_bytes == fitted.model_bytes
     assert (again.path / FILE).read_bytes() == (fitted.path / FILE).read_bytes()
     assert again.load()
+
+
+@pytest.mark.parametrize("granularity", ["column", "tensor"])
+def test_a_linear_that_no_loss_depends_on_is_fitted_plainly(
+    granularity: str, calibration: Calibration, tmp_path: Path
+) -> None:
+    """The gate is zero in all models, and so is the gradient of what it multiplies."""
+    models = save_models(tmp_path, ARCHITECTURES["llama"](), count=2)
+    for folder in (models.base, *models.models):
+        tensors = tensors_of(folder)
+        tensors["model.layers.1.mlp.gate_proj.weight"].zero_()
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    made = corrected(
+        models, calibration, tmp_path / "out", "full", metric="sensitivity", granularity=granularity
+    )
+    entry = made.entries["model.layers.1.mlp.up_proj.weight"]
+    assert entry["held_out_start"] > 0
+    assert entry["correction"]["outcome"] == "full"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -36,6 +36,25 @@ def test_alone_nothing_is_set_up() -> None:
         assert distributed.from_first(lambda: 5) == 5
 
 
+def test_numbers_are_summed_on_the_host_wherever_they_are() -> None:
+    seen: list[torch.Tensor] = []
+
+    def doubled(x: torch.Tensor) -> None:
+        seen.append(x)
+        x *= 2
+
+    one, two = torch.tensor(1.0), torch.tensor(2.0)
+    assert distributed.all_totals(one, two) == (one, two)
+    with (
+        mock.patch.object(distributed, "_several", return_value=True),
+        mock.patch.object(dist, "all_reduce", doubled),
+        mock.patch.object(torch.Tensor, "cpu", lambda x: x + 10),
+    ):
+        found = distributed.all_totals(one, two)
+    assert [float(total) for total in found] == [42.0, 44.0]
+    assert seen[0].tolist() == [42.0, 44.0]
+
+
 @pytest.mark.parametrize("turn", [0, 1, 2])
 @pytest.mark.parametrize(("count", "held_out"), [(7, 2), (8, 0), (2, 1), (4, 4)])
 @pytest.mark.parametrize("size", [1, 2, 3])
