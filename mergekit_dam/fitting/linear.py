@@ -73,12 +73,32 @@ def fit_linear(
     Returns:
         The fitted weight and, where there is one, the fitted bias.
     """
+    bias_start = None if bias is None else bias.merged(bias.start())
+    fitted = _fit_columns(weight, bias_start, evidence, axis=axis)
+    if weight.settings.correction != "none":
+        fitted = correct(fitted, evidence, bias_start)
+    if bias is None or bias_start is None:
+        return [fitted]
+    facing_merged = out_by_in(fitted.merged, axis)
+    residuals = [
+        Residual(m.y_sum - facing_merged.double() @ m.inputs.x_sum, m.count, m.metric, m.scale)
+        for m in evidence.fit
+    ]
+    return [fitted, fit_bias(bias, residuals, facing_merged, evidence)]
+
+
+def _fit_columns(
+    weight: TensorSources,
+    bias: Tensor | None,
+    evidence: Evidence[LinearMoments],
+    *,
+    axis: int,
+) -> FittedTensor:
+    """Fit the coefficients of the weight; `bias` is the merged bias that the linear adds."""
     started = time.perf_counter()
     form = weight.settings.parametrisation
     facing = [out_by_in(tensor, axis) for tensor in weight.tensors]
-    bias_start = None if bias is None else bias.merged(bias.start())
-
-    problem, fit_loss = _problem(weight, facing, bias_start, evidence)
+    problem, fit_loss = _problem(weight, facing, bias, evidence)
     if weight.settings.granularity == "tensor":
         solution = solve_tensor(problem, weight.settings.ridge)
     else:
@@ -90,11 +110,11 @@ def fit_linear(
 
     def held_out(coefficients: Tensor) -> float:
         merged = weight.merged(coefficients, axis=axis)
-        return evidence.held_out_loss(out_by_in(merged, axis), bias_start)
+        return evidence.held_out_loss(out_by_in(merged, axis), bias)
 
     candidate = form.stepped(solution.step)
     # The objective without its ridge is the loss up to a constant: the loss falls by the gain.
-    fitted = judged(
+    return judged(
         weight,
         "linear",
         candidate,
@@ -107,16 +127,6 @@ def fit_linear(
         solver=solution.statistics(),
         started=started,
     )
-    if weight.settings.correction != "none":
-        fitted = correct(fitted, evidence, bias_start)
-    if bias is None or bias_start is None:
-        return [fitted]
-    facing_merged = out_by_in(fitted.merged, axis)
-    residuals = [
-        Residual(m.y_sum - facing_merged.double() @ m.inputs.x_sum, m.count, m.metric, m.scale)
-        for m in evidence.fit
-    ]
-    return [fitted, fit_bias(bias, residuals, facing_merged, evidence)]
 
 
 def _problem(
