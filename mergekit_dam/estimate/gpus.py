@@ -8,6 +8,7 @@ class Gpu:
     """Published rates and sizes of a GPU.
 
     Attributes:
+        name: what `--gpu` calls it.
         memory: bytes.
         bandwidth: bytes per second of that memory.
         fp32, fp64: flops per second without tensor cores.

@@ -58,15 +58,3 @@ def conjugate_gradients(
         direction = conditioned + (slope / previous) * direction
         iterations += 1
     return Ended(step, residual, iterations, converged=not left > target)
-
-
-def limit_reached(iterations: int, residual: float) -> str:
-    """The message that they stopped at their limit, for log and report.
-
-    Args:
-        residual: Norm of the residual, relative to that of the right-hand side.
-    """
-    return (
-        f"conjugate gradients stopped at their limit of {iterations} iterations, with a "
-        f"relative residual of {residual:.1e}"
-    )

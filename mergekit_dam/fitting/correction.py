@@ -16,7 +16,6 @@ from mergekit_dam.coefficients.tensors import FittedTensor, TensorSettings
 from mergekit_dam.fitting.correction_problem import CorrectionProblem, Minimiser
 from mergekit_dam.fitting.evidence import Evidence
 from mergekit_dam.fitting.moments import LinearMoments
-from mergekit_dam.fitting.problem import Term
 from mergekit_dam.streams.distributed import from_first
 
 RIDGES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
@@ -86,7 +85,7 @@ def problem_of(
     evidence: Evidence[LinearMoments], weight: Tensor, bias: Tensor | None
 ) -> CorrectionProblem:
     """The quadratic of the correction of a merged weight `[out, in]`; metrics are fp32."""
-    terms = [Term(m.inputs.gram, m.residual(weight, bias), m.metric, m.scale) for m in evidence.fit]
+    terms = [moments.term(weight, bias) for moments in evidence.fit]
     problem = CorrectionProblem(terms)
     if problem.plain:
         return problem

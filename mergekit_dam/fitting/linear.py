@@ -14,7 +14,7 @@ from mergekit_dam.fitting.evidence import Evidence, Losses, M
 from mergekit_dam.fitting.judged import judged, judged_solution
 from mergekit_dam.fitting.metric import PLAIN, Metric
 from mergekit_dam.fitting.moments import LinearMoments
-from mergekit_dam.fitting.problem import ColumnProblem, Term, pooled
+from mergekit_dam.fitting.problem import ColumnProblem, pooled
 from mergekit_dam.fitting.solver import solve_columns, solve_small, solve_tensor
 
 LOG = logging.getLogger(__name__)
@@ -142,9 +142,7 @@ def _problem(
     """
     form = weight.settings.parametrisation
     average = form.average(facing, evidence.fit[0].cross.dtype)
-    terms = [
-        Term(m.inputs.gram, m.residual(average, bias), m.metric, m.scale) for m in evidence.fit
-    ]
+    terms = [moments.term(average, bias) for moments in evidence.fit]
     directions = form.directions(facing, average.dtype)
     measured = any(term.metric.factors is not None for term in terms)
     if weight.settings.correction != "none" and measured:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.fitting.metric import PLAIN, Metric
+from mergekit_dam.fitting.problem import Term
 from mergekit_dam.fitting.tensor_cores import exact
 from mergekit_dam.streams.distributed import all_sum, all_totals
 
@@ -150,6 +151,10 @@ class LinearMoments:
         if bias is not None:
             left -= torch.outer(bias.to(left), self.inputs.x_sum.to(left))
         return left
+
+    def term(self, weight: Tensor, bias: Tensor | None) -> Term:
+        """The term of a quadratic in the steps away from a weight `[out, in]`."""
+        return Term(self.inputs.gram, self.residual(weight, bias), self.metric, self.scale)
 
     def error(self, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> float:
         """`scale * sum |W x + b - y|^2` in the metric, for a weight `[out, in]`, bias `[out]`.

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mergekit_dam.fitting.conjugate_gradients import Operator, conjugate_gradients, limit_reached
+from mergekit_dam.fitting.conjugate_gradients import Operator, conjugate_gradients
 from mergekit_dam.fitting.problem import ColumnProblem, sum_rows
 from mergekit_dam.fitting.tensor_cores import exact
 
@@ -75,8 +75,10 @@ class Solution:
     @property
     def limit_reached(self) -> str:
         """The message that conjugate gradients stopped at their limit, for log and report."""
-        said = limit_reached(self.iterations, self.residual)
-        return f"{said}; a larger `ridge` makes them converge"
+        return (
+            f"conjugate gradients stopped at their limit of {self.iterations} iterations, with a "
+            f"relative residual of {self.residual:.1e}; a larger `ridge` makes them converge"
+        )
 
 
 def solve_columns(
