@@ -162,10 +162,11 @@ def linear_fit(unit: UnitShape, part: PartSize, inventory: Inventory, *, sensiti
     size = linear_size(unit, part, inventory, gradient_tokens=tokens)
     # A target is the teacher's own output but for linears that write to the residual stream.
     writes = unit.kind == "linear" and unit.leaves == inventory.hidden
-    work = costs.linear_moments(size, text.fit_tokens, text.fit_chunks, own_targets=writes)
+    squares = 0 if text.judged_apart else 2 if writes else 1
+    work = costs.linear_moments(size, text.fit_tokens, text.fit_chunks, squares=squares)
     work += costs.making_metrics(size.metric, text.models)
-    work += costs.judgement(size, text.held_out_tokens)
-    work += costs.correction(size, text.held_out_tokens)
+    work += costs.judgement(size, text.tensor_judging_tokens)
+    work += costs.correction(size, text.tensor_judging_tokens)
     return work + costs.solution(size)
 
 
@@ -190,12 +191,12 @@ def experts_fit(
     for linear in unit.linears:
         size = linear_size(linear, part, inventory, gradient_tokens=gradient_tokens)
         moments = costs.input_moments(linear.enters, experts * text.fit_tokens, 0)
-        moments += costs.linear_moments(size, experts * text.fit_tokens, 0, own_targets=False)
+        moments += costs.linear_moments(size, experts * text.fit_tokens, 0, squares=1)
         each = costs.making_metrics(size.metric, text.models) + costs.solution(size)
         each += costs.judgement(size, 0) + costs.correction(size, 0)
         # Every expert has tokens of its own in most chunks.
         each += costs.input_moments(linear.enters, 0, text.fit_chunks)
-        each += costs.linear_moments(size, 0, text.fit_chunks, own_targets=False)
+        each += costs.linear_moments(size, 0, text.fit_chunks, squares=1)
         judged = costs.judgement(size, experts * text.held_out_tokens)
         corrected = costs.correction(size, experts * text.held_out_tokens)
         judged["judging", "fp32"] += corrected["judging", "fp32"]

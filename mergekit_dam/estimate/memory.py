@@ -186,7 +186,7 @@ def _solving_bytes(part: PartSize, inventory: Inventory, *, copies: int, metrics
     for group in _solved_together(part):
         sizes = [linear_size(unit, part, inventory, gradient_tokens=tokens) for unit in group]
         # Of the tokens that judge, targets are as kept in the cache; what enters is a copy.
-        judging = FLOAT * text.held_out_tokens * (group[0].enters + group[0].leaves)
+        judging = FLOAT * text.tensor_judging_tokens * (group[0].enters + group[0].leaves)
         solving = max(max(solution_bytes(size), correction_bytes(size)) for size in sizes)
         found.append(moments_bytes(sizes) + judging + max(copies, solving))
     return max(found)

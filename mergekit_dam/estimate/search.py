@@ -10,14 +10,21 @@ from mergekit_dam.parameters import RunParameters
 from mergekit_dam.search.descend import judged_steps
 
 
-def survey(inventory: Inventory, *, teachers: bool) -> Work:
-    """One run of the model at the start, and of every teacher if they run, too."""
-    work = Work()
+def survey(inventory: Inventory, *, measures: bool, teachers: bool) -> Work:
+    """One run of the model at the start on the tokens that are asked for.
+
+    Args:
+        measures: the tokens that give metrics run, and not only those that judge it.
+        teachers: every teacher runs, too, on all of its tokens.
+    """
+    work, text = Work(), inventory.text
+    tokens = text.judging_tokens + (text.gradient_tokens if measures else 0)
     for part in inventory.parts[:-1]:
-        flops, elements = forward(part, inventory, inventory.text.tokens)
+        flops, elements = forward(part, inventory, tokens)
         work["merged stream", "forward"] += flops
         work["merged stream", "elements"] += elements
         if teachers:
+            flops, elements = forward(part, inventory, text.tokens)
             work["teachers", "forward"] += flops
             work["teachers", "elements"] += elements + inventory.text.models * part.parameters
         work += merging(part, inventory, 1)

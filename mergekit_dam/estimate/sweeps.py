@@ -53,17 +53,18 @@ def sweeps(inventory: Inventory, room: Room) -> list[Sweep]:
     fraction = 1 - kept_weights(inventory, room) / max(1, loaded_bytes(inventory))
     again = int(fraction * stages)
     layers = settings.objective != "logits"
-    found = [Sweep("survey", stages, search.survey(inventory, teachers=not layers))]
+    measures = layers and settings.metric == "sensitivity"
+    first = search.survey(inventory, measures=measures, teachers=not layers)
+    found = [Sweep("survey", stages, first)]
     if layers:
-        if settings.metric == "sensitivity":
+        if measures:
             back = int(fraction * _stored(inventory, 1))
             found.append(Sweep("backward", back, search.backward_sweep(inventory)))
-        for sensitivity in (True, False) if settings.metric == "sensitivity" else (False,):
+        for sensitivity in (True, False) if measures else (False,):
             work = flops.layer_sweep(inventory, kept=kept, sensitivity=sensitivity)
             work += search.judgement(inventory)
             name = f"layer fits, {'sensitivity' if sensitivity else 'identity'}"
-            first = sensitivity == (settings.metric == "sensitivity")
-            condition = "" if first else "if those are no good"
+            condition = "" if sensitivity == measures else "if those are no good"
             found.append(Sweep(name, again, work, condition=condition))
     if settings.objective != "layer":
         for index, steps in enumerate(descents(settings.steps)):

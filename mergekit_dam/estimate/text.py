@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from mergekit_dam.layers.judged_tokens import stride
 from mergekit_dam.search.sensitivity import TOKENS, gradient_sequences
 from mergekit_dam.streams.share import Share, judging_split
 from mergekit_dam.streams.stream import chunks
@@ -44,8 +45,17 @@ class Text:
     @property
     def judging_tokens(self) -> int:
         """Tokens of all models on which the merged model as a whole is judged."""
-        held_out = judging_split(self._shares()) == "held_out"
-        return self.held_out_tokens if held_out else self.fit_tokens
+        return self.held_out_tokens if self.judged_apart else self.fit_tokens
+
+    @property
+    def judged_apart(self) -> bool:
+        """Whether the tokens that judge take no part in the fit."""
+        return judging_split(self._shares()) == "held_out"
+
+    @property
+    def tensor_judging_tokens(self) -> int:
+        """Held-out tokens of all models that judge single tensors, but for those of experts."""
+        return sum(n * self.length // stride(n, self.length) for n in self.held_out)
 
     @property
     def gradient_tokens(self) -> int:

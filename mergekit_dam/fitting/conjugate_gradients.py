@@ -45,16 +45,17 @@ def conjugate_gradients(
         target: Norm of the residual at which they stop.
         limit: Largest number of iterations.
     """
-    conditioned = precondition(residual)
-    direction, slope = conditioned.clone(), (residual * conditioned).sum()
-    iterations = 0
+    direction, previous, iterations = residual, None, 0
     while (left := float(residual.norm())) > target and iterations < limit:
+        conditioned = precondition(residual)
+        slope = (residual * conditioned).sum()
+        direction = (
+            conditioned if previous is None else conditioned + (slope / previous) * direction
+        )
+        previous = slope
         curvature = product(direction)
         length = slope / (direction * curvature).sum()
         step += length * direction
         residual -= length * curvature
-        conditioned = precondition(residual)
-        previous, slope = slope, (residual * conditioned).sum()
-        direction = conditioned + (slope / previous) * direction
         iterations += 1
     return Ended(step, residual, iterations, converged=not left > target)

@@ -1,7 +1,7 @@
 """The correction of one linear: the matrix that leaves the least error once its columns are fitted.
 
-Ridges go down as long as held-out data prefers the next. In metrics, they are judged by what is
-nearest to their minimisers at little cost, and the best is refined. Related methods are FeatCal
+Ridges go down as long as held-out data prefers the next. In metrics, they are judged by their
+minimisers in the pooled plain metric, and the best is refined. Related methods are FeatCal
 (arXiv 2605.13030) and RegMean++ (arXiv 2508.03121), which correct from other starts.
 """
 
@@ -15,6 +15,7 @@ from mergekit_dam.coefficients.correction import Correction, out_by_in, saves_ro
 from mergekit_dam.coefficients.tensors import FittedTensor, TensorSettings
 from mergekit_dam.fitting.correction_problem import CorrectionProblem, Minimiser
 from mergekit_dam.fitting.evidence import Evidence
+from mergekit_dam.fitting.low_rank import best_factors
 from mergekit_dam.fitting.moments import LinearMoments
 from mergekit_dam.streams.distributed import from_first
 
@@ -49,7 +50,7 @@ def correct(
     ridge, found = _ridge(problem, lambda step: held_out(Correction(full=step.float())), start)
     best: Correction | None = None
     if found is not None:
-        candidate = _candidate(problem.refined(found, ridge), fitted.sources.settings)
+        candidate = _candidate(problem, found, ridge, fitted.sources.settings)
         if (loss := held_out(candidate)) < start:
             best = candidate
             said = {"outcome": "full"}
@@ -93,12 +94,15 @@ def problem_of(
     return CorrectionProblem(single)
 
 
-def _candidate(found: Minimiser, settings: TensorSettings) -> Correction:
+def _candidate(
+    problem: CorrectionProblem, found: Minimiser, ridge: float, settings: TensorSettings
+) -> Correction:
     """A correction of the kind that is asked for.
 
     Where factors would take as much room as the matrix, it is the matrix.
     """
-    shape = found.whitened.shape
-    if settings.correction == "low_rank" and saves_room(shape, settings.correction_rank):
-        return found.truncated(settings.correction_rank)
-    return Correction(full=found.matrix.float())
+    rank = settings.correction_rank
+    if settings.correction == "low_rank" and saves_room(found.whitened.shape, rank):
+        left, right = best_factors(problem, found, ridge, rank)
+        return Correction(left=left.float().contiguous(), right=right.float().contiguous())
+    return Correction(full=problem.refined(found, ridge).float())

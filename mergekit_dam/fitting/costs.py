@@ -15,7 +15,7 @@ import torch
 
 from mergekit_dam.fitting.correction import RIDGES
 from mergekit_dam.fitting.correction_problem import REFINEMENTS
-from mergekit_dam.fitting.low_rank import OVERSAMPLED, POWERS
+from mergekit_dam.fitting.low_rank import LEFT, OVERSAMPLED, POWERS, RIGHT
 from mergekit_dam.fitting.metric import kept_as_rows
 from mergekit_dam.fitting.solver import DENSE_LIMIT, ROUGH, precision
 from mergekit_dam.parameters import CorrectionKind
@@ -138,12 +138,12 @@ def input_moments(columns: int, tokens: int, chunks: int) -> Work:
     )
 
 
-def linear_moments(size: LinearSize, tokens: int, chunks: int, *, own_targets: bool) -> Work:
+def linear_moments(size: LinearSize, tokens: int, chunks: int, *, squares: int) -> Work:
     """Work of `LinearMoments.add` for some tokens, without the moments of its input.
 
     Args:
-        own_targets: targets are other than the outputs of the teachers, so that their size in the
-            metric is computed, too.
+        squares: how many squares are summed in metrics: none, those of targets that are the
+            teachers' outputs, or those of both.
     """
     work = Work(
         {
@@ -152,7 +152,7 @@ def linear_moments(size: LinearSize, tokens: int, chunks: int, *, own_targets: b
         }
     )
     if size.metric is not None:
-        work["metrics", "fp32"] = (2 if own_targets else 1) * tokens * size.metric.square
+        work["metrics", "fp32"] = squares * tokens * size.metric.square
     return work
 
 
@@ -212,32 +212,42 @@ def correction(size: LinearSize, held_out_tokens: int) -> Work:
     work = Work()
     if size.correction == "none":
         return work
-    columns, out, weight, metric = size.columns, size.out, size.weight, size.metric
+    columns, weight, metric = size.columns, size.weight, size.metric
     single = metric is not None or size.dtype == torch.float32
     speed: Speed = "fp32" if single else "fp64"
     product = 2 * weight * columns
     # Residuals at the weight; two triangular solves for every ridge.
     work["corrections", speed] = (size.terms + len(RIDGES)) * product
     work["corrections", "cholesky"] = len(RIDGES) * columns**3 // 3
-    if metric is not None:
-        # The metrics of the residuals, their mean as a matrix, its factor, and two solves with it.
-        measured = metric.product * columns + metric.as_matrix
-        work["corrections", speed] += size.terms * measured + 2 * out**2 * columns
-        work["corrections", "cholesky"] += out**3 // 3
-        # A product with the quadratic before every step and one before the first, and a division by
-        # the nearest product after each of them; then the result is whitened.
-        goes = 1 + REFINEMENTS
-        work["corrections", speed] += goes * size.terms * (product + metric.product * columns)
-        work["corrections", speed] += goes * 2 * weight * (out + columns) + product
     if size.correction == "low_rank":
-        subspace = min(size.rank + OVERSAMPLED, out, columns)
-        products = 2 * (POWERS + 1) + 2
-        work["corrections", speed] += 2 * products * weight * subspace + size.rank * columns**2
+        work["corrections", speed] += _factors(size)
         work["merging", "elements"] += size.rank * weight
+    elif metric is not None:
+        # A product with the quadratic before the first step and one in every step, which a division
+        # by the shifted Gram matrix precedes.
+        measured = product + metric.product * columns
+        work["corrections", speed] += size.terms * ((1 + REFINEMENTS) * measured + measured)
+        work["corrections", speed] += REFINEMENTS * product
     square = 0 if metric is None else metric.square
     work["judging", "fp32"] = (1 + len(RIDGES)) * held_out_tokens * (2 * weight + square)
     work["merging", "elements"] += (1 + len(RIDGES)) * size.sources * weight
     return work
+
+
+def _factors(size: LinearSize) -> int:
+    """Flops of the factors of a correction of low rank, given the minimiser that they are of."""
+    columns, weight, rank, metric = size.columns, size.weight, size.rank, size.metric
+    subspace = min(rank + OVERSAMPLED, size.out, columns)
+    products = 2 * (POWERS + 1) + 2
+    work = 2 * products * weight * subspace + rank * columns**2
+    if metric is None:
+        return work
+    # Either factor: its right-hand side, what is held in the quadratic, then the products: one with
+    # the quadratic before the first step and one in every step.
+    cross, gram = 2 * rank * weight, 2 * rank * columns**2
+    left = cross + gram + (2 + LEFT) * rank * metric.product
+    right = cross + rank * metric.product + (1 + RIGHT) * gram
+    return work + size.terms * (left + right) + RIGHT * gram
 
 
 def moments_bytes(sizes: Sequence[LinearSize]) -> int:
@@ -277,10 +287,9 @@ def correction_bytes(size: LinearSize) -> int:
         number, copies = FLOAT, FLOAT * size.terms * (size.columns**2 + weight)
     # The Gram matrix of all terms, shifted, its factor, and the factor of the best ridge so far.
     grams = 4 * number * size.columns**2 + copies
-    if size.metric is not None:
-        grams = max(grams, number * (size.columns**2 + 3 * size.out**2) + copies)
-    # Residuals, the right-hand side, and two minimisers, one of them also as a matrix; or one with
-    # the vectors of conjugate gradients.
-    vectors = number * weight * (size.terms + (4 if size.metric is None else 8))
+    # Residuals, those of all terms together, and two minimisers, one of them also as a matrix; or
+    # a whole one with the vectors of conjugate gradients.
+    refined = size.metric is not None and size.correction == "full"
+    vectors = number * weight * (size.terms + (8 if refined else 5))
     merged = 3 * FLOAT * weight
     return grams + vectors + merged

@@ -91,9 +91,16 @@ class Evidence(Generic[M]):
     held_out: Sequence[Judge]
     total: float
 
-    def fit_loss(self, weight: Tensor, bias: Tensor | None) -> float:
-        """Loss on the data of the fit, as a fraction of the teachers' energy."""
+    def fit_loss(self, weight: Tensor, bias: Tensor | None) -> float | None:
+        """Loss on the data of the fit, as a fraction of the teachers' energy, where it is known."""
+        if not self.knows_fit_loss:
+            return None
         return sum(sums.error(weight, bias) for sums in self.fit) / self.total
+
+    @property
+    def knows_fit_loss(self) -> bool:
+        """Whether the sums over the data of the fit give its loss."""
+        return all(not isinstance(sums, LinearMoments) or sums.squares for sums in self.fit)
 
     def held_out_loss(self, weight: Tensor, bias: Tensor | None) -> float:
         """Loss on the held-out data, as a fraction of the teachers' energy."""

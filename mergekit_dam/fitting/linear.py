@@ -138,7 +138,7 @@ def _problem(
     """The problem of the step away from the average, and the loss of that on the data of the fit.
 
     Where a correction follows, columns are fitted in the plain metric: it recovers as much, and
-    products with metrics cost much. The loss, which is in the metrics, is then None.
+    products with metrics cost much. Then, or where its sums are not kept, the loss is None.
     """
     form = weight.settings.parametrisation
     average = form.average(facing, evidence.fit[0].cross.dtype)
@@ -147,6 +147,8 @@ def _problem(
     measured = any(term.metric.factors is not None for term in terms)
     if weight.settings.correction != "none" and measured:
         return ColumnProblem(directions, [pooled(terms)]), None
+    if not evidence.knows_fit_loss:
+        return ColumnProblem(directions, terms), None
     pairs = zip(evidence.fit, terms, strict=True)
     loss = sum(m.error(average, bias, term.residual) for m, term in pairs) / evidence.total
     return ColumnProblem(directions, terms), loss

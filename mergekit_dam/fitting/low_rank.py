@@ -1,8 +1,18 @@
-"""The product of two thin matrices that is nearest to a matrix."""
+"""Corrections of low rank: factors X `[out, rank]` and C `[rank, in]` of D.
+
+In the plain metric the best ones are the leading singular vectors of D, whitened by its inputs. In
+other metrics they are where an alternation begins: the quadratic is minimised over one factor and
+then over the other. Each is a system of `rank` vectors, so that a metric or a Gram matrix never
+multiplies a whole weight.
+"""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from mergekit_dam.fitting.conjugate_gradients import conjugate_gradients
+from mergekit_dam.fitting.correction_problem import CorrectionProblem, Minimiser
 from mergekit_dam.fitting.tensor_cores import exact
 
 OVERSAMPLED = 8
@@ -10,6 +20,91 @@ OVERSAMPLED = 8
 
 POWERS = 4
 """Times that the subspace is multiplied by the matrix and its transpose, after the first."""
+
+LEFT, RIGHT = 5, 3
+"""Iterations of conjugate gradients for either factor."""
+
+
+def best_factors(
+    problem: CorrectionProblem, found: Minimiser, ridge: float, rank: int
+) -> tuple[Tensor, Tensor]:
+    """The factors X `[out, rank]` and C `[rank, in]` whose product minimises the quadratic, about.
+
+    Args:
+        problem: The quadratic.
+        found: Its minimiser in the pooled plain metric.
+        ridge: The ridge of that.
+        rank: At most the smaller side is taken.
+    """
+    left, whitened = nearest_product(found.whitened, rank)
+    if problem.plain:
+        return left, found.turned_back(whitened)
+    with exact():
+        basis, mixed = torch.linalg.qr(whitened.T)
+        right = found.turned_back(basis.T)  # right (G + ridge m) right^T = 1
+        left, mixed = torch.linalg.qr(_left(problem, right, left @ mixed.T, ridge))
+        return left, _right(problem, found, left, mixed @ right, ridge)
+
+
+def _left(problem: CorrectionProblem, right: Tensor, start: Tensor, ridge: float) -> Tensor:
+    """The minimiser over X from a start, for a C whose rows are orthonormal for the inputs."""
+    grams = [term.scale * (right @ term.gram @ right.T) for term in problem.terms]
+    pull_to_zero = ridge * problem.mean * (right @ right.T)
+    pairs = list(zip(problem.terms, grams, strict=True))
+    diagonal = sum(
+        (term.metric.diagonal(start) * gram.diagonal().mean() for term, gram in pairs),
+        torch.zeros(len(start), device=start.device),
+    )
+
+    def product(x: Tensor) -> Tensor:
+        total = x @ pull_to_zero
+        for term, gram in pairs:
+            total += term.metric(x @ gram)
+        return total
+
+    rhs = torch.zeros_like(start)
+    for term in problem.terms:
+        rhs += term.apply(term.residual @ right.T)
+    return _solved(product, lambda x: x / diagonal[:, None], start, rhs, LEFT)
+
+
+def _right(
+    problem: CorrectionProblem, found: Minimiser, left: Tensor, start: Tensor, ridge: float
+) -> Tensor:
+    """The minimiser over C from a start, for an X of orthonormal columns."""
+    rhs, pairs, mean = torch.zeros_like(start), [], torch.zeros_like(left.T @ left)
+    for term in problem.terms:
+        measured = term.apply(left)
+        rhs += measured.T @ term.residual
+        inner = left.T @ measured
+        pairs.append((inner, term.gram))
+        mean += inner * (term.gram.diagonal().mean() / problem.mean)
+    factor = torch.linalg.cholesky((mean + mean.T) / 2)
+
+    def product(c: Tensor) -> Tensor:
+        total = ridge * problem.mean * c
+        for inner, gram in pairs:
+            total += inner @ (c @ gram)
+        return total
+
+    def divided(c: Tensor) -> Tensor:
+        return found.divided(torch.cholesky_solve(c, factor))
+
+    return _solved(product, divided, start, rhs, RIGHT)
+
+
+def _solved(
+    product: Callable[[Tensor], Tensor],
+    precondition: Callable[[Tensor], Tensor],
+    start: Tensor,
+    rhs: Tensor,
+    limit: int,
+) -> Tensor:
+    target = 1e-9 * float(rhs.norm())  # there is nothing left to divide by then
+    left = rhs - product(start)
+    return conjugate_gradients(
+        product, precondition, start.clone(), left, target=target, limit=limit
+    ).step
 
 
 def nearest_product(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -69,6 +69,11 @@ class Metric:
         return cls((matrix + matrix.T) / 2, True, DAMPING * mean)
 
     @property
+    def plain(self) -> bool:
+        """Whether S is the identity."""
+        return self.factors is None
+
+    @property
     def mean(self) -> float:
         """Mean of its diagonal."""
         if self.factors is None:
@@ -77,6 +82,13 @@ class Metric:
             return self.shift + float(self.factors.diagonal().mean(dtype=torch.float64))
         energy = float(self.factors.square().sum(dtype=torch.float64))
         return self.shift + energy / self.factors.shape[1]
+
+    def diagonal(self, like: Tensor) -> Tensor:
+        """Its diagonal, fp32 `[out]`, where a tensor `[out, ...]` is."""
+        if self.factors is None:
+            return torch.full((len(like),), self.shift, device=like.device)
+        own = self.factors.diagonal() if self.is_matrix else self.factors.square().sum(0)
+        return own + self.shift
 
     def __call__(self, x: Tensor) -> Tensor:
         """`S x` for x `[out, n]` or `[out]`, in the dtype of x."""

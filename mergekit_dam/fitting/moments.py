@@ -81,6 +81,7 @@ class LinearMoments:
         energy: `sum |teacher's own output|^2`; the target may differ from that output.
         metric: Metric of the errors, of `y_square` and of `energy`.
         scale: Factor of all these sums.
+        squares: Whether `y_square` and `energy` are summed, without which no loss is known.
     """
 
     inputs: InputMoments
@@ -90,14 +91,21 @@ class LinearMoments:
     energy: Tensor = field(default_factory=nothing)
     metric: Metric = PLAIN
     scale: float = 1.0
+    squares: bool = True
 
     @classmethod
     def zeros(
-        cls, out_features: int, inputs: InputMoments, metric: Metric = PLAIN
+        cls,
+        out_features: int,
+        inputs: InputMoments,
+        metric: Metric = PLAIN,
+        *,
+        squares: bool = True,
     ) -> "LinearMoments":
         """Empty sums, with the given sums of the inputs."""
         cross = inputs.gram.new_zeros(out_features, inputs.gram.shape[1])
-        return cls(inputs, cross, inputs.x_sum.new_zeros(out_features), metric=metric)
+        y_sum = inputs.x_sum.new_zeros(out_features)
+        return cls(inputs, cross, y_sum, metric=metric, squares=squares)
 
     @property
     def count(self) -> Tensor:
@@ -116,6 +124,8 @@ class LinearMoments:
         root = weight.sqrt()[:, None]
         self.cross += (target * root).T @ (x * root)
         self.y_sum += (target * weight[:, None]).sum(0, dtype=torch.float64)
+        if not self.squares:
+            return
         energy = self.metric.square(output, weight)
         square = energy if target is output else self.metric.square(target, weight)
         self.energy, self.y_square = self.energy + energy, self.y_square + square

@@ -16,6 +16,7 @@ from mergekit_dam.fitting.norm import fit_norm
 from mergekit_dam.fitting.solver import precision
 from mergekit_dam.layers.experts import fit_experts
 from mergekit_dam.layers.gather import gather
+from mergekit_dam.layers.judged_tokens import judging_rows, stride
 from mergekit_dam.layers.seen import Seen
 from mergekit_dam.layers.state import Walk
 from mergekit_dam.layers.targets import flat, target, token_weights
@@ -23,11 +24,13 @@ from mergekit_dam.model.anatomy import norm_parts
 from mergekit_dam.model.units import Unit
 from mergekit_dam.streams.distributed import all_sum
 from mergekit_dam.streams.memory import give_back
-from mergekit_dam.streams.share import Split
+from mergekit_dam.streams.share import Split, judging_split
 from mergekit_dam.streams.stream import Stream
 
 Settled = Iterator[tuple[str, FittedTensor]]
 """(name relative to the part, fitted tensor) for each tensor that a group settles."""
+
+_ALL: Tensor | slice = slice(None)
 
 Targets = Callable[[Seen], Mapping[str, tuple[Tensor, Tensor]]]
 """From a chunk to each unit's target and the teacher's own output, by unit name."""
@@ -76,10 +79,17 @@ def _linear_evidence(
     columns = shapes[first.name][1]
     dtype = precision(columns * walk.weight(first).settings.parametrisation.expand.shape[1])
 
+    every = {s.source: stride(s.share.count("held_out"), s.teacher.shape[1]) for s in walk.streams}
+    # Squares in metrics cost much; they are needed where the data of the fit judges it.
+    judged_apart = judging_split(stream.share for stream in walk.streams) == "held_out"
+
     def empty(stream: Stream) -> dict[str, LinearMoments]:
         inputs = InputMoments.zeros(columns, walk.device, dtype)
+        metrics = {name: walk.metric(name, stream) for name in shapes}
         return {
-            name: LinearMoments.zeros(out, inputs, walk.metric(name, stream))
+            name: LinearMoments.zeros(
+                out, inputs, metrics[name], squares=metrics[name].plain or not judged_apart
+            )
             for name, (out, _) in shapes.items()
         }
 
@@ -89,12 +99,16 @@ def _linear_evidence(
     def add(sums: Mapping[str, LinearMoments] | Mapping[str, LinearTokens], seen: Seen) -> None:
         x, wanted = flat(seen.merged.inputs[first.name]), targets(seen)
         weight = token_weights([own for own, _ in wanted.values()], seen.sequences)
-        own = sums[first.name]
+        own, rows = sums[first.name], _ALL
         if isinstance(own, LinearMoments):
             own.inputs.add(x, weight)  # shared by the units
+        elif every[seen.source] > 1:
+            length = len(weight) // seen.sequences
+            rows = judging_rows(seen.numbers, length, every[seen.source]).to(x.device)
+            x, weight = x[rows], weight[rows]
         for name, (goal, made) in wanted.items():
-            output = flat(made)
-            sums[name].add(x, output if goal is made else flat(goal), output, weight)
+            output = flat(made)[rows]
+            sums[name].add(x, output if goal is made else flat(goal)[rows], output, weight)
 
     return gather(walk, group, units, empty=empty, judges=judges, add=add, pool=not walk.metrics)
 

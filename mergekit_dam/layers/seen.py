@@ -21,14 +21,19 @@ class Seen:
         source: index of the teacher.
         drift: residual stream of the teacher minus that of the merged model, at the point where
             the units of the group add to it.
-        sequences: number of sequences.
+        numbers: numbers of the sequences among those of all processes.
     """
 
     source: int
     teacher: Captured
     merged: Captured
     drift: Tensor
-    sequences: int
+    numbers: range
+
+    @property
+    def sequences(self) -> int:
+        """Number of sequences."""
+        return len(self.numbers)
 
 
 def see(
@@ -43,7 +48,7 @@ def see(
         teacher = _see_teacher(walk, group, units, stream, chunk, weights, teacher_x)
         merged = _see_merged(walk, group, units, stream, chunk, merged_x)
         drift = _drift(walk, group, teacher, merged, teacher_x - merged_x)
-        yield Seen(stream.source, teacher, merged, drift, teacher_x.shape[0])
+        yield Seen(stream.source, teacher, merged, drift, stream.share.numbers[chunk])
 
 
 def _teacher_weights(

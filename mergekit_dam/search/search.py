@@ -1,7 +1,7 @@
 """The search for the best coefficients: one trial after the other, each judged on held-out data.
 
-1. Survey: the model at the start runs on the calibration data once, and so does every teacher: in
-   the first sweep of layer fits or, where there is none, in the survey.
+1. Survey: the model at the start runs on the sequences that judge it and those that give metrics.
+   Every teacher runs once: in the first sweep of layer fits or, where there is none, in the survey.
 2. Trials of the configured objective. First, a sweep of layer fits in the sensitivity metric.
    Next, a sweep in the plain metric, if the first was not asked for or did not improve the model.
    Then, where those left much to gain, descents of the end-to-end objective from the best so far:
@@ -32,7 +32,7 @@ from mergekit_dam.search.descend import descend, judged_at_output
 from mergekit_dam.search.gradient import Objective
 from mergekit_dam.search.regularisers import column_weights
 from mergekit_dam.search.sensitivity import Sensitivity, sweep_back
-from mergekit_dam.search.survey import judged_start, survey
+from mergekit_dam.search.survey import judged_by, judged_start, survey
 from mergekit_dam.sources.network import Network
 from mergekit_dam.sources.stage import OpenStage
 from mergekit_dam.streams.boundaries import BoundaryStates
@@ -89,7 +89,7 @@ def search(
         boundaries = BoundaryStates(Path(folder) / "entered")
         if settings.objective == "logits":
             surveyed = survey(network, streams, start, None, teachers=True)
-            best, data = judged_start(network, streams, surveyed, surveyed.streams)
+            best, data = judged_start(network, streams, surveyed, surveyed.taught)
             del surveyed
         else:
             best, data = layer_trials(
@@ -128,7 +128,7 @@ def layer_trials(
             sensitivity = sweep_back(
                 network,
                 start,
-                surveyed.streams,
+                surveyed.measuring,
                 entered=entered,
                 left=BoundaryStates(Path(folder)),
                 seed=settings.random_seed,
@@ -160,8 +160,8 @@ class Swept:
 
     def consider(self, network: Network, best: Best, data: Sequence[Stream]) -> None:
         """Judge the trial, and keep it if it is the best."""
-        merged = [stream.merged for stream in self.streams]
-        verdict = judged_at_output(network, self.record, data, merged)
+        merged = [stream.merged for stream in judged_by(self.streams)]
+        verdict = judged_at_output(network, self.record, judged_by(data), merged)
         best.consider(self.name, self.record, verdict, self.started)
 
 

@@ -39,16 +39,10 @@ TOKENS = 4096
 """Approximate number of tokens of a model's data whose gradients give its metrics."""
 
 
-def gradient_tokens(stream: Stream) -> Tensor:
-    """The merged stream's sequences that give the metrics: the first ones of the fit."""
-    return stream.merged[: len(_gradient_numbers(stream))]
-
-
-def _gradient_numbers(stream: Stream) -> range:
-    """Global numbers of this process's sequences among those that give the metrics."""
-    count = gradient_sequences(stream.share.count("fit"), stream.merged.shape[1])
-    own = stream.share.numbers
-    return range(own.start, count, own.step)
+def measured_by(stream: Stream) -> Stream:
+    """The sequences of a stream that give the metrics: the first ones of the fit."""
+    fit = stream.of("fit")
+    return fit.first(gradient_sequences(fit.share.count("fit"), fit.merged.shape[1]))
 
 
 def gradient_sequences(count: int, length: int, *, tokens: int = TOKENS) -> int:
@@ -76,8 +70,8 @@ def sweep_back(
     Args:
         network: the stages of the model.
         point: the coefficients.
-        streams: the streams after the last block.
-        entered: inputs of each block, for the `gradient_tokens` of each stream.
+        streams: the streams of the sequences that give the metrics, after the last block.
+        entered: inputs of each block, of the same sequences.
         left: saves the gradient at each block's output.
         seed: seed of the labels that are drawn.
     """
@@ -105,8 +99,8 @@ def _label_gradients(
     generator = torch.Generator(device)
     found = []
     for stream in streams:
-        hidden, gradients = gradient_tokens(stream), []
-        for index, number in enumerate(_gradient_numbers(stream)):
+        hidden, gradients = stream.merged[:], []
+        for index, number in enumerate(stream.share.numbers):
             generator.manual_seed(_seed_of(seed, stream.source, number))
             # One sequence at a time: logits are large.
             x = hidden[index : index + 1].to(device).requires_grad_(True)
@@ -182,6 +176,7 @@ class Sensitivity:
     ) -> tuple[dict[str, Tensor], dict[str, Routing]]:
         """Gradients at units' outputs, each fp32 `[tokens, out]`, and the experts' routing."""
         device = self.device
+        width = opened.stage.models.output.config.get_text_config().hidden_size
         names = tuple(unit.name for unit in units if unit.kind != "router")
         routers = {u.name: weights[u.parameter("weight")] for u in units if u.kind == "router"}
         experts = tuple(unit.name for unit in units if unit.kind == "experts")
@@ -207,10 +202,13 @@ class Sensitivity:
                 fed[name].append(Routing(*(tensor.detach() for tensor in captured.routing[name])))
         return (
             {
-                unit.name: concatenated(found[unit.name], none=_no_rows(unit, weights, x))
+                unit.name: concatenated(found[unit.name], none=_no_rows(unit, weights, width))
                 for unit in units
             },
-            {name: Routing.joined(routings or [_nobody(x)]) for name, routings in fed.items()},
+            {
+                name: Routing.joined(routings or [_nobody(x, width)])
+                for name, routings in fed.items()
+            },
         )
 
 
@@ -219,15 +217,19 @@ def _seed_of(seed: int, source: int, number: int) -> int:
     return random.Random(f"{seed} {source} {number}").getrandbits(63)
 
 
-def _no_rows(unit: Unit, weights: dict[str, Tensor], x: Tensor) -> Tensor:
-    """Empty gradients `[0, out]` at the output of a linear or of experts."""
+def _no_rows(unit: Unit, weights: dict[str, Tensor], width: int) -> Tensor:
+    """Empty gradients `[0, out]` at the output of a linear or of experts.
+
+    Args:
+        width: size of the hidden states.
+    """
+    weight = weights[unit.parameter(unit.parameters[0])]
     if unit.kind == "experts":
-        return x.new_empty(0, x.shape[-1])
-    weight = weights[unit.parameter("weight")]
+        return weight.new_empty(0, width)
     return weight.new_empty(0, weight.shape[1 if unit.axis == 0 else 0])
 
 
-def _nobody(x: Tensor) -> Routing:
-    """The routing of no tokens."""
-    none = x.new_empty(0, 1)
-    return Routing(x.new_empty(0, x.shape[-1]), none.long(), none)
+def _nobody(x: Tensor, width: int) -> Routing:
+    """The routing of no tokens, whose hidden states would have a width."""
+    none = x.new_empty(0, 1, dtype=torch.float32)
+    return Routing(none.new_empty(0, width), none.long(), none)

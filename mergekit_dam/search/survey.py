@@ -11,26 +11,32 @@ from mergekit_dam.coefficients.record import MergeRecord, Trial
 from mergekit_dam.search.backprop import not_finite, run
 from mergekit_dam.search.best import Best
 from mergekit_dam.search.descend import judged_at_output
-from mergekit_dam.search.sensitivity import gradient_tokens
+from mergekit_dam.search.sensitivity import measured_by
 from mergekit_dam.sources.network import Network
 from mergekit_dam.sources.stage import OpenStage
 from mergekit_dam.streams import progress
 from mergekit_dam.streams.boundaries import BoundaryStates
+from mergekit_dam.streams.share import judging_split
 from mergekit_dam.streams.stream import Stream
 
 
 @dataclasses.dataclass(frozen=True)
 class Surveyed:
-    """What the model at the start makes of all data.
+    """What the model at the start makes of the data that later steps ask for.
 
     Attributes:
         record: its coefficients.
-        streams: the merged streams after the last block, and the teachers' if those ran, too.
+        judging: the merged streams after the last block, for the sequences that judge a model.
+        measuring: the same for the sequences that give metrics; empty where none are asked for.
+        taught: the teachers' streams after the last block, of all sequences; empty where the
+            teachers did not run.
         seconds: how long it took.
     """
 
     record: MergeRecord
-    streams: list[Stream]
+    judging: list[Stream]
+    measuring: list[Stream]
+    taught: list[Stream]
     seconds: float
 
 
@@ -42,33 +48,39 @@ def survey(
     *,
     teachers: bool,
 ) -> Surveyed:
-    """Run the model at the start on all data.
+    """Run the model at the start on the sequences that judge it, and those that give metrics.
 
     Args:
         network: the stages of the model.
         streams: calibration tokens of every model.
         start: coefficients of the model at the start.
         boundaries: saves the inputs of the blocks for the tokens that metrics need.
-        teachers: whether every teacher runs on its own data, too.
+        teachers: whether every teacher runs on its own data, too: on all of it.
     """
     started = time.perf_counter()
-    moving = [dataclasses.replace(stream) for stream in streams]
+    judging = judged_by(streams)
+    measuring = [] if boundaries is None else [measured_by(stream) for stream in streams]
+    taught = [dataclasses.replace(stream) for stream in streams] if teachers else []
     for number, opened in network.forward():
         progress.show(f"start {opened.part.label}")
         if number > 0 and boundaries is not None:
-            boundaries.put(number, [gradient_tokens(stream) for stream in moving])
+            boundaries.put(number, [stream.merged[:] for stream in measuring])
         own = opened.merged_weights(start)
-        for stream in moving:
+        for stream in (*judging, *measuring):
             left = run(opened.part, own, stream.merged, network.device)
             stream.merged = stream.keep(_finite(left, opened))
-            if teachers:
-                part = opened.teacher_part(stream.source)
-                # Inline: a variable would keep these weights in memory after their stage.
-                left = run(
-                    part, opened.teacher_weights(stream.source), stream.teacher, network.device
-                )
-                stream.teacher = stream.keep(_finite(left, opened))
-    return Surveyed(start, moving, time.perf_counter() - started)
+        for stream in taught:
+            part = opened.teacher_part(stream.source)
+            # Inline: a variable would keep these weights in memory after their stage.
+            left = run(part, opened.teacher_weights(stream.source), stream.teacher, network.device)
+            stream.teacher = stream.keep(_finite(left, opened))
+    return Surveyed(start, judging, measuring, taught, time.perf_counter() - started)
+
+
+def judged_by(streams: Sequence[Stream]) -> list[Stream]:
+    """Of every stream, the sequences that judge a merged model as a whole."""
+    split = judging_split(stream.share for stream in streams)
+    return [stream.of(split) for stream in streams]
 
 
 def judged_start(
@@ -78,7 +90,7 @@ def judged_start(
 
     Args:
         streams: calibration tokens of every model.
-        surveyed: the start's streams.
+        surveyed: what the start made of the sequences that judge it.
         taught: streams whose teachers' side has left the last block.
 
     Returns:
@@ -90,8 +102,8 @@ def judged_start(
         dataclasses.replace(stream, teacher=after.teacher)
         for stream, after in zip(streams, taught, strict=True)
     ]
-    merged = [stream.merged for stream in surveyed.streams]
-    verdict = judged_at_output(network, surveyed.record, data, merged)
+    merged = [stream.merged for stream in surveyed.judging]
+    verdict = judged_at_output(network, surveyed.record, judged_by(data), merged)
     if not math.isfinite(verdict.mean):
         raise not_finite(network.output())
     seconds = surveyed.seconds + time.perf_counter() - started

@@ -62,6 +62,10 @@ class Share:
         held_out = 0 if split == "fit" else self.held_out
         return Share(range(start, end - first, self.numbers.step), held_out)
 
+    def first(self, count: int) -> "Share":
+        """The first `count` sequences of all processes, none of them held out."""
+        return Share(range(self.numbers.start, count, self.numbers.step))
+
     def _bounds(self, split: Split) -> tuple[int, int]:
         """Global number of the first sequence of a split, and the number after its last one."""
         edge = self.numbers.stop - self.held_out

@@ -80,6 +80,13 @@ class Stream:
         teacher, merged = (x.narrow(0, first, end - first) for x in (self.teacher, self.merged))
         return replace(self, teacher=teacher, merged=merged, share=self.share.of(split))
 
+    def first(self, count: int) -> "Stream":
+        """The first sequences of all processes, `count` of them; none of them is held out."""
+        share = self.share.first(count)
+        rows = len(share.numbers)
+        teacher, merged = (x.narrow(0, 0, rows) for x in (self.teacher, self.merged))
+        return replace(self, teacher=teacher, merged=merged, share=share)
+
     def keep(self, leaving: Iterable[Tensor]) -> Sequences:
         """Store the output of a part, chunk by chunk."""
         if not self.share.numbers:

@@ -222,7 +222,7 @@ def test_flops_of_a_linear_are_those_that_its_fit_computes(
         by_column=granularity == "column",
     )
     work = costs.input_moments(COLUMNS, MODELS * TOKENS, 0)
-    work += costs.linear_moments(size, MODELS * TOKENS, 0, own_targets=False)
+    work += costs.linear_moments(size, MODELS * TOKENS, 0, squares=1)
     work += costs.making_metrics(size.metric, MODELS)
     work += costs.judgement(size, MODELS * HELD_OUT) + costs.solution(size)
     # What this test computes itself, to have something to fit.

@@ -65,7 +65,7 @@ def test_a_sweep_reads_a_stage_once_and_a_step_twice(tmp_path: Path) -> None:
     boundaries = BoundaryStates(tmp_path)
     surveyed = survey(network, made.streams(), made.average(), boundaries, teachers=True)
     assert reads_of(network) == [1, 1, 1, 0]
-    assert len(surveyed.streams) == 2
+    assert len(surveyed.taught) == 2
     verdict_of(network, made.average(), made.data())
     assert reads_of(network) == [1] * 4
     objective = Objective(network, made.coordinates, logits_settings(), BoundaryStates(tmp_path))

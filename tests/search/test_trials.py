@@ -90,8 +90,9 @@ def test_the_teachers_of_a_search_are_the_models(layers: bool, tmp_path: Path) -
     made = make("llama-tied")
     network, streams, start = made.network(), made.streams(), made.average()
     surveyed = survey(network, streams, start, BoundaryStates(tmp_path), teachers=not layers)
-    taught = surveyed.streams
+    taught = surveyed.taught
     if layers:
+        assert not taught
         taught = layer_sweep(network, streams, start, None, tmp_path).streams
     best, data = judged_start(network, streams, surveyed, taught)
     for own, expected in zip(data, made.data(), strict=True):
