@@ -8,6 +8,8 @@ On a CPU, device and host are one memory. Where something is kept is decided by 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import torch
+
 from mergekit_dam.estimate.flops import leaving, linear_size
 from mergekit_dam.estimate.inventory import Inventory, PartSize
 from mergekit_dam.estimate.structure import Group
@@ -20,10 +22,10 @@ from mergekit_dam.fitting.costs import (
     solution_bytes,
 )
 from mergekit_dam.fitting.embedding import ROWS
-from mergekit_dam.layers.state import RECORDED, SETTLED
+from mergekit_dam.layers.state import RECORDED
 from mergekit_dam.sources.network import has_room as has_room_for_weights
 from mergekit_dam.streams import storage
-from mergekit_dam.streams.outputs import cache_bytes
+from mergekit_dam.streams.outputs import cache_bytes, kept_dtype
 from mergekit_dam.streams.storage import Location
 from mergekit_dam.streams.stream import chunk_sequences
 
@@ -108,20 +110,34 @@ def outputs_place(inventory: Inventory, room: Room) -> Location:
     return storage.outputs_location(inventory.settings.stream_offload, gpu=room.gpu > 0)
 
 
-def output_cache_bytes(part: PartSize, inventory: Inventory, room: Room) -> tuple[int, int]:
-    """Bytes of the units' outputs that are kept while a part is fitted: teachers', then merged.
+def output_cache_bytes(part: PartSize, inventory: Inventory, room: Room) -> int:
+    """Bytes of the units' outputs that are kept while a part is fitted.
 
-    Both are 0 where there is no room for them: then outputs are computed again.
+    It is 0 where there is no room for them: then outputs are computed again.
     """
     if part.kind != "block" or inventory.settings is None:
-        return 0, 0
-    tokens = inventory.text.tokens * FLOAT
-    teachers = tokens * sum(unit.leaves for unit in part.of(*RECORDED))
-    whole = room.of(outputs_place(inventory, room))
-    if not storage.has_room(cache_bytes(teachers), whole):
-        return 0, 0
-    groups = [group for group in part.groups if group[0].kind in SETTLED]
-    return teachers, tokens * sum(unit.leaves for group in groups[:-1] for unit in group)
+        return 0
+    place = outputs_place(inventory, room)
+    device = torch.device("cuda" if room.gpu else "cpu")
+    linears = kept_dtype(inventory.settings.dtype_on(device), place).itemsize
+    tokens = inventory.text.tokens
+    sizes = {
+        unit.name: tokens * unit.leaves * (linears if unit.kind == "linear" else FLOAT)
+        for unit in part.of(*RECORDED)
+    }
+    size = cache_bytes(sizes, _lasting(part, inventory))
+    return size if storage.has_room(size, room.of(place)) else 0
+
+
+def _lasting(part: PartSize, inventory: Inventory) -> frozenset[str]:
+    """Units whose teachers' outputs are needed until a part is done, as `Walk.lasting` says.
+
+    What adds to the residual stream is a linear that has an input of its own, and is as wide.
+    """
+    if part.of("router", "experts"):
+        return frozenset(unit.name for unit in part.units)
+    alone = (group[0] for group in part.groups if len(group) == 1)
+    return frozenset(u.name for u in alone if u.kind == "linear" and u.leaves == inventory.hidden)
 
 
 def chunk_bytes(part: PartSize, inventory: Inventory) -> int:
@@ -151,7 +167,7 @@ def fit_need(part: PartSize, inventory: Inventory, room: Room, *, metrics: bool)
         return need.plus(device=max(copies + chunk_bytes(part, inventory), rows, weights))
     written = sum(tensor.written for tensor in part.tensors)
     cached = output_cache_bytes(part, inventory, room)
-    solving = _solving_bytes(part, inventory, copies=0 if cached[0] else copies, metrics=metrics)
+    solving = _solving_bytes(part, inventory, copies=0 if cached else copies, metrics=metrics)
     # Chunks and gradients are in pieces so small that the process keeps what it had of them.
     need = need.plus(device=chunk_bytes(part, inventory) + written)
     if metrics:
@@ -160,7 +176,7 @@ def fit_need(part: PartSize, inventory: Inventory, room: Room, *, metrics: bool)
         need = need.plus(device=max(copies, solving))
     if part.of("experts"):  # what enters them in both models is kept as the streams are
         need = with_streams(need, 2 * stream_bytes(inventory), inventory, room)
-    return _kept_at(outputs_place(inventory, room), need, sum(cached))
+    return _kept_at(outputs_place(inventory, room), need, cached)
 
 
 def _gradient_bytes(part: PartSize, inventory: Inventory) -> int:
@@ -246,7 +262,7 @@ def disk_bytes(inventory: Inventory, room: Room) -> int:
     if stream_place(inventory, room) == "disk":
         count += (3 if settings.one_sweep else 5) * one
     if outputs_place(inventory, room) == "disk" and settings.objective != "logits":
-        count += max(sum(output_cache_bytes(part, inventory, room)) for part in inventory.parts)
+        count += max(output_cache_bytes(part, inventory, room) for part in inventory.parts)
     depth = len(inventory.blocks)
     if settings.metric == "sensitivity" and settings.objective != "logits":
         count += 2 * depth * FLOAT * inventory.hidden * inventory.text.gradient_tokens

@@ -44,7 +44,7 @@ def sweeps(inventory: Inventory, room: Room) -> list[Sweep]:
     settings = inventory.settings
     if settings is None:
         return [last]
-    kept = all(output_cache_bytes(part, inventory, room) != (0, 0) for part in inventory.blocks)
+    kept = all(output_cache_bytes(part, inventory, room) for part in inventory.blocks)
     if settings.one_sweep:
         work = flops.layer_sweep(inventory, kept=kept, sensitivity=False)
         return [Sweep("fit and write", every, work, written)]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mergekit_dam.coefficients.correction import Correction, out_by_in, saves_room
@@ -46,7 +47,7 @@ def correct(
     start = report.held_out_fitted if report.outcome == "fitted" else report.held_out_start
     assert start is not None
     said: dict[str, Any] = {"outcome": "dropped: held-out loss was not better"}
-    problem = problem_of(evidence, start_weight, bias)
+    problem = CorrectionProblem(evidence.fit, start_weight, bias, _dtype(evidence))
     ridge, found = _ridge(problem, lambda step: held_out(Correction(full=step.float())), start)
     best: Correction | None = None
     if found is not None:
@@ -62,6 +63,13 @@ def correct(
     said["held_out_start"] = start
     fitted = replace(fitted, report=replace(fitted.report, correction=said))
     return fitted if best is None else replace(fitted, merged=merged(best), correction=best)
+
+
+def _dtype(evidence: Evidence[LinearMoments]) -> torch.dtype:
+    """The dtype of the solutions: that of the sums in the plain metric, fp32 in others."""
+    first = evidence.fit[0]
+    plain = all(moments.metric.plain for moments in evidence.fit)
+    return first.cross.dtype if plain else torch.float32
 
 
 def _ridge(
@@ -80,18 +88,6 @@ def _ridge(
             break
         best, chosen, lowest = found, ridge, loss
     return chosen, best
-
-
-def problem_of(
-    evidence: Evidence[LinearMoments], weight: Tensor, bias: Tensor | None
-) -> CorrectionProblem:
-    """The quadratic of the correction of a merged weight `[out, in]`; metrics are fp32."""
-    terms = [moments.term(weight, bias) for moments in evidence.fit]
-    problem = CorrectionProblem(terms)
-    if problem.plain:
-        return problem
-    single = [replace(t, gram=t.gram.float(), residual=t.residual.float()) for t in terms]
-    return CorrectionProblem(single)
 
 
 def _candidate(

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.fitting.conjugate_gradients import conjugate_gradients
-from mergekit_dam.fitting.problem import Term, add_reactions, pooled, pull
+from mergekit_dam.fitting.metric import Metric
+from mergekit_dam.fitting.moments import LinearMoments, pooled
+from mergekit_dam.fitting.problem import Term, add_reactions, pull
 
 REFINEMENTS = 4
 """Iterations of conjugate gradients for a whole matrix."""
@@ -50,24 +52,89 @@ class Minimiser:
 
 
 @dataclass(frozen=True)
+class Domain:
+    """One domain's term of the quadratic. Its residual R `[out, in]` is not formed as a whole.
+
+    Attributes:
+        moments: Sums over its tokens.
+        weight: W, `[out, in]`.
+        bias: Merged bias `[out]`, or None.
+        dtype: Dtype of the quadratic; products with R have that of the moments.
+    """
+
+    moments: LinearMoments
+    weight: Tensor
+    bias: Tensor | None
+    dtype: torch.dtype
+
+    @property
+    def metric(self) -> Metric:
+        """S."""
+        return self.moments.metric
+
+    @property
+    def scale(self) -> float:
+        """The weight s of the term."""
+        return self.moments.scale
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """G, `[in, in]`."""
+        return self.moments.inputs.gram.to(self.dtype)
+
+    @property
+    def term(self) -> Term:
+        """The term with the whole residual."""
+        residual = self.moments.residual(self.weight, self.bias).to(self.dtype)
+        return Term(self.gram, residual, self.metric, self.scale)
+
+    def residual_times(self, x: Tensor) -> Tensor:
+        """`R x`, `[out, n]`, for x `[in, n]`."""
+        cross, inputs, own = self.moments.cross, self.moments.inputs, x.to(self.moments.cross)
+        product = cross @ own - self.weight.to(cross) @ (inputs.gram @ own)
+        if self.bias is not None:
+            product -= torch.outer(self.bias.to(cross), inputs.x_sum.to(cross) @ own)
+        return product.to(x)
+
+    def times_residual(self, x: Tensor) -> Tensor:
+        """`x^T R`, `[n, in]`, for x `[out, n]`."""
+        cross, inputs, own = self.moments.cross, self.moments.inputs, x.to(self.moments.cross).T
+        product = own @ cross - (own @ self.weight.to(cross)) @ inputs.gram
+        if self.bias is not None:
+            product -= torch.outer(own @ self.bias.to(cross), inputs.x_sum.to(cross))
+        return product.to(x)
+
+
+@dataclass(frozen=True)
 class CorrectionProblem:
     """The quadratic of a correction, without its ridge.
 
     Attributes:
-        terms: One per domain, or a single one where errors are measured plainly.
+        moments: One per domain, or a single one where errors are measured plainly.
+        weight: W, `[out, in]`.
+        bias: Merged bias `[out]` that the linear adds, or None.
+        dtype: Dtype of the solutions.
     """
 
-    terms: Sequence[Term]
+    moments: Sequence[LinearMoments]
+    weight: Tensor
+    bias: Tensor | None
+    dtype: torch.dtype
 
     @property
     def plain(self) -> bool:
         """Whether errors are measured plainly."""
-        return all(term.metric.plain for term in self.terms)
+        return all(own.metric.plain for own in self.moments)
+
+    @property
+    def domains(self) -> list[Domain]:
+        """The terms."""
+        return [Domain(own, self.weight, self.bias, self.dtype) for own in self.moments]
 
     @cached_property
     def pooled(self) -> Term:
         """All terms in one, in the plain metric."""
-        return pooled(self.terms)
+        return Domain(pooled(self.moments), self.weight, self.bias, self.dtype).term
 
     @cached_property
     def mean(self) -> float:
@@ -105,10 +172,11 @@ class CorrectionProblem:
         start = found.matrix
         if self.plain:
             return start
-        rhs = pull(self.terms)
+        terms = [own.term for own in self.domains]
+        rhs = pull(terms)
 
         def product(x: Tensor) -> Tensor:
-            return add_reactions(ridge * self.mean * x, self.terms, x)
+            return add_reactions(ridge * self.mean * x, terms, x)
 
         ended = conjugate_gradients(
             product,

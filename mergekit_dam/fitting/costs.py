@@ -179,15 +179,15 @@ def solution(size: LinearSize) -> Work:
     metric = 0 if size.metric is None else size.metric.product * columns
     product = 2 * weight * columns
     work = Work()
-    # The residual has a product of weight and Gram matrix, for every term.
-    work["solves", speed] = size.terms * product
     work["solves", "elements"] = 4 * (unknowns + 2) * weight * size.sources
     terms = size.terms
     if size.correction == "none":
-        # The metric is applied to the weight for its loss, and to the residual.
-        work["solves", speed] += terms * 2 * metric
+        # The metric is applied to the residual.
+        work["solves", speed] = terms * metric
     else:
         terms, metric = 1, 0
+    # The residual has a product of weight and Gram matrix, for every term.
+    work["solves", speed] += terms * product
     pairs = unknowns * (unknowns + 1) // 2
     if not size.by_column:
         work["solves", speed] += terms * unknowns * (product + metric)
@@ -216,8 +216,8 @@ def correction(size: LinearSize, held_out_tokens: int) -> Work:
     single = metric is not None or size.dtype == torch.float32
     speed: Speed = "fp32" if single else "fp64"
     product = 2 * weight * columns
-    # Residuals at the weight; two triangular solves for every ridge.
-    work["corrections", speed] = (size.terms + len(RIDGES)) * product
+    # The residual at the weight; two triangular solves for every ridge.
+    work["corrections", speed] = (1 + len(RIDGES)) * product
     work["corrections", "cholesky"] = len(RIDGES) * columns**3 // 3
     if size.correction == "low_rank":
         work["corrections", speed] += _factors(size)
@@ -226,7 +226,7 @@ def correction(size: LinearSize, held_out_tokens: int) -> Work:
         # A product with the quadratic before the first step and one in every step, which a division
         # by the shifted Gram matrix precedes.
         measured = product + metric.product * columns
-        work["corrections", speed] += size.terms * ((1 + REFINEMENTS) * measured + measured)
+        work["corrections", speed] += size.terms * (2 + REFINEMENTS) * measured
         work["corrections", speed] += REFINEMENTS * product
     square = 0 if metric is None else metric.square
     work["judging", "fp32"] = (1 + len(RIDGES)) * held_out_tokens * (2 * weight + square)
@@ -244,9 +244,9 @@ def _factors(size: LinearSize) -> int:
         return work
     # Either factor: its right-hand side, what is held in the quadratic, then the products: one with
     # the quadratic before the first step and one in every step.
-    cross, gram = 2 * rank * weight, 2 * rank * columns**2
-    left = cross + gram + (2 + LEFT) * rank * metric.product
-    right = cross + rank * metric.product + (1 + RIGHT) * gram
+    cross, gram = 2 * 2 * rank * weight, 2 * rank * columns**2
+    left = cross + 2 * gram + (2 + LEFT) * rank * metric.product
+    right = cross + rank * metric.product + (2 + RIGHT) * gram
     return work + size.terms * (left + right) + RIGHT * gram
 
 

@@ -13,8 +13,8 @@ from mergekit_dam.fitting.correction import correct
 from mergekit_dam.fitting.evidence import Evidence, Losses, M
 from mergekit_dam.fitting.judged import judged, judged_solution
 from mergekit_dam.fitting.metric import PLAIN, Metric
-from mergekit_dam.fitting.moments import LinearMoments
-from mergekit_dam.fitting.problem import ColumnProblem, pooled
+from mergekit_dam.fitting.moments import LinearMoments, pooled
+from mergekit_dam.fitting.problem import ColumnProblem
 from mergekit_dam.fitting.solver import solve_columns, solve_small, solve_tensor
 
 LOG = logging.getLogger(__name__)
@@ -142,11 +142,11 @@ def _problem(
     """
     form = weight.settings.parametrisation
     average = form.average(facing, evidence.fit[0].cross.dtype)
-    terms = [moments.term(average, bias) for moments in evidence.fit]
     directions = form.directions(facing, average.dtype)
-    measured = any(term.metric.factors is not None for term in terms)
+    measured = not all(moments.metric.plain for moments in evidence.fit)
     if weight.settings.correction != "none" and measured:
-        return ColumnProblem(directions, [pooled(terms)]), None
+        return ColumnProblem(directions, [pooled(evidence.fit).term(average, bias)]), None
+    terms = [moments.term(average, bias) for moments in evidence.fit]
     if not evidence.knows_fit_loss:
         return ColumnProblem(directions, terms), None
     pairs = zip(evidence.fit, terms, strict=True)

@@ -48,23 +48,21 @@ def best_factors(
 
 def _left(problem: CorrectionProblem, right: Tensor, start: Tensor, ridge: float) -> Tensor:
     """The minimiser over X from a start, for a C whose rows are orthonormal for the inputs."""
-    grams = [term.scale * (right @ term.gram @ right.T) for term in problem.terms]
     pull_to_zero = ridge * problem.mean * (right @ right.T)
-    pairs = list(zip(problem.terms, grams, strict=True))
-    diagonal = sum(
-        (term.metric.diagonal(start) * gram.diagonal().mean() for term, gram in pairs),
-        torch.zeros(len(start), device=start.device),
-    )
+    rhs, pairs = torch.zeros_like(start), []
+    diagonal = torch.zeros(len(start), device=start.device)
+    for own in problem.domains:
+        rhs += own.scale * own.metric(own.residual_times(right.T))
+        gram = own.scale * (right @ own.gram @ right.T)
+        pairs.append((own.metric, gram))
+        diagonal = diagonal + own.metric.diagonal(start) * gram.diagonal().mean()
 
     def product(x: Tensor) -> Tensor:
         total = x @ pull_to_zero
-        for term, gram in pairs:
-            total += term.metric(x @ gram)
+        for metric, gram in pairs:
+            total += metric(x @ gram)
         return total
 
-    rhs = torch.zeros_like(start)
-    for term in problem.terms:
-        rhs += term.apply(term.residual @ right.T)
     return _solved(product, lambda x: x / diagonal[:, None], start, rhs, LEFT)
 
 
@@ -72,13 +70,13 @@ def _right(
     problem: CorrectionProblem, found: Minimiser, left: Tensor, start: Tensor, ridge: float
 ) -> Tensor:
     """The minimiser over C from a start, for an X of orthonormal columns."""
-    rhs, pairs, mean = torch.zeros_like(start), [], torch.zeros_like(left.T @ left)
-    for term in problem.terms:
-        measured = term.apply(left)
-        rhs += measured.T @ term.residual
+    rhs, mean, pairs = torch.zeros_like(start), torch.zeros_like(left.T @ left), []
+    for own in problem.domains:
+        measured = own.scale * own.metric(left)
+        rhs += own.times_residual(measured)
         inner = left.T @ measured
-        pairs.append((inner, term.gram))
-        mean += inner * (term.gram.diagonal().mean() / problem.mean)
+        pairs.append((inner, own.gram))
+        mean += inner * (own.gram.diagonal().mean() / problem.mean)
     factor = torch.linalg.cholesky((mean + mean.T) / 2)
 
     def product(c: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ chunk are fp32, sums over chunks are fp64 (fp32 for matrices too large to be fac
 held-out data that judges the fit is small, and is kept token by token.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -184,6 +185,21 @@ class LinearMoments:
             squared -= (self.metric(bias) * (self.y_sum + left)).sum()
         # Rounding can make a small difference of large sums negative.
         return self.scale * max(float(squared), 0.0)
+
+
+def pooled(moments: Sequence[LinearMoments]) -> LinearMoments:
+    """The sums of all domains in the plain metric, each by its weight and the mean of its metric.
+
+    Squares of outputs are left out: those of different metrics have no sum.
+    """
+    first, *others = [(own, own.scale * own.metric.mean) for own in moments]
+    total = first[0].scaled(first[1])
+    for own, factor in others:
+        total.add_scaled(own, factor)
+    gram = total.inputs.gram
+    # Sums of products are symmetric only up to rounding.
+    inputs = replace(total.inputs, gram=(gram + gram.T) / 2)
+    return replace(total, inputs=inputs, metric=PLAIN, squares=False)
 
 
 @dataclass

@@ -26,23 +26,6 @@ class Term:
         return self.scale * self.metric(x)
 
 
-def pooled_gram(terms: Sequence[Term]) -> Tensor:
-    """The Gram matrix `[in, in]` of all terms, each by its weight and the mean of its metric."""
-    total = torch.zeros_like(terms[0].gram)
-    for term in terms:
-        total.add_(term.gram, alpha=term.scale * term.metric.mean)
-    # Sums of products are symmetric only up to rounding.
-    return (total + total.T) / 2
-
-
-def pooled(terms: Sequence[Term]) -> Term:
-    """One term in the plain metric in place of several: each by the mean of its own metric."""
-    residual = torch.zeros_like(terms[0].residual)
-    for term in terms:
-        residual.add_(term.residual, alpha=term.scale * term.metric.mean)
-    return Term(pooled_gram(terms), residual)
-
-
 @dataclass(frozen=True)
 class ColumnProblem:
     """The objective of one linear: directions `[U, out, in]` and terms, all of one dtype."""

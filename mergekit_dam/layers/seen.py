@@ -107,7 +107,7 @@ def _see_merged(
         walk.weights, x, inputs=(units[0].name,), outputs=tuple(wanted), known=known
     )
     new = {name: seen.outputs[name] for name in settled if name in seen.outputs}
-    walk.merged_outputs.add(stream.source, chunk, new)
+    walk.merged_outputs.add(stream.source, chunk, new, seen.precisions)
     seen.outputs.update(known)
     return seen
 

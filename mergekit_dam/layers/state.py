@@ -113,6 +113,15 @@ class Walk:
             if unit.write or (unit.kind in RECORDED and self.fittable(unit))
         )
 
+    def lasting(self) -> frozenset[str]:
+        """Units whose teachers' outputs are needed until the part is done.
+
+        These are what adds to the residual stream; where a teacher runs again up to a router or
+        to experts, all of them.
+        """
+        again = any(unit.kind in ("router", "experts") for unit in self.anatomy.units)
+        return frozenset(unit.name for unit in self.anatomy.units if again or unit.write)
+
     def settled_linears(self, group: int) -> tuple[Unit, ...]:
         """Linears and experts of earlier groups, whose outputs will not change any more."""
         before = (unit for units in self.anatomy.groups[:group] for unit in units)

@@ -21,7 +21,7 @@ from mergekit_dam.layers.head import fit_head
 from mergekit_dam.layers.state import Walk
 from mergekit_dam.model.hooks import Captured
 from mergekit_dam.model.units import Unit
-from mergekit_dam.streams.outputs import cache_bytes, outputs_size
+from mergekit_dam.streams.outputs import cache_bytes, outputs_sizes
 from mergekit_dam.streams.storage import Sequences
 from mergekit_dam.streams.stream import Stream
 
@@ -41,6 +41,8 @@ def walk_part(walk: Walk, *, advance: bool = True) -> list[FittedTensor]:
     for index, group in enumerate(walk.anatomy.groups):
         for name, fitted in _fits(walk, index, group):
             walk.settle(name, fitted)
+        lasting = walk.lasting()
+        walk.teacher_outputs.forget(unit.name for unit in group if unit.name not in lasting)
     _settle_rest(walk)
     if advance:
         _advance(walk, leaving)
@@ -120,9 +122,10 @@ def _record(walk: Walk, stream: Stream, chunk: slice, captured: Captured) -> boo
     cache = walk.teacher_outputs
     if cache.keep is None:
         tokens = (chunk.stop - chunk.start) * stream.teacher.shape[1]
-        size = cache_bytes(outputs_size(captured.outputs) * _tokens(walk) // tokens)
+        sizes = outputs_sizes(captured.outputs, captured.precisions, cache.storage.outputs)
+        size = cache_bytes(sizes, walk.lasting()) * _tokens(walk) // tokens
         cache.keep = walk.merged_outputs.keep = cache.storage.has_room_for_outputs(size)
-    cache.add(stream.source, chunk, captured.outputs)
+    cache.add(stream.source, chunk, captured.outputs, captured.precisions)
     return cache.keep
 
 

@@ -83,11 +83,17 @@ def replaced_forward(
 
 @dataclass
 class Captured:
-    """Inputs and outputs of units in one forward pass, by unit name; also routings of experts."""
+    """Inputs and outputs of units in one forward pass, by unit name.
+
+    Attributes:
+        routing: Routings of experts.
+        precisions: Dtypes in which the outputs were computed.
+    """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
     routing: dict[str, Routing] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
+    precisions: dict[str, torch.dtype] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -124,6 +130,7 @@ def capture(
     def leaving(name: str) -> After:
         def hook(_: Any, __: Any, output: Any) -> None:
             captured.outputs[name] = _fp32_copy(output)
+            captured.precisions[name] = output.dtype
             check()
 
         return hook

@@ -195,10 +195,10 @@ def test_flops_of_a_linear_are_those_that_its_fit_computes(
     held_out: list[LinearTokens] = []
     with CountedFlops() as counted:
         for weight in weights:
-            metric = PLAIN
-            if gradients:
-                metric = Metric.of_gradients(torch.randn(gradients, OUT, generator=generator))
-            sums = LinearMoments.zeros(OUT, InputMoments.zeros(COLUMNS, weight.device), metric)
+            rows = torch.randn(gradients, OUT, generator=generator)
+            metric = Metric.of_gradients(rows) if gradients else PLAIN
+            inputs = InputMoments.zeros(COLUMNS, weight.device)
+            sums = LinearMoments.zeros(OUT, inputs, metric, squares=not gradients)
             x = torch.randn(TOKENS, COLUMNS, generator=generator)
             sums.inputs.add(x, torch.ones(TOKENS))
             output = torch.nn.functional.linear(x, weight)
@@ -222,7 +222,7 @@ def test_flops_of_a_linear_are_those_that_its_fit_computes(
         by_column=granularity == "column",
     )
     work = costs.input_moments(COLUMNS, MODELS * TOKENS, 0)
-    work += costs.linear_moments(size, MODELS * TOKENS, 0, squares=1)
+    work += costs.linear_moments(size, MODELS * TOKENS, 0, squares=0)
     work += costs.making_metrics(size.metric, MODELS)
     work += costs.judgement(size, MODELS * HELD_OUT) + costs.solution(size)
     # What this test computes itself, to have something to fit.

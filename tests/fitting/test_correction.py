@@ -10,6 +10,7 @@ from mergekit_dam.fitting import correction_problem, low_rank
 from mergekit_dam.fitting.correction_problem import CorrectionProblem, Minimiser
 from mergekit_dam.fitting.low_rank import best_factors, nearest_product
 from mergekit_dam.fitting.metric import PLAIN, Metric
+from mergekit_dam.fitting.moments import InputMoments, LinearMoments
 from mergekit_dam.fitting.problem import Term
 from tests.kit.tensors import randn
 
@@ -51,6 +52,18 @@ SEVERAL = [term(0, metric(1, as_rows=False), 0.5), term(2, metric(3, as_rows=Tru
 """Two domains, each with a metric of its own."""
 
 
+def problem_of(terms: list[Term]) -> CorrectionProblem:
+    """The problem whose residuals are those of the terms, at a weight of their own."""
+    weight, bias = randn(OUT, IN, seed=7).double(), randn(OUT, seed=8).double()
+    moments = []
+    for own in terms:
+        x_sum = randn(IN, seed=9).double()
+        cross = own.residual + weight @ own.gram + torch.outer(bias, x_sum)
+        sums = LinearMoments.zeros(OUT, InputMoments(own.gram, x_sum), own.metric)
+        moments.append(replace(sums, cross=cross, scale=own.scale))
+    return CorrectionProblem(moments, weight, bias, torch.float64)
+
+
 def size_of(terms: list[Term]) -> float:
     """Mean diagonal of the quadratic."""
     return sum(
@@ -67,7 +80,7 @@ def minimiser(problem: CorrectionProblem, ridge: float) -> Minimiser:
 
 @pytest.mark.parametrize("ridge", [1e-1, 1e-3, 1e-5])
 def test_in_the_plain_metric_a_correction_is_the_dense_minimiser(ridge: float) -> None:
-    problem, mean = CorrectionProblem(TERMS["plain"]), size_of(TERMS["plain"])
+    problem, mean = problem_of(TERMS["plain"]), size_of(TERMS["plain"])
     assert problem.mean == pytest.approx(mean, rel=1e-6)
     found = minimiser(problem, ridge).matrix
     torch.testing.assert_close(found, dense(TERMS["plain"], ridge * mean), rtol=1e-6, atol=1e-8)
@@ -76,12 +89,12 @@ def test_in_the_plain_metric_a_correction_is_the_dense_minimiser(ridge: float) -
 @pytest.mark.parametrize("kind", TERMS)
 def test_a_single_term_has_the_dense_minimiser_without_a_ridge(kind: str) -> None:
     """With one, it shrinks the inputs of a Kronecker product, and not its outputs."""
-    found = minimiser(CorrectionProblem(TERMS[kind]), 1e-12).matrix
+    found = minimiser(problem_of(TERMS[kind]), 1e-12).matrix
     torch.testing.assert_close(found, dense(TERMS[kind], 0), rtol=1e-5, atol=1e-6)
 
 
 def test_several_metrics_are_pooled_by_their_means() -> None:
-    problem, ridge, mean = CorrectionProblem(SEVERAL), 1e-3, size_of(SEVERAL)
+    problem, ridge, mean = problem_of(SEVERAL), 1e-3, size_of(SEVERAL)
     assert problem.mean == pytest.approx(mean, rel=1e-6)
     plain = [
         replace(own, metric=PLAIN, scale=own.scale * float(matrix_of(own.metric).diagonal().mean()))
@@ -102,7 +115,7 @@ def gain(terms: list[Term], shift: float, step: Tensor) -> float:
 
 
 def test_refinements_go_from_there_to_the_minimum() -> None:
-    problem, shift = CorrectionProblem(SEVERAL), 1e-3 * size_of(SEVERAL)
+    problem, shift = problem_of(SEVERAL), 1e-3 * size_of(SEVERAL)
     most = gain(SEVERAL, shift, dense(SEVERAL, shift))
     start = minimiser(problem, 1e-3)
     steps = (start.matrix, problem.refined(start, 1e-3))
@@ -113,7 +126,7 @@ def test_refinements_go_from_there_to_the_minimum() -> None:
 
 def test_enough_refinements_find_the_dense_minimiser(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(correction_problem, "REFINEMENTS", 200)
-    problem, ridge = CorrectionProblem(SEVERAL), 1e-3
+    problem, ridge = problem_of(SEVERAL), 1e-3
     found = problem.refined(minimiser(problem, ridge), ridge)
     expected = dense(SEVERAL, ridge * size_of(SEVERAL))
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
@@ -122,7 +135,7 @@ def test_enough_refinements_find_the_dense_minimiser(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("places", [(0,), (1,), (0, 1)])
 def test_a_domain_without_gradients_is_measured_plainly(places: tuple[int, ...]) -> None:
     terms = [replace(own, metric=PLAIN) if i in places else own for i, own in enumerate(SEVERAL)]
-    problem, shift = CorrectionProblem(terms), 1e-3 * size_of(terms)
+    problem, shift = problem_of(terms), 1e-3 * size_of(terms)
     start = minimiser(problem, 1e-3)
     found = problem.refined(start, 1e-3)
     if problem.plain:
@@ -133,7 +146,7 @@ def test_a_domain_without_gradients_is_measured_plainly(places: tuple[int, ...])
 
 
 def test_the_plain_metric_needs_no_refinement() -> None:
-    problem = CorrectionProblem(TERMS["plain"])
+    problem = problem_of(TERMS["plain"])
     found = minimiser(problem, 1e-3)
     assert problem.refined(found, 1e-3).equal(found.matrix)
 
@@ -141,7 +154,7 @@ def test_the_plain_metric_needs_no_refinement() -> None:
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_a_low_rank_is_the_best_in_the_metric_of_the_inputs(rank: int) -> None:
     """By Eckart and Young, of whitened matrices; the plain SVD is not."""
-    problem = CorrectionProblem(TERMS["plain"])
+    problem = problem_of(TERMS["plain"])
     found = minimiser(problem, 1e-4)
     solved, factor = found.matrix, found.factor
 
@@ -182,7 +195,7 @@ def alternated(terms: list[Term], shift: float, left: Tensor, right: Tensor) -> 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_a_low_rank_in_metrics_is_nearly_the_best_there(rank: int) -> None:
     """Better than the one that is the best for the inputs alone."""
-    problem, ridge = CorrectionProblem(SEVERAL), 1e-3
+    problem, ridge = problem_of(SEVERAL), 1e-3
     shift = ridge * size_of(SEVERAL)
     found = minimiser(problem, ridge)
     own = gain(SEVERAL, shift, torch.mm(*best_factors(problem, found, ridge, rank)))
@@ -199,7 +212,7 @@ def test_the_whole_rank_is_the_whole_matrix(
 ) -> None:
     for side in ("LEFT", "RIGHT"):
         monkeypatch.setattr(low_rank, side, 200)
-    problem, ridge = CorrectionProblem(terms), 1e-2
+    problem, ridge = problem_of(terms), 1e-2
     made = torch.mm(*best_factors(problem, minimiser(problem, ridge), ridge, 100))
     expected = dense(terms, ridge * size_of(terms))
     torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
@@ -220,4 +233,4 @@ def test_a_low_rank_of_a_wide_matrix_is_nearly_the_best() -> None:
 
 def test_inputs_without_energy_have_no_correction() -> None:
     nothing = Term(torch.zeros(IN, IN).double(), torch.zeros(OUT, IN).double())
-    assert CorrectionProblem([nothing]).minimiser(1e-2) is None
+    assert problem_of([nothing]).minimiser(1e-2) is None

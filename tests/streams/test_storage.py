@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.parameters import Offload
-from mergekit_dam.streams.outputs import OutputCache
+from mergekit_dam.streams.outputs import OutputCache, cache_bytes, outputs_sizes
 from mergekit_dam.streams.storage import DiskTensor, Location, Sequences, Storage, choose_storage
 from tests.kit.tensors import CPU
 
@@ -77,9 +77,10 @@ def test_outputs_of_units_are_kept_as_far_as_there_is_room(tmp_path: Path) -> No
 @pytest.mark.parametrize("place", ["device", "host", "disk"])
 def test_an_output_cache_gives_back_what_it_kept(place: Location, tmp_path: Path) -> None:
     cache = OutputCache(Storage("host", place, tmp_path), keep=True)
-    cache.add(0, slice(0, 3), {"a": HIDDEN[:3], "b": HIDDEN[:3, :, :2]})
-    cache.add(1, slice(0, 3), {"a": HIDDEN[1:4]})
-    cache.add(0, slice(3, 6), {"a": HIDDEN[3:6]})
+    exact = {"a": torch.float32, "b": torch.float32}
+    cache.add(0, slice(0, 3), {"a": HIDDEN[:3], "b": HIDDEN[:3, :, :2]}, exact)
+    cache.add(1, slice(0, 3), {"a": HIDDEN[1:4]}, exact)
+    cache.add(0, slice(3, 6), {"a": HIDDEN[3:6]}, exact)
     first = cache.of(0, slice(0, 3), CPU)
     assert set(first) == {"a", "b"}
     assert first["a"].equal(HIDDEN[:3])
@@ -87,10 +88,31 @@ def test_an_output_cache_gives_back_what_it_kept(place: Location, tmp_path: Path
     assert cache.of(1, slice(0, 3), CPU)["a"].equal(HIDDEN[1:4])
     assert set(cache.of(0, slice(0, 3), CPU, only=frozenset({"b"}))) == {"b"}
     assert cache.of(0, slice(6, 7), CPU) == {}
+    cache.forget(["a"])
+    assert set(cache.of(0, slice(0, 3), CPU)) == {"b"}
+    assert cache.of(1, slice(0, 3), CPU) == {}
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("place", "size"), [("device", 2), ("host", 2), ("disk", 4)])
+def test_outputs_of_products_in_bfloat16_are_kept_exactly_in_half_the_memory(
+    place: Location, size: int, tmp_path: Path
+) -> None:
+    output = HIDDEN[:3].bfloat16().float()
+    precisions = {"a": torch.bfloat16}
+    cache = OutputCache(Storage("host", place, tmp_path), keep=True)
+    cache.add(0, slice(0, 3), {"a": output}, precisions)
+    found = cache.of(0, slice(0, 3), CPU)["a"]
+    assert found.dtype == torch.float32
+    assert found.equal(output)
+    assert outputs_sizes({"a": output}, precisions, place) == {"a": size * output.numel()}
+
+
+def test_room_is_found_for_what_takes_the_place_of_what_is_fitted() -> None:
+    assert cache_bytes({"a": 3, "b": 5}, {"b"}) == 3 + 2 * 5
 
 
 def test_an_output_cache_that_keeps_nothing_has_nothing(tmp_path: Path) -> None:
     cache = OutputCache(Storage("host", "disk", tmp_path), keep=False)
-    cache.add(0, slice(0, 3), {"a": HIDDEN[:3]})
+    cache.add(0, slice(0, 3), {"a": HIDDEN[:3]}, {"a": torch.float32})
     assert cache.of(0, slice(0, 3), CPU) == {}
