@@ -33,7 +33,7 @@ At 1e-3, a fit has 0.9999 of its gain after a third of the iterations that 1e-5 
 
 MAX_ITERATIONS = 1000
 
-ROUGH = 4
+ROUGH = 2
 """Iterations of conjugate gradients where a correction follows: it repairs what they leave."""
 
 
