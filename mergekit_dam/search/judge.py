@@ -4,6 +4,7 @@ The measure is `KL(teacher k || merged)` on model k's data at temperature 1, in 
 Every fit aims at it. It is measured on sequences that took no part in the fit.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.fitting.divergence import divergence
+from mergekit_dam.search.backprop import forward
+from mergekit_dam.sources.network import Network
 from mergekit_dam.streams.distributed import all_sums
 from mergekit_dam.streams.share import judging_split
+from mergekit_dam.streams.storage import Sequences
 from mergekit_dam.streams.stream import Stream
 
 Logits = Callable[[Tensor], Tensor]
@@ -82,3 +87,33 @@ def judge(
         sums.append(float(total))
     pairs = zip(all_sums(sums), streams, strict=True)
     return Verdict(tuple(total / own.share.count(split) for total, own in pairs), tuple(weights))
+
+
+def verdict_of(network: Network, point: MergeRecord, data: Sequence[Stream]) -> Verdict:
+    """Judge a merged model; runs only the sequences that judge it."""
+    split = judging_split(own.share for own in data)
+    kept = [own.of(split) for own in data]
+    hidden = forward(
+        network, lambda _, opened: opened.merged_weights(point), [own.merged[:] for own in kept]
+    )
+    return judged_at_output(network, point, kept, hidden)
+
+
+def judged_at_output(
+    network: Network, point: MergeRecord, data: Sequence[Stream], hidden: Sequence[Sequences]
+) -> Verdict:
+    """Judge a merged model from the hidden states that left its last block."""
+    opened = network.output()
+    weights = opened.merged_weights(point)
+
+    def teacher(source: int) -> Callable[[Tensor], Tensor]:
+        own = opened.teacher_weights(source)
+        return lambda x: opened.teacher_part(source).run(own, x)
+
+    return judge(
+        [dataclasses.replace(own, merged=x) for own, x in zip(data, hidden, strict=True)],
+        lambda x: opened.part.run(weights, x),
+        {own.source: teacher(own.source) for own in data},
+        [network.loss_weights[own.source] for own in data],
+        network.device,
+    )

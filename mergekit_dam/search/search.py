@@ -28,8 +28,9 @@ from mergekit_dam.layers.fit import fit_stage
 from mergekit_dam.parameters import RunParameters
 from mergekit_dam.search.best import Best
 from mergekit_dam.search.coordinates import Coordinate, coordinates_of
-from mergekit_dam.search.descend import descend, judged_at_output
+from mergekit_dam.search.descend import descend
 from mergekit_dam.search.gradient import Objective
+from mergekit_dam.search.judge import judged_at_output
 from mergekit_dam.search.regularisers import column_weights
 from mergekit_dam.search.sensitivity import Sensitivity, sweep_back
 from mergekit_dam.search.survey import judged_by, judged_start, survey

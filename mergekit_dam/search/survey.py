@@ -10,7 +10,7 @@ from torch import Tensor
 from mergekit_dam.coefficients.record import MergeRecord, Trial
 from mergekit_dam.search.backprop import not_finite, run
 from mergekit_dam.search.best import Best
-from mergekit_dam.search.descend import judged_at_output
+from mergekit_dam.search.judge import judged_at_output
 from mergekit_dam.search.sensitivity import measured_by
 from mergekit_dam.sources.network import Network
 from mergekit_dam.sources.stage import OpenStage

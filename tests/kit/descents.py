@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.parameters import RunParameters
-from mergekit_dam.search.descend import batches_of
+from mergekit_dam.search.batches import batches_of
 from tests.kit.autograd import plain_loss
 from tests.kit.networks import Made
 

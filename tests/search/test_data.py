@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mergekit_dam.search.descend import batches_of, verdict_of
+from mergekit_dam.search.batches import batches_of
 from mergekit_dam.search.gradient import Batch
+from mergekit_dam.search.judge import verdict_of
 from mergekit_dam.streams.share import Share
 from mergekit_dam.streams.stream import Stream
 from tests.kit.networks import make

@@ -15,9 +15,9 @@ from mergekit_dam.errors import ConfigError
 from mergekit_dam.parameters import Resident, RunParameters
 from mergekit_dam.search import descend as descend_module
 from mergekit_dam.search.coordinates import coefficients_of, starting_unknowns
-from mergekit_dam.search.descend import Descent, descend, verdict_of
+from mergekit_dam.search.descend import Descent, descend
 from mergekit_dam.search.gradient import Objective
-from mergekit_dam.search.judge import Verdict
+from mergekit_dam.search.judge import Verdict, verdict_of
 from mergekit_dam.search.regularisers import column_weights
 from mergekit_dam.streams.boundaries import BoundaryStates
 from mergekit_dam.streams.stream import Stream

@@ -10,7 +10,7 @@ from mergekit_dam.coefficients.correction import Correction, Corrections
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.parameters import CorrectionKind, RunParameters
 from mergekit_dam.search.coordinates import Coordinate
-from mergekit_dam.search.descend import Descender
+from mergekit_dam.search.descender import Descender
 from mergekit_dam.search.factors import Factors, starting_factors
 from mergekit_dam.search.gradient import Batch, Objective
 from mergekit_dam.streams.boundaries import BoundaryStates

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from mergekit_dam.search.descend import verdict_of
 from mergekit_dam.search.gradient import Objective
+from mergekit_dam.search.judge import verdict_of
 from mergekit_dam.search.survey import survey
 from mergekit_dam.sources import network as network_module
 from mergekit_dam.streams.boundaries import BoundaryStates

@@ -13,12 +13,12 @@ from torch import Tensor
 from mergekit_dam.coefficients.record import MergeRecord, Trial
 from mergekit_dam.layers.fit import fit_stage
 from mergekit_dam.search import backprop as backprop_module
-from mergekit_dam.search import descend as descend_module
+from mergekit_dam.search import judge as judge_module
 from mergekit_dam.search import search as search_module
 from mergekit_dam.search import survey as survey_module
 from mergekit_dam.search.best import Best
-from mergekit_dam.search.descend import Descent, verdict_of
-from mergekit_dam.search.judge import Verdict
+from mergekit_dam.search.descend import Descent
+from mergekit_dam.search.judge import Verdict, verdict_of
 from mergekit_dam.search.search import layer_sweep
 from mergekit_dam.search.survey import judged_start, survey
 from mergekit_dam.streams.boundaries import BoundaryStates
@@ -132,7 +132,7 @@ def test_a_descent_is_judged_on_held_out_data_alone(
         seen.append([len(own) for own in tokens])
         return stock(network, weights_of, tokens, *rest)
 
-    monkeypatch.setattr(descend_module, "forward", forward)
+    monkeypatch.setattr(judge_module, "forward", forward)
     searched(make(), tmp_path)
     assert seen
     assert all(counts == [3, 3] for counts in seen)
