@@ -5,9 +5,10 @@ tells the system in advance which pages these will be; it holds none of them its
 system has no such call (macOS, Windows), nothing is read ahead.
 """
 
+import contextlib
 import os
+import threading
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,16 +22,16 @@ class Span:
     length: int
 
 
-_THREAD = ThreadPoolExecutor(1, "dam-read-ahead")
-
-
 def read_ahead(spans: Iterable[Span]) -> None:
     """Ask the system to read byte ranges of files into its cache, in the background."""
     if hasattr(os, "posix_fadvise"):
-        _THREAD.submit(_advise, tuple(spans))
+        # A daemon, as the end of the process waits for no advice. (It would wait for the thread of
+        # an executor, and for ever if ctrl-c came while that thread was started.)
+        arguments = (tuple(spans),)
+        threading.Thread(target=_advise, args=arguments, name="dam-read-ahead", daemon=True).start()
 
 
 def _advise(spans: tuple[Span, ...]) -> None:
     for span in spans:
-        with span.path.open("rb") as file:
+        with contextlib.suppress(OSError), span.path.open("rb") as file:
             os.posix_fadvise(file.fileno(), span.offset, span.length, os.POSIX_FADV_WILLNEED)

@@ -1,5 +1,7 @@
 """The bytes that are asked for ahead of time are those that will be read, and no more."""
 
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from unittest import mock
@@ -42,6 +44,23 @@ def test_spans_are_the_bytes_of_the_tensors(tmp_path: Path) -> None:
 
 def test_a_file_that_is_gone_troubles_nobody(tmp_path: Path) -> None:
     read_ahead([Span(tmp_path / "none", 0, 10)])
+
+
+def test_a_process_ends_although_a_disk_does_not_answer(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    program = (
+        "import os, pathlib, sys, threading\n"
+        "from mergekit_dam.sources.readahead import Span, read_ahead\n"
+        "asked = threading.Event()\n"
+        "def never(*_):\n"
+        "    asked.set()\n"
+        "    threading.Event().wait()\n"
+        "os.posix_fadvise = never\n"
+        "read_ahead([Span(pathlib.Path(sys.argv[1]), 0, 1)])\n"
+        "assert asked.wait(60)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "file")]
+    assert subprocess.run(command, timeout=120, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("metric", ["identity", "sensitivity"])
