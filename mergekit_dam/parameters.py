@@ -30,9 +30,9 @@ class Parameters(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def _penalty(description: str) -> Any:
+def _penalty(what: str, when: str) -> Any:
     """The field of a penalty's weight; at 0 the penalty is off."""
-    return Field(default=0.0, ge=0, description=description)
+    return Field(default=0.0, ge=0, description=f"Weight of {what} (0 = off). {when}")
 
 
 class ModelParameters(Parameters):
@@ -163,30 +163,24 @@ class LogitsParameters(Parameters):
         "if coefficients must stay in such a range.",
     )
     similarity: float = _penalty(
-        "Weight of the mean cosine between the models' coefficients (0 = off). Set it "
-        "to make models use different columns.",
+        "the mean cosine between the models' coefficients",
+        "Set it to make models use different columns.",
     )
-    l1: float = _penalty(
-        "Weight of the 1-norms of the models' coefficients (0 = off). Set it for few nonzero ones.",
-    )
-    l2: float = _penalty(
-        "Weight of the 2-norms of the models' coefficients (0 = off). Set it for small ones.",
-    )
+    l1: float = _penalty("the 1-norms of the models' coefficients", "Set it for few nonzero ones.")
+    l2: float = _penalty("the 2-norms of the models' coefficients", "Set it for small ones.")
     overlap: float = _penalty(
-        "Weight of the models' use of the same columns (0 = off). Set it to give each "
-        "column to one model.",
+        "the models' use of the same columns", "Set it to give each column to one model."
     )
     weighted_overlap: float = _penalty(
-        "As `overlap`, with columns weighted by how much the models' task vectors "
-        "interfere there (0 = off). It needs a `base_model`.",
+        "`overlap` with columns weighted by how much the models' task vectors interfere there",
+        "It needs a `base_model`.",
     )
     mse: float = _penalty(
-        "Weight of the squared difference of the logits, in addition to the KL (0 = "
-        "off). Set it to match the teachers on unlikely tokens too.",
+        "the squared difference of the logits, in addition to the KL",
+        "Set it to match the teachers on unlikely tokens too.",
     )
     entropy: float = _penalty(
-        "Weight of the entropy of the merged model's predictions (0 = off). Set it "
-        "for more confident predictions.",
+        "the entropy of the merged model's predictions", "Set it for more confident predictions."
     )
     start: str = Field(
         default="average",
@@ -208,6 +202,12 @@ class RunParameters(LogitsParameters):
         default="sensitivity",
         description="How layer fits measure an error: directly (`identity`), or by its effect on "
         "the loss, in a second sweep (`sensitivity`). `identity` takes less time.",
+    )
+    max_minutes: float | None = Field(
+        default=None,
+        gt=0,
+        description="Time that the merge may take. Beyond a first sweep of layer fits, what cannot "
+        "be finished in it is cut short or left out: the result depends on the machine's speed.",
     )
     samples: int = Field(
         default=32,

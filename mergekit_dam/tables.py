@@ -1,4 +1,4 @@
-"""Tables for a terminal."""
+"""Tables and times for a terminal."""
 
 from collections.abc import Sequence
 
@@ -11,3 +11,10 @@ def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
         for row in every
     )
+
+
+def duration(seconds: float) -> str:
+    """A time in seconds, minutes or hours."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -23,6 +23,7 @@ class Trial:
         mean_held_out_kl: Mean of these, weighted by the models' loss weights.
         seconds: Wall time.
         details: Further numbers, such as the number of steps.
+        ended: Why it ended before it was done; empty if it was done.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Trial:
     mean_held_out_kl: float
     seconds: float
     details: Mapping[str, float] = field(default_factory=dict)
+    ended: str = ""
 
 
 @dataclass(eq=False)  # tasks that carry one are hashed: by its identity
@@ -43,6 +45,7 @@ class MergeRecord:
         reports: Output tensor's name -> report of its fit.
         seconds: Stage -> wall time.
         trials: Trials of the search, if the whole model was judged.
+        left_out: Sentences about what the search had no time for.
         corrections: Matrices that are added to merged weights, on disk; None where none can be.
     """
 
@@ -51,6 +54,7 @@ class MergeRecord:
     reports: dict[str, TensorReport] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     trials: list[Trial] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
     corrections: Corrections | None = None
 
     def correction(self, name: str) -> Correction | None:

@@ -17,6 +17,7 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.estimate.advice import problems
 from mergekit_dam.estimate.gpus import Gpu
 from mergekit_dam.estimate.inventory import Inventory, take_inventory
+from mergekit_dam.estimate.limit import Limited, within
 from mergekit_dam.estimate.machine import Machine, calibrate, with_gpu
 from mergekit_dam.estimate.memory import Need, Room, disk_bytes, stream_place
 from mergekit_dam.estimate.merge import plan_merge
@@ -72,6 +73,14 @@ class Estimate:
     def most_seconds(self) -> float:
         """Seconds of the merge if all sweeps are run."""
         return self.startup + sum(self.seconds)
+
+    @property
+    def limited(self) -> Limited | None:
+        """What fits into `max_minutes`; None where time is not limited."""
+        settings = self.inventory.settings
+        if settings is None or settings.max_minutes is None:
+            return None
+        return within(60 * settings.max_minutes, self.startup, self.sweeps, self.seconds)
 
     @property
     def host(self) -> Need:

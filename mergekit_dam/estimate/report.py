@@ -6,9 +6,10 @@ from typing import Any
 
 from mergekit_dam.estimate.estimate import Estimate
 from mergekit_dam.estimate.flops import total
+from mergekit_dam.estimate.limit import Limited
 from mergekit_dam.estimate.memory import Need
 from mergekit_dam.estimate.sweeps import Sweep
-from mergekit_dam.tables import aligned
+from mergekit_dam.tables import aligned, duration
 
 _MEANING = (
     "Memory is the process's own; with mapped files, also pages of weights that the system\n"
@@ -34,6 +35,7 @@ def to_json(estimate: Estimate) -> dict[str, Any]:
         "startup_seconds": estimate.startup,
         "sweeps": [_sweep_json(sweep, seconds) for sweep, seconds in pairs],
         "seconds": {"least": estimate.least_seconds, "most": estimate.most_seconds},
+        "max_minutes": None if estimate.limited is None else asdict(estimate.limited),
         "work": _work_json(estimate),
         "memory": [_need_json(estimate, need) for need in estimate.needs],
         "peak_host_bytes": estimate.own(estimate.host),
@@ -87,7 +89,10 @@ def _need_json(estimate: Estimate, need: Need) -> dict[str, Any]:
 
 def table(estimate: Estimate) -> str:
     """The same for people, in a few tables."""
-    parts = [_models(estimate), _sweeps(estimate), _work(estimate), _memory(estimate)]
+    parts = [_models(estimate), _sweeps(estimate)]
+    if estimate.limited is not None:
+        parts.append(_limited(estimate.limited))
+    parts += [_work(estimate), _memory(estimate)]
     machine = estimate.machine
     published = _PUBLISHED.format(gpu=machine.published, memory=_size(machine.gpu))
     times = published if machine.published else _MEASURED
@@ -116,18 +121,33 @@ def _models(estimate: Estimate) -> str:
 
 
 def _sweeps(estimate: Estimate) -> str:
-    rows = [["start", "", "", "", _time(estimate.startup)]]
+    rows = [["start", "", "", "", duration(estimate.startup)]]
     for sweep, seconds in zip(estimate.sweeps, estimate.seconds, strict=True):
         name = sweep.name if sweep.certain else f"{sweep.name}, {sweep.condition}"
         flops = f"{total(sweep.work) / 1e12:,.2f}"
-        rows.append([name, _size(sweep.read), _size(sweep.write), flops, _time(seconds)])
+        rows.append([name, _size(sweep.read), _size(sweep.write), flops, duration(seconds)])
     read = sum(sweep.read for sweep in estimate.sweeps if sweep.certain)
     written = sum(sweep.write for sweep in estimate.sweeps if sweep.certain)
     flops = f"{total(estimate.certain_work) / 1e12:,.2f}"
-    rows.append(["in all", _size(read), _size(written), flops, _time(estimate.least_seconds)])
+    rows.append(["in all", _size(read), _size(written), flops, duration(estimate.least_seconds)])
     if estimate.most_seconds > estimate.least_seconds:
-        rows.append(["at most", "", "", "", _time(estimate.most_seconds)])
+        rows.append(["at most", "", "", "", duration(estimate.most_seconds)])
     return aligned(["sweep", "reads", "writes", "Tflop", "time"], rows)
+
+
+def _limited(limited: Limited) -> str:
+    """What `max_minutes` buys."""
+    rows = [
+        [
+            each.phase,
+            ("yes" if each.steps is None else f"{each.steps} steps") if each.fits else "no",
+        ]
+        for each in limited.phases
+    ]
+    found = aligned([f"within `max_minutes` ({duration(limited.limit)})", "fits"], rows)
+    if limited.always > limited.limit:
+        return f"{found}\nWhat is always run takes longer: {duration(limited.always)}."
+    return f"{found}\nThe merge takes {duration(limited.most)} at most."
 
 
 def _work(estimate: Estimate) -> str:
@@ -138,7 +158,7 @@ def _work(estimate: Estimate) -> str:
         own = 0 if speed == "elements" else count
         found[kind] = (flops + own, seconds + count / estimate.machine.speed(speed))
     ordered = sorted(found.items(), key=lambda item: -item[1][1])
-    rows = [[kind, f"{flops / 1e12:,.2f}", _time(seconds)] for kind, (flops, seconds) in ordered]
+    rows = [[kind, f"{flops / 1e12:,.2f}", duration(seconds)] for kind, (flops, seconds) in ordered]
     return aligned(["work", "Tflop", "time"], rows)
 
 
@@ -169,9 +189,3 @@ def _size(count: float) -> str:
         if count >= unit:
             return f"{count / unit:.2f} {name}"
     return f"{count / 1e3:.0f} kB" if count else "0"
-
-
-def _time(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

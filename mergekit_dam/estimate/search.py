@@ -7,7 +7,7 @@ from mergekit_dam.estimate.flops import LOGITS_PASSES, forward, gradients, mergi
 from mergekit_dam.estimate.inventory import Inventory, PartSize
 from mergekit_dam.fitting.costs import Work
 from mergekit_dam.parameters import RunParameters
-from mergekit_dam.search.descend import judged_steps
+from mergekit_dam.search.pace import judged_steps
 
 
 def survey(inventory: Inventory, *, measures: bool, teachers: bool) -> Work:

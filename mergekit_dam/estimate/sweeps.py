@@ -7,7 +7,7 @@ from mergekit_dam.estimate.inventory import Inventory
 from mergekit_dam.estimate.memory import Room, kept_weights, loaded_bytes, output_cache_bytes
 from mergekit_dam.fitting.costs import Work
 from mergekit_dam.parameters import RunParameters
-from mergekit_dam.search.search import ENOUGH, descents
+from mergekit_dam.search.descents import ENOUGH, descents
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Sweep:
         work: flops and elements.
         write: bytes that are written.
         condition: the condition under which the sweep is run; empty if it is always run.
+        steps: number of steps of a descent; 0 of other sweeps.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Sweep:
     work: Work
     write: int = 0
     condition: str = ""
+    steps: int = 0
 
     @property
     def certain(self) -> bool:
@@ -73,7 +75,7 @@ def sweeps(inventory: Inventory, room: Room) -> list[Sweep]:
             work = search.descent(inventory, settings, steps)
             name = f"descent, {steps} steps"
             condition = "if that pays" if index else _condition(settings)
-            found.append(Sweep(name, goes * again, work, condition=condition))
+            found.append(Sweep(name, goes * again, work, condition=condition, steps=steps))
     return [*found, last]
 
 

@@ -57,6 +57,7 @@ def write_artifacts(
                 str(m): dataclasses.asdict(c.provenance) for m, c in prepared.calibration.items()
             },
             "search": [dataclasses.asdict(trial) for trial in record.trials],
+            "left_out": record.left_out,
             "seconds": record.seconds,
             "peak_memory_bytes": report.peak_memory(),
             "tensors": [

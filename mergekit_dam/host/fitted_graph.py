@@ -140,7 +140,7 @@ def _search(
     merge: Merge,
 ) -> Tasks:
     """One task for all sweeps; then every tensor is merged with the best coefficients."""
-    run = merge.prepared.run
+    run, started = merge.prepared.run, merge.prepared.started
     network = Network(
         [planned.stage for planned in stages],
         load=lambda number: load_stage(stages[number], device),
@@ -148,7 +148,7 @@ def _search(
         device=device,
         resident=run.resident,
     )
-    fit = Search(node=SearchNode(network, streams, run, start, merge.out_path))
+    fit = Search(node=SearchNode(network, streams, run, start, merge.out_path, started))
     tasks = Tasks(last=fit)
     for planned in stages:
         order = planned.stage.models.order

@@ -1,13 +1,12 @@
 """The output folder, and the removal of files that an interrupted merge left half written."""
 
 import shutil
-import signal
 import tempfile
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+
+from mergekit_dam.interrupts import terminable
 
 SCRATCH = ".dam-"
 """Prefix of the names of temporary folders, which a merge removes at its end."""
@@ -27,7 +26,7 @@ def output_folder(out_path: Path, *, written: bool) -> Iterator[Path]:
         return
     beside = out_path.absolute().parent  # the disk of the output has room for hidden states
     with (
-        _terminable(),
+        terminable(),
         tempfile.TemporaryDirectory(
             prefix=SCRATCH, dir=beside if beside.is_dir() else None
         ) as folder,
@@ -40,7 +39,7 @@ def no_half_written_model(out_path: Path) -> Iterator[None]:
     """Remove the files of an interrupted merge, and the folder if the merge created it."""
     existed = out_path.is_dir()
     before = set(out_path.iterdir()) if existed else set()
-    with _terminable() as uninterrupted:
+    with terminable() as uninterrupted:
         try:
             yield
         except BaseException:
@@ -53,31 +52,3 @@ def no_half_written_model(out_path: Path) -> Iterator[None]:
             if not existed and out_path.is_dir() and not any(out_path.iterdir()):
                 out_path.rmdir()
             raise
-
-
-@contextmanager
-def _terminable() -> Iterator[Callable[[], None]]:
-    """Make SIGTERM end the process as ctrl-c does, so that all clean-up code runs.
-
-    torchrun sends SIGTERM to the processes of a merge when one of them has stopped.
-
-    Yields:
-        A function that makes the process ignore SIGTERM from then on.
-    """
-    stock = signal.getsignal(signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread() or stock != signal.SIG_DFL:
-        yield lambda: None
-        return
-
-    def stop(number: int, _: Any) -> None:
-        ignore()
-        raise SystemExit(128 + number)
-
-    def ignore() -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        yield ignore
-    finally:
-        signal.signal(signal.SIGTERM, stock)

@@ -8,8 +8,9 @@
 
 import dataclasses
 import logging
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class Prepared:
         start: the coefficients to start from, or None.
         vocabulary: merged vocabulary, if mergekit builds one; calibration tokens are its ids.
         rows: number of rows that embeddings are cut to, if they are cut.
+        started: `time.perf_counter()` when the merge began.
     """
 
     checked: Checked
@@ -57,6 +59,7 @@ class Prepared:
     start: CoefficientFile | None = None
     vocabulary: Vocabulary | None = None
     rows: int | None = None
+    started: float = field(default_factory=time.perf_counter)
 
     @property
     def run(self) -> RunParameters:
@@ -110,6 +113,7 @@ def prepare(
         ConfigError: the configuration is wrong; every problem is named.
         CalibrationError: a text cannot be used, or the models' tokenizers disagree.
     """
+    started = time.perf_counter()
     asked = check(config, options, source)
     check_depth(config, asked.checked, options)
     if asked.replay is not None or not asked.checked.learns:
@@ -144,7 +148,7 @@ def prepare(
                 because = f"--unsafe-truncate-embeddings leaves {asked.rows} ids"
                 lost = own.tokens[own.tokens >= asked.rows].tolist()
                 refuse_lost(lost, model, tokenizers[model], because)
-    return dataclasses.replace(asked, calibration=calibration)
+    return dataclasses.replace(asked, calibration=calibration, started=started)
 
 
 def _translated(own: CalibrationSet, translation: Translation) -> CalibrationSet:

@@ -128,6 +128,7 @@ class SearchNode:
         settings: parameters of the merge.
         start: coefficients of every tensor to start from.
         scratch: folder for hidden states on disk.
+        started: `time.perf_counter()` when the merge began.
     """
 
     network: Network
@@ -135,6 +136,7 @@ class SearchNode:
     settings: RunParameters
     start: MergeRecord
     scratch: Path
+    started: float
 
 
 class Search(Task[Any], frozen=True, arbitrary_types_allowed=True):
@@ -163,6 +165,7 @@ class Search(Task[Any], frozen=True, arbitrary_types_allowed=True):
             node.settings,
             node.start,
             scratch=node.scratch,
+            started=node.started,
         )
         return StageResult([], record)
 

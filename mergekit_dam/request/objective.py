@@ -21,7 +21,18 @@ def check_objective(
     """
     return [
         *_check_correction(run, scopes, wrong),
+        *_check_time(run, wrong),
         *([] if "objective" in wrong else _check_descent(config, run, scopes, wrong)),
+    ]
+
+
+def _check_time(run: RunParameters, wrong: Collection[str]) -> list[str]:
+    if run.max_minutes is None or not run.one_sweep or {"objective", "metric"} & set(wrong):
+        return []
+    return [
+        "parameters (top level): `objective: layer` with `metric: identity` takes no "
+        "`max_minutes`, as its one sweep is always made; set another objective or "
+        "`metric: sensitivity`, or remove it"
     ]
 
 

@@ -41,12 +41,14 @@ class Best:
         record: MergeRecord,
         verdict: Verdict,
         started: float,
+        *,
+        ended: str = "",
         **details: float,
     ) -> None:
         """Record a trial, and keep its coefficients if the judge prefers them."""
         kept = verdict.better_than(self.verdict, self.allowance)
         seconds = time.perf_counter() - started
-        self.trials.append(Trial(name, kept, verdict.losses, verdict.mean, seconds, details))
+        self.trials.append(Trial(name, kept, verdict.losses, verdict.mean, seconds, details, ended))
         lost = self.record if kept else record
         if kept:
             self.record, self.verdict = record, verdict

@@ -4,10 +4,13 @@
 2. Each step uses the gradient on the next sequences of every model, plus that of the penalties.
 3. At regular intervals the merged model is judged on held-out data. The result is the best point
    that was judged.
+4. An interrupt, or the end of the time that the merge may take, ends a descent early: the point
+   that it has come to is judged, and the result is the best
+   one so far.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,17 +22,15 @@ from mergekit_dam.search.descender import Descender
 from mergekit_dam.search.factors import Factors
 from mergekit_dam.search.gradient import Objective
 from mergekit_dam.search.judge import Verdict, verdict_of
+from mergekit_dam.search.pace import SETTLED, Pace, judged_steps
 from mergekit_dam.streams import progress
 from mergekit_dam.streams.stream import Stream
 
-LOOKS = 8
-"""How often a descent is judged on held-out data, about."""
+INTERRUPTED = "an interrupt"
+"""Why a descent ended early: ctrl-C, or SIGTERM."""
 
-
-def judged_steps(steps: int) -> frozenset[int]:
-    """The steps, counted from 1, after which a descent is judged: the last one is among them."""
-    every = max(1, round(steps / LOOKS))
-    return frozenset((*range(every, steps + 1, every), steps))
+OUT_OF_TIME = "`max_minutes`"
+"""Why a descent ended early: the merge would have taken longer than it may."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +42,14 @@ class Descent:
         verdict: the verdict on them.
         steps: number of steps after which they were judged; 0 for the start.
         losses: loss of every step, on the data of the step, without penalties.
+        ended: why it ended before all steps were taken; empty if they were.
     """
 
     record: MergeRecord
     verdict: Verdict
     steps: int
     losses: tuple[float, ...]
+    ended: str = ""
 
 
 @torch.enable_grad()
@@ -63,6 +66,8 @@ def descend(
     moving: Path,
     kept: Path,
     left: float = 1.0,
+    pace: Pace | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> Descent:
     """Minimise the objective from a start.
 
@@ -78,27 +83,58 @@ def descend(
         moving: folder for the factors of corrections while they move.
         kept: folder for a folder with the corrections of the best point.
         left: fraction of the held-out KL at the start of the search that is left.
+        pace: how many steps there is time for; all of them by default.
+        interrupted: whether the descent is asked to end after the step that it takes.
     """
-    network = objective.network
-    coordinates = objective.coordinates.values()
-    factors = Factors(coordinates, start.corrections, folder=moving, seed=seed)
+    pace, network = pace or Pace(), objective.network
+    factors = Factors(objective.coordinates.values(), start.corrections, folder=moving, seed=seed)
     descender = Descender(objective, start, steps, factors, left)
     batches = batches_of(data, network.loss_weights, objective.settings.batch_size, seed)
-    best, lowest, best_step = start, verdict, 0
-    losses = []
-    judged = judged_steps(steps)
-    for step in range(1, steps + 1):
-        loss = descender.step(batches, column_weights)
-        losses.append(loss)
-        progress.show(f"step {step}/{steps} loss {loss:.4g} held-out KL {lowest.mean:.4g}")
-        if step in judged:
-            with torch.no_grad():
+    best = _Best(start, verdict)
+    losses: list[float] = []
+    planned, ended = steps, ""
+    while len(losses) < planned and not ended:
+        with pace.measured(pace.step):
+            losses.append(descender.step(batches, column_weights))
+        step = len(losses)
+        lowest = best.verdict.mean
+        progress.show(f"step {step}/{planned} loss {losses[-1]:.4g} held-out KL {lowest:.4g}")
+        if step == SETTLED:
+            planned = step + pace.steps(steps - step)
+            descender.plan(planned)
+        ended = _early_end(step, planned, steps, pace, interrupted)
+        if ended or step in judged_steps(planned):
+            with pace.measured(pace.look):
                 now = descender.point()
-            seen = verdict_of(network, now, data)
-            if seen.mean < lowest.mean and seen.better_than(verdict, allowance):
-                if best is not start and best.corrections is not None:
-                    best.corrections.discard()
+                seen = verdict_of(network, now, data)
+            if seen.mean < best.verdict.mean and seen.better_than(verdict, allowance):
                 own = factors.kept(now.coefficients, kept / f"{moving.name}-{step}")
-                best = dataclasses.replace(now, corrections=own)
-                lowest, best_step = seen, step
-    return Descent(best, lowest, best_step, tuple(losses))
+                best.take(dataclasses.replace(now, corrections=own), seen, step)
+            if not ended and step < planned and interrupted():
+                ended = INTERRUPTED
+    return Descent(best.record, best.verdict, best.step, tuple(losses), ended)
+
+
+def _early_end(
+    step: int, planned: int, steps: int, pace: Pace, interrupted: Callable[[], bool]
+) -> str:
+    """Why a descent ends after a step before all were taken; empty if it does not."""
+    if step < planned and interrupted():
+        return INTERRUPTED
+    out_of_time = planned < steps if step == planned else not pace.steps(1)
+    return OUT_OF_TIME if out_of_time else ""
+
+
+@dataclasses.dataclass
+class _Best:
+    """The best point of a descent so far, and the number of steps that led to it."""
+
+    record: MergeRecord
+    verdict: Verdict
+    step: int = 0
+
+    def take(self, record: MergeRecord, verdict: Verdict, step: int) -> None:
+        """Take a better one; corrections of the start belong to the search."""
+        if self.step and self.record.corrections is not None:
+            self.record.corrections.discard()
+        self.record, self.verdict, self.step = record, verdict, step

@@ -90,6 +90,18 @@ class Descender:
             schedule.step()
         return loss
 
+    def plan(self, steps: int) -> None:
+        """Let the learning rates fall as they do in so many steps, of which some are taken."""
+        taken = self._schedules[0].last_epoch
+        self._schedules = []
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"]
+            schedule = make_schedule(optimizer, self._objective.settings, steps)
+            for _ in range(taken):
+                schedule.step()
+            self._schedules.append(schedule)
+
     def point(self) -> MergeRecord:
         """The current coefficients of every tensor."""
         return at(self._start, self._coefficients(), self._objective, self._factors)

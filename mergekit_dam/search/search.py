@@ -12,7 +12,6 @@ On held-out data the result is never worse than the start, or than a search with
 """
 
 import dataclasses
-import logging
 import tempfile
 import time
 from collections.abc import Sequence
@@ -20,48 +19,20 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from mergekit_dam.coefficients.correction import Corrections
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.layers.fit import fit_stage
 from mergekit_dam.parameters import RunParameters
 from mergekit_dam.search.best import Best
-from mergekit_dam.search.coordinates import Coordinate, coordinates_of
-from mergekit_dam.search.descend import descend
-from mergekit_dam.search.gradient import Objective
+from mergekit_dam.search.descents import CORRECTIONS, descents_from
 from mergekit_dam.search.judge import judged_at_output
-from mergekit_dam.search.regularisers import column_weights
+from mergekit_dam.search.pace import Pace
 from mergekit_dam.search.sensitivity import Sensitivity, sweep_back
 from mergekit_dam.search.survey import judged_by, judged_start, survey
 from mergekit_dam.sources.network import Network
-from mergekit_dam.sources.stage import OpenStage
 from mergekit_dam.streams.boundaries import BoundaryStates
 from mergekit_dam.streams.stream import Stream
-
-LOG = logging.getLogger(__name__)
-
-DESCENTS = (20, 400)
-"""Steps of each descent where no number is configured: the first shows whether it pays."""
-
-CORRECTIONS = ".dam-corrections"
-"""Beginning of the names of folders for a trial's corrections."""
-
-ENOUGH = 0.05
-"""Without a configured number of steps, there is no descent where layer fits left a smaller
-fraction of the start's held-out KL than this: its steps cost more than such a rest is worth."""
-
-WORTHWHILE = 0.05
-"""A longer descent follows if the one before lowered the held-out KL by this fraction."""
-
-
-def descents(asked: int | None) -> tuple[int, ...]:
-    """Steps of the descents that may be run, one after the other.
-
-    Args:
-        asked: the number of steps that the configuration asks for, if it does.
-    """
-    return DESCENTS if asked is None else (asked,)
 
 
 @torch.no_grad()
@@ -72,6 +43,7 @@ def search(
     start: MergeRecord,
     *,
     scratch: Path,
+    started: float | None = None,
 ) -> MergeRecord:
     """Find the coefficients of every tensor.
 
@@ -81,25 +53,28 @@ def search(
         settings: parameters of the merge.
         start: coefficients of every tensor to start from.
         scratch: a folder on a disk with room for the hidden states of every block.
+        started: `time.perf_counter()` when the merge began, if not now.
 
     Returns:
         The best record, with the trials of the search.
     """
     scratch.mkdir(parents=True, exist_ok=True)
+    pace = Pace.of(settings, started)
     with tempfile.TemporaryDirectory(prefix=".dam-", dir=scratch) as folder:
         boundaries = BoundaryStates(Path(folder) / "entered")
         if settings.objective == "logits":
             surveyed = survey(network, streams, start, None, teachers=True)
+            pace.surveyed(surveyed.seconds)
             best, data = judged_start(network, streams, surveyed, surveyed.taught)
             del surveyed
         else:
             best, data = layer_trials(
-                network, streams, settings, start, entered=boundaries, scratch=scratch
+                network, streams, settings, start, pace, entered=boundaries, scratch=scratch
             )
         if settings.objective != "layer":
-            logits_trial(network, settings, best, data, boundaries, kept=scratch)
+            descents_from(network, settings, best, data, boundaries, pace, kept=scratch)
     network.release()
-    return dataclasses.replace(best.record, trials=best.trials)
+    return dataclasses.replace(best.record, trials=best.trials, left_out=pace.left_out)
 
 
 def layer_trials(
@@ -107,6 +82,7 @@ def layer_trials(
     streams: Sequence[Stream],
     settings: RunParameters,
     start: MergeRecord,
+    pace: Pace,
     *,
     entered: BoundaryStates,
     scratch: Path,
@@ -114,6 +90,7 @@ def layer_trials(
     """Try one sweep of layer fits, and another in the plain metric if that was no good.
 
     Args:
+        pace: what there is time for.
         entered: saves the inputs of the blocks for the tokens that metrics need.
         scratch: a folder on a disk with room for hidden states and corrections.
 
@@ -123,6 +100,7 @@ def layer_trials(
     weighs_errors = settings.metric == "sensitivity"
     boundaries = entered if weighs_errors else None
     surveyed = survey(network, streams, start, boundaries, teachers=False)
+    pace.surveyed(surveyed.seconds)
     with tempfile.TemporaryDirectory(prefix=".dam-", dir=scratch) as folder:
         sensitivity = None
         if weighs_errors:
@@ -138,8 +116,12 @@ def layer_trials(
     best, data = judged_start(network, streams, surveyed, swept.streams)
     del surveyed
     swept.consider(network, best, data)
-    if weighs_errors and not best.improved:
-        del swept
+    del swept
+    if (
+        weighs_errors
+        and not best.improved
+        and pace.allows("a sweep of layer fits in the plain metric", best.trials[-1].seconds)
+    ):
         layer_sweep(network, streams, start, None, scratch).consider(network, best, data)
     return best, data
 
@@ -185,67 +167,3 @@ def layer_sweep(
             metrics = partial(sensitivity.metrics, number, opened)
         fit_stage(opened, moving, record, metrics=metrics)
     return Swept(f"layer, {metric}", record, moving, started)
-
-
-def logits_trial(
-    network: Network,
-    settings: RunParameters,
-    best: Best,
-    data: Sequence[Stream],
-    boundaries: BoundaryStates,
-    *,
-    kept: Path,
-) -> None:
-    """Descend the end-to-end objective from the best so far, as long as it is worthwhile."""
-    if settings.objective != "logits" and settings.steps is None and best.left < ENOUGH:
-        LOG.info("no descent: layer fits left %.0f %% of the start's KL", 100 * best.left)
-        return
-    coordinates, weights = _coordinates(network, settings, data)
-    if not coordinates:
-        return
-    objective = Objective(network, coordinates, settings, boundaries)
-    for number, steps in enumerate(descents(settings.steps)):
-        started, before = time.perf_counter(), best.verdict.mean
-        with tempfile.TemporaryDirectory(prefix=CORRECTIONS, dir=kept) as moving:
-            ended = descend(
-                objective,
-                data,
-                best.record,
-                best.verdict,
-                allowance=best.allowance,
-                steps=steps,
-                column_weights=weights,
-                seed=settings.random_seed + number,
-                moving=Path(moving),
-                kept=kept,
-                left=best.left,
-            )
-        name = f"logits, {steps} steps"
-        best.consider(name, ended.record, ended.verdict, started, best_step=ended.steps)
-        if best.verdict.mean > (1 - WORTHWHILE) * before:
-            break
-
-
-def _coordinates(
-    network: Network, settings: RunParameters, data: Sequence[Stream]
-) -> tuple[dict[str, Coordinate], dict[str, Tensor]]:
-    """The fitted tensors of all stages, and their column weights where the overlap needs them."""
-    found: dict[str, Coordinate] = {}
-    weights: dict[str, Tensor] = {}
-    head = network.stages[0].models.output.head_name
-    for number, opened in network.all():
-        last = number == len(network.stages) - 1
-        like = data[0].merged[:1] if number == 0 else data[0].teacher[:1]
-        anatomy = opened.anatomy(like.to(network.device))
-        for coordinate in coordinates_of(opened, anatomy, head if last else None):
-            found[coordinate.name] = coordinate
-            if settings.weighted_overlap and coordinate.kind == "linear":
-                weights[coordinate.name] = _column_weights(opened, coordinate)
-    return found, weights
-
-
-def _column_weights(opened: OpenStage, coordinate: Coordinate) -> Tensor:
-    tensors, base = opened.by_name(coordinate.name).tensors, coordinate.form.base
-    assert base is not None  # else the configuration was refused
-    models = [tensors[source] for source in coordinate.form.merged]
-    return column_weights(models, tensors[base], axis=coordinate.axis)

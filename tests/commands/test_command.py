@@ -5,8 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from tests.kit.environments import installed_environment
 from tests.kit.merging import Merged, dam, linear, merge
 from tests.kit.models import Models, save_models, tiny_llama_config
 from tests.kit.processes import BIN
+from tests.kit.signals import Running
 from tests.kit.texts import Calibration, save_calibration
 
 
@@ -217,9 +216,11 @@ class TestProcesses:
             (out / "notes.txt").write_text("mine")
         # Shards of nothing: every merged tensor is written at once.
         command: list[str | Path] = [BIN / "mergekit-yaml", path, out, "--out-shard-size", "1"]
-        written = interrupted(command, lambda: len(list(out.glob("model-*"))) > 3)
+        running = Running(command, tmp_path / "log")
+        running.wait(lambda: len(list(out.glob("model-*"))) > 3)
+        running.send(signal.SIGINT)
         # Whatever it says: safetensors turns an interrupt in its own code into an error of its own.
-        assert written.returncode not in (0, None)
+        assert running.finish() != 0
         assert [file.name for file in tmp_path.glob("out/*")] == ["notes.txt"] * existing
         assert out.exists() == existing
 
@@ -245,24 +246,3 @@ def _without_stock_noise(stderr: str) -> str:
     """stderr without the lines that every method of mergekit prints there."""
     lines = [line for line in stderr.splitlines() if "`torch_dtype` is deprecated" not in line]
     return "\n".join(lines)
-
-
-def interrupted(
-    command: list[str | Path], ready: Callable[[], bool]
-) -> subprocess.CompletedProcess[str]:
-    """Run a command and press ctrl-c once it is `ready`."""
-    process = subprocess.Popen(
-        list(map(str, command)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        # Tests that a shell runs in the background ignore ctrl-c, and so would what they start.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    deadline = time.monotonic() + 300
-    while not ready() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=120)
-    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)

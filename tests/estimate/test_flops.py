@@ -12,7 +12,7 @@ from mergekit_dam.estimate.estimate import sweep_seconds
 from mergekit_dam.estimate.inventory import take_inventory
 from mergekit_dam.estimate.sweeps import sweeps
 from mergekit_dam.model.part import block_part, output_part
-from mergekit_dam.search.search import DESCENTS
+from mergekit_dam.search.descents import DESCENTS
 from tests.kit.estimates import ROOM, SPEEDS, planned
 from tests.kit.merging import dam
 from tests.kit.models import save_models, tiny_llama_config

@@ -17,8 +17,8 @@ from mergekit_dam.estimate.memory import Room
 from mergekit_dam.estimate.merge import plan_merge
 from mergekit_dam.fitting.metric import Metric, kept_as_rows
 from mergekit_dam.layers.experts import FEWEST, too_few
-from mergekit_dam.search.descend import LOOKS, judged_steps
-from mergekit_dam.search.search import DESCENTS, descents
+from mergekit_dam.search.descents import DESCENTS, descents
+from mergekit_dam.search.pace import LOOKS, judged_steps
 from mergekit_dam.search.sensitivity import gradient_sequences
 from mergekit_dam.streams.storage import (
     SHARE,

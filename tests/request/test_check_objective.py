@@ -61,6 +61,13 @@ def test_a_metric_without_layer_fits_is_refused() -> None:
     )
 
 
+def test_time_is_not_limited_where_one_sweep_is_all() -> None:
+    one = "objective: layer, metric: identity"
+    problem = only_problem(configuration(parameters=f"{{{one}, max_minutes: 5}}"))
+    assert problem.startswith("parameters (top level): `objective: layer` with `metric: identity`")
+    check(configuration(parameters="{objective: layer, max_minutes: 0.5}"))
+
+
 @pytest.mark.parametrize("optimizer", ["", "optimizer: adamw, "])
 def test_a_fraction_of_mofo_without_mofo_is_refused(optimizer: str) -> None:
     parameters = f"{{objective: logits, {optimizer}mofo_fraction: 0.5}}"

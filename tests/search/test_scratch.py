@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mergekit_dam.errors import DamError
-from mergekit_dam.search import search as search_module
+from mergekit_dam.search import descents as descents_module
 from mergekit_dam.search.search import search
 from mergekit_dam.streams import progress
 from tests.kit.models import Models
@@ -57,7 +57,7 @@ def test_a_merge_that_ends_early_leaves_no_scratch_files(
     def fail(*_: object, **__: object) -> Mapping[str, Any]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(search_module, "descend", fail)
+    monkeypatch.setattr(descents_module, "descend", fail)
     with pytest.raises(KeyboardInterrupt):
         polished(llama_models, calibration, tmp_path / "out")
     assert not [name for name in files_under(tmp_path) if ".dam" in name or "tensors" in name]

@@ -13,6 +13,7 @@ from torch import Tensor
 from mergekit_dam.coefficients.record import MergeRecord, Trial
 from mergekit_dam.layers.fit import fit_stage
 from mergekit_dam.search import backprop as backprop_module
+from mergekit_dam.search import descents as descents_module
 from mergekit_dam.search import judge as judge_module
 from mergekit_dam.search import search as search_module
 from mergekit_dam.search import survey as survey_module
@@ -114,7 +115,7 @@ def test_a_long_descent_follows_a_short_one_that_paid(
         losses = tuple(factor * loss for loss in verdict.losses)
         return Descent(start, dataclasses.replace(verdict, losses=losses), rest["steps"], ())
 
-    monkeypatch.setattr(search_module, "descend", fake)
+    monkeypatch.setattr(descents_module, "descend", fake)
     record = searched(make(), tmp_path, objective="logits", steps=None)
     assert [trial.kept for trial in record.trials] == [True] + [factor < 1] * descents
     assert len(set(seeds)) == descents
@@ -155,7 +156,7 @@ def test_there_is_no_descent_where_layer_fits_left_little(
         size = left if record.reports else 1.0
         return Verdict((size, size), (1.0, 1.0))
 
-    monkeypatch.setattr(search_module, "descend", fake)
+    monkeypatch.setattr(descents_module, "descend", fake)
     for module in (survey_module, search_module):
         monkeypatch.setattr(module, "judged_at_output", judged)
     searched(make(), tmp_path, objective="layer+logits", steps=steps)
