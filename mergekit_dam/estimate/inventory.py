@@ -1,9 +1,8 @@
 """The sizes of a merge: parts, tensors and text, as headers and configurations tell them."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -156,7 +155,7 @@ def take_inventory(planned: PlannedMerge) -> Inventory:
         parts=parts,
         outside=tuple(size for name, size in sizes.items() if name not in inside),
         sources=len({model for tensor in planned.tensors.values() for model in tensor.headers}),
-        files=_files(planned.tensors.values()),
+        files=planned.files,
         hidden=0 if text is None else text.hidden_size,
         attended=0 if text is None else _attended(text),
         vocabulary=0 if text is None else text.vocab_size,
@@ -286,12 +285,3 @@ def _attended(text: Any) -> int:
     heads = getattr(text, "num_attention_heads", 0)
     size = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
     return int(heads * size)
-
-
-def _files(tensors: Iterable[PlannedTensor]) -> tuple[tuple[int, ...], ...]:
-    """Bytes of each model's files, as far as headers name them."""
-    found: dict[ModelReference, set[Path]] = {}
-    for tensor in tensors:
-        for model, header in tensor.headers.items():
-            found.setdefault(model, set()).update([] if header is None else [header.file])
-    return tuple(tuple(file.stat().st_size for file in sorted(own)) for own in found.values())

@@ -6,6 +6,7 @@
 
 import contextlib
 import dataclasses
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from pydantic import ValidationError
 from mergekit_dam.calibration.sets import CalibrationSet, Provenance
 from mergekit_dam.calibration.source import CalibrationSource
 from mergekit_dam.errors import ConfigError, DamError, first_line
+from mergekit_dam.estimate.hub import header_loader
 from mergekit_dam.host import plugin
 from mergekit_dam.host.compat import (
     GatherTensors,
@@ -74,12 +76,14 @@ class PlannedMerge:
         tensors: output tensors by name.
         stages: input, blocks and output of the model; none where nothing is fitted.
         out_dtype: the dtype that tensors are written in; None for the dtype they are loaded in.
+        files: bytes of each model's files, as far as headers name them.
     """
 
     prepared: Prepared
     tensors: Mapping[str, PlannedTensor]
     stages: tuple[Stage, ...]
     out_dtype: torch.dtype | None
+    files: tuple[tuple[int, ...], ...]
 
 
 def plan_merge(file: Path, options: MergeOptions, out_path: Path) -> PlannedMerge:
@@ -107,7 +111,7 @@ def plan_merge(file: Path, options: MergeOptions, out_path: Path) -> PlannedMerg
     check_length(prepared.checked, options)
     architecture = get_architecture_info(planned, options)
     LoaderCache().setup(options=options)
-    with _adapters_as_their_bases(planned.referenced_models(), options):
+    with _headers_alone(planned.referenced_models(), options):
         out_config = out_model_config(
             planned, architecture, trust_remote_code=options.trust_remote_code
         )
@@ -117,9 +121,10 @@ def plan_merge(file: Path, options: MergeOptions, out_path: Path) -> PlannedMerg
             for name, merged in map(_whole, tasks)
             if merged is not None
         }
+        files = _files(tensors.values())
     last = next(task.last for task in tasks if isinstance(task, WriteArtifacts))
     out_dtype = dtype_from_name(config.out_dtype)
-    return PlannedMerge(prepared, tensors, tuple(_stages(last)), out_dtype)
+    return PlannedMerge(prepared, tensors, tuple(_stages(last)), out_dtype, files)
 
 
 def read_configuration(file: Path) -> tuple[MergeConfiguration, dict[str, Any]]:
@@ -195,20 +200,28 @@ def _provenance(model: str, text: str, sequences: int, length: int) -> Provenanc
 
 
 @contextlib.contextmanager
-def _adapters_as_their_bases(
-    models: Iterable[ModelReference], options: MergeOptions
-) -> Iterator[None]:
-    """Have mergekit load an adapter's base in its place: merging the adapter would read weights."""
-    loaders = LoaderCache().loaders
-    replaced = [model for model in models if model.lora is not None and model not in loaders]
-    for model in replaced:
-        base = ModelReference(model=model.model)
-        loaders[model] = base.lazy_loader(options.transformers_cache, options.lazy_unpickle)
-    try:
-        yield
-    finally:
-        for model in replaced:
-            del loaders[model]
+def _headers_alone(models: Iterable[ModelReference], options: MergeOptions) -> Iterator[None]:
+    """Have mergekit find headers without weights.
+
+    Of a model on the Hub, they are read from there. An adapter's base is taken in its place:
+    merging the adapter would read weights.
+    """
+    loaders, replaced = LoaderCache().loaders, []
+    with tempfile.TemporaryDirectory(prefix="dam-headers-", ignore_cleanup_errors=True) as folder:
+        try:
+            for model in (model for model in models if model not in loaders):
+                base = ModelReference(model=model.model)
+                own = Path(tempfile.mkdtemp(dir=folder))
+                found = header_loader(base, options, own)
+                if found is None and model.lora is not None:
+                    found = base.lazy_loader(options.transformers_cache, options.lazy_unpickle)
+                if found is not None:
+                    loaders[model] = found
+                    replaced.append(model)
+            yield
+        finally:
+            for model in replaced:
+                del loaders[model]
 
 
 def _whole(task: Task[Any]) -> tuple[str, Task[Any] | None]:
@@ -248,6 +261,15 @@ def _tensor(gather: Task[Any], prepared: Prepared) -> PlannedTensor:
     forced = next((info.force_dtype for info in infos.values() if info.force_dtype), None)
     headers = {model: header_of(info, model) for model, info in infos.items()}
     return PlannedTensor(headers, dtype_from_name(forced or gather.dtype), rows, copies)
+
+
+def _files(tensors: Iterable[PlannedTensor]) -> tuple[tuple[int, ...], ...]:
+    """Bytes of each model's files, as far as headers name them."""
+    found: dict[ModelReference, set[Path]] = {}
+    for tensor in tensors:
+        for model, header in tensor.headers.items():
+            found.setdefault(model, set()).update([] if header is None else [header.file])
+    return tuple(tuple(file.stat().st_size for file in sorted(own)) for own in found.values())
 
 
 def _stages(last: FitStage | Search | None) -> list[Stage]:
