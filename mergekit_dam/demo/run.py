@@ -48,8 +48,8 @@ def run_demo(
     Raises:
         DamError: If the folder has other files and `force` is not set, or if a merge fails.
     """
-    use_own_share()
     settings = settings or DemoSettings()
+    use_own_share(settings.model.hidden_size)
     _claim(directory, settings, force=force)
 
     _say("1/5 Text and tokenizer")

@@ -38,6 +38,7 @@ from mergekit_dam.sources.network import Network
 from mergekit_dam.sources.stage import Models
 from mergekit_dam.streams.memory import limit_gpu
 from mergekit_dam.streams.stream import Stream
+from mergekit_dam.threads import use_own_share
 
 MakeStreams: TypeAlias = Callable[[], list[Stream]]
 
@@ -67,6 +68,7 @@ def fitted_tasks(merge: Merge, tensors: Tensors, decoder: Decoder) -> Tasks:
     device = torch.device(merge.options.device or "cpu")
     limit_gpu(device, prepared.run.gpu_memory)
     hidden = decoder.config.get_text_config().hidden_size
+    use_own_share(hidden)
     streams = functools.partial(
         calibration_streams, prepared, tensors.order, hidden, device, merge.out_path
     )

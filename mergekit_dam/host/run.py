@@ -16,7 +16,7 @@ from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.host.output import output_folder
 from mergekit_dam.host.prepare import PreparedConfiguration, prepare
 from mergekit_dam.streams import distributed
-from mergekit_dam.threads import use_own_share
+from mergekit_dam.threads import own_share
 
 LOG = logging.getLogger(__name__)
 
@@ -33,9 +33,8 @@ def run_dam(
     Args:
         stock: mergekit's own `run_merge`; the other arguments are its arguments.
     """
-    use_own_share()
     source = yaml.safe_load(config_source) if config_source else None
-    with distributed.joined_processes(options) as own:
+    with own_share(), distributed.joined_processes(options) as own:
         # One process reads the text: other machines may lack it, or have another version.
         prepared = distributed.from_first(lambda: prepare(merge_config, own, source))
         config = PreparedConfiguration.create(merge_config, prepared)
