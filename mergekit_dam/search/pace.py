@@ -75,11 +75,12 @@ class Pace:
     def surveyed(self, seconds: float) -> None:
         """Take the time of the survey for what was not measured yet.
 
-        The survey reads and merges every weight once, as writing does and a judgement; a step goes
-        through the model twice. All of them run fewer sequences than the survey.
+        The survey reads and merges every weight once, and runs the sequences that judge, as a
+        judgement does. A step goes through the model twice, and so does merging and writing, if
+        bytes are written as fast as they are read.
         """
-        self.writing = self.look.guess = seconds
-        self.step.guess = 2 * seconds
+        self.look.guess = seconds
+        self.writing = self.step.guess = 2 * seconds
 
     @contextmanager
     def measured(self, took: Took) -> Iterator[None]:

@@ -91,7 +91,7 @@ def same(found: Descent, expected: Descent) -> bool:
 
 def until(clock: Clock, seconds: float) -> Pace:
     pace = Pace(ends=clock.now + seconds + WRITING, clock=clock)
-    pace.surveyed(WRITING)
+    pace.surveyed(WRITING / 2)
     pace.look.guess = LOOK
     return pace
 
