@@ -22,6 +22,7 @@ WATCHED = (
     "mergekit.merge_methods",
     "mergekit.plan",
     "mergekit.merge",
+    "mergekit.scripts.run_yaml",
     "mergekit.scripts.multimerge",
 )
 """Modules of mergekit that are passed to the plugin after they ran, in mergekit's own order."""

@@ -229,7 +229,7 @@ class RunParameters(LogitsParameters):
     )
     temperature: float = Field(
         default=1.0,
-        gt=0,
+        ge=1e-3,
         description="Temperature of the logits that are compared, in the fit of the head and in "
         "the objective `logits`. Above 1, unlikely tokens count more.",
     )

@@ -13,16 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from mergekit.common import ModelReference, dtype_from_name
-from mergekit.config import MergeConfiguration
 from mergekit.graph import Task
 from mergekit.options import MergeOptions
-from pydantic import ValidationError
 
 from mergekit_dam.calibration.sets import CalibrationSet, Provenance
 from mergekit_dam.calibration.source import CalibrationSource
-from mergekit_dam.errors import ConfigError, DamError, first_line
+from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.estimate.hub import header_loader
 from mergekit_dam.host import plugin
 from mergekit_dam.host.compat import (
@@ -44,8 +41,8 @@ from mergekit_dam.host.tasks import (
     Search,
     WriteArtifacts,
 )
-from mergekit_dam.parameters import NAME
 from mergekit_dam.request.models import check_depth, check_length
+from mergekit_dam.request.reading import read_configuration
 from mergekit_dam.sources.stage import Stage
 
 
@@ -103,8 +100,8 @@ def plan_merge(file: Path, options: MergeOptions, out_path: Path) -> PlannedMerg
         out_model_config,  # as run_merge does
     )
 
-    config, source = read_configuration(file)
-    prepared = _without_text(check(config, options, source))
+    config, document = read_configuration(file)
+    prepared = _without_text(check(config, options, document))
     planned = PreparedConfiguration.create(config, prepared)
     _check_models(planned.referenced_models(), options)
     check_depth(config, prepared.checked, options)
@@ -125,25 +122,6 @@ def plan_merge(file: Path, options: MergeOptions, out_path: Path) -> PlannedMerg
     last = next(task.last for task in tasks if isinstance(task, WriteArtifacts))
     out_dtype = dtype_from_name(config.out_dtype)
     return PlannedMerge(prepared, tensors, tuple(_stages(last)), out_dtype, files)
-
-
-def read_configuration(file: Path) -> tuple[MergeConfiguration, dict[str, Any]]:
-    """Read a configuration; the parsed YAML is returned beside it.
-
-    Raises:
-        ConfigError: the file cannot be read, or asks for another merge method.
-    """
-    try:
-        source = yaml.safe_load(file.read_text(encoding="utf-8"))
-        config: MergeConfiguration = MergeConfiguration.model_validate(source)
-    except (yaml.YAMLError, UnicodeDecodeError, ValidationError, RuntimeError) as error:
-        raise ConfigError(f"{file}: mergekit cannot read it ({error})") from error
-    if config.merge_method != NAME:
-        raise ConfigError(
-            f"{file}: required `merge_method: {NAME}`, got `{config.merge_method}`; the plan "
-            "is of this method's fit"
-        )
-    return config, source
 
 
 def _check_models(models: Iterable[ModelReference], options: MergeOptions) -> None:

@@ -23,7 +23,8 @@ def on_import(module: ModuleType) -> None:
         "mergekit.merge_methods": _register,
         "mergekit.plan": _hook_planner,
         "mergekit.merge": _hook_run_merge,
-        "mergekit.scripts.multimerge": _hook_steps,
+        "mergekit.scripts.run_yaml": _hook_command,
+        "mergekit.scripts.multimerge": _hook_multi,
     }
     hooks[module.__name__](module)
 
@@ -67,8 +68,14 @@ def _hook_run_merge(merge: Any) -> None:
     _replace(merge, "run_merge", run_merge)
 
 
-def _hook_steps(multimerge: Any) -> None:
-    """Make mergekit-multi leave values of a dam step alone that only look like names of steps."""
+def _hook_command(run_yaml: Any) -> None:
+    """Check the file of mergekit-yaml, whose own parsing ends in tracebacks."""
+    _check_file_of(run_yaml.main, several=False)
+
+
+def _hook_multi(multimerge: Any) -> None:
+    """Check the file of mergekit-multi, and leave values alone that only look like its steps."""
+    _check_file_of(multimerge.main, several=True)
 
     def patched_config(
         stock: Callable[..., Any], config: Any, merge_names: Any, working_dir: str
@@ -80,6 +87,18 @@ def _hook_steps(multimerge: Any) -> None:
         return patched(stock, config, merge_names, working_dir)
 
     _replace(multimerge, "patched_config", patched_config)
+
+
+def _check_file_of(command: Any, *, several: bool) -> None:
+    """Make a click command refuse a file in which a dam configuration is wrong."""
+
+    def callback(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        from mergekit_dam.request.reading import refuse_unreadable
+
+        refuse_unreadable(Path(kwargs["config_file"]), several=several)
+        return stock(*args, **kwargs)
+
+    _replace(command, "callback", callback)
 
 
 def _replace(owner: Any, name: str, own: Callable[..., Any]) -> None:

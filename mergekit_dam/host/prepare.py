@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from mergekit.common import ModelReference
@@ -28,6 +27,7 @@ from mergekit_dam.host.architectures import check_architectures
 from mergekit_dam.host.vocabulary import build_vocabulary
 from mergekit_dam.parameters import RunParameters
 from mergekit_dam.request.check import Checked, check_configuration
+from mergekit_dam.request.document import Document
 from mergekit_dam.request.models import check_depth, check_length, vocab_size_of
 from mergekit_dam.vocabulary.merged import Vocabulary
 from mergekit_dam.vocabulary.tokenizers import check_agreement, load_tokenizer
@@ -100,21 +100,21 @@ def all_models(checked: Checked) -> list[ModelReference]:
 
 
 def prepare(
-    config: MergeConfiguration, options: MergeOptions, source: Mapping[str, Any] | None = None
+    config: MergeConfiguration, options: MergeOptions, document: Document | None = None
 ) -> Prepared:
     """Check a configuration and make its calibration tokens.
 
     Args:
         config: mergekit's configuration.
         options: mergekit's options.
-        source: the parsed YAML, if available.
+        document: the parsed YAML, if available.
 
     Raises:
         ConfigError: the configuration is wrong; every problem is named.
         CalibrationError: a text cannot be used, or the models' tokenizers disagree.
     """
     started = time.perf_counter()
-    asked = check(config, options, source)
+    asked = check(config, options, document)
     check_depth(config, asked.checked, options)
     if asked.replay is not None or not asked.checked.learns:
         return asked
@@ -167,20 +167,20 @@ def _translated(own: CalibrationSet, translation: Translation) -> CalibrationSet
 
 
 def check(
-    config: MergeConfiguration, options: MergeOptions, source: Mapping[str, Any] | None = None
+    config: MergeConfiguration, options: MergeOptions, document: Document | None = None
 ) -> Prepared:
     """Prepare everything that needs no text; the calibration stays empty.
 
     Args:
         config: mergekit's configuration.
         options: mergekit's options.
-        source: the parsed YAML, if available.
+        document: the parsed YAML, if available.
 
     Raises:
         ConfigError: the configuration is wrong; every problem is named.
         ArchitectureError: a model cannot be merged.
     """
-    checked = check_configuration(config, source)
+    checked = check_configuration(config, document)
     if checked.run.seed is None:
         run = checked.run.model_copy(update={"seed": options.random_seed or 0})
         checked = dataclasses.replace(checked, run=run)

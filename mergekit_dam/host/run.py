@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_dam.errors import DamError, first_line
+from mergekit_dam.host.failures import mergekit_errors
 from mergekit_dam.host.output import output_folder
 from mergekit_dam.host.prepare import PreparedConfiguration, prepare
+from mergekit_dam.request.document import single
 from mergekit_dam.streams import distributed
 from mergekit_dam.threads import own_share
 
@@ -33,10 +34,10 @@ def run_dam(
     Args:
         stock: mergekit's own `run_merge`; the other arguments are its arguments.
     """
-    source = yaml.safe_load(config_source) if config_source else None
-    with own_share(), distributed.joined_processes(options) as own:
+    document = single(config_source) if config_source else None
+    with own_share(), mergekit_errors(), distributed.joined_processes(options) as own:
         # One process reads the text: other machines may lack it, or have another version.
-        prepared = distributed.from_first(lambda: prepare(merge_config, own, source))
+        prepared = distributed.from_first(lambda: prepare(merge_config, own, document))
         config = PreparedConfiguration.create(merge_config, prepared)
         if distributed.size() > 1:
             distributed.in_turn(lambda: _merge_adapters(config, own))

@@ -1,26 +1,18 @@
 """Checks of a dam configuration, before any work; one error reports all problems."""
 
 import dataclasses
-import difflib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mergekit import merge_methods
 from mergekit.common import ModelReference
-from mergekit.config import (
-    ConditionalParameter,
-    InputModelDefinition,
-    InputSliceDefinition,
-    MergeConfiguration,
-    OutputModuleDefinition,
-    OutputSliceDefinition,
-    ParameterSetting,
-)
-from pydantic import BaseModel, ValidationError
+from mergekit.config import ConditionalParameter, MergeConfiguration, ParameterSetting
 
 from mergekit_dam.errors import ConfigError
-from mergekit_dam.parameters import NAME, ModelParameters, RunParameters, TensorParameters
+from mergekit_dam.parameters import ModelParameters, RunParameters
+from mergekit_dam.request.document import Document
+from mergekit_dam.request.keys import unknown_keys, unknown_parameter
 from mergekit_dam.request.objective import check_objective, quoted
 from mergekit_dam.request.scopes import (
     OWNERS,
@@ -32,6 +24,9 @@ from mergekit_dam.request.scopes import (
     scopes_of,
 )
 from mergekit_dam.request.slices import check_slices
+from mergekit_dam.request.values import check_dtypes, check_setting, meaning_of_weight
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,21 +48,20 @@ class Checked:
     learns: bool = True
 
 
-def check_configuration(
-    config: MergeConfiguration, source: Mapping[str, Any] | None = None
-) -> Checked:
+def check_configuration(config: MergeConfiguration, document: Document | None = None) -> Checked:
     """Check everything that can be checked from the YAML alone.
 
     Args:
         config: The configuration, as read by mergekit.
-        source: The parsed YAML, to find keys that mergekit drops silently.
+        document: The parsed YAML, to find keys that mergekit drops silently.
 
     Raises:
         ConfigError: With every problem found.
     """
     problems: list[str] = []
-    if source is not None:
-        problems += _unknown_keys(source, MergeConfiguration, "the configuration")
+    if document is not None:
+        problems += unknown_keys(document)
+    problems += check_dtypes(config)
     scopes, wrong, found = _sound_scopes(config)
     problems += found
     # A model with an invalid `calibration` must not also be reported as having none.
@@ -87,6 +81,9 @@ def check_configuration(
         problems += missing
     if problems:
         raise ConfigError(*problems)
+    meaning = meaning_of_weight(scopes) if learns and run.coefficients is None else None
+    if meaning is not None:
+        LOG.warning("%s", meaning)
     return Checked(run, models, config.base_model, calibrations, learns)
 
 
@@ -105,14 +102,14 @@ def _sound_scopes(config: MergeConfiguration) -> tuple[list[Scope], set[str], li
             if name not in OWNERS:
                 unknown.setdefault(name, []).append(scope.label)
                 continue
-            found = _check_setting(scope, name, setting)
+            found = check_setting(scope, name, setting)
             problems += found
             if found:
                 wrong.add(name)
             else:
                 sound[name] = setting
         scopes.append(dataclasses.replace(scope, settings=sound))
-    problems += [f"{', '.join(at)}: {_unknown_parameter(name)}" for name, at in unknown.items()]
+    problems += [f"{', '.join(at)}: {unknown_parameter(name)}" for name, at in unknown.items()]
     return scopes, wrong, problems
 
 
@@ -125,90 +122,6 @@ def _merges_somewhere(config: MergeConfiguration, run: RunParameters) -> bool:
         len(inputs) > 1 or (run.include_base and path.endswith("models") and bool(inputs))
         for path, inputs in input_lists(config)
     )
-
-
-def _check_setting(scope: Scope, name: str, setting: ParameterSetting) -> list[str]:
-    """Problems with one parameter of dam in one scope."""
-    owner = OWNERS[name]
-    where = f"{scope.label}: `{name}`"
-    plain = isinstance(setting, (bool, int, float, str))
-    if owner is RunParameters:
-        if scope.level != "top":
-            hint = (
-                "; for one model's sequences write `calibration: SOURCE:samples=N`"
-                if name == "samples"
-                else ""
-            )
-            return [
-                f"{where} holds for the whole merge; set it under `parameters` at top level{hint}"
-            ]
-        if not plain:
-            return [f"{where} takes one value for the whole merge, no filter or gradient"]
-    if owner is TensorParameters and scope.level == "model":
-        return [
-            f"{where} belongs to the merged tensor, not to one model; set it at top level "
-            f"or for a slice"
-        ]
-    if name == "calibration":
-        if scope.level == "group":
-            return [f"{where} belongs to a model (or to all, at top level), not to a slice"]
-        if not plain:
-            return [f"{where} takes one text per model, no filter or gradient"]
-    problems = []
-    for value in scalars(setting):
-        try:
-            SPECS[name].validate(value)
-        except ValidationError as error:
-            reason = error.errors()[0]["msg"]
-            problems.append(f"{where} is {value!r}: {reason[0].lower()}{reason[1:]}")
-    return problems
-
-
-def _unknown_parameter(name: str) -> str:
-    """The problem with an unknown parameter, and the parameter that was probably meant."""
-    others = sorted(
-        method.spec.name
-        for method in merge_methods.registered_methods()
-        if method.spec.name != NAME and any(p.name == name for p in method.spec.parameters)
-    )
-    if others:
-        return f"`{name}` is a parameter of {', '.join(others)}, not of dam; remove it"
-    close = difflib.get_close_matches(name, OWNERS, n=1)
-    hint = f"; did you mean `{close[0]}`?" if close else f"; dam knows {', '.join(sorted(OWNERS))}"
-    return f"unknown parameter `{name}`{hint}"
-
-
-def _unknown_keys(source: Any, schema: type[BaseModel], where: str) -> list[str]:
-    """Problems with keys of the YAML that mergekit would drop silently."""
-    if not isinstance(source, Mapping):
-        return []
-    problems = []
-    for key in source:
-        if key in schema.model_fields:
-            continue
-        if key in OWNERS:
-            problems.append(f"{where}: `{key}` stands outside of `parameters:`; move it inside")
-            continue
-        close = difflib.get_close_matches(str(key), schema.model_fields, n=1)
-        hint = f"did you mean `{close[0]}`?" if close else "mergekit would ignore it"
-        problems.append(f"{where}: unknown key `{key}`; {hint}")
-    nested: dict[str, type[BaseModel]] = {
-        "models": InputModelDefinition,
-        "slices": OutputSliceDefinition,
-        "sources": InputSliceDefinition,
-    }
-    for key, inner in nested.items():
-        entries = source.get(key)
-        for index, entry in enumerate(entries if isinstance(entries, list) else ()):
-            problems += _unknown_keys(entry, inner, _join(where, f"{key}[{index}]"))
-    modules = source.get("modules")
-    for name, entry in modules.items() if isinstance(modules, Mapping) else ():
-        problems += _unknown_keys(entry, OutputModuleDefinition, _join(where, f"modules.{name}"))
-    return problems
-
-
-def _join(where: str, key: str) -> str:
-    return key if where == "the configuration" else f"{where}.{key}"
 
 
 def _check_models(

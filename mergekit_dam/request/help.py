@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ByteSize
 from pydantic.fields import FieldInfo
@@ -46,6 +46,16 @@ def fields() -> Iterator[tuple[type[Parameters], str, FieldInfo]]:
     for owner in SCOPES:
         for name, field in owner.model_fields.items():
             yield owner, name, field
+
+
+def kinds(field: FieldInfo) -> tuple[Any, ...]:
+    """The types that values of a parameter may have; those of a union one by one."""
+    return (field.annotation, *get_args(field.annotation))
+
+
+def is_number(field: FieldInfo) -> bool:
+    """Whether values of a parameter are numbers."""
+    return any(kind in (int, float, ByteSize) for kind in kinds(field))
 
 
 def parameter_help() -> tuple[ParameterHelp, ...]:

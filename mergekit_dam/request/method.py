@@ -14,14 +14,17 @@ from mergekit.merge_methods.base import (
     ParameterSpec,
     TensorGroup,
 )
-from pydantic import InstanceOf
+from pydantic import Field, InstanceOf
 from pydantic.fields import FieldInfo
 
 from mergekit_dam.coefficients.file import CoefficientFile
 from mergekit_dam.coefficients.in_memory import merge_average, merge_given
 from mergekit_dam.errors import DamError
 from mergekit_dam.parameters import NAME, ModelParameters, Parameters
-from mergekit_dam.request.help import fields
+from mergekit_dam.request.help import fields, is_number, kinds
+
+LARGEST = 2**63 - 1
+"""Largest number that a parameter may be; its square is still finite in fp32."""
 
 PAPER = "https://arxiv.org/abs/2410.08371"
 
@@ -46,6 +49,10 @@ def _parameter_spec(owner: type[Parameters], name: str, field: FieldInfo) -> Par
     value_type: Any = _IN_MEMORY.get(name, field.annotation)
     for constraint in field.metadata:
         value_type = Annotated[value_type, constraint]
+    if is_number(field) and not any(hasattr(c, "le") or hasattr(c, "lt") for c in field.metadata):
+        value_type = Annotated[value_type, Field(le=LARGEST)]
+    if float in kinds(field):
+        value_type = Annotated[value_type, Field(allow_inf_nan=False)]
     return ParameterSpec(
         name=name,
         value_type=value_type,

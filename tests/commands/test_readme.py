@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-import yaml
 from mergekit.config import MergeConfiguration
 
 from mergekit_dam.request.check import check_configuration
+from mergekit_dam.request.document import single
 from mergekit_dam.request.help import parameter_tables
 
 CHECKOUT = Path(__file__).parents[2]
@@ -25,5 +25,5 @@ def test_the_tables_of_parameters_are_made_from_their_fields() -> None:
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_every_configuration_shown_is_valid(name: str) -> None:
-    source = yaml.safe_load(CONFIGURATIONS[name])
-    check_configuration(MergeConfiguration.model_validate(source), source)
+    document = single(CONFIGURATIONS[name])
+    check_configuration(MergeConfiguration.model_validate(document.tree), document)

@@ -93,7 +93,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("text", "said"),
         [
-            ("a: [", "mergekit cannot read it"),
+            ("merge_method: [", "expected the node content"),
             (
                 "merge_method: linear\nmodels:\n- model: a/b\n",
                 "required `merge_method: dam`, got `linear`",

@@ -3,12 +3,12 @@
 from textwrap import dedent, indent
 
 import pytest
-import yaml
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 
 from mergekit_dam.errors import ConfigError
 from mergekit_dam.request.check import Checked, check_configuration
+from mergekit_dam.request.document import single
 
 MODELS = """
 - model: org/a
@@ -44,8 +44,8 @@ def module(more: str = "", models: str = MODELS) -> str:
 
 
 def check(text: str) -> Checked:
-    source = yaml.safe_load(text)
-    return check_configuration(MergeConfiguration.model_validate(source), source)
+    document = single(text)
+    return check_configuration(MergeConfiguration.model_validate(document.tree), document)
 
 
 def problems(text: str) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from mergekit.config import MergeConfiguration
 
 from mergekit_dam.errors import ConfigError
 from mergekit_dam.request.check import check_configuration
+from mergekit_dam.request.document import Document
 from tests.kit.configurations import MODELS, check, configuration, model, refs, sliced
 
 
@@ -123,7 +124,7 @@ def test_problems_of_settings_and_of_models_are_reported_together() -> None:
         "models": [{"model": "a", "parameters": {"weight": -1, "calibration": "a.txt"}}],
     }
     with pytest.raises(ConfigError) as caught:
-        check_configuration(MergeConfiguration.model_validate(source), source)
+        check_configuration(MergeConfiguration.model_validate(source), Document(source))
     told = "\n".join(caught.value.problems)
     assert len(caught.value.problems) == 3
     for part in ("did you mean `samples`", "`weight` is -1", "names no `base_model`"):

@@ -76,7 +76,10 @@ def test_a_parameter_of_another_method_is_one_problem_wherever_it_stands() -> No
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        ("dam: {samples: 8}", "the configuration: unknown key `dam`; mergekit would ignore it"),
+        (
+            "dam: {samples: 8}",
+            "the configuration: unknown key `dam`; mergekit would ignore it; remove it",
+        ),
         (
             "calibration: a.jsonl",
             "the configuration: `calibration` stands outside of `parameters:`; move it inside",
@@ -106,7 +109,7 @@ def test_keys_that_mergekit_drops_in_models_slices_and_modules_are_refused() -> 
     """
     assert problems(configuration(models=models)) == (
         "models[0]: `calibration` stands outside of `parameters:`; move it inside",
-        "models[1]: unknown key `weights`; mergekit would ignore it",
+        "models[1]: unknown key `weights`; mergekit would ignore it; remove it",
     )
     in_slice = sliced(
         """
@@ -135,7 +138,7 @@ def test_keys_that_mergekit_drops_in_models_slices_and_modules_are_refused() -> 
         ("{sequence_length: 1}", "`sequence_length` is 1: input should be greater than 1"),
         ("{holdout: 1}", "`holdout` is 1: input should be less than 1"),
         ("{holdout: -0.1}", "`holdout` is -0.1: input should be greater than or equal to 0"),
-        ("{temperature: 0}", "`temperature` is 0: input should be greater than 0"),
+        ("{temperature: 0}", "`temperature` is 0: input should be greater than or equal to 0.001"),
         (
             "{objective: logit}",
             "`objective` is 'logit': input should be 'layer', 'logits' or 'layer+logits'",
