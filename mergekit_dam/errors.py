@@ -38,6 +38,10 @@ class CalibrationError(DamError):
     """Calibration text that is missing, unreadable, too short or of another vocabulary."""
 
 
+class CheckpointError(DamError):
+    """Files of a model that are missing or damaged, or weights that are not finite."""
+
+
 class ArchitectureError(DamError):
     """A model whose forward pass cannot be cut into blocks, or whose parts do not fit."""
 

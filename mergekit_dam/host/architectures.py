@@ -1,11 +1,12 @@
 """Checks of the models' architectures from their configurations, before anything is read."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
-from mergekit_dam.errors import ArchitectureError, first_line, inside
+from mergekit_dam.errors import ArchitectureError, inside
 from mergekit_dam.host.compat import arch_info_for_config
 from mergekit_dam.model.build import auto_class
 
@@ -19,15 +20,16 @@ def check_architectures(models: Iterable[ModelReference], options: MergeOptions)
     for model in models:
         try:
             config = model.config(trust_remote_code=options.trust_remote_code)
-        except OSError:
-            continue  # not found: loading its tokenizer reports that
-        except (ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # OSError, ValueError, KeyError, ImportError, its validators' own
+            if isinstance(error, OSError) and not Path(model.model.path, "config.json").exists():
+                continue  # not found: loading its tokenizer reports that
+            reason = " ".join(str(error).split("\n")[:2])  # validators give theirs in a second line
             raise ArchitectureError(
-                f"{model}: transformers cannot read its configuration, so no merge "
-                f"method of mergekit can merge it: {first_line(error)}"
+                f"{model}: transformers cannot read its configuration (config.json), so no merge "
+                f"method of mergekit can merge it: {reason}"
             ) from error
         architectures = config.architectures or []
-        if len(architectures) != 1:
+        if not isinstance(architectures, list) or len(architectures) != 1:
             raise ArchitectureError(
                 f"{model}: required one entry under `architectures` in its config.json, got "
                 f"{architectures}; name the class that the model was saved from"

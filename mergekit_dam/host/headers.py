@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from mergekit.common import ModelReference
 from mergekit.graph import Task
-from safetensors import safe_open
 
 from mergekit_dam.host.compat import (
     ExecuteMergeMethodTask,
@@ -23,6 +22,7 @@ from mergekit_dam.host.compat import (
     WeightInfo,
 )
 from mergekit_dam.host.compat import can_convert as can_convert
+from mergekit_dam.model.checkpoint import opened
 from mergekit_dam.sources.readahead import Span
 
 _DTYPES = {
@@ -94,7 +94,7 @@ def _read_headers(folder: str, shards: tuple[str, ...]) -> Mapping[str, Header]:
     headers = {}
     for shard in shards:
         file = Path(folder) / shard
-        with safe_open(file, framework="pt"):  # raises if the file is not in this format
+        with opened(file):  # raises if the file is not in this format
             values, entries = _parsed(file)
         for name, entry in entries.items():
             first, last = entry["data_offsets"]

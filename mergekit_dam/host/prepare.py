@@ -25,6 +25,7 @@ from mergekit_dam.coefficients.file import CoefficientFile
 from mergekit_dam.errors import ConfigError, DamError, first_line
 from mergekit_dam.host.architectures import check_architectures
 from mergekit_dam.host.vocabulary import build_vocabulary
+from mergekit_dam.model.checkpoint import check_checkpoint
 from mergekit_dam.parameters import RunParameters
 from mergekit_dam.request.check import Checked, check_configuration
 from mergekit_dam.request.document import Document
@@ -184,11 +185,14 @@ def check(
     if checked.run.seed is None:
         run = checked.run.model_copy(update={"seed": options.random_seed or 0})
         checked = dataclasses.replace(checked, run=run)
-    check_architectures((*checked.models, *([checked.base] if checked.base else [])), options)
+    models = all_models(checked)
+    check_architectures(models, options)
+    for folder in (Path(model.model.path) for model in models):
+        if folder.is_dir():  # what is on the Hub is checked when it was downloaded
+            check_checkpoint(folder)
     run = checked.run
 
     def with_vocabulary(prepared: Prepared) -> Prepared:
-        models = all_models(checked)
         vocabulary = build_vocabulary(config, models, options.trust_remote_code)
         if vocabulary is not None or not options.unsafe_truncate_embeddings:
             return dataclasses.replace(prepared, vocabulary=vocabulary)

@@ -15,6 +15,7 @@ from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.host.failures import mergekit_errors
 from mergekit_dam.host.output import output_folder
 from mergekit_dam.host.prepare import PreparedConfiguration, prepare
+from mergekit_dam.model.checkpoint import check_checkpoint
 from mergekit_dam.request.document import single
 from mergekit_dam.streams import distributed
 from mergekit_dam.threads import own_share
@@ -41,6 +42,7 @@ def run_dam(
         config = PreparedConfiguration.create(merge_config, prepared)
         if distributed.size() > 1:
             distributed.in_turn(lambda: _merge_adapters(config, own))
+        _check_downloaded(config, own)
         first = distributed.is_first()
         out = output_folder(Path(out_path), written=first)
         with _card_without_hub(), _short_of_memory(), out as folder:
@@ -51,6 +53,14 @@ def _merge_adapters(config: MergeConfiguration, options: MergeOptions) -> None:
     """Merge adapters before mergekit does: it would take a half-written folder as complete."""
     for model in config.referenced_models():
         model.merged(options.lora_merge_cache, options.trust_remote_code, options.lora_merge_dtype)
+
+
+def _check_downloaded(config: MergeConfiguration, options: MergeOptions) -> None:
+    """Download what is on the Hub, as mergekit does next, and check its files."""
+    for model in config.referenced_models():
+        if not Path(model.model.path).exists():
+            path = model.local_path(options.transformers_cache, ignore_lora=True)
+            check_checkpoint(Path(path))
 
 
 @contextmanager
