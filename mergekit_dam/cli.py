@@ -4,6 +4,7 @@ Slow imports stand inside the commands, so that help and usage errors appear at 
 """
 
 import json
+import os
 from pathlib import Path
 
 import click
@@ -18,6 +19,18 @@ class _PassThrough(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.args = list(args)
         return []
+
+
+def require_writable(path: Path) -> None:
+    """Refuse a file that could not be written at the end of the work.
+
+    Raises:
+        click.BadParameter: Its folder does not exist, or one may not write there.
+    """
+    place = path if path.exists() else path.absolute().parent
+    if not os.access(place, os.W_OK):
+        reason = "is not writable" if place.exists() else "does not exist"
+        raise click.BadParameter(f"{place} {reason}; name another file", param_hint="--json")
 
 
 @click.group()
@@ -205,8 +218,10 @@ def evaluate(
         device=device,
         dtype=dtype,
     )
+    if json_path is not None and json_path != "-":
+        require_writable(Path(json_path))
     result = evaluation.evaluate(models, files, settings)
-    text = json.dumps(result.to_json(), indent=2)
+    text = json.dumps(result.to_json(), indent=2, allow_nan=False)
     if json_path == "-":
         click.echo(text)
         return

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -28,13 +27,13 @@ from mergekit_dam.calibration.packing import pack
 from mergekit_dam.calibration.pieces import Intake, shuffled_pieces
 from mergekit_dam.calibration.source import CalibrationSource
 from mergekit_dam.errors import DamError, first_line
+from mergekit_dam.model.whole import not_loaded, require_finite_loss, require_model, whole_model
 from mergekit_dam.tables import aligned
 from mergekit_dam.threads import use_own_share
 
 LOG = logging.getLogger(__name__)
 
 LOGITS_AT_ONCE = 2**28  # elements: 1 GiB in fp32
-_REMEDY = "name a folder with config.json, safetensors and tokenizer files, or a model on the Hub"
 _ORDER_SEED = 0  # the order of the documents is part of the measurement, so it is no option
 
 
@@ -119,7 +118,7 @@ def evaluate(
     texts = name_texts(files)
     models = tuple(dict.fromkeys(models))
     for model in models:
-        _require_model(model)
+        require_model(model)
     _require_device(settings.device)
     read = {model: _all_tokens(model, texts, settings) for model in models}
     _warn_of_different_tokens({model: words for model, (_, words) in read.items()})
@@ -130,12 +129,13 @@ def evaluate(
         for model in models:
             progress.set_postfix_str(Path(model).name)
             loaded = load_model(model, settings)
-            losses[model] = {
-                name: cross_entropy(
+            losses[model] = {}
+            for name, sequences in tokens[model].items():
+                loss = cross_entropy(
                     loaded, sequences, batch_size=settings.batch_size, progress=progress
                 )
-                for name, sequences in tokens[model].items()
-            }
+                require_finite_loss(loss, loaded, model=model, text=name)
+                losses[model][name] = loss
             del loaded  # before the next is loaded
     counts = {model: {name: len(x) for name, x in own.items()} for model, own in tokens.items()}
     return Evaluation(settings, models, texts, counts, losses)
@@ -210,12 +210,13 @@ def read_tokens(
 
 
 def load_model(name: str, settings: EvaluationSettings) -> PreTrainedModel:
-    """Load a model for evaluation, on its device."""
+    """Load a model for evaluation, on its device.
+
+    Raises:
+        DamError: If it cannot be loaded, or a weight is missing.
+    """
     transformers_logging.disable_progress_bar()  # `evaluate` has a bar of its own
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=settings.dtype)
-    except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, ...
-        raise _not_loaded("model", name, error) from error
+    model = whole_model(name, settings.dtype)
     torch.nn.Module.to(model.eval(), settings.device)  # in place; transformers' `to` is untyped
     return model
 
@@ -231,20 +232,6 @@ def format_table(header: Sequence[str], rows: Sequence[tuple[str, Sequence[float
     # -0.0 + 0.0 is 0.0, so that no -0.000 is printed.
     cells = [[name, *(f"{round(value, 3) + 0.0:.3f}" for value in row)] for name, row in rows]
     return aligned(header, cells)
-
-
-def _require_model(name: str) -> None:
-    """Refuse a name that is neither a folder with a model nor possibly an id on the Hub."""
-    path = Path(name)
-    if path.is_dir():
-        problem = None if (path / "config.json").is_file() else "is a folder without config.json"
-    elif path.exists():
-        problem = "is a file"
-    else:
-        may_be_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)
-        problem = None if may_be_id else "does not exist"
-    if problem:
-        raise DamError(f"the model {name} {problem}: {_REMEDY}")
 
 
 def _require_device(name: str) -> None:
@@ -267,7 +254,7 @@ def _all_tokens(
         tokenizer = AutoTokenizer.from_pretrained(model)
         vocab_size = AutoConfig.from_pretrained(model).get_text_config().vocab_size
     except Exception as error:  # OSError, ValueError, KeyError, ImportError
-        raise _not_loaded("tokenizer", model, error) from error
+        raise not_loaded("tokenizer", model, error) from error
     ids = {
         name: read_tokens(path, tokenizer, settings, vocab_size=vocab_size)
         for name, path in texts.items()
@@ -277,13 +264,6 @@ def _all_tokens(
         for name, own in ids.items()
     }
     return ids, words
-
-
-def _not_loaded(what: str, model: str, error: Exception) -> DamError:
-    reason = first_line(error)
-    return DamError(
-        f"the {what} of {model} cannot be loaded ({type(error).__name__}: {reason}): {_REMEDY}"
-    )
 
 
 def _warn_of_different_tokens(words: dict[str, _Words]) -> None:

@@ -143,6 +143,10 @@ def _location_problems(location: str, kind: str | None) -> list[str]:
             f"{location!r} is not the id of a Hub dataset (`org/name`); relative paths "
             "start at the working directory"
         ]
+    if kind == "file" and not Path(location).expanduser().is_file():
+        return [
+            "a pipe or a device cannot be read twice, as a merge does; write its text to a file"
+        ]
     if kind == "file" and Path(location).suffix.lower() not in SUFFIXES:
         suffix = Path(location).suffix
         found = f"{suffix!r} files are" if suffix else "a file without a suffix is"

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_dam.coefficients.file import CORRECTIONS_NAME, METADATA_KEY, written_whole
+from mergekit_dam.errors import DamError
 from mergekit_dam.parameters import CorrectionKind
 
 FIELDS = ("full", "left", "right", "moved_left", "moved_right")
@@ -182,14 +183,25 @@ class Corrections:
         self._files[name] = file
 
     def get(self, name: str) -> Correction | None:
-        """The correction of an output tensor, if it has one."""
+        """The correction of an output tensor, if it has one.
+
+        Raises:
+            DamError: If it is not finite.
+        """
         file = self._files.get(name)
         if file is None:
             return None
         with safe_open(file, framework="pt") as handle:
             keys = handle.keys()
             found = {key: f"{name}.{key}" for key in FIELDS if f"{name}.{key}" in keys}
-            return Correction(**{key: handle.get_tensor(own) for key, own in found.items()})
+            tensors = {key: handle.get_tensor(own) for key, own in found.items()}
+        for key, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise DamError(
+                    f"{name}: its correction (`{key}` in {file}) is not finite; name the files of "
+                    f"an intact merge"
+                )
+        return Correction(**tensors)
 
     def _all(self) -> Iterator[tuple[str, Correction]]:
         """Every output tensor's name and its correction, one at a time."""

@@ -13,7 +13,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mergekit_dam.errors import ConfigError
+from mergekit_dam.coefficients.saved import (
+    WrongFileError,
+    check_headers,
+    check_values,
+    provenance_of,
+)
+from mergekit_dam.errors import ConfigError, first_line, listed
 
 LOG = logging.getLogger(__name__)
 
@@ -69,7 +75,7 @@ class CoefficientFile:
         if len(sources) != len(self.sources):
             raise ConfigError(
                 f"{self.parameter}: made from {len(self.sources)} models "
-                f"({', '.join(self.sources)}), got {len(sources)} ({', '.join(sources)}); "
+                f"({listed(self.sources, 5)}), got {len(sources)} ({listed(sources, 5)}); "
                 f"required as many, a base included where that merge had one"
             )
         pairs = ", ".join(f"{a} as {b}" for a, b in zip(sources, self.sources, strict=True))
@@ -97,7 +103,7 @@ class CoefficientFile:
             parameter: Parameter of the configuration that names the file.
 
         Raises:
-            ConfigError: If there is no such file, or this package did not write it.
+            ConfigError: If there is no such file, it is damaged, or this package did not write it.
         """
         path = Path(path)
         file = path / FILE_NAME if path.is_dir() else path
@@ -108,18 +114,24 @@ class CoefficientFile:
             )
         try:
             with safe_open(file, framework="pt") as handle:
-                metadata = json.loads((handle.metadata() or {})[METADATA_KEY])
-                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (safe_open is no mapping)
-            sources = tuple(metadata.pop("sources"))
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+                metadata = provenance_of((handle.metadata() or {}).get(METADATA_KEY))
+                sources = tuple(metadata.pop("sources"))
+                names = list(handle.keys())
+                slices = ((name, handle.get_slice(name)) for name in names)
+                headers = {name: (own.get_shape(), own.get_dtype()) for name, own in slices}
+                check_headers(headers, len(sources))
+                tensors = {name: handle.get_tensor(name) for name in names}
+                check_values(tensors)
+        except (SafetensorError, OSError, WrongFileError) as error:
             raise ConfigError(
-                f"{parameter}: {file} was not written by a dam merge ({error!r})"
+                f"{parameter}: {file} was not written by a dam merge, or was changed: "
+                f"{first_line(error)}; name the {FILE_NAME} of an intact merge"
             ) from error
         corrections = _corrections(file, metadata.get("corrections"), parameter)
         return cls(tensors, sources, metadata, parameter, corrections)
 
 
-def _corrections(file: Path, digest: str | None, parameter: str) -> Path | None:
+def _corrections(file: Path, digest: Any, parameter: str) -> Path | None:
     """The file of the corrections that belong to a file of coefficients, by their digest."""
     if digest is None:
         return None

@@ -57,9 +57,11 @@ def merge_given(
     problem = column_problem(coefficients.shape[1], tensors[0].shape, axis)
     if problem:
         raise DamError(f"{name}: {problem}")
+    if not coefficients.isfinite().all():
+        raise DamError(f"{name}: required finite coefficients, got NaN or infinity")
     correction = _correction(given, name)
     merged = merge_weights(tensors, coefficients.float(), axis=axis, correction=correction)
-    return merged.to(tensors[0].dtype)
+    return _finite(merged.to(tensors[0].dtype), name)
 
 
 def merge_average(
@@ -79,7 +81,17 @@ def merge_average(
     if not sum(merged):
         raise DamError("every tensor has `weight: 0`; an average needs at least one other weight")
     form = Parametrisation.create(weights, base=base, include_base=False, sum_to_one=True)
-    return merge_weights(tensors, form.starting_coefficients()).to(tensors[0].dtype)
+    return _finite(merge_weights(tensors, form.starting_coefficients()).to(tensors[0].dtype), None)
+
+
+def _finite(merged: Tensor, name: str | None) -> Tensor:
+    """A merged tensor, if it is finite."""
+    if merged.is_floating_point() and not merged.isfinite().all():
+        raise DamError(
+            f"{'' if name is None else f'{name}: '}the merged tensor is not finite; required "
+            f"tensors without NaN and infinity, and a dtype wide enough for their sum"
+        )
+    return merged
 
 
 def _found(

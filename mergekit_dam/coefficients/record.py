@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mergekit_dam.coefficients.correction import Correction, Corrections
 from mergekit_dam.coefficients.tensors import FittedTensor, TensorReport
+from mergekit_dam.errors import DamError
 
 T = TypeVar("T")
 
@@ -70,9 +71,21 @@ class MergeRecord:
         return MergeRecord(rest(self.coefficients), rest(self.axes), rest(self.reports))
 
     def add(self, fitted: FittedTensor) -> None:
-        """Record a tensor whose coefficients are final."""
+        """Record a tensor whose coefficients are final.
+
+        Raises:
+            DamError: If a coefficient or its correction is not finite.
+        """
         name = fitted.sources.name
-        self.coefficients[name] = fitted.coefficients.cpu()
+        coefficients = fitted.coefficients.cpu()
+        correction = {} if fitted.correction is None else fitted.correction.tensors
+        for what, tensor in {"coefficient": coefficients, **correction}.items():
+            if not tensor.isfinite().all():
+                raise DamError(
+                    f"{name}: its fit made a {what} that is not finite; raise `ridge`, or give "
+                    f"more calibration text"
+                )
+        self.coefficients[name] = coefficients
         self.reports[name] = fitted.report
         if fitted.axis != -1:
             self.axes[name] = fitted.axis

@@ -20,7 +20,7 @@ def check_architectures(models: Iterable[ModelReference], options: MergeOptions)
     for model in models:
         try:
             config = model.config(trust_remote_code=options.trust_remote_code)
-        except Exception as error:  # OSError, ValueError, KeyError, ImportError, its validators' own
+        except Exception as error:  # OSError, ValueError, KeyError, its validators' own
             if isinstance(error, OSError) and not Path(model.model.path, "config.json").exists():
                 continue  # not found: loading its tokenizer reports that
             reason = " ".join(str(error).split("\n")[:2])  # validators give theirs in a second line

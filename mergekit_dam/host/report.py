@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,8 +62,17 @@ def peak_memory() -> dict[str, int]:
     return peak
 
 
+def _finite(value: Any) -> Any:
+    """Plain values with None in place of NaN and infinity."""
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write(path: Path, report: Mapping[str, Any]) -> None:
-    """Write a report."""
-    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+    """Write a report; a number that is not finite, which JSON does not have, becomes null."""
+    text = json.dumps(_finite(report), indent=1, allow_nan=False) + "\n"
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

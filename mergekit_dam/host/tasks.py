@@ -34,6 +34,7 @@ from mergekit_dam.host.stages import PlannedStage
 from mergekit_dam.layers.fit import StageResult, fit_stage
 from mergekit_dam.parameters import RunParameters
 from mergekit_dam.search.search import search
+from mergekit_dam.sources.finite import require_finite, require_finite_merge
 from mergekit_dam.sources.network import Network
 from mergekit_dam.sources.readahead import Span, read_ahead
 from mergekit_dam.sources.stage import of_all, open_stage
@@ -84,6 +85,7 @@ class FitStage(Task[Any], frozen=True, arbitrary_types_allowed=True):
         read_ahead(self.node.ahead)
         stage = self.node.planned.stage
         loaded = {spec.name: tensors[f"tensor_{index}"] for index, spec in enumerate(stage.tensors)}
+        require_finite(loaded)
         streams = previous.streams if previous else self.node.streams()
         record = previous.record if previous else self.node.record
         device = next(
@@ -115,7 +117,9 @@ class MergedTensor(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True
     def execute(self, result: StageResult) -> torch.Tensor:
         """Take the tensor out of the stage's result."""
         # Popped, not shared: the stage's result stays in memory until the next stage has run.
-        return result.merged.pop(self.name)
+        merged = result.merged.pop(self.name)
+        require_finite_merge(self.name, merged, {})
+        return merged
 
 
 @dataclass(eq=False)
@@ -212,7 +216,7 @@ class MergeKnown(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):
         """Merge the tensor, in the dtype that is written; copy a buffer that is not floating point.
 
         Raises:
-            DamError: the coefficients do not fit the tensor.
+            DamError: the coefficients do not fit the tensor, or the result is not finite.
         """
         known, name = self.known, self.known.spec.name
         loaded = of_all(tensors, known.order)
@@ -226,7 +230,9 @@ class MergeKnown(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):
         problem = column_problem(coefficients.shape[1], loaded[0].shape, axis)
         if problem:
             raise DamError(f"{name}: {problem}")
-        return sources.merged(coefficients, axis=axis, correction=record.correction(name))
+        merged = sources.merged(coefficients, axis=axis, correction=record.correction(name))
+        require_finite_merge(name, merged, tensors)
+        return merged
 
 
 class Piece(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from mergekit_dam.parameters import Resident
+from mergekit_dam.sources.finite import require_finite
 from mergekit_dam.sources.readahead import Span, read_ahead
 from mergekit_dam.sources.stage import Loaded, OpenStage, Stage, open_stage
 from mergekit_dam.streams.memory import free_memory_of, give_back, memory_of
@@ -68,6 +69,7 @@ class Network:
         loaded = self._kept.get(number)
         if loaded is None:
             loaded = self.load(number)
+            require_finite(loaded)
             if self.resident == "always" or (self.resident == "auto" and _has_room(self.device)):
                 self._kept[number] = loaded
         if then is not None and then not in self._kept:
