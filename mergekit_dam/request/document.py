@@ -4,7 +4,7 @@ mergekit takes the last of two equal keys, expands any alias, and ends in a trac
 no YAML. Here each is a problem with its line.
 """
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,7 +103,7 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = 0
-        self._with_anchor: set[yaml.Node] = set()
+        self._anchors: list[int] = []
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
@@ -116,29 +116,18 @@ class _Loader(yaml.SafeLoader):
         node: yaml.Node | None = super().compose_node(parent, index)
         self._depth -= 1
         if node is not None and not isinstance(event, yaml.AliasEvent) and event.anchor:
-            self._with_anchor.add(node)
+            self._anchors.append(node.start_mark.index)
         return node
 
     def anchored_keys(self, node: yaml.Node) -> frozenset[Hashable]:
-        """Keys of a mapping whose value is, or has inside it, a node with an anchor."""
+        """Keys of a mapping in whose value an anchor is written: there, not where it is used."""
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
         return frozenset(
             key.value
             for key, value in pairs
             if isinstance(key, yaml.ScalarNode)
-            and any(inner in self._with_anchor for inner in _inside(value))
+            and any(key.end_mark.index <= at <= value.end_mark.index for at in self._anchors)
         )
-
-
-def _inside(node: yaml.Node) -> Iterator[yaml.Node]:
-    """A node and every node inside it, once."""
-    seen, waiting = set(), [node]
-    while waiting:
-        node = waiting.pop()
-        if node not in seen:
-            seen.add(node)
-            yield node
-            waiting += _children(node)
 
 
 def _children(node: yaml.Node) -> list[yaml.Node]:
