@@ -1,5 +1,6 @@
 """Parsing what stands behind `calibration:`."""
 
+import os
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
@@ -100,3 +101,10 @@ def test_all_problems_are_reported_together() -> None:
         parse("data/math.jsonl:split=a:samples=x:colum=b")
     for part in ("`split` is for Hub", "`samples` must be", "unknown option 'colum'"):
         assert part in str(caught.value)
+
+
+def test_a_pipe_and_a_device_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "text.jsonl")
+    for location in (str(tmp_path / "text.jsonl"), "/dev/zero"):
+        with pytest.raises(CalibrationError, match="a pipe or a device cannot be read twice"):
+            CalibrationSource.parse(location)

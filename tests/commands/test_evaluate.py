@@ -2,10 +2,12 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mergekit_dam import evaluate as evaluation
@@ -173,3 +175,32 @@ def test_too_little_text_is_refused_with_a_remedy(models, tmp_path):
 def test_a_table_is_aligned_and_knows_no_negative_zero():
     table = evaluation.format_table(["loss", "a"], [("x", [-0.0001]), ("longer", [-12.3456])])
     assert table.splitlines() == ["loss          a", "x         0.000", "longer  -12.346"]
+
+
+def test_a_model_that_lacks_a_weight_is_refused(texts, tmp_path):
+    folder = Path(save_model(tmp_path / "lacks", seed=0))
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if "up_proj" in name)
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DamError, match=rf"{folder} has no weights for {name}"):
+        evaluate([str(folder)], texts, SETTINGS)
+
+
+def test_a_loss_that_is_no_number_is_refused_with_the_weights_to_blame(texts, tmp_path):
+    folder = Path(save_model(tmp_path / "nan", seed=0))
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if "up_proj" in name)
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DamError, match=rf"the loss of {folder} on .* is nan: {name} has values"):
+        evaluate([str(folder)], texts, SETTINGS)
+
+
+def test_json_that_cannot_be_written_is_refused_before_any_work(texts, tmp_path):
+    result = CliRunner().invoke(
+        main,
+        ["evaluate", "./gone", "--data", str(texts[0]), "--json", str(tmp_path / "no" / "x.json")],
+    )
+    assert result.exit_code == 2
+    assert "does not exist; name another file" in result.output

@@ -43,16 +43,26 @@ def write_index(folder: Path, weights: object) -> None:
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weights}))
 
 
+def after(*steps: Callable[[Path], object]) -> Callable[[Path], object]:
+    """One step after the other."""
+
+    def all_steps(folder: Path) -> None:
+        for step in steps:
+            step(folder)
+
+    return all_steps
+
+
 def index(weights: object) -> Callable[[Path], object]:
-    return lambda folder: (sharded(folder), write_index(folder, weights))
+    return after(sharded, lambda folder: write_index(folder, weights))
 
 
 def spoilt(name: str, content: bytes) -> Callable[[Path], object]:
-    return lambda folder: (sharded(folder), (folder / name).write_bytes(content))
+    return after(sharded, lambda folder: (folder / name).write_bytes(content))
 
 
 def without(name: str) -> Callable[[Path], object]:
-    return lambda folder: (sharded(folder), (folder / name).unlink())
+    return after(sharded, lambda folder: (folder / name).unlink())
 
 
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -100,11 +110,11 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "a shard cut off": (spoilt(SECOND, WHOLE[:-5]), f"{SECOND}: damaged"),
     "a shard that is a pointer": (spoilt(SECOND, b"version https://git-lfs"), "git lfs pull"),
     "a whole file beside a stale index": (
-        lambda f: (without(SECOND)(f), one(WHOLE)(f)),
+        after(without(SECOND), one(WHOLE)),
         f"{ONE} beside it has weights, too: delete the one that is old",
     ),
     "a whole file beside whole shards": (
-        lambda f: (sharded(f), one(WHOLE)(f)),
+        after(sharded, one(WHOLE)),
         "transformers would read other files than mergekit",
     ),
     "an empty pickle": (
