@@ -33,6 +33,7 @@ from mergekit_dam.host.compat import (
 from mergekit_dam.host.gathers import TeachersVocabulary
 from mergekit_dam.host.headers import Header, header_of
 from mergekit_dam.host.prepare import Prepared, PreparedConfiguration, check
+from mergekit_dam.host.references import with_sources
 from mergekit_dam.host.tasks import (
     FitStage,
     MergedTensor,
@@ -101,6 +102,7 @@ def plan_merge(file: Path, options: MergeOptions, out_path: Path) -> PlannedMerg
     )
 
     config, document = read_configuration(file)
+    config = with_sources(config)
     prepared = _without_text(check(config, options, document))
     planned = PreparedConfiguration.create(config, prepared)
     _check_models(planned.referenced_models(), options)
@@ -192,7 +194,7 @@ def _headers_alone(models: Iterable[ModelReference], options: MergeOptions) -> I
                 own = Path(tempfile.mkdtemp(dir=folder))
                 found = header_loader(base, options, own)
                 if found is None and model.lora is not None:
-                    found = base.lazy_loader(options.transformers_cache, options.lazy_unpickle)
+                    found = model.lazy_loader(options.transformers_cache, options.lazy_unpickle)
                 if found is not None:
                     loaders[model] = found
                     replaced.append(model)

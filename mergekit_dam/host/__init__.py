@@ -2,6 +2,8 @@
 
 May import: all packages below it. Start reading at `plugin`; in the order of a merge:
 plugin, run                   mergekit's functions that call us; the merge around mergekit's own
+references, files             what a model's name means, and where its files are
+loaders, adapters             weights as they are stored; adapters merged into their bases
 prepare, architectures        all that can be known before a weight is read
 vocabulary                    the merged vocabulary, built by mergekit
 planner, loadable, steps      mergekit's plan, and what it would leave out

@@ -1,6 +1,7 @@
 """Checks of the models' architectures from their configurations, before anything is read."""
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mergekit.common import ModelReference
@@ -9,6 +10,33 @@ from mergekit.options import MergeOptions
 from mergekit_dam.errors import ArchitectureError, inside
 from mergekit_dam.host.compat import arch_info_for_config
 from mergekit_dam.model.build import auto_class
+from mergekit_dam.sources.decoders import differences
+
+LOG = logging.getLogger(__name__)
+
+
+def warn_of_differences(models: Sequence[ModelReference], options: MergeOptions) -> None:
+    """Warn of models whose blocks compute otherwise than the merged model's will.
+
+    Shapes do not tell: 4 heads of 16 have those of 8 heads of 8.
+
+    Args:
+        models: the base or the first model, whose configuration the merged model gets; the others.
+    """
+    donor, *others = models
+    merged = donor.config(trust_remote_code=options.trust_remote_code)
+    for model in others:
+        config = model.config(trust_remote_code=options.trust_remote_code)
+        if type(config) is not type(merged):
+            continue  # another architecture, which mergekit refuses or is told to accept
+        found = differences(config, merged)
+        if found:
+            said = "; ".join(f"`{key}` {own}, not {its}" for key, (own, its) in found.items())
+            LOG.warning(
+                "%s computes otherwise than %s, whose configuration the merged model gets: %s. As "
+                "a teacher it runs with its own, but its weights will run with the other",
+                *(model, donor, said),
+            )
 
 
 def check_architectures(models: Iterable[ModelReference], options: MergeOptions) -> None:

@@ -22,7 +22,7 @@ from mergekit.architecture.conversion import convert_checkpoint_tensors as conve
 
 # The executor of task graphs, and the tasks that read and write tensors.
 from mergekit.graph import Executor
-from mergekit.io.lazy_tensor_loader import LazyTensorLoader
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
 from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor, SaveTensor
 
 # The configuration that a merged model is written with.
@@ -53,6 +53,7 @@ __all__ = [
     "PermutedVocabulary",
     "Planner",
     "SaveTensor",
+    "ShardedTensorIndex",
     "TokenEmbeddingConfig",
     "TokenizerInfo",
     "TruncatedVocabulary",

@@ -1,5 +1,6 @@
 """Headers of the models' files: name, shape, dtype and position of tensors, without values."""
 
+import dataclasses
 import json
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,6 +23,7 @@ from mergekit_dam.host.compat import (
     WeightInfo,
 )
 from mergekit_dam.host.compat import can_convert as can_convert
+from mergekit_dam.host.loaders import PlainLoader
 from mergekit_dam.model.checkpoint import opened
 from mergekit_dam.sources.readahead import Span
 
@@ -83,10 +85,26 @@ def header_of(info: WeightInfo, model: ModelReference) -> Header | None:
 
 
 def file_headers(loader: LazyTensorLoader) -> Mapping[str, Header]:
-    """The header entries of all tensors of a model, by name; empty if the files are pickled."""
+    """The header entries of all tensors of a model, by name; empty if the files are pickled.
+
+    Weights that are dequantised have the dtype in which they are loaded.
+    """
     if not loader.index.is_safetensors:
         return {}
+    if isinstance(loader, PlainLoader) and loader.quantisation.codes:
+        return _dequantised_headers(loader)
     return _read_headers(loader.index.base_path, tuple(s.filename for s in loader.index.shards))
+
+
+@lru_cache(maxsize=16)
+def _dequantised_headers(loader: PlainLoader) -> Mapping[str, Header]:
+    stored = _read_headers(loader.index.base_path, tuple(s.filename for s in loader.index.shards))
+    return {
+        name: dataclasses.replace(header, dtype=loader.dtype)
+        if name in loader.quantisation.codes
+        else header
+        for name, header in stored.items()
+    }
 
 
 @lru_cache(maxsize=16)

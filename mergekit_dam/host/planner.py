@@ -14,6 +14,7 @@ from mergekit_dam.host.graph import build_graph
 from mergekit_dam.host.loadable import Loadable
 from mergekit_dam.host.merge import Merge
 from mergekit_dam.host.prepare import Prepared, PreparedConfiguration, all_models, prepare
+from mergekit_dam.host.references import with_sources
 from mergekit_dam.host.tasks import WriteArtifacts
 from mergekit_dam.sources.slices import TaughtSlice, follow, stacks, taught
 from mergekit_dam.streams import distributed
@@ -31,6 +32,8 @@ def plan_stages(
     """
     planner, config = Planner(stock), stock.config
     carried = isinstance(config, PreparedConfiguration)
+    if not carried:  # planned without `run_merge`
+        config = stock.config = with_sources(config)
     prepared = config.prepared if carried else prepare(config, stock.options)
     _adopt_vocabulary(planner, prepared)
     loadable = Loadable(stock.arch_info, stock.out_model_config)

@@ -23,7 +23,8 @@ from mergekit_dam.calibration.load import load_calibration
 from mergekit_dam.calibration.sets import CalibrationSet
 from mergekit_dam.coefficients.file import CoefficientFile
 from mergekit_dam.errors import ConfigError, DamError, first_line
-from mergekit_dam.host.architectures import check_architectures
+from mergekit_dam.host.architectures import check_architectures, warn_of_differences
+from mergekit_dam.host.references import check_sources
 from mergekit_dam.host.vocabulary import build_vocabulary
 from mergekit_dam.model.checkpoint import check_checkpoint
 from mergekit_dam.parameters import RunParameters
@@ -122,6 +123,7 @@ def prepare(
     checked, run = asked.checked, asked.checked.run
     models = all_models(checked)
     tokenizers = {model: load_tokenizer(model, options.trust_remote_code) for model in models}
+    warn_of_differences(models, options)
     calibration = {}
     for model, text in checked.calibrations.items():
         translation = None
@@ -186,10 +188,11 @@ def check(
         run = checked.run.model_copy(update={"seed": options.random_seed or 0})
         checked = dataclasses.replace(checked, run=run)
     models = all_models(checked)
-    check_architectures(models, options)
     for folder in (Path(model.model.path) for model in models):
         if folder.is_dir():  # what is on the Hub is checked when it was downloaded
             check_checkpoint(folder)
+    check_sources(models)
+    check_architectures(models, options)
     run = checked.run
 
     def with_vocabulary(prepared: Prepared) -> Prepared:

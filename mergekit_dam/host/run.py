@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +14,9 @@ from mergekit.options import MergeOptions
 
 from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.host.failures import mergekit_errors
-from mergekit_dam.host.output import output_folder
+from mergekit_dam.host.output import SCRATCH, output_folder
 from mergekit_dam.host.prepare import PreparedConfiguration, prepare
+from mergekit_dam.host.references import open_sources, with_sources
 from mergekit_dam.model.checkpoint import check_checkpoint
 from mergekit_dam.request.document import single
 from mergekit_dam.streams import distributed
@@ -37,22 +39,38 @@ def run_dam(
     """
     document = single(config_source) if config_source else None
     with own_share(), mergekit_errors(), distributed.joined_processes(options) as own:
+        models = with_sources(merge_config)
         # One process reads the text: other machines may lack it, or have another version.
-        prepared = distributed.from_first(lambda: prepare(merge_config, own, document))
-        config = PreparedConfiguration.create(merge_config, prepared)
-        if distributed.size() > 1:
-            distributed.in_turn(lambda: _merge_adapters(config, own))
+        prepared = distributed.from_first(lambda: prepare(models, own, document))
+        config = PreparedConfiguration.create(models, prepared)
         _check_downloaded(config, own)
         first = distributed.is_first()
         out = output_folder(Path(out_path), written=first)
-        with _card_without_hub(), _short_of_memory(), out as folder:
-            stock(config, str(folder), own, config_source or merge_config.to_yaml())
+        with (
+            _card_without_hub(),
+            _short_of_memory(),
+            out as folder,
+            _adapter_cache(config, own, folder) as kept,
+        ):
+            distributed.in_turn(lambda: open_sources(config.referenced_models(), kept))
+            stock(config, str(folder), kept, config_source or merge_config.to_yaml())
 
 
-def _merge_adapters(config: MergeConfiguration, options: MergeOptions) -> None:
-    """Merge adapters before mergekit does: it would take a half-written folder as complete."""
-    for model in config.referenced_models():
-        model.merged(options.lora_merge_cache, options.trust_remote_code, options.lora_merge_dtype)
+@contextmanager
+def _adapter_cache(
+    config: MergeConfiguration, options: MergeOptions, out_path: Path
+) -> Iterator[MergeOptions]:
+    """Options with a folder for merged adapters: a temporary one, unless the options name one."""
+    adapters = any(model.lora is not None for model in config.referenced_models())
+    if options.lora_merge_cache or not adapters:
+        yield options
+        return
+    beside = str((out_path / f"{SCRATCH}adapters").absolute())
+    folder = distributed.from_first(lambda: beside)
+    try:
+        yield options.model_copy(update={"lora_merge_cache": folder})
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_downloaded(config: MergeConfiguration, options: MergeOptions) -> None:

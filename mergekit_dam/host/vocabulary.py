@@ -1,10 +1,13 @@
 """The merged vocabulary, built by mergekit, and checks that mergekit would make too late."""
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
+from pathlib import Path
+from typing import Any
 
-from mergekit.common import ModelReference
+from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
 from transformers import PreTrainedTokenizerFast
 
@@ -18,7 +21,7 @@ from mergekit_dam.host.compat import (
     get_vocab_size,
 )
 from mergekit_dam.vocabulary.merged import LOST, Vocabulary
-from mergekit_dam.vocabulary.tokenizers import load_tokenizer
+from mergekit_dam.vocabulary.tokenizers import has_tokenizer, load_tokenizer
 
 
 def build_vocabulary(
@@ -41,14 +44,15 @@ def build_vocabulary(
         return None
     overrides = (asked.tokens if asked is not None else None) or {}
     try:
-        with _listed_by_id():
+        with _listed_by_id(), _adapters_as_models(models, trust_remote_code) as read:
             info = build_tokenizer(
-                base_model=config.base_model,
-                referenced_models=list(models),
-                tokenizer_source=source,
+                base_model=read.get(config.base_model, config.base_model),
+                referenced_models=[read.get(model, model) for model in models],
+                tokenizer_source=read.get(source, source),
                 trust_remote_code=trust_remote_code,
                 add_tokens=list(overrides),
             )
+        info = _by_model(info, {own: model for model, own in read.items()})
     except Exception as error:  # RuntimeError, OSError, and whatever tokenizers raise
         for model in [*models, *([source] if isinstance(source, ModelReference) else [])]:
             load_tokenizer(model, trust_remote_code)  # names a missing one, with a remedy
@@ -65,6 +69,37 @@ def build_vocabulary(
     size = -(-len(ids) // multiple) * multiple  # rounded up
     giver = str(models[0] if source == "base" else source)
     return Vocabulary(info, size, giver)
+
+
+@contextmanager
+def _adapters_as_models(
+    models: Sequence[ModelReference], trust_remote_code: bool
+) -> Iterator[dict[ModelReference | str | None, ModelReference]]:
+    """Models with the tokenizers and the rows of adapters that have a tokenizer of their own.
+
+    mergekit would read the tokenizer of the adapter's base, without the tokens that were added.
+
+    Yields:
+        Model with an adapter -> a model with its tokenizer and its number of rows.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        read: dict[ModelReference | str | None, ModelReference] = {}
+        for number, model in enumerate(models):
+            if model.lora is not None and has_tokenizer(model.lora):
+                own = Path(folder) / str(number)
+                model.config(trust_remote_code).save_pretrained(own)
+                load_tokenizer(model, trust_remote_code).save_pretrained(own)
+                read[model] = ModelReference(model=ModelPath(path=str(own)))
+        yield read
+
+
+def _by_model(info: TokenizerInfo, models: Mapping[ModelReference, Any]) -> TokenizerInfo:
+    """Mergekit's information on the tokenizers, by the models of the merge."""
+    permutations = {models.get(own, own): ids for own, ids in info.permutations.items()}
+    vocabularies = {models.get(own, own): ids for own, ids in info.original_vocabs.items()}
+    return TokenizerInfo(
+        tokenizer=info.tokenizer, permutations=permutations, original_vocabs=vocabularies
+    )
 
 
 @contextmanager

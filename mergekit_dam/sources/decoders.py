@@ -1,6 +1,7 @@
 """The decoders of all sources; sources with the same forward pass share one."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from mergekit.common import ModelReference
@@ -50,6 +51,26 @@ def source_decoders(
     return tuple(found)
 
 
+def differences(config: PretrainedConfig, other: PretrainedConfig) -> dict[str, tuple[Any, Any]]:
+    """Entries of two configurations of one class by which their blocks compute differently.
+
+    Entries that the class does not know count for nothing, and so do lists with an entry per layer.
+
+    Returns:
+        Entry -> its value in the one and in the other.
+    """
+    one, two = config.get_text_config(), other.get_text_config()
+    values, others = one.to_dict(), two.to_dict()
+    known = type(one)().to_dict().keys() - {*_NOT_OF_THE_FORWARD, *_NOT_OF_THE_BLOCKS}
+    return {
+        key: (values.get(key), others.get(key))
+        for key in sorted(known)
+        if values.get(key) != others.get(key)
+        and not any(part in key for part in ("dropout", "_token_id"))
+        and not isinstance(values.get(key), list)
+    }
+
+
 def _ties_head(config: PretrainedConfig) -> bool:
     return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
 
@@ -66,6 +87,12 @@ _NOT_OF_THE_FORWARD = (
     "unk_token_id",
     "use_cache",
     "vocab_size",
+)
+_NOT_OF_THE_BLOCKS = (
+    "initializer_range",
+    "max_position_embeddings",
+    "num_hidden_layers",
+    "pretraining_tp",
 )
 
 

@@ -29,7 +29,7 @@ def load_tokenizer(model: ModelReference, trust_remote_code: bool) -> PreTrained
         CalibrationError: If there is none, or it cannot be loaded.
     """
     path = model.model
-    if model.lora is not None and _has_tokenizer(model.lora):
+    if model.lora is not None and has_tokenizer(model.lora):
         path = model.lora
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -113,7 +113,12 @@ def _example(first: _Vocabulary, second: _Vocabulary, conflict: int | str) -> st
     return f"id {conflict} is {tokens[0]!r} in one, {tokens[1]!r} in the other"
 
 
-def _has_tokenizer(adapter: ModelPath) -> bool:
+def has_tokenizer(adapter: ModelPath) -> bool:
+    """Whether an adapter has a tokenizer of its own.
+
+    Raises:
+        CalibrationError: If its files cannot be listed.
+    """
     try:
         return any(
             has_file(adapter.path, name, revision=adapter.revision) for name in _TOKENIZER_FILES

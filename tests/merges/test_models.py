@@ -1,6 +1,7 @@
 """One model, many models, adapters, shards, tied heads: merges of models of every kind."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,6 +52,36 @@ class TestModels:
         assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
         again = merge(dam(models.models, coefficients=str(merged.path)), tmp_path / "again")
         assert again.model_bytes == merged.model_bytes
+
+    def test_a_head_of_its_own_counts_whatever_the_configuration_says(
+        self, llama_models: Models, calibration: Calibration, tmp_path: Path
+    ) -> None:
+        expected = merge(dam(llama_models.models, calibration, samples=8), tmp_path / "expected")
+        flagged = []
+        for number, model in enumerate(llama_models.models):
+            flagged.append(shutil.copytree(model, tmp_path / str(number)))
+            config = json.loads((flagged[-1] / "config.json").read_text("utf-8"))
+            config["tie_word_embeddings"] = True
+            (flagged[-1] / "config.json").write_text(json.dumps(config), "utf-8")
+        merged = merge(dam(flagged, calibration, samples=8), tmp_path / "out")
+        assert merged.model_bytes == expected.model_bytes
+        assert merged.load().config.tie_word_embeddings is False
+
+    def test_a_model_that_computes_otherwise_is_named(
+        self,
+        llama_models: Models,
+        calibration: Calibration,
+        tmp_path: Path,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        other = shutil.copytree(llama_models.models[1], tmp_path / "other")
+        config = json.loads((other / "config.json").read_text("utf-8"))
+        config |= {"hidden_act": "gelu", "unsloth_version": "1", "attention_dropout": 0.1}
+        (other / "config.json").write_text(json.dumps(config), "utf-8")
+        merge(dam([llama_models.models[0], other], calibration), tmp_path / "out")
+        (said,) = (record.message for record in caplog.records if "otherwise" in record.message)
+        assert str(other) in said
+        assert "`hidden_act` gelu, not silu. " in said
 
     def test_a_tied_model_joins_untied_ones(
         self, llama_models: Models, calibration: Calibration, tmp_path: Path

@@ -1,0 +1,95 @@
+"""Where a model's files are: in a folder, or in the Hub's cache."""
+
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
+from mergekit.common import ModelPath
+
+from mergekit_dam.errors import ArchitectureError
+from mergekit_dam.host.compat import ShardedTensorIndex
+
+
+def find_file(path: ModelPath, name: str) -> Path | None:
+    """A file of a model, downloaded if it is on the Hub; None if it cannot be had.
+
+    Without a connection, the Hub's cache is looked at.
+    """
+    folder = Path(path.path)
+    if folder.exists():
+        return folder / name if (folder / name).is_file() else None
+    try:
+        return Path(hf_hub_download(path.path, name, revision=path.revision))
+    except (OSError, ValueError, EntryNotFoundError):
+        return None
+
+
+def folder_of(path: ModelPath, cache: str | None = None) -> Path | None:
+    """The folder with the files of a model that is on this machine already; None if it is not."""
+    folder = Path(path.path)
+    if folder.exists():
+        return folder
+    try:
+        found = snapshot_download(
+            path.path, revision=path.revision, cache_dir=cache, local_files_only=True
+        )
+    except (OSError, ValueError):
+        return None
+    return Path(found)
+
+
+def is_adapter(path: ModelPath) -> bool:
+    """Whether a path names an adapter alone: its configuration, without a model beside it."""
+    folder = Path(path.path)
+    if folder.exists():
+        whole = any(any(folder.glob(f"{stem}*")) for stem in ("model", "pytorch_model"))
+        return (folder / "adapter_config.json").is_file() and not whole
+    if find_file(path, "config.json") is not None:
+        return False
+    return find_file(path, "adapter_config.json") is not None
+
+
+def stored_index(folder: Path) -> ShardedTensorIndex:
+    """Mergekit's index of the files of a model.
+
+    Raises:
+        ArchitectureError: there are no such files, or some are missing.
+    """
+    try:
+        index: ShardedTensorIndex = ShardedTensorIndex.from_disk(str(folder))
+    except RuntimeError as error:
+        raise _no_weights(folder) from error
+    missing = [s.filename for s in index.shards if not (folder / s.filename).is_file()]
+    if missing:
+        raise ArchitectureError(
+            f"{folder}: {', '.join(missing[:3])} is missing ({len(missing)} of "
+            f"{len(index.shards)} files that its index names); copy or download the model again"
+        )
+    return index
+
+
+def _no_weights(path: Path) -> ArchitectureError:
+    """The error that there are no weights where a model should be."""
+    required = (
+        f"{path}: required model.safetensors or pytorch_model.bin, or the index of their shards"
+    )
+    packed = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    if packed and packed[0].suffix.lower() == ".gguf":
+        file = packed[0]
+        return ArchitectureError(
+            f"{required}, got the GGUF file {file.name}. Merge the model that it was made from, or "
+            f'write it out as plain weights: python -c "from transformers import '
+            f"AutoModelForCausalLM as M, AutoTokenizer as T; "
+            f"a = dict(pretrained_model_name_or_path='{file.parent}', gguf_file='{file.name}'); "
+            f"M.from_pretrained(**a, dtype='bfloat16').save_pretrained('PLAIN'); "
+            f"T.from_pretrained(**a).save_pretrained('PLAIN')\" (needs `pip install gguf`)"
+        )
+    names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    return ArchitectureError(
+        f"{required}, got "
+        + (f"a folder with {', '.join(names[:8])}" if names else f"a {_kind(path)}")
+    )
+
+
+def _kind(path: Path) -> str:
+    return "file" if path.is_file() else "folder without files"

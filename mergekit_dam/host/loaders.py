@@ -1,0 +1,127 @@
+"""mergekit's loader for checkpoints whose weights may be quantised."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mergekit_dam.errors import ArchitectureError, first_line
+from mergekit_dam.host.compat import LazyTensorLoader, ShardedTensorIndex
+from mergekit_dam.host.files import stored_index
+from mergekit_dam.sources.quantised import Quantisation, find_quantised
+
+LOG = logging.getLogger(__name__)
+
+
+class PlainLoader(LazyTensorLoader):
+    """A loader of plain weights: codes are dequantised as they are read, one tensor at a time.
+
+    Its index has the weights alone, without the scales beside the codes.
+
+    Attributes:
+        quantisation: the weights that are codes in the files.
+        dtype: the dtype of weights that are dequantised.
+    """
+
+    def __init__(
+        self,
+        stored: ShardedTensorIndex,
+        quantisation: Quantisation,
+        dtype: torch.dtype,
+        *,
+        lazy_unpickle: bool,
+    ) -> None:
+        self.quantisation, self.dtype = quantisation, dtype
+        paths = {n: f for n, f in stored.tensor_paths.items() if n not in quantisation.hidden}
+        super().__init__(dataclasses.replace(stored, tensor_paths=paths), lazy_unpickle)
+        self._stored = LazyTensorLoader(stored, lazy_unpickle)
+
+    def get_tensor(
+        self,
+        key: str,
+        device: str = "cpu",
+        aliases: list[str] | None = None,
+        raise_on_missing: bool = True,
+    ) -> Tensor | None:
+        """The weight by its name, or by the first alias that is there; see mergekit's."""
+        name = key
+        if key not in self.index.tensor_paths:
+            name = next((a for a in aliases or () if a in self.index.tensor_paths), key)
+
+        def read(stored: str) -> Tensor:
+            found = self._stored.get_tensor(stored, device=device)
+            assert found is not None  # it raises where there is none
+            return found
+
+        codes = self.quantisation.codes.get(name)
+        if codes is not None:
+            return codes.weight(read(name), read).to(self.dtype)
+        return self._stored.get_tensor(name, device=device, raise_on_missing=raise_on_missing)
+
+    def required(self, name: str) -> Tensor:
+        """The weight by its name, on the CPU; raises KeyError if there is none."""
+        found = self.get_tensor(name)
+        assert found is not None
+        return found
+
+    def flush(self) -> None:
+        """Close the file that is open."""
+        self._stored.flush()  # type: ignore[no-untyped-call]
+
+
+def plain_loader(
+    folder: Path, settings: Mapping[str, Any] | None, dtype: torch.dtype, *, lazy_unpickle: bool
+) -> PlainLoader:
+    """The loader of a model's files.
+
+    Args:
+        folder: the folder with the files.
+        settings: `quantization_config` of the model's configuration, if it has one.
+        dtype: the dtype of weights that are dequantised.
+        lazy_unpickle: as in mergekit's options.
+
+    Raises:
+        ArchitectureError: the files are missing or damaged, or of a format that cannot be read.
+    """
+    stored = stored_index(folder)
+    quantisation = find_quantised(stored.tensor_paths, _dtypes(stored), settings)
+    if quantisation.codes:
+        _say(
+            f"{folder} is quantised ({quantisation.name}); {len(quantisation.codes)} weights are "
+            f"dequantised to {str(dtype).removeprefix('torch.')} as they are read"
+        )
+    elif settings:
+        _say(
+            f"{folder}: the weights are plain, so `quantization_config` in its config.json is "
+            f"left over and does not count"
+        )
+    return PlainLoader(stored, quantisation, dtype, lazy_unpickle=lazy_unpickle)
+
+
+@lru_cache(maxsize=64)
+def _say(message: str) -> None:
+    """Warn once of what every loader of a model would say again."""
+    LOG.warning(message)
+
+
+def _dtypes(stored: ShardedTensorIndex) -> dict[str, str]:
+    """The dtypes of all tensors by name, as safetensors calls them; empty if pickled."""
+    found = {}
+    for shard in stored.shards if stored.is_safetensors else ():
+        file = Path(stored.base_path) / shard.filename
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                    found[name] = opened.get_slice(name).get_dtype()
+        except SafetensorError as error:
+            raise ArchitectureError(
+                f"{file}: required a whole safetensors file ({first_line(error)}); copy or "
+                f"download it again"
+            ) from error
+    return found

@@ -1,0 +1,106 @@
+"""Merges of quantised models, against merges of the same weights written plainly."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.kit.merging import dam, merge, refused, tensors_of
+from tests.kit.models import Models
+from tests.kit.texts import Calibration
+
+SETTINGS = {"quant_method": "fp8", "weight_block_size": [8, 8]}
+
+
+@pytest.fixture
+def pair(llama_models: Models, tmp_path: Path) -> tuple[Path, Path]:
+    """A model with codes of 8 bits and scales, and the plain model that they stand for."""
+    weights = tensors_of(llama_models.models[0])
+    stored, plain = dict(weights), dict(weights)
+    for name in [name for name in weights if "_proj" in name]:
+        scale = (
+            weights[name]
+            .abs()
+            .amax()
+            .reshape(1, 1)
+            .expand(*(-(-size // 8) for size in weights[name].shape))
+        )
+        scale = scale / 448 * torch.linspace(1, 2, scale.numel()).reshape(scale.shape)
+        spread = scale.repeat_interleave(8, 0).repeat_interleave(8, 1)
+        spread = spread[: weights[name].shape[0], : weights[name].shape[1]]
+        stored[name] = (weights[name] / spread).to(torch.float8_e4m3fn)
+        stored[f"{name}_scale_inv"] = scale.contiguous()
+        plain[name] = stored[name].float() * spread
+    return save(llama_models, tmp_path / "fp8", stored, SETTINGS), save(
+        llama_models, tmp_path / "plain", plain, None
+    )
+
+
+def save(models: Models, folder: Path, tensors: dict, settings: dict | None) -> Path:
+    """A copy of the first model with other tensors."""
+    folder.mkdir()
+    for file in models.models[0].iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    if settings is not None:
+        config["quantization_config"] = settings
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_quantised_model_is_merged_as_the_weights_that_it_stands_for(
+    pair: tuple[Path, Path],
+    llama_models: Models,
+    calibration: Calibration,
+    tmp_path: Path,
+    first: bool,
+) -> None:
+    written = []
+    for model in pair:
+        models = [model, llama_models.models[1]]
+        configuration = dam(models if first else models[::-1], calibration)
+        merged = merge(configuration, tmp_path / f"out-{model.name}")
+        assert "quantization_config" not in merged.load().config.to_dict()
+        written.append(merged.model_bytes)
+    assert written[0] == written[1]
+
+
+def test_a_leftover_section_on_plain_weights_does_not_reach_the_output(
+    llama_models: Models, calibration: Calibration, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = load_file(llama_models.models[0] / "model.safetensors")
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    model = save(llama_models, tmp_path / "leftover", weights, settings)
+    merged = merge(dam([model, llama_models.models[1]], calibration), tmp_path / "out")
+    assert "quantization_config" not in json.loads((merged.path / "config.json").read_text("utf-8"))
+    assert "left over" in caplog.text
+    expected = merge(dam(llama_models.models[:2], calibration), tmp_path / "expected")
+    assert merged.model_bytes == expected.model_bytes
+
+
+def test_packed_weights_are_refused_by_name(
+    llama_models: Models, calibration: Calibration, tmp_path: Path
+) -> None:
+    weights = tensors_of(llama_models.models[0])
+    weights["model.layers.0.mlp.up_proj.qweight"] = weights.pop(
+        "model.layers.0.mlp.up_proj.weight"
+    ).to(torch.int32)
+    model = save(llama_models, tmp_path / "gptq", weights, {"quant_method": "gptq"})
+    configuration = dam([model, llama_models.models[1]], calibration)
+    refused(configuration, tmp_path / "out", str(model), "gptq", "quantised")
+
+
+def test_a_gguf_file_is_refused_by_name(
+    llama_models: Models, calibration: Calibration, tmp_path: Path
+) -> None:
+    file = tmp_path / "m" / "m-q4.gguf"
+    file.parent.mkdir()
+    file.write_bytes(b"GGUF")
+    for model in (file, file.parent):
+        configuration = dam([model, llama_models.models[1]], calibration)
+        refused(configuration, tmp_path / "out", str(model), "GGUF file m-q4.gguf", "gguf_file=")
