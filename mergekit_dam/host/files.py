@@ -79,9 +79,10 @@ def _no_weights(path: Path) -> ArchitectureError:
         return ArchitectureError(
             f"{required}, got the GGUF file {file.name}. Merge the model that it was made from, or "
             f'write it out as plain weights: python -c "from transformers import '
-            f"AutoModelForCausalLM as M, AutoTokenizer as T; "
+            f"AutoModelForCausalLM as M, AutoTokenizer as T, GgufConfig as G; "
             f"a = dict(pretrained_model_name_or_path='{file.parent}', gguf_file='{file.name}'); "
-            f"M.from_pretrained(**a, dtype='bfloat16').save_pretrained('PLAIN'); "
+            f"M.from_pretrained(**a, quantization_config=G(dequantize=True))"
+            f".save_pretrained('PLAIN'); "
             f"T.from_pretrained(**a).save_pretrained('PLAIN')\" (needs `pip install gguf`)"
         )
     names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []

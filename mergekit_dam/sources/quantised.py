@@ -165,7 +165,8 @@ def _refuse_packed(stored: set[str], method: str) -> None:
         if end == "_blocks":
             packed = [n for n in packed if n.removesuffix("blocks") + "scales" in stored]
         if packed:
-            raise _refusal(f"{method}: {tool}" if method else tool, f"{listed(packed)} is packed")
+            own = method and not tool.lower().startswith(method)
+            raise _refusal(f"{method}: {tool}" if own else tool, f"packed: {listed(packed)}")
 
 
 def _refusal(form: str, found: str) -> ArchitectureError:
@@ -174,7 +175,7 @@ def _refusal(form: str, found: str) -> ArchitectureError:
         remedy = (
             ', or write it out as plain weights: python -c "from transformers import '
             "AutoModelForCausalLM as M; m = M.from_pretrained('FOLDER'); m.dequantize(); "
-            "m.save_pretrained('PLAIN')\""
+            "m.save_pretrained('PLAIN', save_original_format=False)\""
         )
     return ArchitectureError(
         f"required plain weights, or codes of 8 bits with their scales, got a quantised model "

@@ -12,6 +12,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit_dam.estimate.inventory import take_inventory
 from mergekit_dam.estimate.report import table
 from mergekit_dam.estimate.sweeps import sweeps
+from tests.kit.adapters import save_adapter
 from tests.kit.estimates import ROOM, inventory, planned, planned_estimate
 from tests.kit.merging import dam, merge
 from tests.kit.models import ARCHITECTURES, Models, save_models
@@ -61,7 +62,8 @@ class TestInventory:
     def test_an_adapter_is_taken_for_its_base(self, tmp_path: Path, llama_models: Models) -> None:
         """Merging it would read weights."""
         text = save_calibration(tmp_path)
-        adapted = Path(f"{llama_models.base}+{tmp_path / 'adapter'}")
+        adapter = save_adapter(llama_models.base, tmp_path / "adapter")
+        adapted = Path(f"{llama_models.base}+{adapter}")
         models = [adapted, llama_models.models[0]]
         found = inventory(tmp_path, dam(models, [text, text], base=llama_models.base))
         assert found.sources == 3
