@@ -38,12 +38,17 @@ def folder_of(path: ModelPath, cache: str | None = None) -> Path | None:
     return Path(found)
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder has files with a model's weights, or an index of them."""
+    names = ("model*.safetensors*", "pytorch_model*.bin*")
+    return any(any(folder.glob(name)) for name in names)
+
+
 def is_adapter(path: ModelPath) -> bool:
     """Whether a path names an adapter alone: its configuration, without a model beside it."""
     folder = Path(path.path)
     if folder.exists():
-        whole = any(any(folder.glob(f"{stem}*")) for stem in ("model", "pytorch_model"))
-        return (folder / "adapter_config.json").is_file() and not whole
+        return (folder / "adapter_config.json").is_file() and not holds_weights(folder)
     if find_file(path, "config.json") is not None:
         return False
     return find_file(path, "adapter_config.json") is not None

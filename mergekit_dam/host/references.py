@@ -22,7 +22,7 @@ from transformers import PretrainedConfig
 from mergekit_dam.errors import ArchitectureError, first_line, inside
 from mergekit_dam.host.adapters import adapter_rows, base_of, merged_adapter
 from mergekit_dam.host.compat import LoaderCache
-from mergekit_dam.host.files import folder_of, is_adapter
+from mergekit_dam.host.files import folder_of, holds_weights, is_adapter
 from mergekit_dam.host.loaders import PlainLoader, plain_loader
 from mergekit_dam.model.build import build_model
 from mergekit_dam.model.heads import has_own_head
@@ -189,9 +189,8 @@ def _loader_of_present(model: ModelReference) -> PlainLoader | None:
     folder = folder_of(model.model, LoaderCache().hf_cache_dir)
     if folder is None:
         return None
-    downloading = not Path(model.model.path).exists()
-    if downloading and not any(folder.glob("*model*")):
-        return None
+    if not Path(model.model.path).exists() and not holds_weights(folder):
+        return None  # the Hub's cache has its configuration or tokenizer alone
     with inside(str(model)):
         return _loader(folder, lazy_unpickle=False)
 

@@ -7,9 +7,10 @@ import pytest
 from huggingface_hub.errors import OfflineModeIsEnabled
 from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
 
 from mergekit_dam.errors import ArchitectureError, ConfigError
-from mergekit_dam.host.references import Source, source_of, with_sources
+from mergekit_dam.host.references import Source, check_sources, source_of, with_sources
 from tests.kit.adapters import save_adapter
 from tests.kit.models import Models
 
@@ -102,6 +103,18 @@ class TestHub:
         (folder / "refs" / "v2").write_text(COMMIT)
         source = Source(model=ModelPath(path="org/a", revision="v2"))
         assert source.local_path(str(tmp_path)) == str(folder / "snapshots" / COMMIT)
+
+    def test_a_model_of_which_only_the_tokenizer_is_cached_is_not_judged_yet(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = tmp_path / "models--org--a" / "snapshots" / COMMIT
+        folder.mkdir(parents=True)
+        (folder / "tokenizer.model").touch()
+        monkeypatch.setattr(LoaderCache, "hf_cache_dir", str(tmp_path))
+        check_sources([Source(model=ModelPath(path="org/a", revision=COMMIT))])
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b"}}')
+        with pytest.raises(ArchitectureError, match="b is missing"):
+            check_sources([Source(model=ModelPath(path="org/a", revision=COMMIT))])
 
     def test_a_model_that_is_not_there_is_refused_with_the_remedy(self, tmp_path: Path) -> None:
         source = Source(model=ModelPath(path="org/a"))
