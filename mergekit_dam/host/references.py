@@ -25,7 +25,7 @@ from mergekit_dam.host.compat import LoaderCache
 from mergekit_dam.host.files import folder_of, holds_weights, is_adapter
 from mergekit_dam.host.loaders import PlainLoader, plain_loader
 from mergekit_dam.model.build import build_model
-from mergekit_dam.model.heads import has_own_head
+from mergekit_dam.model.heads import files_untie_head
 
 
 class Source(ModelReference, frozen=True):
@@ -180,8 +180,7 @@ def _unties_head(source: Source, trust_remote_code: bool) -> bool:
     if loader is None:
         return False
     with inside(str(source)):
-        own = has_own_head(model, loader.index.tensor_paths, loader.required)
-    return own and bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+        return files_untie_head(model, loader.index.tensor_paths, loader.required)
 
 
 def _loader_of_present(model: ModelReference) -> PlainLoader | None:

@@ -10,13 +10,12 @@ from mergekit_dam.errors import ArchitectureError
 from mergekit_dam.model.names import WeightNames
 
 
-def has_own_head(
+def files_untie_head(
     model: PreTrainedModel, stored: Collection[str], read: Callable[[str], Tensor]
 ) -> bool:
-    """Whether a model computes with an output head of its own, as transformers loads it.
+    """Whether a model has an output head of its own although its configuration ties it.
 
-    That is so if its configuration says so, or if its files hold a head that is not equal to the
-    embedding.
+    transformers loads it so if the files hold a head that is not equal to the embedding.
 
     Args:
         model: the model without weights, as `build_model` makes it.
@@ -41,5 +40,5 @@ def has_own_head(
             "embedding, or else bring the file with the head"
         )
     if not tied or own is None or shared is None:
-        return not tied
+        return False
     return not torch.equal(read(own), read(shared))

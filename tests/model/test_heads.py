@@ -5,31 +5,31 @@ import torch
 
 from mergekit_dam.errors import ArchitectureError
 from mergekit_dam.model.build import build_model
-from mergekit_dam.model.heads import has_own_head
+from mergekit_dam.model.heads import files_untie_head
 from tests.kit.models import EMBEDDING, HEAD, tiny_llama_config
 
 ONE, OTHER = torch.ones(3, 2), torch.zeros(3, 2)
 
 
 @pytest.mark.parametrize(
-    ("tied", "stored", "own"),
+    ("tied", "stored", "untied"),
     [
-        (False, {EMBEDDING: ONE, HEAD: OTHER}, True),
-        (False, {EMBEDDING: ONE, HEAD: ONE}, True),
+        (False, {EMBEDDING: ONE, HEAD: OTHER}, False),
+        (False, {EMBEDDING: ONE, HEAD: ONE}, False),
         (True, {EMBEDDING: ONE, HEAD: OTHER}, True),
         (True, {EMBEDDING: ONE, HEAD: ONE}, False),
         (True, {EMBEDDING: ONE}, False),
         (True, {HEAD: ONE}, False),
     ],
 )
-def test_a_head_counts_where_it_is_another_than_the_embedding(
-    tied: bool, stored: dict[str, torch.Tensor], own: bool
+def test_files_untie_a_head_that_is_another_than_the_embedding(
+    tied: bool, stored: dict[str, torch.Tensor], untied: bool
 ) -> None:
     model = build_model(tiny_llama_config(tie_word_embeddings=tied))
-    assert has_own_head(model, stored, stored.__getitem__) == own
+    assert files_untie_head(model, stored, stored.__getitem__) == untied
 
 
 def test_a_head_that_is_missing_is_refused() -> None:
     model = build_model(tiny_llama_config(tie_word_embeddings=False))
     with pytest.raises(ArchitectureError, match="no output head"):
-        has_own_head(model, {EMBEDDING: ONE}, {EMBEDDING: ONE}.__getitem__)
+        files_untie_head(model, {EMBEDDING: ONE}, {EMBEDDING: ONE}.__getitem__)
