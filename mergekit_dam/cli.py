@@ -156,7 +156,7 @@ def demo(directory: Path, seed: int, force: bool) -> None:
     multiple=True,
     required=True,
     type=click.Path(exists=True, path_type=Path),
-    help="Held-out text: .jsonl, .json, .parquet or .txt. Repeat for more texts.",
+    help="Held-out text, in any form that `calibration` takes. Repeat for more texts.",
 )
 @click.option(
     "--sequence-length",

@@ -20,11 +20,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from mergekit_dam.calibration.documents import chat_renderer, documents_from
-from mergekit_dam.calibration.files import find_files, local_rows
 from mergekit_dam.calibration.load import LOCAL_WINDOW, PIECE_SEQUENCES
 from mergekit_dam.calibration.packing import pack
 from mergekit_dam.calibration.pieces import Intake, shuffled_pieces
+from mergekit_dam.calibration.reading import open_source
 from mergekit_dam.calibration.source import CalibrationSource
 from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.model.whole import not_loaded, require_finite_loss, require_model, whole_model
@@ -108,7 +107,7 @@ def evaluate(
 
     Args:
         models: Folders or Hub ids of causal language models that have a tokenizer.
-        files: `.jsonl` with a `text` column (or `messages`), `.txt`, `.json` or `.parquet` files.
+        files: Files or folders of text, as for `calibration`.
         settings: Settings of the evaluation.
 
     Raises:
@@ -181,14 +180,9 @@ def read_tokens(
     The order of the documents depends on the text alone, not on the tokenizer.
     """
     source = CalibrationSource.parse(str(path))
-    files, _ = find_files(source)
-    documents = documents_from(
-        local_rows(files, column=source.column, seed=_ORDER_SEED),
-        column=source.column,
-        render=chat_renderer(tokenizer, template_path=source.chat_template),
-    )
+    reading = open_source(source, tokenizer=tokenizer, model="the model", seed=_ORDER_SEED)
     pieces = shuffled_pieces(
-        documents,
+        reading.documents,
         window=LOCAL_WINDOW,
         piece_tokens=PIECE_SEQUENCES * settings.sequence_length,
         seed=_ORDER_SEED,

@@ -1,9 +1,9 @@
 """A dataset on the Hugging Face Hub -> rows, streamed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mergekit_dam.calibration.rows import Row, require
+from mergekit_dam.calibration.rows import Row, require, without_nulls
 from mergekit_dam.calibration.source import CalibrationSource
 from mergekit_dam.errors import CalibrationError, first_line
 
@@ -26,8 +26,12 @@ def resolve_revision(source: CalibrationSource) -> str | None:
     return commit or source.revision
 
 
-def hub_rows(source: CalibrationSource, *, revision: str | None, seed: int) -> Iterator[Row]:
+def hub_rows(
+    source: CalibrationSource, *, columns: Sequence[str], revision: str | None, seed: int
+) -> Iterator[Row]:
     """Yield the rows of a Hub dataset in a seeded order; downloads them when they are needed.
+
+    Of the columns, those of `columns` are read, or all if the dataset has none of these.
 
     Raises:
         CalibrationError: If the dataset, its configuration or split is not found, or if the Hub
@@ -40,9 +44,13 @@ def hub_rows(source: CalibrationSource, *, revision: str | None, seed: int) -> I
         dataset = datasets.load_dataset(
             source.location, name=source.name, split=split, revision=revision, streaming=True
         )
+        wanted = [name for name in dataset.column_names or () if name in columns]
+        if wanted:  # others may be images, which would be decoded
+            dataset = dataset.select_columns(wanted)
         shuffled = dataset.shuffle(seed=seed % 2**32, buffer_size=SHUFFLE_BUFFER)
         for number, value in enumerate(shuffled, start=1):
-            yield Row(value, f"{origin} document {number} of the shuffled stream")
+            row = {name: without_nulls(own) for name, own in value.items()}
+            yield Row(row, f"{origin} document {number} of the shuffled stream")
     except Exception as error:  # every file format and transport has exceptions of its own
         raise CalibrationError(_explain(error, source, split, datasets)) from error
 

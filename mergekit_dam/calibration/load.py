@@ -2,16 +2,13 @@
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from mergekit_dam.calibration.documents import chat_renderer, documents_from
-from mergekit_dam.calibration.files import find_files, local_rows
-from mergekit_dam.calibration.hub import DEFAULT_SPLIT, hub_rows, resolve_revision
+from mergekit_dam.calibration.hub import DEFAULT_SPLIT
 from mergekit_dam.calibration.packing import Packed, Spelling, pack
 from mergekit_dam.calibration.pieces import CHARACTERS_PER_TOKEN, Intake, shuffled_pieces
-from mergekit_dam.calibration.rows import Row
+from mergekit_dam.calibration.reading import Reading, open_source
 from mergekit_dam.calibration.sets import CalibrationSet, Provenance, tokens_sha256
 from mergekit_dam.calibration.source import CalibrationSource
 from mergekit_dam.errors import CalibrationError, inside
@@ -72,14 +69,6 @@ def load_calibration(
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Opened:
-    rows: Iterator[Row]
-    window: int
-    revision: str | None = None
-    ignored: int = 0
-
-
 def _load(
     source: CalibrationSource,
     *,
@@ -91,13 +80,13 @@ def _load(
     seed: int,
     spelled: Spelling | None,
 ) -> CalibrationSet:
-    render = chat_renderer(tokenizer, template_path=source.chat_template)
-    opened = _open(source, needed=sequences * sequence_length, seed=seed)
+    reading = open_source(source, tokenizer=tokenizer, model=model, seed=seed)
     intake = Intake()
+    window = _window(source, needed=sequences * sequence_length)
     packed = pack(
         shuffled_pieces(
-            documents_from(opened.rows, column=source.column, render=render),
-            window=opened.window,
+            reading.documents,
+            window=window,
             piece_tokens=PIECE_SEQUENCES * sequence_length,
             seed=seed,
             intake=intake,
@@ -109,7 +98,8 @@ def _load(
         spelled=spelled,
     )
     _require_enough(packed, intake, source, sequences)
-    provenance = _provenance(source, model, seed, opened, intake, packed)
+    cut = tuple(_cuts(packed, intake, reading, window))
+    provenance = _provenance(source, model, seed, reading, intake, packed, cut)
     LOG.info(provenance.summary())
     if not intake.exhausted and source.kind != "hub":
         LOG.warning("calibration of %s: %s", model, provenance.cut[0])
@@ -120,9 +110,10 @@ def _provenance(
     source: CalibrationSource,
     model: str,
     seed: int,
-    opened: _Opened,
+    reading: Reading,
     intake: Intake,
     packed: Packed,
+    cut: tuple[str, ...],
 ) -> Provenance:
     hub = source.kind == "hub"
     sequences, length = packed.tokens.shape
@@ -131,9 +122,10 @@ def _provenance(
         source=source.text,
         files=tuple(intake.files),
         dataset=source.location if hub else None,
-        revision=opened.revision,
+        revision=reading.revision,
         split=(source.split or DEFAULT_SPLIT) if hub else None,
         seed=seed,
+        read_as=reading.read_as(intake),
         documents_read=intake.documents,
         documents_used=packed.documents,
         empty_skipped=intake.empty,
@@ -141,19 +133,16 @@ def _provenance(
         tokens_used=packed.tokens.numel(),
         sequences=sequences,
         sequence_length=length,
-        cut=tuple(_cuts(packed, intake, opened)),
+        cut=cut,
         sha256=tokens_sha256(packed.tokens),
     )
 
 
-def _open(source: CalibrationSource, *, needed: int, seed: int) -> _Opened:
+def _window(source: CalibrationSource, *, needed: int) -> int:
+    """Characters of text that are shuffled at a time."""
     if source.kind == "hub":
-        revision = resolve_revision(source)
-        window = min(LOCAL_WINDOW, HUB_WINDOW_FACTOR * CHARACTERS_PER_TOKEN * needed)
-        return _Opened(hub_rows(source, revision=revision, seed=seed), window, revision)
-    files, ignored = find_files(source)
-    rows = local_rows(files, column=source.column, seed=seed)
-    return _Opened(rows, LOCAL_WINDOW, ignored=ignored)
+        return min(LOCAL_WINDOW, HUB_WINDOW_FACTOR * CHARACTERS_PER_TOKEN * needed)
+    return LOCAL_WINDOW
 
 
 def _require_enough(
@@ -180,11 +169,11 @@ def _require_enough(
     )
 
 
-def _cuts(packed: Packed, intake: Intake, opened: _Opened) -> Iterator[str]:
+def _cuts(packed: Packed, intake: Intake, reading: Reading, window: int) -> Iterator[str]:
     if not intake.exhausted:
         yield (
             f"only the first {intake.documents:,} documents ({intake.characters:,} characters) "
-            f"were read: text is shuffled {opened.window:,} characters at a time, and these "
+            f"were read: text is shuffled {window:,} characters at a time, and these "
             "held enough"
         )
     if intake.cut:
@@ -206,5 +195,5 @@ def _cuts(packed: Packed, intake: Intake, opened: _Opened) -> Iterator[str]:
         )
     if intake.empty:
         yield f"{intake.empty:,} empty documents were skipped"
-    if opened.ignored:
-        yield f"{opened.ignored:,} hidden files or files of another type were ignored"
+    yield from reading.left_out
+    yield from reading.tally.sentences()

@@ -8,8 +8,9 @@
 Most sources fit into one window and are therefore shuffled as a whole.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mergekit_dam.calibration.documents import Document
 from mergekit_dam.calibration.rows import permutation
@@ -28,6 +29,7 @@ class Intake:
         windows: Number of windows, the last one included, which may not have been full.
         exhausted: Whether the source has no document left.
         files: Local files that were read, as keys.
+        forms: Number of documents by the name of their format, and whether a template made them.
     """
 
     documents: int = 0
@@ -37,6 +39,7 @@ class Intake:
     windows: int = 0
     exhausted: bool = False
     files: dict[str, None] = field(default_factory=dict)  # an ordered set
+    forms: Counter[tuple[str, bool]] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,7 @@ class Piece:
         """
         whole = self.document
         templated = whole.templated and self.start == 0
-        return Document(whole.content[self.start : self.stop], whole.origin, whole.file, templated)
+        return replace(whole, content=whole.content[self.start : self.stop], templated=templated)
 
 
 def shuffled_pieces(
@@ -83,6 +86,7 @@ def shuffled_pieces(
             continue
         pieces = _pieces(document, intake.documents, piece_tokens)
         intake.documents += 1
+        intake.forms[document.form, document.templated] += 1
         intake.cut += len(pieces) > 1
         size += _characters(document)
         waiting += pieces

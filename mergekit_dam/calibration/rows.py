@@ -39,7 +39,17 @@ def require(module: str, *, needed_for: str) -> Any:
         ) from error
 
 
-STANDARD_COLUMNS = ("text", "messages", "input_ids")
+def without_nulls(value: Any) -> Any:
+    """A value of a table without the nulls inside of it.
+
+    A table gives every object of a column the keys of all of them, and fills those that a row
+    lacks with null. A chat template would take them for present.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_nulls(own) for key, own in value.items() if own is not None}
+    if isinstance(value, list):
+        return [without_nulls(own) for own in value]
+    return value
 
 
 def permutation(count: int, *, seed: int) -> list[int]:

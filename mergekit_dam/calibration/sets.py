@@ -15,11 +15,12 @@ class Provenance:
         files: Local files that were read, in the order of reading.
         dataset: Id of the Hub dataset, or None.
         revision: Its revision; a commit if the Hub answered.
+        read_as: What its rows were recognised as, and how many there were.
         documents_read: Number of non-empty documents that were read.
         documents_used: Number of those with a token in the set.
         tokens_available: Tokens made until there were enough, or all tokens of the source.
         tokens_used: `sequences * sequence_length`.
-        cut: Sentences that say what was left out, and why.
+        cut: Sentences that say what was left out or replaced, and why.
         sha256: Digest of the model's own ids as little-endian int64, row by row.
     """
 
@@ -30,6 +31,7 @@ class Provenance:
     revision: str | None
     split: str | None
     seed: int
+    read_as: str
     documents_read: int
     documents_used: int
     empty_skipped: int
@@ -43,9 +45,9 @@ class Provenance:
     def summary(self) -> str:
         """The main facts in one line, for the log."""
         return (
-            f"calibration of {self.model}: {self.sequences} sequences of {self.sequence_length} "
-            f"tokens from {self.documents_used:,} of {self.documents_read:,} documents read in "
-            f"{self.source} (sha256 {self.sha256[:12]})"
+            f"calibration of {self.model}: read as {self.read_as}; {self.sequences} sequences of "
+            f"{self.sequence_length} tokens from {self.documents_used:,} of "
+            f"{self.documents_read:,} documents read in {self.source} (sha256 {self.sha256[:12]})"
         )
 
 

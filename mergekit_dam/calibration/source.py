@@ -2,6 +2,7 @@
 
 data/math.jsonl                              a file
 data/code/:samples=64                        a directory of files, for 64 sequences
+data/chats:split=train:format=sharegpt       a cloned dataset, one split of it
 org/german-corpus:split=train:column=text    a dataset on the Hugging Face Hub
 org/german-corpus@v1.2                       ... at a branch, tag or commit
 """
@@ -12,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mergekit_dam.calibration.formats import FORMATS
+from mergekit_dam.calibration.suffixes import COMPRESSED, SUFFIXES, suffix_of
+from mergekit_dam.calibration.templates import NONE
 from mergekit_dam.errors import CalibrationError
 
-SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
-OPTIONS = ("split", "name", "column", "samples", "chat_template")
+OPTIONS = ("split", "name", "column", "format", "samples", "share", "chat_template")
 
 # A colon opens an option only where `word=` follows: drive letters and colons in paths stay.
 _OPTION = re.compile(r":(?=[A-Za-z_]\w*=)")
@@ -31,11 +34,13 @@ class CalibrationSource:
         location: A path (kind "file" or "directory") or a Hub dataset id (kind "hub").
         kind: Kind of the location.
         revision: Branch, tag or commit of a Hub dataset.
-        split: Split of a Hub dataset.
+        split: Split of a Hub dataset, or of a folder.
         name: Configuration of a Hub dataset.
         column: Column that has the text.
+        format: Key of `formats.FORMATS`; None to recognise the format by the columns.
         samples: Number of sequences, in place of the merge's `samples`.
-        chat_template: Path of a jinja file, in place of the tokenizer's template.
+        share: Share of the merge's `samples`, among several sources of one model.
+        chat_template: Path of a jinja file, in place of the tokenizer's template; "none" for none.
     """
 
     text: str
@@ -45,7 +50,9 @@ class CalibrationSource:
     split: str | None = None
     name: str | None = None
     column: str | None = None
+    format: str | None = None
     samples: int | None = None
+    share: float | None = None
     chat_template: str | None = None
 
     @property
@@ -67,16 +74,10 @@ class CalibrationSource:
         location, assignments = _split(text.strip())
         options, problems = _read_options(assignments)
         kind = _kind_of(location)
-        samples = options.pop("samples", None)
-        count = _positive(samples) if samples is not None else None
-        if samples is not None and count is None:
-            problems.append(f"`samples` must be a whole number above 0; got {samples!r}")
-        template = options.get("chat_template")
-        if template and not _exists(template):
-            problems.append(f"`chat_template` must be an existing jinja file; none at {template!r}")
+        problems += _value_problems(options)
         problems += _location_problems(location, kind)
         if kind in ("file", "directory"):
-            problems += _unfit_for_local(location, options)
+            problems += _unfit_for_local(location, kind, options)
         if problems:
             raise CalibrationError(f"{text!r}: " + "; ".join(problems))
         revision = None
@@ -87,7 +88,8 @@ class CalibrationSource:
             location=location,
             kind=kind or "file",
             revision=revision or None,
-            samples=count,
+            samples=_positive(options.pop("samples", "")),
+            share=_fraction(options.pop("share", "")),
             **options,
         )
 
@@ -117,6 +119,27 @@ def _read_options(assignments: list[str]) -> tuple[dict[str, str], list[str]]:
     return options, problems
 
 
+def _value_problems(options: dict[str, str]) -> list[str]:
+    problems = []
+    if "samples" in options and _positive(options["samples"]) is None:
+        problems.append(f"`samples` must be a whole number above 0; got {options['samples']!r}")
+    if "share" in options and _fraction(options["share"]) is None:
+        problems.append(f"`share` must be a number between 0 and 1; got {options['share']!r}")
+    if "samples" in options and "share" in options:
+        problems.append("`samples` and `share` both say how many sequences: give one of them")
+    form = options.get("format")
+    if form is not None and form not in FORMATS:
+        close = difflib.get_close_matches(form.lower(), FORMATS, n=1)
+        hint = f"; did you mean `{close[0]}`?" if close else ""
+        problems.append(f"`format` must be one of {', '.join(FORMATS)}; got {form!r}{hint}")
+    if form in FORMATS and FORMATS[form].read is not None and "column" in options:
+        problems.append(f"`column` names one column, but `format={form}` reads several: give one")
+    template = options.get("chat_template")
+    if template and template != NONE and not _exists(template):
+        problems.append(f"`chat_template` must be an existing jinja file; none at {template!r}")
+    return problems
+
+
 def _did_you_mean(key: str) -> str:
     close = difflib.get_close_matches(key.lower(), OPTIONS, n=1)
     if close:
@@ -129,7 +152,7 @@ def _kind_of(location: str) -> Literal["file", "directory", "hub"] | None:
     if _exists(location):
         return "directory" if Path(location).expanduser().is_dir() else "file"
     # `data/math.jsonl` could be a dataset id, but a user who writes it means a file.
-    if _DATASET.fullmatch(location) and not location.lower().endswith(SUFFIXES):
+    if _DATASET.fullmatch(location) and not location.lower().endswith((*SUFFIXES, *COMPRESSED)):
         return "hub"
     return None
 
@@ -147,26 +170,43 @@ def _location_problems(location: str, kind: str | None) -> list[str]:
         return [
             "a pipe or a device cannot be read twice, as a merge does; write its text to a file"
         ]
-    if kind == "file" and Path(location).suffix.lower() not in SUFFIXES:
+    if kind == "file" and not suffix_of(location):
         suffix = Path(location).suffix
         found = f"{suffix!r} files are" if suffix else "a file without a suffix is"
         return [f"{found} not read; convert to one of {', '.join(SUFFIXES)}"]
     return []
 
 
-def _unfit_for_local(location: str, options: dict[str, str]) -> list[str]:
-    problems = [
-        f"`{key}` is for Hub datasets, but {location!r} is a local path: remove `{key}`"
-        for key in ("split", "name")
-        if key in options
-    ]
-    if "column" in options and location.lower().endswith(".txt"):
-        problems.append("`column` is for rows, but a .txt file has none: remove `column`")
+def _unfit_for_local(location: str, kind: str, options: dict[str, str]) -> list[str]:
+    problems = []
+    if "name" in options:
+        problems.append(
+            f"`name` is for Hub datasets, but {location!r} is a local path: remove `name` (and "
+            "name the folder of that configuration)"
+        )
+    if "split" in options and kind == "file":
+        problems.append(
+            f"`split` is for Hub datasets and folders, but {location!r} is a file: remove `split`"
+        )
+    if suffix_of(location) == ".txt":
+        problems += [
+            f"`{key}` is for rows, but a .txt file has none: remove `{key}`"
+            for key in ("column", "format")
+            if key in options
+        ]
     return problems
 
 
 def _positive(value: str) -> int | None:
     return int(value) if re.fullmatch(r"0*[1-9][0-9]*", value) else None
+
+
+def _fraction(value: str) -> float | None:
+    try:
+        share = float(value)
+    except ValueError:
+        return None
+    return share if 0 < share < 1 else None
 
 
 def _exists(location: str) -> bool:

@@ -167,6 +167,7 @@ def _provenance(model: str, text: str, sequences: int, length: int) -> Provenanc
         revision=None,
         split=None,
         seed=0,
+        read_as="",
         documents_read=0,
         documents_used=0,
         empty_skipped=0,

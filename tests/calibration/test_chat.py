@@ -68,10 +68,10 @@ def test_a_long_chat_is_cut_and_goes_on_as_plain_text(
             "line 1: the model's chat template refuses this chat: roles must alternate",
         ),
         (
-            [{"messages": [{"from": "human", "value": "a"}]}],
-            "line 1: message 1 of 'messages' must have a `role` .* it has the keys 'from', 'value'",
+            [{"messages": [{"author": "human", "value": "a"}]}],
+            "line 1: 'messages': message 1 must have a `role` .* it has the keys 'author', 'value'",
         ),
-        ([{"messages": [{"role": "user"}]}], "message 1 of 'messages' must have"),
+        ([{"messages": [{"role": "user"}]}], "'messages': message 1 must have"),
         ([{"messages": [{"role": "user", "content": "a"}, "b"]}], "got a list of dict and str"),
         ([{"messages": []}], r"holds no text \(1 empty documents\)"),
     ],

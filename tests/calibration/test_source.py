@@ -16,7 +16,7 @@ parse = CalibrationSource.parse
 def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "code").mkdir(parents=True)
-    for name in ("math.jsonl", "notes.txt", "table.csv", "bare", "chat.jinja"):
+    for name in ("math.jsonl", "notes.txt", "table.xlsx", "bare", "chat.jinja"):
         (tmp_path / "data" / name).write_text("x", encoding="utf-8")
 
 
@@ -77,11 +77,17 @@ def test_a_source_cannot_be_changed() -> None:
         ("a/b/c", "no file or directory"),
         ("https://example.org/x", "no file or directory"),
         ("x" * 5000 + "/y z", "no file or directory"),
-        ("data/table.csv", r"'\.csv' files are not read; convert to one of \.txt, \.jsonl"),
+        ("data/table.xlsx", r"'\.xlsx' files are not read; convert to one of \.txt, \.jsonl"),
         ("data/bare", "a file without a suffix is not read"),
         ("data/math.jsonl:colum=text", "unknown option 'colum'; did you mean `column`?"),
         ("data/math.jsonl:zzz=1", "unknown option 'zzz'; known are split, name, column"),
-        ("data/math.jsonl:split=train", "`split` is for Hub datasets, but 'data/math.jsonl'"),
+        ("data/math.jsonl:split=train", "`split` is for Hub datasets and folders, but"),
+        ("data/math.jsonl:format=alpacca", "`format` must be one of .*; did you mean `alpaca`"),
+        ("data/math.jsonl:format=alpaca:column=a", "`format=alpaca` reads several: give one"),
+        ("data/notes.txt:format=text", r"`format` is for rows, but a \.txt file has none"),
+        ("data/table.jsonl.gz", "no file or directory"),
+        ("data/math.jsonl:share=2", "`share` must be a number between 0 and 1; got '2'"),
+        ("data/math.jsonl:share=0.5:samples=2", "`samples` and `share` both say how many"),
         ("data/code:name=de", "`name` is for Hub datasets, but 'data/code' is a local path"),
         ("data/notes.txt:column=a", r"`column` is for rows, but a \.txt file has none"),
         ("data/math.jsonl:samples=0", "`samples` must be a whole number above 0; got '0'"),

@@ -54,8 +54,8 @@ class TestCalibration:
         inputs.refused(CalibrationError, f"{path} line 1 is not UTF-8 text")
 
     def test_unread_suffix(self, inputs: Inputs) -> None:
-        inputs.text("one,two", "text.csv")
-        inputs.refused(CalibrationError, "'.csv' files are not read; convert to one of .txt")
+        inputs.text("one,two", "text.xlsx")
+        inputs.refused(CalibrationError, "'.xlsx' files are not read; convert to one of .txt")
 
     def test_unknown_option(self, inputs: Inputs) -> None:
         inputs.texts[0] = f"{inputs.texts[0]}:sample=4"

@@ -12,9 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergekit_dam.calibration.documents import Document, Message, documents_from
-from mergekit_dam.calibration.files import find_files, local_rows
+from mergekit_dam.calibration.documents import Document, documents_from
+from mergekit_dam.calibration.files import local_rows
+from mergekit_dam.calibration.folders import find_files
+from mergekit_dam.calibration.formats import RowReader, columns_of
+from mergekit_dam.calibration.messages import Chat
 from mergekit_dam.calibration.source import CalibrationSource
+from mergekit_dam.calibration.tally import Tally
 from mergekit_dam.errors import DamError
 
 PARTS = ("calibration", "validation", "test")
@@ -214,9 +218,9 @@ def read_documents(source: str) -> list[str]:
     parsed = CalibrationSource.parse(source)
     if parsed.kind == "hub":
         raise DamError("is not there; the benchmark reads local files")
-    files, _ = find_files(parsed)
-    rows = local_rows(files, column=parsed.column, seed=0)
-    documents = documents_from(rows, column=parsed.column, render=_no_chats)
+    rows = local_rows(find_files(parsed).files, columns=columns_of(parsed.column), seed=0)
+    reader = RowReader(form=parsed.format, column=parsed.column, tally=Tally())
+    documents = documents_from(rows, reader=reader, render=_no_chats)
     return list({_folded(text): text for text in _texts(documents) if text.strip()}.values())
 
 
@@ -227,7 +231,7 @@ def _texts(documents: Iterable[Document]) -> Iterator[str]:
         yield document.content
 
 
-def _no_chats(messages: Sequence[Message], origin: str) -> str:
+def _no_chats(chat: Chat, origin: str) -> tuple[str, bool]:
     raise DamError(f"{origin} holds chat messages: render them to `text` first")
 
 

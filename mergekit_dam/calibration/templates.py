@@ -1,0 +1,137 @@
+"""Chats -> texts, with a model's chat template or another one."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from mergekit_dam.calibration.messages import Chat
+from mergekit_dam.calibration.tally import Tally
+from mergekit_dam.errors import CalibrationError
+
+TODAY = datetime(2024, 7, 26)
+"""The date that templates are given for today's; Llama's templates use it where they have no clock.
+With another date every day, each merge would be another one."""
+
+NONE = "none"
+"""Value of `:chat_template=` for texts without a chat template."""
+
+_CLOCK = "strftime_now"
+_DIRECTIVES = "aAbBcdfHIjmMpSUwWxXyYzZ"
+
+
+class ChatTemplate:
+    """Renders chats.
+
+    Args:
+        tokenizer: Tokenizer whose template is used by default.
+        path: File of another template, which is read at once; `NONE` for no template.
+        model: Name of the model, for the log.
+        tally: Counts, updated in place.
+
+    Raises:
+        CalibrationError: If the file cannot be read.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        path: str | None,
+        model: str,
+        tally: Tally,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._none = path == NONE
+        self._own = _read(path) if path is not None and not self._none else None
+        self._tally = tally
+        self._said = path or "the model's chat template"
+        self.name = f"template {path}" if self._own is not None else f"template of {model}"
+
+    def render(self, chat: Chat, origin: str) -> tuple[str, bool]:
+        """A chat as text, and whether a template made it and wrote all special tokens.
+
+        Raises:
+            CalibrationError: If there is no template, or if it refuses the chat.
+        """
+        if not chat.messages:
+            return "", False
+        if self._own is None and (self._none or not self._tokenizer.chat_template):
+            if chat.plain is not None:
+                return chat.plain, False
+            has_none = "the model's tokenizer has no chat template"
+            raise CalibrationError(
+                f"{origin} holds chat messages, but "
+                f"{'`chat_template` is none' if self._none else has_none}: write "
+                "`:chat_template=FILE.jinja` behind the source, or give `text`"
+            )
+        return self._rendered(chat, origin), True
+
+    def _rendered(self, chat: Chat, origin: str) -> str:
+        messages = [dict(message) for message in chat.messages]
+        try:
+            text = self._apply(messages, chat.tools)
+        except Exception as error:  # a template is a program: it may raise anything
+            if all("content" in message for message in messages):
+                raise CalibrationError(
+                    f"{origin}: {self._said} refuses this chat: {error}"
+                ) from error
+            # A tool call has no content. Some templates read it all the same.
+            filled = [{"content": "", **message} for message in chat.messages]
+            return self._rendered(Chat(tuple(filled), chat.tools), origin)
+        if any(_words(message) and _words(message) in text for message in messages):
+            return text
+        # Templates of vision models may read lists of parts alone, and drop strings.
+        try:
+            in_parts = self._apply([_in_parts(message) for message in messages], chat.tools)
+        except Exception:
+            return text
+        return in_parts if any(_words(m) and _words(m) in in_parts for m in messages) else text
+
+    def _apply(self, messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
+        template = self._own
+        offered: Any = [dict(tool) for tool in tools] or None
+        if template is None:
+            template = self._tokenizer.get_chat_template(tools=offered)
+        if _CLOCK in template:
+            self._tally.dated = (
+                f"the {self.name} writes today's date; it is given {TODAY:%d %b %Y} on every day, "
+                "so that equal text gives equal tokens"
+            )
+            template = _clock() + template
+        rendered = self._tokenizer.apply_chat_template(
+            messages, tools=offered, chat_template=template, tokenize=False
+        )
+        return str(rendered)
+
+
+def _clock() -> str:
+    """A macro that replaces the function by which templates ask for the date."""
+    replaced = "".join(
+        f" | replace('%{pad}{letter}', '{_formatted(letter, pad)}')"
+        for letter in _DIRECTIVES
+        for pad in ("-", "")
+    )
+    return f"{{%- macro {_CLOCK}(format) %}}{{{{ format{replaced} }}}}{{%- endmacro %}}"
+
+
+def _formatted(letter: str, pad: str) -> str:
+    text = TODAY.strftime(f"%{letter}")
+    return (text.lstrip("0") or "0") if pad else text
+
+
+def _words(message: Mapping[str, Any]) -> str:
+    return str(message.get("content", "")).strip()
+
+
+def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
+    return {**message, "content": [{"type": "text", "text": message.get("content", "")}]}
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"the chat template {path} cannot be read: {error}") from error
