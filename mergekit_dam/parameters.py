@@ -38,11 +38,10 @@ def _penalty(what: str, when: str) -> Any:
 class ModelParameters(Parameters):
     """Parameters of one model; at top level, they hold for every model."""
 
-    calibration: str | None = Field(
+    calibration: str | list[str] | None = Field(
         default=None,
-        description="Text for this model: a `.txt`, `.jsonl`, `.json` or `.parquet` file, a "
-        "directory of them, or the id of a Hub dataset; options follow as `:key=value`. Needed if "
-        "the model's data counts.",
+        description="Text for this model: a file, a folder, or the id of a Hub dataset; options "
+        "follow as `:key=value`. Or a list of those. Needed if the model's data counts.",
     )
     weight: float = Field(
         default=1.0,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from transformers import PreTrainedTokenizerBase
 
 from mergekit_dam.calibration.hub import DEFAULT_SPLIT
+from mergekit_dam.calibration.mixture import Calibration, combined, divided, parse_sources
 from mergekit_dam.calibration.packing import Packed, Spelling, pack
 from mergekit_dam.calibration.pieces import CHARACTERS_PER_TOKEN, Intake, shuffled_pieces
 from mergekit_dam.calibration.reading import Reading, open_source
@@ -21,7 +22,7 @@ PIECE_SEQUENCES = 2  # documents longer than about two sequences are cut into pi
 
 
 def load_calibration(
-    text: str,
+    value: Calibration,
     *,
     model: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -33,7 +34,7 @@ def load_calibration(
 ) -> CalibrationSet:
     """Read, shuffle, tokenise and pack the calibration text of one model.
 
-    1. Parse `text`, the value of `calibration:` in the YAML (see `CalibrationSource`).
+    1. Parse the value of `calibration:` in the YAML (see `CalibrationSource`).
     2. Read rows lazily and turn them into documents, chats with the model's template.
     3. Cut long documents into pieces of about two sequences, and shuffle the pieces.
     4. Tokenise and pack until there are enough full sequences.
@@ -42,10 +43,10 @@ def load_calibration(
     version of `datasets` must be the same too.
 
     Args:
-        text: The value of `calibration:`.
+        value: The value of `calibration:`, a source or a list of them.
         model: Name of the model, for messages.
         tokenizer: Tokenizer of the model.
-        samples: Number of sequences, unless the source has its own.
+        samples: Number of sequences, unless the source has its own; several sources divide it.
         sequence_length: Tokens per sequence.
         vocab_size: Vocabulary size in the model's config.
         seed: Seed of the order of files and pieces.
@@ -56,17 +57,21 @@ def load_calibration(
             if there are too few tokens.
     """
     with inside(f"calibration of {model}"):
-        source = CalibrationSource.parse(text)
-        return _load(
-            source,
-            model=model,
-            tokenizer=tokenizer,
-            sequences=source.samples or samples,
-            sequence_length=sequence_length,
-            vocab_size=vocab_size,
-            seed=seed,
-            spelled=spelled,
-        )
+        sources = parse_sources(value)
+        sets = [
+            _load(
+                source,
+                model=model,
+                tokenizer=tokenizer,
+                sequences=sequences,
+                sequence_length=sequence_length,
+                vocab_size=vocab_size,
+                seed=seed,
+                spelled=spelled,
+            )
+            for source, sequences in zip(sources, divided(sources, samples), strict=True)
+        ]
+        return sets[0] if len(sets) == 1 else combined(sets)
 
 
 def _load(

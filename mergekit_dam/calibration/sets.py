@@ -13,7 +13,7 @@ class Provenance:
     Attributes:
         source: The value of `calibration:` as the user wrote it.
         files: Local files that were read, in the order of reading.
-        dataset: Id of the Hub dataset, or None.
+        dataset: Id of the Hub dataset, or None; of several sources, `parts` has them.
         revision: Its revision; a commit if the Hub answered.
         read_as: What its rows were recognised as, and how many there were.
         documents_read: Number of non-empty documents that were read.
@@ -22,6 +22,7 @@ class Provenance:
         tokens_used: `sequences * sequence_length`.
         cut: Sentences that say what was left out or replaced, and why.
         sha256: Digest of the model's own ids as little-endian int64, row by row.
+        parts: The origins of the sets that this one is made of, if there are several sources.
     """
 
     model: str
@@ -41,6 +42,7 @@ class Provenance:
     sequence_length: int
     cut: tuple[str, ...]
     sha256: str
+    parts: tuple["Provenance", ...] = ()
 
     def summary(self) -> str:
         """The main facts in one line, for the log."""

@@ -17,8 +17,8 @@ from mergekit.common import ModelReference, dtype_from_name
 from mergekit.graph import Task
 from mergekit.options import MergeOptions
 
+from mergekit_dam.calibration.mixture import divided, parse_sources
 from mergekit_dam.calibration.sets import CalibrationSet, Provenance
-from mergekit_dam.calibration.source import CalibrationSource
 from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.estimate.hub import header_loader
 from mergekit_dam.host import plugin
@@ -148,12 +148,11 @@ def _without_text(prepared: Prepared) -> Prepared:
     if prepared.replay is not None or not prepared.checked.learns:
         return prepared
     calibration = {}
-    for model, text in prepared.checked.calibrations.items():
-        samples = CalibrationSource.parse(text).samples or run.samples
+    for model, value in prepared.checked.calibrations.items():
+        samples = sum(divided(parse_sources(value), run.samples))
         tokens = torch.empty(samples, run.sequence_length, dtype=torch.long, device="meta")
-        calibration[model] = CalibrationSet(
-            tokens=tokens, provenance=_provenance(str(model), text, samples, run.sequence_length)
-        )
+        provenance = _provenance(str(model), str(value), samples, run.sequence_length)
+        calibration[model] = CalibrationSet(tokens=tokens, provenance=provenance)
     return dataclasses.replace(prepared, calibration=calibration)
 
 

@@ -65,7 +65,15 @@ def _hook_run_merge(merge: Any) -> None:
 
         return run_dam(stock, merge_config, *args, **kwargs)
 
+    def model_validate(stock: Callable[..., Any], values: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(values, dict) or values.get("merge_method") != NAME:
+            return stock(values, *args, **kwargs)
+        from mergekit_dam.request.entries import without_entries
+
+        return stock(without_entries(values), *args, **kwargs)
+
     _replace(merge, "run_merge", run_merge)
+    _replace(merge.MergeConfiguration, "model_validate", model_validate)
 
 
 def _hook_command(run_yaml: Any) -> None:

@@ -125,12 +125,12 @@ def prepare(
     tokenizers = {model: load_tokenizer(model, options.trust_remote_code) for model in models}
     warn_of_differences(models, options)
     calibration = {}
-    for model, text in checked.calibrations.items():
+    for model, value in checked.calibrations.items():
         translation = None
         if asked.vocabulary is not None:
             translation = Translation(asked.vocabulary, model, tokenizers[model])
         own = load_calibration(
-            text,
+            value,
             model=str(model),
             tokenizer=tokenizers[model],
             samples=run.samples,

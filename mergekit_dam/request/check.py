@@ -9,6 +9,7 @@ from typing import Any
 from mergekit.common import ModelReference
 from mergekit.config import ConditionalParameter, MergeConfiguration, ParameterSetting
 
+from mergekit_dam.calibration.mixture import Calibration
 from mergekit_dam.errors import ConfigError
 from mergekit_dam.parameters import ModelParameters, RunParameters
 from mergekit_dam.request.document import Document
@@ -44,7 +45,7 @@ class Checked:
     run: RunParameters
     models: tuple[ModelReference, ...]
     base: ModelReference | None
-    calibrations: Mapping[ModelReference, str]
+    calibrations: Mapping[ModelReference, Calibration]
     learns: bool = True
 
 
@@ -164,21 +165,22 @@ def _calibrations(
     top: Mapping[str, Any],
     *,
     needed: bool,
-) -> tuple[dict[ModelReference, str], list[str]]:
+) -> tuple[dict[ModelReference, Calibration], list[str]]:
     """The calibration source of every model that needs one, and the problems found.
 
     Args:
         needed: Whether there is something to learn; if not, no calibration is read.
     """
-    found: dict[ModelReference, str] = {}
+    found: dict[ModelReference, Calibration] = {}
     problems = []
     for model in models:
         own = [scope.settings for scope in scopes if scope.model == model]
-        texts = {str(s["calibration"]) for s in own if s.get("calibration") is not None}
+        texts = {_sources(s["calibration"]) for s in own if s.get("calibration") is not None}
         if len(texts) > 1:
-            problems.append(f"{model}: several calibrations ({', '.join(sorted(texts))}); give one")
+            different = ", ".join(sorted(map(str, texts)))
+            problems.append(f"{model}: several calibrations ({different}); give one (or a list)")
         if not texts and top.get("calibration") is not None:
-            texts = {str(top["calibration"])}
+            texts = {_sources(top["calibration"])}
         default = top.get("loss_weight", 1.0)
         weights = [settings.get("loss_weight", default) for settings in own] or [default]
         silent = not needed or all(_is_zero(weight) for weight in weights)
@@ -187,12 +189,17 @@ def _calibrations(
         elif not silent:
             problems.append(
                 f"{model}: required `calibration`, text of the kind that this model is good at; "
-                f"add `parameters: {{calibration: PATH}}` to it (`mergekit-dam` reads .txt, "
-                f".jsonl, .json, .parquet, a folder or a Hub dataset id)"
+                f"add `parameters: {{calibration: PATH}}` to it (`mergekit-dam` reads files, "
+                f"folders and datasets of the Hub)"
             )
     if needed and models and not found and not problems:
         problems.append("every model has `loss_weight: 0`; at least one must count in the fit")
     return found, problems
+
+
+def _sources(setting: ParameterSetting) -> Calibration:
+    """A valid `calibration` as a value that can be compared."""
+    return tuple(map(str, setting)) if isinstance(setting, list) else str(setting)
 
 
 def _is_zero(weight: ParameterSetting) -> bool:

@@ -73,8 +73,9 @@ def _misplaced(scope: Scope, name: str, setting: ParameterSetting) -> str | None
     if name == "calibration":
         if scope.level == "group":
             return "belongs to a model (or to all, at top level), not to a slice"
-        if not plain:
-            return "takes one text per model, no filter or gradient"
+        is_list = isinstance(setting, list) and all(isinstance(text, str) for text in setting)
+        if not plain and not is_list:
+            return "takes a text per model or a list of texts, no filter or gradient"
     return None
 
 

@@ -137,8 +137,8 @@ def test_values_that_are_larger_than_a_block_are_read_as_a_whole(
     ("content", "message"),
     [
         (
-            '[{"text": "a"},\n {"text": 1} 2]',
-            "Expecting ',' delimiter at column 14 of line 2",
+            '[{"text": "a"},\n {"text": ""} 2]',
+            "Expecting ',' delimiter at column 15 of line 2",
         ),
         ('[{"text": "a"}]\n[]', "Extra data after the list at column 1 of line 2"),
         ('[{"text": "a"},', "Expecting value at column 16"),

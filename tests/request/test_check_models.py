@@ -29,11 +29,12 @@ def test_calibration_of_a_slice_is_refused() -> None:
     )
 
 
-@pytest.mark.parametrize("setting", ["[a.jsonl, b.jsonl]", "{filter: mlp, value: a.jsonl}"])
-def test_a_list_or_filter_for_calibration_is_refused(setting: str) -> None:
+@pytest.mark.parametrize("setting", ["[1, 2]", "[]", "{filter: mlp, value: a.jsonl}"])
+def test_a_gradient_or_filter_for_calibration_is_refused(setting: str) -> None:
     problem = only_problem(configuration(models=model(f"{{calibration: {setting}}}")))
     assert problem == (
-        "models[0] (org/a): `calibration` takes one text per model, no filter or gradient"
+        "models[0] (org/a): `calibration` takes a text per model or a list of texts, "
+        "no filter or gradient"
     )
 
 
@@ -55,7 +56,7 @@ def test_two_calibrations_of_one_model_are_refused() -> None:
         - sources: [{model: org/a, layer_range: [1, 2], parameters: {calibration: y}}]
         """
     )
-    assert only_problem(text) == "org/a: several calibrations (x, y); give one"
+    assert only_problem(text) == "org/a: several calibrations (x, y); give one (or a list)"
 
 
 @pytest.mark.parametrize("weight", ["0", "0.0", "'0'", "[0, 0]"])
@@ -237,7 +238,7 @@ def test_a_base_that_is_included_and_not_listed_is_merged_with_one_model() -> No
 
 def test_all_problems_of_settings_are_reported_together() -> None:
     text = configuration(
-        models=model("{calibration: [a, b], ridge: 1}"),
+        models=model("{calibration: [1, 2], ridge: 1}"),
         parameters="{sampels: 3, density: 0.5, holdout: 2}",
         more="dam: {}",
     )
