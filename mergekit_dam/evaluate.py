@@ -21,10 +21,12 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from mergekit_dam.calibration.load import LOCAL_WINDOW, PIECE_SEQUENCES
+from mergekit_dam.calibration.overlap import Sentences, warn_of_overlap
 from mergekit_dam.calibration.packing import pack
 from mergekit_dam.calibration.pieces import Intake, shuffled_pieces
 from mergekit_dam.calibration.reading import open_source
 from mergekit_dam.calibration.source import CalibrationSource
+from mergekit_dam.coefficients.file import REPORT_NAME
 from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.model.whole import not_loaded, require_finite_loss, require_model, whole_model
 from mergekit_dam.tables import aligned
@@ -150,7 +152,6 @@ def cross_entropy(
     """Mean of -log p(token | tokens before it) over all predicted positions, in nats.
 
     Args:
-        model: A causal language model.
         tokens: int64 `[sequences, sequence_length]`; all positions but the first are predicted.
         batch_size: Sequences per forward pass; lowered until their logits have at most
             `LOGITS_AT_ONCE` elements, though never below one sequence.
@@ -173,11 +174,16 @@ def cross_entropy(
 
 
 def read_tokens(
-    path: Path, tokenizer: Tokenizer, settings: EvaluationSettings, *, vocab_size: int
+    path: Path,
+    tokenizer: Tokenizer,
+    settings: EvaluationSettings,
+    *,
+    vocab_size: int,
+    sentences: Sentences | None = None,
 ) -> torch.Tensor:
     """The first sequences of a text as packed ids: int64 `[sequences, sequence_length]`.
 
-    The order of the documents depends on the text alone, not on the tokenizer.
+    The order of the documents depends on the text alone. `sentences` collects what was read.
     """
     source = CalibrationSource.parse(str(path))
     reading = open_source(source, tokenizer=tokenizer, model="the model", seed=_ORDER_SEED)
@@ -189,7 +195,7 @@ def read_tokens(
         intake=Intake(),
     )
     packed = pack(
-        pieces,
+        (sentences or Sentences()).of(pieces),
         tokenizer=tokenizer,
         sequences=settings.sequences,
         sequence_length=settings.sequence_length,
@@ -249,10 +255,11 @@ def _all_tokens(
         vocab_size = AutoConfig.from_pretrained(model).get_text_config().vocab_size
     except Exception as error:  # OSError, ValueError, KeyError, ImportError
         raise not_loaded("tokenizer", model, error) from error
-    ids = {
-        name: read_tokens(path, tokenizer, settings, vocab_size=vocab_size)
-        for name, path in texts.items()
-    }
+    ids = {}
+    for name, path in texts.items():
+        read = Sentences()
+        ids[name] = read_tokens(path, tokenizer, settings, vocab_size=vocab_size, sentences=read)
+        warn_of_overlap(Path(model) / REPORT_NAME, name, read)
     words = {
         name: list(tokenizer.convert_ids_to_tokens(own.flatten().tolist()))
         for name, own in ids.items()

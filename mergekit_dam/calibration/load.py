@@ -1,12 +1,15 @@
 """From a source to a calibration set, step by step."""
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 
 from transformers import PreTrainedTokenizerBase
 
 from mergekit_dam.calibration.hub import DEFAULT_SPLIT
+from mergekit_dam.calibration.judgement import warnings_of
 from mergekit_dam.calibration.mixture import Calibration, combined, divided, parse_sources
+from mergekit_dam.calibration.overlap import Sentences
 from mergekit_dam.calibration.packing import Packed, Spelling, pack
 from mergekit_dam.calibration.pieces import CHARACTERS_PER_TOKEN, Intake, shuffled_pieces
 from mergekit_dam.calibration.reading import Reading, open_source
@@ -86,16 +89,17 @@ def _load(
     spelled: Spelling | None,
 ) -> CalibrationSet:
     reading = open_source(source, tokenizer=tokenizer, model=model, seed=seed)
-    intake = Intake()
+    intake, sentences = Intake(), Sentences()
     window = _window(source, needed=sequences * sequence_length)
+    pieces = shuffled_pieces(
+        reading.documents,
+        window=window,
+        piece_tokens=PIECE_SEQUENCES * sequence_length,
+        seed=seed,
+        intake=intake,
+    )
     packed = pack(
-        shuffled_pieces(
-            reading.documents,
-            window=window,
-            piece_tokens=PIECE_SEQUENCES * sequence_length,
-            seed=seed,
-            intake=intake,
-        ),
+        sentences.of(pieces),
         tokenizer=tokenizer,
         sequences=sequences,
         sequence_length=sequence_length,
@@ -103,9 +107,15 @@ def _load(
         spelled=spelled,
     )
     _require_enough(packed, intake, source, sequences)
-    cut = tuple(_cuts(packed, intake, reading, window))
-    provenance = _provenance(source, model, seed, reading, intake, packed, cut)
+    provenance = dataclasses.replace(
+        _provenance(source, model, seed, reading, intake, packed),
+        cut=tuple(_cuts(packed, intake, reading, window)),
+        warnings=tuple(warnings_of(intake, packed.tokens, tokenizer)),
+        sentences=sentences.kept(),
+    )
     LOG.info(provenance.summary())
+    for warning in provenance.warnings:
+        LOG.warning("calibration of %s: %s", model, warning)
     if not intake.exhausted and source.kind != "hub":
         LOG.warning("calibration of %s: %s", model, provenance.cut[0])
     return CalibrationSet(tokens=packed.tokens, provenance=provenance)
@@ -118,7 +128,6 @@ def _provenance(
     reading: Reading,
     intake: Intake,
     packed: Packed,
-    cut: tuple[str, ...],
 ) -> Provenance:
     hub = source.kind == "hub"
     sequences, length = packed.tokens.shape
@@ -138,7 +147,7 @@ def _provenance(
         tokens_used=packed.tokens.numel(),
         sequences=sequences,
         sequence_length=length,
-        cut=cut,
+        cut=(),
         sha256=tokens_sha256(packed.tokens),
     )
 

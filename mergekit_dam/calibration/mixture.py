@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
+from mergekit_dam.calibration.overlap import union
 from mergekit_dam.calibration.sets import CalibrationSet, Provenance, tokens_sha256
 from mergekit_dam.calibration.source import CalibrationSource
 from mergekit_dam.errors import CalibrationError
@@ -113,6 +114,8 @@ def combined(sets: Sequence[CalibrationSet]) -> CalibrationSet:
         sequence_length=first.sequence_length,
         cut=tuple(f"{part.source}: {sentence}" for part in parts for sentence in part.cut),
         sha256=tokens_sha256(tokens),
+        warnings=tuple(said for part in parts for said in part.warnings),
+        sentences=union(part.sentences for part in parts),
         parts=parts,
     )
     return CalibrationSet(tokens=tokens, provenance=provenance)

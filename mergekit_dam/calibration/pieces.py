@@ -24,22 +24,26 @@ class Intake:
 
     Attributes:
         documents: Number of non-empty documents; `empty` counts the others.
+        copies: Number of documents whose content another one had before.
         cut: Number of documents that were cut into several pieces.
         characters: Characters of all documents; a token id counts as `CHARACTERS_PER_TOKEN`.
         windows: Number of windows, the last one included, which may not have been full.
         exhausted: Whether the source has no document left.
         files: Local files that were read, as keys.
+        seen: Hashes of the documents.
         forms: Number of documents by the name of their format, and whether a template made them.
     """
 
     documents: int = 0
     empty: int = 0
+    copies: int = 0
     cut: int = 0
     characters: int = 0
     windows: int = 0
     exhausted: bool = False
     files: dict[str, None] = field(default_factory=dict)  # an ordered set
     forms: Counter[tuple[str, bool]] = field(default_factory=Counter)
+    seen: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,8 @@ def shuffled_pieces(
             continue
         pieces = _pieces(document, intake.documents, piece_tokens)
         intake.documents += 1
+        intake.copies += (own := hash(document.content)) in intake.seen
+        intake.seen.add(own)
         intake.forms[document.form, document.templated] += 1
         intake.cut += len(pieces) > 1
         size += _characters(document)

@@ -21,6 +21,8 @@ class Provenance:
         tokens_available: Tokens made until there were enough, or all tokens of the source.
         tokens_used: `sequences * sequence_length`.
         cut: Sentences that say what was left out or replaced, and why.
+        warnings: Sentences that say what speaks against the text, and what to do.
+        sentences: Digests of its sentences (see `overlap`), in hexadecimal.
         sha256: Digest of the model's own ids as little-endian int64, row by row.
         parts: The origins of the sets that this one is made of, if there are several sources.
     """
@@ -42,6 +44,8 @@ class Provenance:
     sequence_length: int
     cut: tuple[str, ...]
     sha256: str
+    warnings: tuple[str, ...] = ()
+    sentences: str = ""
     parts: tuple["Provenance", ...] = ()
 
     def summary(self) -> str:

@@ -25,6 +25,7 @@ LOG = logging.getLogger(__name__)
 
 FILE_NAME = "dam_coefficients.safetensors"
 CORRECTIONS_NAME = "dam_corrections.safetensors"
+REPORT_NAME = "dam_report.json"
 METADATA_KEY = "mergekit_dam"
 
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 import mergekit_dam
-from mergekit_dam.coefficients.file import written_whole
+from mergekit_dam.coefficients.file import REPORT_NAME, written_whole
 from mergekit_dam.coefficients.tensors import TensorReport
 
-FILE_NAME = "dam_report.json"
+FILE_NAME = REPORT_NAME
 
 
 def versions() -> dict[str, str]:

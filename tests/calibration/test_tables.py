@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 from collections.abc import Callable
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,25 @@ def test_values_that_are_larger_than_a_block_are_read_as_a_whole(
     texts = [f"<s>{text}" for text in TEXTS]
     for content in (json.dumps(ROWS, indent=1), lines(), json.dumps({"rows": ROWS})):
         require_all(load, write("a.json", content), texts, tokenizer)
+
+
+def test_a_list_without_end_is_read_a_block_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(values, "BLOCK", 64)
+    row = '{"text": "the quick brown fox"}, '
+    content = chain("[", cycle(row))
+    read = 0
+
+    def some(size: int) -> str:
+        nonlocal read
+        read += size
+        return "".join(islice(content, size))
+
+    found = values.JsonValues(some, file="a.json")
+    assert found.peek() == "["
+    elements = found.elements()
+    for _ in range(500):
+        assert next(elements) == {"text": "the quick brown fox"}
+    assert read < 500 * len(row) + 3 * 64
 
 
 @pytest.mark.parametrize(

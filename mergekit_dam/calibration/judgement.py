@@ -1,0 +1,70 @@
+"""What speaks against a text, before it is used: one sentence each, with the remedy."""
+
+import re
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from mergekit_dam.calibration.pieces import Intake
+
+COPIES = 0.1
+"""Share of copies among the documents above which there is a warning."""
+
+BROKEN = 0.2
+"""Share of tokens that are parts of characters above which there is a warning."""
+
+UNKNOWN = 0.01
+"""Share of unknown tokens above which there is a warning."""
+
+_FEWEST = 10  # documents: fewer copies are no pattern
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+def warnings_of(
+    intake: Intake, tokens: torch.Tensor, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[str]:
+    """What speaks against a text.
+
+    Args:
+        intake: Counts of the documents that were read.
+        tokens: int64 `[sequences, sequence_length]`, the model's own ids.
+        tokenizer: The model's tokenizer.
+    """
+    if intake.documents >= _FEWEST and intake.copies > COPIES * intake.documents:
+        yield (
+            f"{intake.copies:,} of {intake.documents:,} documents read are copies of others, and "
+            "would count several times: remove the copies"
+        )
+    broken, unknown = _shares(tokens, tokenizer)
+    if broken > BROKEN:
+        yield (
+            f"{broken:.0%} of the tokens are parts of characters: the tokenizer breaks this script "
+            "into bytes, so the model hardly knows it, and the sequences hold little text. Is it "
+            "the right text for this model? If so, raise `sequence_length`"
+        )
+    if unknown > UNKNOWN:
+        yield (
+            f"{unknown:.0%} of the tokens are the unknown token: the tokenizer lacks what this "
+            "text is made of. Is it the right text, and the right tokenizer, for this model?"
+        )
+
+
+def _shares(tokens: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> tuple[float, float]:
+    """Shares of tokens that are parts of characters, and of unknown ones."""
+    ids, counts = torch.unique(tokens, return_counts=True)
+    broken = unknown = 0
+    for token, count in zip(ids.tolist(), counts.tolist(), strict=True):
+        if token == tokenizer.unk_token_id:
+            unknown += count
+        elif _is_part(token, tokenizer):
+            broken += count
+    return broken / tokens.numel(), unknown / tokens.numel()
+
+
+def _is_part(token: int, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a token is some bytes of a character (and no ASCII character, which is one byte)."""
+    name = tokenizer.convert_ids_to_tokens(token)
+    if isinstance(name, str) and _BYTE.fullmatch(name):
+        return int(name[3:5], 16) >= 128
+    return "\ufffd" in str(tokenizer.decode([token]))
