@@ -1,10 +1,15 @@
 """From calibration text to token sequences, one set per model.
 
 May import: errors. Start reading at `load.load_calibration`; in the order of processing:
-source       parses the value of `calibration:`
-files, hub   read rows lazily from local files or a Hub dataset
-documents    turns rows into texts (chats with the model's template) or token ids
-pieces       cuts long documents, and shuffles all pieces with a seed
-packing      tokenises the pieces and packs them end to end into full sequences
-sets         holds the result and its origin
+source, entries, mixture     parse the value of `calibration:`; several sources become one set
+folders, files, values,
+columnar, hub, suffixes      find files, and read rows lazily from them or from a Hub dataset
+formats, pairs, messages,
+tokens                       turn the columns of a row into a text, a chat or token ids
+templates                    writes chats as text, with the model's template
+reading, documents, tally    put these together for one source, and count what is left out
+pieces                       cuts long documents, and shuffles all pieces with a seed
+packing                      tokenises the pieces and packs them end to end into full sequences
+judgement, overlap           what speaks against a text, and whether it judges what it made
+sets                         holds the result and its origin
 """
