@@ -6,6 +6,7 @@ The content may be a string or a list of parts, and a whole chat may be a string
 
 import ast
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,9 @@ _ROLES = {
     "tool_call": "assistant",
 }
 """Roles of ShareGPT and its relatives."""
+
+_PRINTED = ("'role'", "'from'", "'type'", "'name'")
+"""Keys of messages, tools or calls as Python prints them; other text is not worth the trial."""
 
 _CALLS = ("function_call", "tool_call")  # roles whose value is a call of a tool, as JSON
 
@@ -82,8 +86,12 @@ def parsed(value: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         pass
+    if not any(key in text for key in _PRINTED):
+        return None
     try:
-        return ast.literal_eval(text)
+        with warnings.catch_warnings():  # of escapes that Python does not know
+            warnings.simplefilter("ignore")
+            return ast.literal_eval(text)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return None
 

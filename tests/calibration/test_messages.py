@@ -132,3 +132,9 @@ def test_a_template_of_a_vision_model_that_reads_parts_alone_gets_parts(
     )
     source = write("a.jsonl", [{"messages": [ASK, ANSWER]}])
     assert whole(load, source, chat_tokenizer, template) == "user: 1 + 2assistant: 3"
+
+
+def test_code_that_looks_like_a_list_stays_text(write: Any, load: Any, tokenizer: Any) -> None:
+    texts = [r"['\d', 'role', print('the quick brown fox')]", "[1, 2, 3]", '{"a": [1]}', "[]"]
+    provenance = load(write("a.jsonl", [{"text": text} for text in texts])).provenance
+    assert provenance.read_as == "text, 4 documents"
