@@ -208,12 +208,13 @@ class RowReader:
         )
 
     def _text(self, name: str, value: str, origin: str) -> tuple[str, Content]:
-        if self.form in (None, "text") and not (name in _CHATS and value.lstrip()[:2] == "[{"):
+        is_broken = (name in _CHATS and value.lstrip()[:2] == "[{") or name == "input_ids"
+        if self.form in (None, "text") and not is_broken:
             return FORMATS["text"].title, value
         raise CalibrationError(
-            f"{origin}: {name!r} is a string that holds no messages that can be read: store the "
-            "messages as a list, or as JSON; if it is plain text, write `:format=text:column="
-            f"{name}`"
+            f"{origin}: {name!r} is a string that holds no messages or token ids that can be "
+            "read: store them as a list, or as JSON; if it is plain text, write "
+            f"`:format=text:column={name}`"
         )
 
     def _chat(

@@ -128,7 +128,7 @@ def _string(columns: Columns, names: Sequence[str], origin: str) -> str:
 def _history(value: Any, origin: str) -> list[tuple[str, str]]:
     """Earlier turns, as pairs of a request and its answer."""
     turns = parsed(value) if isinstance(value, str) else value
-    if not turns:
+    if not turns and not (isinstance(value, str) and value.strip() not in ("", "[]")):
         return []
     try:
         pairs = [(question, answer) for question, answer in turns]

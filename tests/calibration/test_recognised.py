@@ -182,6 +182,12 @@ def test_the_format_can_be_named(write: Any, load: Any, chat_tokenizer: Any) -> 
         ),
         ({"messages": "[{'role': user}]"}, "", "'messages' is a string that holds no messages"),
         ({"messages": "a"}, ":format=messages", "'messages' is a string that holds no messages"),
+        ({"input_ids": "[ 1  2  3]"}, "", "'input_ids' is a string that holds no messages or"),
+        (
+            {"instruction": "a", "output": "b", "history": "[['a', 'b']"},
+            "",
+            "'history' must be a list of",
+        ),
         ({"messages": [{"role": "a", "content": 3}]}, "", "`content` must be a string or a list"),
         ({"messages": [3.5]}, "", "got a list of float"),
         ({"input_ids": [1]}, ":format=messages", "is no chat messages"),
