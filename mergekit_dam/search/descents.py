@@ -109,11 +109,11 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     if distributed.size() > 1:
         yield lambda: False
         return
-    progress.say("descending; ctrl-C ends the descent, and writes the best point so far")
     with first_one_asks(
         "The descent ends after this step; then the best point so far is written. "
         "Ctrl-C once more ends the merge without writing it."
     ) as interrupted:
+        progress.say("descending; ctrl-C ends the descent, and writes the best point so far")
         yield interrupted
 
 
