@@ -19,6 +19,7 @@ from mergekit_dam.fitting.conjugate_gradients import conjugate_gradients
 from mergekit_dam.fitting.metric import Metric
 from mergekit_dam.fitting.moments import LinearMoments, pooled
 from mergekit_dam.fitting.problem import Term, add_reactions, pull
+from mergekit_dam.streams.distributed import shared_rows
 
 REFINEMENTS = 4
 """Iterations of conjugate gradients for a whole matrix."""
@@ -43,8 +44,7 @@ class Minimiser:
 
     def turned_back(self, rows: Tensor) -> Tensor:
         """`rows L^-1`."""
-        turned: Tensor = torch.linalg.solve_triangular(self.factor, rows, upper=False, left=False)
-        return turned
+        return _divided(self.factor, rows, upper=False)
 
     def divided(self, rows: Tensor) -> Tensor:
         """`rows (G + ridge m)^-1`."""
@@ -158,10 +158,7 @@ class CorrectionProblem:
         factor, failed = torch.linalg.cholesky_ex(shifted)
         if bool(failed):
             return None
-        whitened = torch.linalg.solve_triangular(
-            factor.mT, self.pooled.residual, upper=True, left=False
-        )
-        return Minimiser(whitened, factor)
+        return Minimiser(_divided(factor.mT, self.pooled.residual, upper=True), factor)
 
     def refined(self, found: Minimiser, ridge: float) -> Tensor:
         """The minimiser of the quadratic itself, about, `[out, in]`.
@@ -187,3 +184,13 @@ class CorrectionProblem:
             limit=REFINEMENTS,
         )
         return ended.step
+
+
+def _divided(factor: Tensor, rows: Tensor, *, upper: bool) -> Tensor:
+    """`rows factor^-1` for a triangular factor; processes share the rows."""
+
+    def made(own: slice) -> Tensor:
+        divided: Tensor = torch.linalg.solve_triangular(factor, rows[own], upper=upper, left=False)
+        return divided
+
+    return shared_rows(len(rows), made)

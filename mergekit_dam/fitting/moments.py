@@ -14,7 +14,7 @@ from torch import Tensor
 from mergekit_dam.fitting.metric import PLAIN, Metric
 from mergekit_dam.fitting.problem import Term
 from mergekit_dam.fitting.tensor_cores import exact
-from mergekit_dam.streams.distributed import all_sum, all_totals
+from mergekit_dam.streams.distributed import all_sum, all_totals, shared_rows
 
 
 def nothing() -> Tensor:
@@ -156,12 +156,16 @@ class LinearMoments:
         self.energy = self.energy + factor * other.energy
 
     def residual(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """`sum (y - W x - b) x^T`, `[out, in]`, unscaled."""
-        with exact():
-            left = self.cross - weight.to(self.cross) @ self.inputs.gram
-        if bias is not None:
-            left -= torch.outer(bias.to(left), self.inputs.x_sum.to(left))
-        return left
+        """`sum (y - W x - b) x^T`, `[out, in]`, unscaled; processes share its rows."""
+
+        def made(rows: slice) -> Tensor:
+            with exact():
+                left = self.cross[rows] - weight[rows].to(self.cross) @ self.inputs.gram
+            if bias is not None:
+                left -= torch.outer(bias[rows].to(left), self.inputs.x_sum.to(left))
+            return left
+
+        return shared_rows(len(weight), made)
 
     def term(self, weight: Tensor, bias: Tensor | None) -> Term:
         """The term of a quadratic in the steps away from a weight `[out, in]`."""

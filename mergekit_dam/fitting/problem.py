@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.fitting.metric import PLAIN, Metric
+from mergekit_dam.streams.distributed import shared_rows
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,13 @@ def pull(terms: Sequence[Term]) -> Tensor:
 def add_reactions(total: Tensor, terms: Sequence[Term], deviation: Tensor) -> Tensor:
     """Add `sum_k s_k S_k V G_k` for V `[out, in]` to a tensor, in place; returns it."""
     for term in terms:
-        total += term.apply(deviation @ term.gram)
+        total += term.apply(_times(deviation, term.gram))
     return total
+
+
+def _times(deviation: Tensor, gram: Tensor) -> Tensor:
+    """`V G`; processes share its rows."""
+    return shared_rows(len(deviation), lambda rows: deviation[rows] @ gram)
 
 
 def sum_rows(directions: Tensor, other: Tensor) -> Tensor:

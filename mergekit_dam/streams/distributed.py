@@ -119,6 +119,17 @@ def all_rows(x: Tensor) -> Tensor:
     return all_sum(rows)
 
 
+def shared_rows(count: int, made: Callable[[slice], Tensor]) -> Tensor:
+    """Rows `[count, ...]` of which every process makes some, and has all.
+
+    Args:
+        count: Number of rows.
+        made: Makes the rows of a slice.
+    """
+    own = slice(count * rank() // size(), count * (rank() + 1) // size())
+    return all_rows(made(own))
+
+
 def from_first(work: Callable[[], T]) -> T:
     """The result of work that only the first process does; it must not hold device tensors."""
     if not _several():
