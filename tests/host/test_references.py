@@ -110,7 +110,7 @@ class TestHub:
         folder = tmp_path / "models--org--a" / "snapshots" / COMMIT
         folder.mkdir(parents=True)
         (folder / "tokenizer.model").touch()
-        monkeypatch.setattr(LoaderCache, "hf_cache_dir", str(tmp_path))
+        monkeypatch.setattr(LoaderCache(), "hf_cache_dir", str(tmp_path))
         check_sources([Source(model=ModelPath(path="org/a", revision=COMMIT))])
         (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b"}}')
         with pytest.raises(ArchitectureError, match="b is missing"):
