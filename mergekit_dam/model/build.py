@@ -46,7 +46,8 @@ def auto_class(config: PretrainedConfig) -> Any:
         raise _no_decoder(architecture, config, f"{getattr(auto, '__name__', auto)} loads it")
     # mergekit treats every architecture that it does not know as a causal language model.
     own, causal = getattr(transformers, architecture, None), _CLASSES[auto].get(type(config), None)
-    if own is not None and causal is not None and own is not causal:
+    # One that is registered at run time, with remote code, may have the name of one of theirs.
+    if own is not None and causal is not None and causal.__name__ != architecture:
         raise _no_decoder(architecture, config, f"the causal model is {causal.__name__}")
     return auto
 

@@ -137,7 +137,8 @@ class TestProgress:
     ) -> None:
         with caplog.at_level("INFO"):
             merge(dam(llama_models.models, calibration, head=False), tmp_path / "out")
-        assert f"calibration of {llama_models.models[0]}: 4 sequences of 16 tokens" in caplog.text
+        said = f"calibration of {llama_models.models[0]}: read as text, 64 documents; 4 sequences"
+        assert f"{said} of 16 tokens" in caplog.text
 
 
 class TestMultipleSteps:

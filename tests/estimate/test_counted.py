@@ -1,7 +1,4 @@
-"""The flops of the estimate against those that torch computes in whole tiny merges.
-
-torch's own FlopCounterMode breaks `autograd.grad`, so a mode of this file counts with its formulas.
-"""
+"""The flops of the estimate against those that torch computes in whole tiny merges."""
 
 import math
 from collections.abc import Callable
@@ -13,8 +10,6 @@ import torch
 import yaml
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import MixtralConfig, PretrainedConfig
 
 from mergekit_dam.coefficients.parametrisation import Parametrisation
@@ -32,6 +27,7 @@ from mergekit_dam.fitting.metric import PLAIN, Metric
 from mergekit_dam.fitting.moments import InputMoments, LinearMoments, LinearTokens
 from mergekit_dam.parameters import Granularity
 from mergekit_dam.streams import storage
+from tests.kit.flops import CountedFlops
 from tests.kit.merging import Merged, dam, merge
 from tests.kit.models import VOCAB_SIZE, save_models, tiny_llama_config
 from tests.kit.texts import save_calibration
@@ -52,39 +48,6 @@ SIZES: dict[str, Any] = {
 
 FACTOR = 1.1
 """By which the estimate may differ, either way. Of all these merges, it differs by 1.04 at most."""
-
-aten = torch.ops.aten
-_FORMULAS: dict[Any, Callable[..., int]] = {
-    # torch's registry has these kernels of the CPU under other names, or not at all.
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_: sdpa_flop_count(
-        q.shape, k.shape, v.shape
-    ),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda g, q, k, v, *_: sdpa_backward_flop_count(g.shape, q.shape, k.shape, v.shape)
-    ),
-    aten.linalg_cholesky_ex: lambda matrix, *_: matrix.numel() * matrix.shape[-1] // 3,
-    aten.cholesky_solve: lambda right, *_: 2 * right.numel() * right.shape[0],
-    aten.linalg_solve_triangular: lambda factor, right, **_: right.numel() * factor.shape[-1],
-}
-
-
-class CountedFlops(TorchDispatchMode):
-    """Counts products of matrices, attention and factorisations while the body runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        packet = func._overloadpacket
-        if packet in _FORMULAS:
-            self.total += _FORMULAS[packet](*args)
-        elif packet in flop_registry:
-            self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
-        return out
 
 
 def llama() -> PretrainedConfig:

@@ -29,13 +29,18 @@ def test_calibration_of_a_slice_is_refused() -> None:
     )
 
 
-@pytest.mark.parametrize("setting", ["[1, 2]", "[]", "{filter: mlp, value: a.jsonl}"])
+@pytest.mark.parametrize("setting", ["[1, 2]", "{filter: mlp, value: a.jsonl}"])
 def test_a_gradient_or_filter_for_calibration_is_refused(setting: str) -> None:
     problem = only_problem(configuration(models=model(f"{{calibration: {setting}}}")))
     assert problem == (
         "models[0] (org/a): `calibration` takes a text per model or a list of texts, "
         "no filter or gradient"
     )
+
+
+def test_an_empty_list_of_calibrations_is_refused() -> None:
+    problem = only_problem(configuration(models=model("{calibration: []}")))
+    assert problem.endswith("`calibration` is an empty list; give a value, or remove it")
 
 
 def test_a_model_without_calibration_is_named_with_the_remedy() -> None:
