@@ -245,7 +245,7 @@ def kept_weights(inventory: Inventory, room: Room) -> int:
         return sum(loaded) if sum(loaded) <= room.host else 0
     kept = 0
     for size in loaded:
-        if has_room_for_weights(room.device - kept - size, room.device):
+        if has_room_for_weights(room.device - kept - size, room.device, size):
             kept += size
     return kept
 

@@ -18,6 +18,10 @@ from mergekit_dam.streams.memory import free_memory_of, give_back, memory_of
 SPARE = 0.5
 """Fraction of the memory that weights kept between sweeps must leave free."""
 
+FIT = 12
+"""Memory that they must leave free for the fit of a stage, in weights of that stage of all sources:
+moments, metrics and solutions take about that, more of it on a small GPU than the half."""
+
 
 @dataclass
 class Network:
@@ -70,7 +74,7 @@ class Network:
         if loaded is None:
             loaded = self.load(number)
             require_finite(loaded)
-            if self.resident == "always" or (self.resident == "auto" and _has_room(self.device)):
+            if self.resident == "always" or (self.resident == "auto" and self._has_room(loaded)):
                 self._kept[number] = loaded
         if then is not None and then not in self._kept:
             read_ahead(self.spans(then))
@@ -96,6 +100,10 @@ class Network:
         """The last stage."""
         return self.open(self._last_number)
 
+    def _has_room(self, loaded: Loaded) -> bool:
+        size = sum(tensor.nbytes for own in loaded.values() for tensor in own.values())
+        return has_room(free_memory_of(self.device), memory_of(self.device), size)
+
     @property
     def _last_number(self) -> int:
         return len(self.stages) - 1
@@ -111,15 +119,12 @@ class Network:
             self._last.close()
 
 
-def has_room(free: int, whole: int) -> bool:
+def has_room(free: int, whole: int, size: int) -> bool:
     """Whether weights that have just been read may stay in memory for the next sweep.
 
     Args:
         free: bytes of the device's memory that are free with these weights in it.
         whole: bytes of the device's memory.
+        size: bytes of these weights.
     """
-    return free > SPARE * whole
-
-
-def _has_room(device: torch.device) -> bool:
-    return has_room(free_memory_of(device), memory_of(device))
+    return free > max(SPARE * whole, FIT * size)

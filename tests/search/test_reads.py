@@ -41,7 +41,7 @@ def test_resident_weights_are_read_once_and_once_to_be_written(tmp_path: Path) -
 def test_without_room_one_stage_of_all_models_is_in_memory(
     metric: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(network_module, "_has_room", lambda _: False)
+    monkeypatch.setattr(network_module, "has_room", lambda *_: False)
     models, counts, peak, live = read_counts(tmp_path, 5, resident="auto", metric=metric)
     sizes = [
         sum(t.nbytes for name, t in tensors_of(models.base).items() if name.startswith(parts))

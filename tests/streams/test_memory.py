@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-from mergekit_dam.sources.network import _has_room
+from mergekit_dam.sources.network import has_room
 from mergekit_dam.streams.memory import free_memory_of, limit_gpu, memory_of
 from mergekit_dam.streams.storage import choose_storage
 from tests.kit.merging import dam, merge
@@ -57,7 +57,7 @@ def test_a_limit_holds_for_all_that_asks(limit: int | None, whole: int, free: in
     limit_gpu(GPU, limit)
     assert memory_of(GPU) == whole
     assert free_memory_of(GPU) == free
-    assert _has_room(GPU) == (free > whole / 2)
+    assert has_room(free_memory_of(GPU), memory_of(GPU), 10) == (free > max(whole / 2, 120))
 
 
 @pytest.mark.usefixtures("gpu")
