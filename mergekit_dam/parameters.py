@@ -235,7 +235,8 @@ class RunParameters(LogitsParameters):
     resident: Resident = Field(
         default="auto",
         description="Whether weights stay in memory between sweeps: with `auto` as long as half "
-        "of it is free, and enough for the fit of a block. Set `never` if other programs need the memory. The result is the same.",
+        "of it is free, and enough for the fit of a block. Set `never` if other programs need the "
+        "memory. The result is the same.",
     )
     stream_offload: Offload = Field(
         default="auto",
