@@ -1,36 +1,50 @@
-"""Ctrl-C and SIGTERM: what ends a merge, and what ends a part of it alone."""
+"""Ctrl-C, SIGTERM and SIGHUP: what ends a merge, and what ends a part of it alone."""
 
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
+
+_ENDING = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
+]  # Windows has no SIGHUP, which a closed terminal sends
+"""Signals that end a process at once, unless it has a handler for them."""
 
 
 @contextmanager
 def terminable() -> Iterator[Callable[[], None]]:
-    """Make SIGTERM end the process as ctrl-c does, so that all clean-up code runs.
+    """Make SIGTERM and SIGHUP end the process as ctrl-c does, so that all clean-up code runs.
 
-    torchrun sends SIGTERM to the processes of a merge when one of them has stopped.
+    torchrun sends SIGTERM to the processes of a merge when one of them has stopped. A signal that
+    the program handles or ignores (`nohup`) stays so.
 
     Yields:
-        A function that makes the process ignore SIGTERM from then on.
+        A function that makes the process ignore these signals from then on.
     """
-    stock = signal.getsignal(signal.SIGTERM)
-    if not _in_main_thread() or stock != signal.SIG_DFL:
-        yield lambda: None
-        return
-    signal.signal(signal.SIGTERM, _exit)
+    free = [
+        number
+        for number in _ENDING
+        if _in_main_thread() and signal.getsignal(number) == signal.SIG_DFL
+    ]
+
+    def ignore() -> None:
+        for number in free:
+            signal.signal(number, signal.SIG_IGN)
+
+    for number in free:
+        signal.signal(number, _exit)
     try:
-        yield _ignore
+        yield ignore
     finally:
-        signal.signal(signal.SIGTERM, stock)
+        for number in free:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager
 def first_one_asks(answer: str) -> Iterator[Callable[[], bool]]:
-    """Make the first ctrl-c or SIGTERM ask for an early end; the next acts as before.
+    """Make the first ctrl-c, SIGTERM or SIGHUP ask for an early end; the next acts as before.
 
     A program that has handlers of its own keeps them.
 
@@ -45,7 +59,7 @@ def first_one_asks(answer: str) -> Iterator[Callable[[], bool]]:
         number: handler
         for number, handler in (
             (signal.SIGINT, signal.default_int_handler),
-            (signal.SIGTERM, _exit),
+            *((number, _exit) for number in _ENDING),
         )
         if _in_main_thread() and signal.getsignal(number) == handler
     }
@@ -58,7 +72,8 @@ def first_one_asks(answer: str) -> Iterator[Callable[[], bool]]:
         restore()
         came.append(number)
         # Not by print: a handler may come in the middle of another one.
-        os.write(2, f"\n{answer}\n".encode())
+        with suppress(OSError):  # the terminal may be closed
+            os.write(2, f"\n{answer}\n".encode())
 
     for number in stock:
         signal.signal(number, ask)
@@ -74,9 +89,7 @@ def _in_main_thread() -> bool:
 
 
 def _exit(number: int, _: Any) -> None:
-    _ignore()
+    for other in _ENDING:
+        if signal.getsignal(other) == _exit:
+            signal.signal(other, signal.SIG_IGN)
     raise SystemExit(128 + number)
-
-
-def _ignore() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -19,7 +19,6 @@ from mergekit_dam.host.checks import check_complete, check_shapes, refuse_outsid
 from mergekit_dam.host.headers import spans_of
 from mergekit_dam.host.initial import averages, check_start, saved_record, search_start
 from mergekit_dam.host.merge import Merge, Tasks, Tensors
-from mergekit_dam.host.output import SCRATCH
 from mergekit_dam.host.places import PlacedTensor, place_tensors
 from mergekit_dam.host.prepare import Prepared
 from mergekit_dam.host.stages import PlannedStage, calibration_streams, load_stage, planned_stages
@@ -32,6 +31,7 @@ from mergekit_dam.host.tasks import (
     SearchNode,
     StageNode,
 )
+from mergekit_dam.host.workplace import SCRATCH
 from mergekit_dam.model.decoder import Decoder
 from mergekit_dam.sources.decoders import source_decoders
 from mergekit_dam.sources.network import Network

@@ -13,10 +13,12 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_dam.errors import DamError, first_line
+from mergekit_dam.host.complete import check_complete, tokenizer_must_be_copied
 from mergekit_dam.host.failures import mergekit_errors
-from mergekit_dam.host.output import SCRATCH, output_folder
+from mergekit_dam.host.output import output_folder
 from mergekit_dam.host.prepare import PreparedConfiguration, prepare
 from mergekit_dam.host.references import open_sources, with_sources
+from mergekit_dam.host.workplace import SCRATCH
 from mergekit_dam.model.checkpoint import check_checkpoint
 from mergekit_dam.request.document import single
 from mergekit_dam.streams import distributed
@@ -40,20 +42,22 @@ def run_dam(
     document = single(config_source) if config_source else None
     with own_share(), mergekit_errors(), distributed.joined_processes(options) as own:
         models = with_sources(merge_config)
-        # One process reads the text: other machines may lack it, or have another version.
-        prepared = distributed.from_first(lambda: prepare(models, own, document))
-        config = PreparedConfiguration.create(models, prepared)
-        _check_downloaded(config, own)
-        first = distributed.is_first()
-        out = output_folder(Path(out_path), written=first)
-        with (
-            _card_without_hub(),
-            _short_of_memory(),
-            out as folder,
-            _adapter_cache(config, own, folder) as kept,
-        ):
-            distributed.in_turn(lambda: open_sources(config.referenced_models(), kept))
-            stock(config, str(folder), kept, config_source or merge_config.to_yaml())
+        with output_folder(Path(out_path), models.referenced_models()) as folder:
+            # One process reads the text: others may lack it, or have another version.
+            prepared = distributed.from_first(lambda: prepare(models, own, document))
+            config = PreparedConfiguration.create(models, prepared)
+            _check_downloaded(config, own)
+            with (
+                _card_without_hub(),
+                _short_of_memory(),
+                tokenizer_must_be_copied(),
+                _adapter_cache(config, own, folder) as kept,
+            ):
+                distributed.in_turn(lambda: open_sources(config.referenced_models(), kept))
+                stock(config, str(folder), kept, config_source or merge_config.to_yaml())
+            if distributed.is_first():
+                made = prepared.vocabulary is not None
+                check_complete(folder, own, tokenizer=made)
 
 
 @contextmanager

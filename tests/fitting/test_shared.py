@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.kit.flops import CountedFlops
 from torch import Tensor
 
 from mergekit_dam.fitting import correction_problem, problem
 from mergekit_dam.fitting.moments import InputMoments, LinearMoments
 from mergekit_dam.fitting.problem import Term
+from tests.kit.flops import CountedFlops
 from tests.kit.processes import process
 from tests.kit.tensors import randn
 

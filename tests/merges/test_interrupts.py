@@ -1,4 +1,4 @@
-"""Searches that end early: by ctrl-C or SIGTERM, sent to the stock command, or by `max_minutes`."""
+"""Searches that end early: by signals, sent to the stock command, or by `max_minutes`."""
 
 import signal
 import sys
@@ -56,7 +56,7 @@ def test_a_merge_ends_in_time(start: Any, tmp_path: Path) -> None:
         assert took < 12
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_one_in_a_descent_writes_the_best_point_so_far(
     start: Any, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -78,7 +78,7 @@ def test_the_first_one_in_a_descent_writes_the_best_point_so_far(
     best = min(trial["mean_held_out_kl"] for trial in merged.report["search"])
     assert descent["mean_held_out_kl"] == pytest.approx(best)
     assert not any(trial["ended"] for trial in before)
-    assert not [name for name in files_under(tmp_path / "out") if ".dam-" in name]
+    assert not [name for name in files_under(tmp_path) if ".dam-" in name]
 
 
 def test_the_second_one_leaves_nothing(start: Any, tmp_path: Path) -> None:
@@ -89,15 +89,17 @@ def test_the_second_one_leaves_nothing(start: Any, tmp_path: Path) -> None:
     running.send(signal.SIGINT)
     assert running.finish() != 0
     assert not (tmp_path / "out").exists()
+    assert not any(tmp_path.glob(".dam-*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_one_before_a_descent_leaves_nothing(
     start: Any, tmp_path: Path, number: signal.Signals
 ) -> None:
     running = start("--quiet")
-    running.wait(lambda: any(tmp_path.glob("out/.dam-*")))
+    running.wait(lambda: any(tmp_path.glob(".dam-out/new/out/.dam-*")))
     running.send(number)
     assert running.finish() != 0
     assert ANSWERED not in running.printed
     assert not (tmp_path / "out").exists()
+    assert not any(tmp_path.glob(".dam-*"))
