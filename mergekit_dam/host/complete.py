@@ -41,8 +41,8 @@ def check_complete(folder: Path, options: MergeOptions, *, tokenizer: bool) -> N
             f"the merge has not written {', '.join(missing)}; nothing takes the place of the "
             f"output. The log says what went wrong"
         )
-    index = stored_index(folder)
     held = {name for file in folder.glob("*.safetensors") for name in _names(file)}
+    index = stored_index(folder)
     lacking = sorted(set(index.tensor_paths) - held) if index.is_safetensors else []
     if lacking:
         raise CheckpointError(f"the merged model's files lack {lacking[0]}; merge again")

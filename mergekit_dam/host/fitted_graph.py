@@ -21,6 +21,7 @@ from mergekit_dam.host.initial import averages, check_start, saved_record, searc
 from mergekit_dam.host.merge import Merge, Tasks, Tensors
 from mergekit_dam.host.places import PlacedTensor, place_tensors
 from mergekit_dam.host.prepare import Prepared
+from mergekit_dam.host.room import written_bytes
 from mergekit_dam.host.stages import PlannedStage, calibration_streams, load_stage, planned_stages
 from mergekit_dam.host.tasks import (
     FitStage,
@@ -69,8 +70,9 @@ def fitted_tasks(merge: Merge, tensors: Tensors, decoder: Decoder) -> Tasks:
     limit_gpu(device, prepared.run.gpu_memory)
     hidden = decoder.config.get_text_config().hidden_size
     use_own_share(hidden)
+    written = written_bytes(tensors.specs, tensors.shapes, merge.config.dtype)
     streams = functools.partial(
-        calibration_streams, prepared, tensors.order, hidden, device, merge.out_path
+        calibration_streams, prepared, tensors.order, hidden, device, merge.out_path, written
     )
     outside = averages(placed)
     if prepared.run.one_sweep:

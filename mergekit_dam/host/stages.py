@@ -13,8 +13,10 @@ from mergekit_dam.host.compat import Executor
 from mergekit_dam.host.gathers import labelled
 from mergekit_dam.host.places import PlacedTensor
 from mergekit_dam.host.prepare import Prepared
+from mergekit_dam.host.room import check_room
 from mergekit_dam.model.decoder import Decoder
 from mergekit_dam.sources.stage import Loaded, Models, Stage, StageKind
+from mergekit_dam.streams import distributed
 from mergekit_dam.streams.storage import choose_storage, streams_bytes
 from mergekit_dam.streams.stream import Stream
 
@@ -88,6 +90,7 @@ def calibration_streams(
     hidden: int,
     device: torch.device,
     out_path: Path,
+    written: int,
 ) -> list[Stream]:
     """This process's share of the calibration tokens of every model that has some.
 
@@ -97,10 +100,16 @@ def calibration_streams(
         hidden: size of a hidden state.
         device: device on which parts run.
         out_path: folder for streams that are kept on disk.
+        written: bytes of the merged model.
+
+    Raises:
+        DamError: the disk lacks room for the model and the streams.
     """
     tokens = sum(calibration.tokens.numel() for calibration in prepared.calibration.values())
     size = streams_bytes(hidden, tokens)
     storage = choose_storage(prepared.run.stream_offload, size, device, out_path)
+    if distributed.is_first():  # which writes the model
+        check_room(out_path, model=written, temporary=size if storage.place == "disk" else 0)
     return [
         Stream.of_tokens(
             order.index(model),
