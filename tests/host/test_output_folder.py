@@ -96,6 +96,25 @@ def test_a_signal_that_is_ignored_stays_so(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "config.json").exists()
 
 
+@pytest.mark.parametrize("fixed", ["mount point", "parent that cannot be written"])
+def test_a_folder_that_cannot_be_moved_is_worked_in(
+    out: Path, monkeypatch: pytest.MonkeyPatch, fixed: str
+) -> None:
+    if fixed == "mount point":
+        monkeypatch.setattr(os.path, "ismount", lambda path: path == out)
+    else:
+        monkeypatch.setattr(os, "access", lambda path, _: path != out.parent)
+    (out / "mine.txt").write_text("mine")
+    before = out.stat().st_ino
+    with output_folder(out, []) as folder:
+        assert folder.is_relative_to(out)
+        (folder / "config.json").write_text("new")
+        assert names(out.parent) == {"out"}
+    assert (out / "config.json").read_text() == "new"
+    assert names(out) == {"config.json", "mine.txt"}
+    assert out.stat().st_ino == before
+
+
 @pytest.mark.parametrize(
     ("model", "output"),
     [("a", "a"), ("a", "."), ("a", "a/out"), ("link", "a"), ("a", "link/out")],
