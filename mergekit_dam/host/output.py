@@ -105,7 +105,7 @@ def _short_of_room(output: Path) -> Iterator[None]:
             raise
         raise DamError(
             f"{output}: no room is left on the disk for the merged model or for temporary files "
-            f"beside it ({first_line(error)}); nothing was changed there. Make room, or name a "
+            f"beside it ({first_line(error)}); make room, or name a "
             f"folder on another disk; `mergekit-dam plan` says how much a merge needs"
         ) from error
 

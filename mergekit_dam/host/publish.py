@@ -77,6 +77,8 @@ def publish(new: Path, output: Path, place: Path) -> None:
         output: folder of the merged model, resolved.
         place: the workplace.
     """
+    for path in new.glob(f"{SCRATCH}*"):  # of objects that are not collected yet
+        _remove(path)
     for path in (*new.rglob("*"), new):
         _sync(path)
     if not output.exists():

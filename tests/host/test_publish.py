@@ -62,8 +62,10 @@ def refuse_to_move(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(Path, "rename", rename)
 
 
-def test_a_new_folder_appears(tmp_path: Path) -> None:
+def test_a_new_folder_appears_without_temporary_ones(tmp_path: Path) -> None:
+    write(tmp_path / ".dam-out" / "new" / "out", {".dam-1/states": "large"})
     publish(*finished(tmp_path))
+    assert not (tmp_path / "out" / ".dam-1").exists()
     assert read(tmp_path / "out") == NEW
 
 
