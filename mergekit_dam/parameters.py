@@ -41,7 +41,8 @@ class ModelParameters(Parameters):
     calibration: str | list[str] | None = Field(
         default=None,
         description="Text for this model: a file, a folder, or the id of a Hub dataset; options "
-        "follow as `:key=value`. Or a list of those. Needed if the model's data counts.",
+        "follow as `:key=value`. Or `self`: the model writes it. Or a list of those. Needed if the "
+        "model's data counts.",
     )
     weight: float = Field(
         default=1.0,

@@ -9,6 +9,7 @@ tokens                       turn the columns of a row into a text, a chat or to
 templates                    writes chats as text, with the model's template
 reading, documents, tally    put these together for one source, and count what is left out
 pieces                       cuts long documents, and shuffles all pieces with a seed
+synthetic                    has a model write text itself, where there is none
 packing                      tokenises the pieces and packs them end to end into full sequences
 judgement, overlap           what speaks against a text, and whether it judges what it made
 sets                         holds the result and its origin

@@ -2,10 +2,12 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import PurePath
 
 from transformers import PreTrainedTokenizerBase
 
+from mergekit_dam.calibration.documents import Document
 from mergekit_dam.calibration.hub import DEFAULT_SPLIT
 from mergekit_dam.calibration.judgement import warnings_of
 from mergekit_dam.calibration.mixture import Calibration, combined, divided, parse_sources
@@ -13,8 +15,15 @@ from mergekit_dam.calibration.overlap import Sentences
 from mergekit_dam.calibration.packing import Packed, Spelling, pack
 from mergekit_dam.calibration.pieces import CHARACTERS_PER_TOKEN, Intake, shuffled_pieces
 from mergekit_dam.calibration.reading import Reading, open_source
-from mergekit_dam.calibration.sets import CalibrationSet, Provenance, tokens_sha256
+from mergekit_dam.calibration.sets import (
+    KEPT,
+    CalibrationSet,
+    Provenance,
+    WrittenDocument,
+    tokens_sha256,
+)
 from mergekit_dam.calibration.source import CalibrationSource
+from mergekit_dam.calibration.tally import Tally
 from mergekit_dam.errors import CalibrationError, inside
 
 LOG = logging.getLogger(__name__)
@@ -22,6 +31,10 @@ LOG = logging.getLogger(__name__)
 LOCAL_WINDOW = 64 * 2**20  # characters of text in memory at a time
 HUB_WINDOW_FACTOR = 4  # downloads are slow: only four times the text that is probably needed
 PIECE_SEQUENCES = 2  # documents longer than about two sequences are cut into pieces
+
+
+Write = Callable[[CalibrationSource, int], Sequence[Sequence[int]]]
+"""(source, tokens needed) -> documents that the model itself writes, as token ids."""
 
 
 def load_calibration(
@@ -34,6 +47,7 @@ def load_calibration(
     vocab_size: int,
     seed: int,
     spelled: Spelling | None = None,
+    write: Write | None = None,
 ) -> CalibrationSet:
     """Read, shuffle, tokenise and pack the calibration text of one model.
 
@@ -54,6 +68,7 @@ def load_calibration(
         vocab_size: Vocabulary size in the model's config.
         seed: Seed of the order of files and pieces.
         spelled: Replaces tokens that the merged model will not have.
+        write: Has the model write, if the source is its own text.
 
     Raises:
         CalibrationError: If anything is wrong with the source, its documents or the token ids, or
@@ -71,6 +86,7 @@ def load_calibration(
                 vocab_size=vocab_size,
                 seed=seed,
                 spelled=spelled,
+                write=write,
             )
             for source, sequences in zip(sources, divided(sources, samples), strict=True)
         ]
@@ -87,8 +103,14 @@ def _load(
     vocab_size: int,
     seed: int,
     spelled: Spelling | None,
+    write: Write | None,
 ) -> CalibrationSet:
-    reading = open_source(source, tokenizer=tokenizer, model=model, seed=seed)
+    written: tuple[WrittenDocument, ...] = ()
+    if source.kind == "self":
+        written = _written(source, tokenizer, sequences * sequence_length, write)
+        reading = Reading(_as_documents(written), Tally(), "")
+    else:
+        reading = open_source(source, tokenizer=tokenizer, model=model, seed=seed)
     intake, sentences = Intake(), Sentences()
     window = _window(source, needed=sequences * sequence_length)
     pieces = shuffled_pieces(
@@ -112,13 +134,15 @@ def _load(
         cut=tuple(_cuts(packed, intake, reading, window)),
         warnings=tuple(warnings_of(intake, packed.tokens, tokenizer)),
         sentences=sentences.kept(),
+        synthetic=bool(written)
+        or any(PurePath(file).name.startswith(KEPT) for file in intake.files),
     )
     LOG.info(provenance.summary())
     for warning in provenance.warnings:
         LOG.warning("calibration of %s: %s", model, warning)
     if not intake.exhausted and source.kind != "hub":
         LOG.warning("calibration of %s: %s", model, provenance.cut[0])
-    return CalibrationSet(tokens=packed.tokens, provenance=provenance)
+    return CalibrationSet(packed.tokens, provenance, written)
 
 
 def _provenance(
@@ -157,6 +181,25 @@ def _window(source: CalibrationSource, *, needed: int) -> int:
     if source.kind == "hub":
         return min(LOCAL_WINDOW, HUB_WINDOW_FACTOR * CHARACTERS_PER_TOKEN * needed)
     return LOCAL_WINDOW
+
+
+def _written(
+    source: CalibrationSource,
+    tokenizer: PreTrainedTokenizerBase,
+    needed: int,
+    write: Write | None,
+) -> tuple[WrittenDocument, ...]:
+    """Documents that the model writes."""
+    if write is None:
+        raise CalibrationError(f"{source.text!r}: no model is at hand that could write text")
+    made = [tuple(ids) for ids in write(source, needed)]
+    return tuple(WrittenDocument(ids, str(tokenizer.decode(list(ids)))) for ids in made)
+
+
+def _as_documents(written: Sequence[WrittenDocument]) -> Iterator[Document]:
+    """The same as a file that keeps them gives."""
+    for number, each in enumerate(written, start=1):
+        yield Document(each.input_ids, f"document {number} of the model's own", form="own text")
 
 
 def _require_enough(

@@ -116,6 +116,8 @@ def combined(sets: Sequence[CalibrationSet]) -> CalibrationSet:
         sha256=tokens_sha256(tokens),
         warnings=tuple(said for part in parts for said in part.warnings),
         sentences=union(part.sentences for part in parts),
+        synthetic=any(part.synthetic for part in parts),
         parts=parts,
     )
-    return CalibrationSet(tokens=tokens, provenance=provenance)
+    written = tuple(document for own in sets for document in own.written)
+    return CalibrationSet(tokens, provenance, written)

@@ -5,6 +5,22 @@ from dataclasses import dataclass
 
 import torch
 
+KEPT = "dam_calibration."
+"""How the names of files begin that keep what models wrote."""
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenDocument:
+    """A document that a model wrote.
+
+    Attributes:
+        input_ids: The model's own ids; with them the calibration set can be made again.
+        text: The same as text, to be read.
+    """
+
+    input_ids: tuple[int, ...]
+    text: str
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
@@ -24,6 +40,7 @@ class Provenance:
         warnings: Sentences that say what speaks against the text, and what to do.
         sentences: Digests of its sentences (see `overlap`), in hexadecimal.
         sha256: Digest of the model's own ids as little-endian int64, row by row.
+        synthetic: Whether a model wrote text of it, now or in an earlier merge.
         parts: The origins of the sets that this one is made of, if there are several sources.
     """
 
@@ -46,14 +63,17 @@ class Provenance:
     sha256: str
     warnings: tuple[str, ...] = ()
     sentences: str = ""
+    synthetic: bool = False
     parts: tuple["Provenance", ...] = ()
 
     def summary(self) -> str:
         """The main facts in one line, for the log."""
+        text = " (synthetic: a model wrote it)" if self.synthetic else ""
         return (
             f"calibration of {self.model}: read as {self.read_as}; {self.sequences} sequences of "
             f"{self.sequence_length} tokens from {self.documents_used:,} of "
-            f"{self.documents_read:,} documents read in {self.source} (sha256 {self.sha256[:12]})"
+            f"{self.documents_read:,} documents read in {self.source}{text} "
+            f"(sha256 {self.sha256[:12]})"
         )
 
 
@@ -66,10 +86,12 @@ class CalibrationSet:
             by readers. They are the model's ids, or the merged model's ids after a translation
             into a vocabulary of its own.
         provenance: The origin of the tokens.
+        written: The documents, if the model wrote them for this merge.
     """
 
     tokens: torch.Tensor
     provenance: Provenance
+    written: tuple[WrittenDocument, ...] = ()
 
 
 def tokens_sha256(tokens: torch.Tensor) -> str:

@@ -5,6 +5,7 @@ data/code/:samples=64                        a directory of files, for 64 sequen
 data/chats:split=train:format=sharegpt       a cloned dataset, one split of it
 org/german-corpus:split=train:column=text    a dataset on the Hugging Face Hub
 org/german-corpus@v1.2                       ... at a branch, tag or commit
+self                                         what the model itself writes
 """
 
 import difflib
@@ -18,7 +19,11 @@ from mergekit_dam.calibration.suffixes import COMPRESSED, SUFFIXES, suffix_of
 from mergekit_dam.calibration.templates import NONE
 from mergekit_dam.errors import CalibrationError
 
-OPTIONS = ("split", "name", "column", "format", "samples", "share", "chat_template")
+OPTIONS = ("split", "name", "column", "format", "samples", "share", "chat_template", "start")
+SELF = "self"
+STARTS = ("text", "chat")
+
+Kind = Literal["file", "directory", "hub", "self"]
 
 # A colon opens an option only where `word=` follows: drive letters and colons in paths stay.
 _OPTION = re.compile(r":(?=[A-Za-z_]\w*=)")
@@ -31,7 +36,7 @@ class CalibrationSource:
 
     Attributes:
         text: The value as the user wrote it.
-        location: A path (kind "file" or "directory") or a Hub dataset id (kind "hub").
+        location: A path (kind "file" or "directory"), a Hub dataset id (kind "hub"), or "self".
         kind: Kind of the location.
         revision: Branch, tag or commit of a Hub dataset.
         split: Split of a Hub dataset, or of a folder.
@@ -41,11 +46,12 @@ class CalibrationSource:
         samples: Number of sequences, in place of the merge's `samples`.
         share: Share of the merge's `samples`, among several sources of one model.
         chat_template: Path of a jinja file, in place of the tokenizer's template; "none" for none.
+        start: What the model itself writes: "text" or "chat"; None for both, if it has a template.
     """
 
     text: str
     location: str
-    kind: Literal["file", "directory", "hub"]
+    kind: Kind
     revision: str | None = None
     split: str | None = None
     name: str | None = None
@@ -54,6 +60,7 @@ class CalibrationSource:
     samples: int | None = None
     share: float | None = None
     chat_template: str | None = None
+    start: str | None = None
 
     @property
     def path(self) -> Path:
@@ -78,6 +85,7 @@ class CalibrationSource:
         problems += _location_problems(location, kind)
         if kind in ("file", "directory"):
             problems += _unfit_for_local(location, kind, options)
+        problems += _unfit_for_kind(kind, options)
         if problems:
             raise CalibrationError(f"{text!r}: " + "; ".join(problems))
         revision = None
@@ -147,8 +155,10 @@ def _did_you_mean(key: str) -> str:
     return f"; known are {', '.join(OPTIONS)}"
 
 
-def _kind_of(location: str) -> Literal["file", "directory", "hub"] | None:
+def _kind_of(location: str) -> Kind | None:
     """The kind of source; None if it neither exists as a path nor looks like a dataset id."""
+    if location == SELF:
+        return "self"  # a folder of this name is `./self`
     if _exists(location):
         return "directory" if Path(location).expanduser().is_dir() else "file"
     # `data/math.jsonl` could be a dataset id, but a user who writes it means a file.
@@ -194,6 +204,22 @@ def _unfit_for_local(location: str, kind: str, options: dict[str, str]) -> list[
             for key in ("column", "format")
             if key in options
         ]
+    return problems
+
+
+def _unfit_for_kind(kind: Kind | None, options: dict[str, str]) -> list[str]:
+    if kind != "self":
+        if "start" not in options:
+            return []
+        return [f"`start` is for `{SELF}`, the text that the model writes: remove `start`"]
+    problems = [
+        f"`{key}` is for text that is read, but `{SELF}` is written by the model: remove `{key}`"
+        for key in ("split", "name", "column", "format")
+        if key in options
+    ]
+    start = options.get("start")
+    if start is not None and start not in STARTS:
+        problems.append(f"`start` must be one of {', '.join(STARTS)}; got {start!r}")
     return problems
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from mergekit_dam.estimate.inventory import Inventory
 from mergekit_dam.estimate.machine import Machine
 from mergekit_dam.estimate.memory import Need, Room, disk_bytes, stream_bytes, stream_place
+from mergekit_dam.estimate.sweeps import WRITING
 
 
 def problems(
@@ -49,6 +50,8 @@ def _remedy(inventory: Inventory, room: Room, phase: str, place: str) -> str:
     settings = inventory.settings
     if settings is None or phase == "merging and writing":
         return "pass a smaller `--out-shard-size`"
+    if phase == WRITING:
+        return "name a source with text in place of `self`, or set `forward_dtype: bfloat16`"
     found = []
     converted = any(tensor.converted for tensor in inventory.tensors)
     if settings.resident != "never" and not settings.one_sweep and (converted or room.gpu):

@@ -16,6 +16,7 @@ from mergekit_dam.estimate.structure import Group, UnitShape, groups_of
 from mergekit_dam.estimate.text import Text
 from mergekit_dam.host.compat import LoaderCache
 from mergekit_dam.host.headers import Header
+from mergekit_dam.host.synthetic import Writing
 from mergekit_dam.parameters import CorrectionKind, ExpertFeed, RunParameters
 from mergekit_dam.sources.stage import Stage, StageKind
 
@@ -104,6 +105,7 @@ class Inventory:
         attended: features of all heads of one attention, 0 if the configuration does not tell.
         vocabulary: number of logits.
         settings: parameters of the fit; None where nothing is fitted.
+        writing: what each model takes that writes its own calibration text.
     """
 
     parts: tuple[PartSize, ...]
@@ -115,6 +117,7 @@ class Inventory:
     vocabulary: int
     text: Text
     settings: RunParameters | None
+    writing: tuple[Writing, ...] = ()
 
     @property
     def blocks(self) -> tuple[PartSize, ...]:
@@ -165,6 +168,7 @@ def take_inventory(planned: PlannedMerge) -> Inventory:
             prepared.run.sequence_length,
         ),
         settings=prepared.run if planned.stages else None,
+        writing=planned.writing,
     )
 
 

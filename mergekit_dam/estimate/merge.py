@@ -34,6 +34,7 @@ from mergekit_dam.host.gathers import TeachersVocabulary
 from mergekit_dam.host.headers import Header, header_of
 from mergekit_dam.host.prepare import Prepared, PreparedConfiguration, check
 from mergekit_dam.host.references import with_sources
+from mergekit_dam.host.synthetic import Writing, writings
 from mergekit_dam.host.tasks import (
     FitStage,
     MergedTensor,
@@ -75,6 +76,7 @@ class PlannedMerge:
         stages: input, blocks and output of the model; none where nothing is fitted.
         out_dtype: the dtype that tensors are written in; None for the dtype they are loaded in.
         files: bytes of each model's files, as far as headers name them.
+        writing: what each model takes that writes its own calibration text.
     """
 
     prepared: Prepared
@@ -82,6 +84,7 @@ class PlannedMerge:
     stages: tuple[Stage, ...]
     out_dtype: torch.dtype | None
     files: tuple[tuple[int, ...], ...]
+    writing: tuple[Writing, ...] = ()
 
 
 def plan_merge(file: Path, options: MergeOptions, out_path: Path) -> PlannedMerge:
@@ -123,7 +126,9 @@ def plan_merge(file: Path, options: MergeOptions, out_path: Path) -> PlannedMerg
         files = _files(tensors.values())
     last = next(task.last for task in tasks if isinstance(task, WriteArtifacts))
     out_dtype = dtype_from_name(config.out_dtype)
-    return PlannedMerge(prepared, tensors, tuple(_stages(last)), out_dtype, files)
+    authors = writings(prepared.checked, options.trust_remote_code) if last is not None else {}
+    writing = tuple(authors.values())
+    return PlannedMerge(prepared, tensors, tuple(_stages(last)), out_dtype, files, writing)
 
 
 def _check_models(models: Iterable[ModelReference], options: MergeOptions) -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
+import torch
+
 from mergekit_dam.estimate.inventory import Inventory, PartSize, TensorSize
 from mergekit_dam.estimate.memory import (
     LOGITS,
@@ -18,6 +20,7 @@ from mergekit_dam.estimate.memory import (
     with_streams,
 )
 from mergekit_dam.estimate.structure import Group
+from mergekit_dam.estimate.sweeps import WRITING
 from mergekit_dam.fitting.costs import DOUBLE, FLOAT
 
 
@@ -41,7 +44,17 @@ def phases(inventory: Inventory, room: Room) -> list[Need]:
     largest = max(inventory.tensors, key=lambda tensor: tensor.parameters)
     merging = largest.converted + 2 * FLOAT * largest.parameters
     needs.append(Need("merging and writing", device=merging, host=shard, mapped=mapped))
-    return [need.plus(host=room.baseline) for need in needs]
+    written_text = _writing(inventory, room, mapped)
+    return [need.plus(host=room.baseline) for need in (*written_text, *needs)]
+
+
+def _writing(inventory: Inventory, room: Room, mapped: int) -> Iterator[Need]:
+    """The largest model that writes its own text, which is in memory as a whole."""
+    settings = inventory.settings
+    if settings is not None and inventory.writing:
+        dtype = settings.dtype_on(torch.device("cuda" if room.gpu else "cpu"))
+        whole = max(writing.bytes(dtype) for writing in inventory.writing)
+        yield Need(WRITING, device=whole, mapped=mapped)
 
 
 def _one_sweep(inventory: Inventory, room: Room) -> Iterator[Need]:

@@ -9,6 +9,9 @@ from mergekit_dam.fitting.costs import Work
 from mergekit_dam.parameters import RunParameters
 from mergekit_dam.search.descents import ENOUGH, descents
 
+WRITING = "text of the models' own"
+"""The name of the sweep and of the phase in which models write their calibration text."""
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -36,7 +39,12 @@ class Sweep:
 
 
 def sweeps(inventory: Inventory, room: Room) -> list[Sweep]:
-    """All sweeps of a merge, in order, as `search.search` runs them.
+    """All sweeps of a merge, in order: models write their own text, if they do; then the fit."""
+    return [*_writing(inventory), *_fitting(inventory, room)]
+
+
+def _fitting(inventory: Inventory, room: Room) -> list[Sweep]:
+    """The sweeps of the fit and of the writer, as `search.search` runs them.
 
     The second layer sweep and the descents after the first are not certain to be run.
     """
@@ -77,6 +85,21 @@ def sweeps(inventory: Inventory, room: Room) -> list[Sweep]:
             condition = "if that pays" if index else _condition(settings)
             found.append(Sweep(name, goes * again, work, condition=condition, steps=steps))
     return [*found, last]
+
+
+def _writing(inventory: Inventory) -> list[Sweep]:
+    """The calibration text that models write themselves, if any do.
+
+    A step that adds a token to a few documents waits for the weights to pass, not for products.
+    """
+    if not inventory.writing:
+        return []
+    work = Work()
+    for writing in inventory.writing:
+        work["writing", "forward"] += 2 * writing.parameters * writing.tokens
+        work["writing", "elements"] += writing.parameters * writing.steps
+    stored = sum(tensor.stored for tensor in inventory.tensors) // inventory.sources
+    return [Sweep(WRITING, stored * len(inventory.writing), work)]
 
 
 def _condition(settings: RunParameters) -> str:

@@ -5,6 +5,7 @@ plugin, run                   mergekit's functions that call us; the merge aroun
 references, files             what a model's name means, and where its files are
 loaders, adapters             weights as they are stored; adapters merged into their bases
 prepare, architectures        all that can be known before a weight is read
+synthetic                     text that models write themselves, and the memory that it takes
 vocabulary                    the merged vocabulary, built by mergekit
 planner, loadable, steps      mergekit's plan, and what it would leave out
 merge, graph                  the merge as data; from planned tensors to tasks

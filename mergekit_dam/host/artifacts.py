@@ -13,6 +13,7 @@ from mergekit_dam.coefficients.file import CORRECTIONS_NAME, FILE_NAME, Coeffici
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.host import report
 from mergekit_dam.host.prepare import Prepared
+from mergekit_dam.host.synthetic import keep
 
 _PARAMETERS = TypeAdapter(dict[str, ParameterSetting])
 """Converts parameters to plain values: a parsed filter is an object that JSON cannot hold."""
@@ -26,7 +27,7 @@ def write_artifacts(
     out_path: Path,
     record: MergeRecord,
 ) -> None:
-    """Write `dam_coefficients.safetensors`, `dam_report.json`, and corrections if there are any."""
+    """Write coefficients, a report, corrections if there are any, and text that models wrote."""
     sources = [str(model) for model in order]
     if prepared.replay is not None:
         provenance = {k: v for k, v in prepared.replay.metadata.items() if k != "axes"}
@@ -38,7 +39,11 @@ def write_artifacts(
             "calibration_sha256": {
                 str(m): c.provenance.sha256 for m, c in prepared.calibration.items()
             },
+            "calibration_synthetic": [
+                str(m) for m, c in prepared.calibration.items() if c.provenance.synthetic
+            ],
         }
+    keep(prepared.calibration, out_path)
     if record.corrections:
         provenance["corrections"] = record.corrections.save(out_path / CORRECTIONS_NAME)
     else:  # nor may those of an earlier merge stay

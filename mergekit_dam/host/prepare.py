@@ -25,6 +25,7 @@ from mergekit_dam.coefficients.file import CoefficientFile
 from mergekit_dam.errors import ConfigError, DamError, first_line
 from mergekit_dam.host.architectures import check_architectures, warn_of_differences
 from mergekit_dam.host.references import check_sources
+from mergekit_dam.host.synthetic import Typist, check_room, writings
 from mergekit_dam.host.vocabulary import build_vocabulary
 from mergekit_dam.model.checkpoint import check_checkpoint
 from mergekit_dam.parameters import RunParameters
@@ -122,6 +123,9 @@ def prepare(
         return asked
     checked, run = asked.checked, asked.checked.run
     models = all_models(checked)
+    check_length(checked, options)
+    device = torch.device(options.device or "cpu")
+    check_room(writings(checked, options.trust_remote_code), run, device)
     tokenizers = {model: load_tokenizer(model, options.trust_remote_code) for model in models}
     warn_of_differences(models, options)
     calibration = {}
@@ -138,11 +142,11 @@ def prepare(
             vocab_size=vocab_size_of(model, options),
             seed=run.random_seed,
             spelled=None if translation is None else translation.spelled,
+            write=Typist(model, tokenizers[model], run, options),
         )
         if translation is not None:
             own = _translated(own, translation)
         calibration[model] = own
-    check_length(checked, options)
     if asked.vocabulary is None:
         used = {str(model): own.tokens for model, own in calibration.items()}
         check_agreement({str(model): own for model, own in tokenizers.items()}, used)
@@ -166,7 +170,8 @@ def _translated(own: CalibrationSet, translation: Translation) -> CalibrationSet
         )
         LOG.warning("calibration of %s: %s", translation.model, said)
         provenance = dataclasses.replace(provenance, cut=(*provenance.cut, said))
-    return CalibrationSet(tokens=translation.translated(own.tokens), provenance=provenance)
+    tokens = translation.translated(own.tokens)
+    return dataclasses.replace(own, tokens=tokens, provenance=provenance)
 
 
 def check(

@@ -190,7 +190,7 @@ def _calibrations(
             problems.append(
                 f"{model}: required `calibration`, text of the kind that this model is good at; "
                 f"add `parameters: {{calibration: PATH}}` to it (`mergekit-dam` reads files, "
-                f"folders and datasets of the Hub)"
+                f"folders and datasets of the Hub), or `calibration: self`, and it writes the text"
             )
     if needed and models and not found and not problems:
         problems.append("every model has `loss_weight: 0`; at least one must count in the fit")

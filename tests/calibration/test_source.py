@@ -114,3 +114,25 @@ def test_a_pipe_and_a_device_are_refused(tmp_path: Path) -> None:
     for location in (str(tmp_path / "text.jsonl"), "/dev/zero"):
         with pytest.raises(CalibrationError, match="a pipe or a device cannot be read twice"):
             CalibrationSource.parse(location)
+
+
+def test_self_is_the_models_own_text(tmp_path: Path) -> None:
+    source = parse("self:samples=8:start=chat")
+    assert (source.kind, source.samples, source.start) == ("self", 8, "chat")
+    (tmp_path / "self").mkdir()
+    assert parse("self").kind == "self"
+    assert parse("./self").kind == "directory"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("self:start=poem", "`start` must be one of text, chat; got 'poem'"),
+        ("self:column=body", "`column` is for text that is read"),
+        ("data/math.jsonl:start=text", "`start` is for `self`"),
+    ],
+)
+def test_options_that_do_not_suit_self_are_refused(text: str, message: str) -> None:
+    with pytest.raises(CalibrationError) as error:
+        parse(text)
+    assert message in str(error.value)
