@@ -235,9 +235,8 @@ class RunParameters(LogitsParameters):
     )
     resident: Resident = Field(
         default="auto",
-        description="Whether weights stay in memory between sweeps: with `auto` as long as half "
-        "of it is free, and enough for the fit of a block. Set `never` if other programs need the "
-        "memory. The result is the same.",
+        description="Whether weights stay in memory between sweeps: with `auto` while half of it "
+        "is free, and enough to fit a block. Set `never` if others need it. Results are the same.",
     )
     stream_offload: Offload = Field(
         default="auto",
