@@ -21,6 +21,10 @@ FACTOR_RATE = 1e-3
 FULL_RATE_FROM = 0.4
 """Fraction of the start's KL from which rates are full where factors move; they fall with it."""
 
+SHORT = 50
+"""Steps up to which a descent has no time to make good what a large step harms: where factors move,
+its rates are full from the whole of the start's KL on."""
+
 
 class Descender:
     """The unknowns of an objective, and the optimiser that moves them.
@@ -43,7 +47,8 @@ class Descender:
     ) -> None:
         self._objective, self._start, self._factors = objective, start, factors
         settings = objective.settings
-        asked, scale = settings.learning_rate, min(1.0, left / FULL_RATE_FROM)
+        asked = settings.learning_rate
+        scale = min(1.0, left / (1.0 if steps <= SHORT else FULL_RATE_FROM))
         self._coordinates = list(objective.coordinates.values())
         self._unknowns = starting_unknowns(
             self._coordinates, start, settings.nonlinearity, objective.network.device
