@@ -21,7 +21,7 @@ def terminable() -> Iterator[Callable[[], None]]:
     the program handles or ignores (`nohup`) stays so.
 
     Yields:
-        A function that makes the process ignore these signals from then on.
+        A function that makes the process ignore these signals and ctrl-c from then on.
     """
     free = [
         number
@@ -29,8 +29,11 @@ def terminable() -> Iterator[Callable[[], None]]:
         if _in_main_thread() and signal.getsignal(number) == signal.SIG_DFL
     ]
 
+    interrupt = signal.getsignal(signal.SIGINT)
+    stoppable = _in_main_thread() and interrupt == signal.default_int_handler
+
     def ignore() -> None:
-        for number in free:
+        for number in (*free, *([signal.SIGINT] if stoppable else [])):
             signal.signal(number, signal.SIG_IGN)
 
     for number in free:
@@ -40,6 +43,8 @@ def terminable() -> Iterator[Callable[[], None]]:
     finally:
         for number in free:
             signal.signal(number, signal.SIG_DFL)
+        if stoppable:
+            signal.signal(signal.SIGINT, interrupt)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """From a source to a calibration set, step by step."""
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePath
@@ -11,7 +12,7 @@ from mergekit_dam.calibration.documents import Document
 from mergekit_dam.calibration.hub import DEFAULT_SPLIT
 from mergekit_dam.calibration.judgement import warnings_of
 from mergekit_dam.calibration.mixture import Calibration, combined, divided, parse_sources
-from mergekit_dam.calibration.overlap import Sentences
+from mergekit_dam.calibration.overlap import OVERLAP, Sentences, in_both
 from mergekit_dam.calibration.packing import Packed, Spelling, pack
 from mergekit_dam.calibration.pieces import CHARACTERS_PER_TOKEN, Intake, shuffled_pieces
 from mergekit_dam.calibration.reading import Reading, open_source
@@ -90,6 +91,14 @@ def load_calibration(
             )
             for source, sequences in zip(sources, divided(sources, samples), strict=True)
         ]
+        for first, second in itertools.combinations([own.provenance for own in sets], 2):
+            share = in_both(first.sentences, second.sentences)
+            if share > OVERLAP:
+                LOG.warning(
+                    "calibration of %s: %.0f %% of the sentences are in both %r and %r; leave one "
+                    "of the two out, or its copies will judge what was fitted to the others",
+                    *(model, 100 * share, first.source, second.source),
+                )
         return sets[0] if len(sets) == 1 else combined(sets)
 
 

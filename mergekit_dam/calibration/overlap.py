@@ -75,6 +75,19 @@ def shared(kept: str, sentences: Sentences) -> float:
     return len(own & others) / len(own) if own else 0.0
 
 
+def in_both(kept: str, other: str) -> float:
+    """Share of the sentences that one of two texts keeps and the other keeps, too.
+
+    It is of the one that keeps fewer, as far as both keep theirs.
+    """
+    ours, theirs = _read(kept), _read(other)
+    ends = [max(own) for own in (ours, theirs) if len(own) == KEPT]
+    if ends:  # of larger digests nothing is known
+        ours, theirs = ({d for d in own if d <= min(ends)} for own in (ours, theirs))
+    fewer = min(len(ours), len(theirs))
+    return len(ours & theirs) / fewer if fewer else 0.0
+
+
 def _digests(text: str) -> Iterator[int]:
     for sentence in _SENTENCE.split(text):
         folded = " ".join(sentence.split())

@@ -146,6 +146,12 @@ def prepare(
         )
         if translation is not None:
             own = _translated(own, translation)
+        if run.holdout and not run.held_out(len(own.tokens)):
+            LOG.warning(
+                "calibration of %s: of one sequence none is held out, so that all fits are judged "
+                "by the text that they were fitted to; raise `samples`",
+                model,
+            )
         calibration[model] = own
     if asked.vocabulary is None:
         used = {str(model): own.tokens for model, own in calibration.items()}

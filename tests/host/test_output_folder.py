@@ -12,6 +12,7 @@ from mergekit.common import ModelReference
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.host.output import output_folder
+from mergekit_dam.interrupts import terminable
 
 
 @pytest.fixture
@@ -154,3 +155,11 @@ def test_a_full_disk_is_said_and_leaves_the_older_merge(out: Path, error: Except
         raise error
     assert (out / "config.json").read_text() == "old"
     assert names(out.parent) == {"out"}
+
+
+def test_ctrl_c_while_the_output_is_put_in_place_comes_too_late() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with terminable() as uninterrupted:
+        uninterrupted()
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
