@@ -19,7 +19,7 @@ def test_text_that_stands_in_two_sources_is_told(
 ) -> None:
     """A copy of a sequence that is held out would be fitted to."""
     one, other = write("one.jsonl", rows(0, 200)), write("other.jsonl", rows(first, first + 200))
-    load((one, other), samples=400)
+    load((one, other), samples=40, sequence_length=64)
     said = [record.message for record in caplog.records if "are in both" in record.message]
     assert bool(said) == warns
     if warns:
