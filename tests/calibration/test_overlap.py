@@ -13,7 +13,7 @@ def rows(first: int, last: int) -> list[dict[str, str]]:
     return [{"text": " ".join(SENTENCES[i : i + 4])} for i in range(first, last, 4)]
 
 
-@pytest.mark.parametrize(("first", "warns"), [(0, True), (100, True), (200, False)])
+@pytest.mark.parametrize(("first", "warns"), [(0, True), (200, False)])
 def test_text_that_stands_in_two_sources_is_told(
     first: int, warns: bool, write: Any, load: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
