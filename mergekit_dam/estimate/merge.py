@@ -19,9 +19,9 @@ from mergekit.options import MergeOptions
 
 from mergekit_dam.calibration.mixture import divided, parse_sources
 from mergekit_dam.calibration.sets import CalibrationSet, Provenance
-from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.estimate.hub import header_loader
 from mergekit_dam.host import plugin
+from mergekit_dam.host.architectures import check_readable
 from mergekit_dam.host.compat import (
     GatherTensors,
     LoaderCache,
@@ -108,7 +108,7 @@ def plan_merge(file: Path, options: MergeOptions, out_path: Path) -> PlannedMerg
     config = with_sources(config)
     prepared = _without_text(check(config, options, document))
     planned = PreparedConfiguration.create(config, prepared)
-    _check_models(planned.referenced_models(), options)
+    check_readable(planned.referenced_models(), options)
     check_depth(config, prepared.checked, options)
     check_length(prepared.checked, options)
     architecture = get_architecture_info(planned, options)
@@ -129,22 +129,6 @@ def plan_merge(file: Path, options: MergeOptions, out_path: Path) -> PlannedMerg
     authors = writings(prepared.checked, options.trust_remote_code) if last is not None else {}
     writing = tuple(authors.values())
     return PlannedMerge(prepared, tensors, tuple(_stages(last)), out_dtype, files, writing)
-
-
-def _check_models(models: Iterable[ModelReference], options: MergeOptions) -> None:
-    """Check that transformers can read every model's configuration.
-
-    Raises:
-        DamError: a configuration cannot be read; the message names the model.
-    """
-    for model in models:
-        try:
-            model.config(trust_remote_code=options.trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise DamError(
-                f"{model}: required a folder with a model, or the id of one on the Hub; its "
-                f"configuration cannot be read ({first_line(error)})"
-            ) from error
 
 
 def _without_text(prepared: Prepared) -> Prepared:

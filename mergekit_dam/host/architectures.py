@@ -7,7 +7,7 @@ from pathlib import Path
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
-from mergekit_dam.errors import ArchitectureError, inside
+from mergekit_dam.errors import ArchitectureError, DamError, first_line, inside
 from mergekit_dam.host.compat import arch_info_for_config
 from mergekit_dam.model.build import auto_class
 from mergekit_dam.sources.decoders import differences
@@ -37,6 +37,22 @@ def warn_of_differences(models: Sequence[ModelReference], options: MergeOptions)
                 "a teacher it runs with its own, but its weights will run with the other",
                 *(model, donor, said),
             )
+
+
+def check_readable(models: Iterable[ModelReference], options: MergeOptions) -> None:
+    """Check that transformers can read every model's configuration.
+
+    Raises:
+        DamError: a configuration cannot be read; the message names the model.
+    """
+    for model in models:
+        try:
+            model.config(trust_remote_code=options.trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise DamError(
+                f"{model}: required a folder with a model, or the id of one on the Hub; its "
+                f"configuration cannot be read ({first_line(error)})"
+            ) from error
 
 
 def check_architectures(models: Iterable[ModelReference], options: MergeOptions) -> None:

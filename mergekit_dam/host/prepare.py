@@ -23,7 +23,7 @@ from mergekit_dam.calibration.load import load_calibration
 from mergekit_dam.calibration.sets import CalibrationSet
 from mergekit_dam.coefficients.file import CoefficientFile
 from mergekit_dam.errors import ConfigError, DamError, first_line
-from mergekit_dam.host.architectures import check_architectures, warn_of_differences
+from mergekit_dam.host.architectures import check_architectures, check_readable, warn_of_differences
 from mergekit_dam.host.references import check_sources
 from mergekit_dam.host.synthetic import Typist, check_room, writings
 from mergekit_dam.host.vocabulary import build_vocabulary
@@ -123,6 +123,7 @@ def prepare(
         return asked
     checked, run = asked.checked, asked.checked.run
     models = all_models(checked)
+    check_readable(models, options)
     check_length(checked, options)
     device = torch.device(options.device or "cpu")
     check_room(writings(checked, options.trust_remote_code), run, device)

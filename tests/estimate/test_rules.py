@@ -20,6 +20,7 @@ from mergekit_dam.layers.experts import FEWEST, too_few
 from mergekit_dam.search.descents import DESCENTS, descents
 from mergekit_dam.search.pace import LOOKS, judged_steps
 from mergekit_dam.search.sensitivity import gradient_sequences
+from mergekit_dam.sources import network
 from mergekit_dam.streams.storage import (
     SHARE,
     has_room,
@@ -119,12 +120,12 @@ class TestResidentWeights:
     def test_weights_stay_as_long_as_half_of_a_gpu_is_free(self, found: Inventory) -> None:
         loaded = [sum(tensor.loaded for tensor in part.tensors) for part in found.parts]
         whole = sum(loaded)
-        for gpu, kept in (
-            (2 * whole + 2, whole),
-            (2 * whole, whole - loaded[-1]),
-            (2 * min(loaded), 0),
-        ):
+        for gpu, kept in ((100 * whole, whole), (12 * min(loaded), 0)):
             assert memory.kept_weights(found, replace(ROOM, gpu=gpu)) == kept
+
+    def test_they_leave_room_for_the_fit_of_a_stage(self) -> None:
+        for free, size, fits in ((61, 5, True), (60, 5, False), (51, 4, True), (50, 4, False)):
+            assert network.has_room(free, 100, size) == fits
 
     def test_pages_of_files_stay_unless_there_are_too_many(self, found: Inventory) -> None:
         whole = sum(tensor.loaded for part in found.parts for tensor in part.tensors)

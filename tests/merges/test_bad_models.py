@@ -10,7 +10,6 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from mergekit_dam.errors import (
     ArchitectureError,
-    CalibrationError,
     CheckpointError,
     ConfigError,
     DamError,
@@ -24,7 +23,7 @@ from tests.kit.tokenizers import make_tokenizer
 class TestModels:
     def test_missing_folder(self, inputs: Inputs) -> None:
         inputs.models[1] = inputs.folder / "nothing"
-        inputs.refused(CalibrationError, f"the tokenizer of {inputs.models[1]} cannot be loaded")
+        inputs.refused(DamError, f"{inputs.models[1]}: required a folder with a model")
 
     def test_tensors_of_other_shapes(self, inputs: Inputs) -> None:
         model = inputs.other_model(tiny_llama_config(intermediate_size=32))

@@ -89,8 +89,8 @@ def test_each_trial_is_judged_and_the_best_is_the_result(merged: Merged) -> None
     assert best_of(merged)["name"].startswith("logits")
     assert best_of(merged)["mean_held_out_kl"] < trials_of(merged)["start"]["mean_held_out_kl"]
     assert all(trial["seconds"] > 0 for trial in merged.report["search"])
-    (best_step,) = trials_of(merged)["logits"]["details"].values()
-    assert 0 < best_step <= POLISH["steps"]
+    details = trials_of(merged)["logits"]["details"]
+    assert 0 < details["best_step"] <= details["steps"] == POLISH["steps"]
 
 
 def test_the_result_is_the_sum_of_its_sources_times_the_coefficients(
