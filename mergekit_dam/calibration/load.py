@@ -226,8 +226,8 @@ def _require_enough(
     if full:
         remedy += f", or ask for fewer sequences: `samples: {full}`, or for this model alone "
         remedy += f"`{source.location}:samples={full}`"
-    else:
-        remedy += f", or set `sequence_length` to {packed.tokenised} or less"
+    elif packed.tokenised >= 2 * sequences:
+        remedy += f", or set `sequence_length` to {packed.tokenised // sequences} or less"
     raise CalibrationError(
         f"{sequences} sequences of {length} tokens ({sequences * length:,} tokens) are needed, but "
         f"{source.text!r} holds {packed.tokenised:,} tokens in {intake.documents:,} documents, "

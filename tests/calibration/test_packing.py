@@ -205,7 +205,7 @@ def test_too_few_tokens_say_what_there_is_and_what_to_do(write: Any, load: Any) 
     assert message.startswith("calibration of org/math: 128 sequences of 8 tokens (1,024 tokens)")
     assert f"{source!r} holds 20 tokens in 1 documents, which are 2 full sequences" in message
     assert f"`samples: 2`, or for this model alone `{source}:samples=2`" in message
-    with pytest.raises(CalibrationError, match="or set `sequence_length` to 20 or less"):
+    with pytest.raises(CalibrationError, match="or set `sequence_length` to 10 or less"):
         load(source, sequence_length=32)
 
 
