@@ -197,25 +197,32 @@ def test_a_further_descent_goes_on_with_the_same_factors(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("kind", "left", "asked", "rates"),
+    ("kind", "left", "steps", "asked", "rates"),
     [
-        ("none", 0.1, None, (0.1,)),
-        ("low_rank", 1.0, None, (0.05, 0.001)),
-        ("low_rank", 0.1, None, (0.0125, 0.00025)),
-        ("low_rank", 0.1, 0.02, (0.02, 0.0004)),
+        ("none", 0.1, 400, None, (0.1,)),
+        ("low_rank", 1.0, 400, None, (0.05, 0.001)),
+        ("low_rank", 0.1, 400, None, (0.0125, 0.00025)),
+        ("low_rank", 1.0, 20, None, (0.05, 0.001)),
+        ("low_rank", 0.1, 20, None, (0.005, 0.0001)),
+        ("low_rank", 0.1, 20, 0.02, (0.02, 0.0004)),
     ],
 )
 def test_rates_suit_how_near_the_start_is_where_factors_move(
-    kind: CorrectionKind, left: float, asked: float | None, rates: tuple[float, ...], tmp_path: Path
+    kind: CorrectionKind,
+    left: float,
+    steps: int,
+    asked: float | None,
+    rates: tuple[float, ...],
+    tmp_path: Path,
 ) -> None:
-    """Those of all coefficients, also of tensors without factors."""
+    """Those of all coefficients, also without factors; those of short descents are lower."""
     made, _, factors = (
         made_with_factors("llama", tmp_path, kind) if kind != "none" else plain(tmp_path)
     )
-    settings = logits_settings(steps=1, learning_rate=asked)
+    settings = logits_settings(steps=steps, learning_rate=asked)
     boundaries = BoundaryStates(tmp_path / "boundaries")
     objective = Objective(made.network(), made.coordinates, settings, boundaries)
-    descender = Descender(objective, made.point(), 1, factors, left)
+    descender = Descender(objective, made.point(), steps, factors, left)
     for optimizer, rate in zip(descender.optimizers, rates, strict=True):
         found = [group["lr"] for group in optimizer.param_groups]
         assert found == pytest.approx([rate] * len(found))
