@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import LocalEntryNotFoundError
 from mergekit.common import ModelPath, ModelReference
 from mergekit.options import MergeOptions
 
 from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.host.compat import LazyTensorLoader
+from mergekit_dam.host.files import folder_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """The files that mergekit looks for."""
@@ -60,13 +60,8 @@ def header_loader(
 
 def _cached(path: ModelPath, cache: str | None) -> Path | None:
     """The folder of a model that was downloaded before; None if files of weights are missing."""
-    try:
-        folder = Path(
-            huggingface_hub.snapshot_download(
-                path.path, revision=path.revision, cache_dir=cache, local_files_only=True
-            )
-        )
-    except LocalEntryNotFoundError:
+    folder = folder_of(path, cache)
+    if folder is None:
         return None
     index = folder / INDEX
     shards = _shards(index.read_bytes()) if index.exists() else [SINGLE]

@@ -17,7 +17,7 @@ from mergekit_dam.coefficients.tensors import FittedTensor, TensorSettings
 from mergekit_dam.fitting.correction_problem import CorrectionProblem, Minimiser
 from mergekit_dam.fitting.evidence import Evidence
 from mergekit_dam.fitting.low_rank import best_factors
-from mergekit_dam.fitting.moments import LinearMoments
+from mergekit_dam.fitting.moments import LinearMoments, measured_plainly
 from mergekit_dam.streams.distributed import from_first
 
 RIDGES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
@@ -67,9 +67,7 @@ def correct(
 
 def _dtype(evidence: Evidence[LinearMoments]) -> torch.dtype:
     """The dtype of the solutions: that of the sums in the plain metric, fp32 in others."""
-    first = evidence.fit[0]
-    plain = all(moments.metric.plain for moments in evidence.fit)
-    return first.cross.dtype if plain else torch.float32
+    return evidence.fit[0].cross.dtype if measured_plainly(evidence.fit) else torch.float32
 
 
 def _ridge(

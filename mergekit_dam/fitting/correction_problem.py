@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mergekit_dam.fitting.conjugate_gradients import conjugate_gradients
 from mergekit_dam.fitting.metric import Metric
-from mergekit_dam.fitting.moments import LinearMoments, pooled
+from mergekit_dam.fitting.moments import LinearMoments, measured_plainly, pooled
 from mergekit_dam.fitting.problem import Term, add_reactions, pull
 from mergekit_dam.streams.distributed import shared_rows
 
@@ -124,7 +124,7 @@ class CorrectionProblem:
     @property
     def plain(self) -> bool:
         """Whether errors are measured plainly."""
-        return all(own.metric.plain for own in self.moments)
+        return measured_plainly(self.moments)
 
     @property
     def domains(self) -> list[Domain]:

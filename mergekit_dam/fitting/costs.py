@@ -66,11 +66,6 @@ class MetricSize:
         return (2 if as_rows else 1) * 2 * self.rows * self.out
 
     @property
-    def as_matrix(self) -> int:
-        """Flops of S as a matrix."""
-        return 2 * self.rows * self.out**2 if kept_as_rows(self.tokens, self.out) else 0
-
-    @property
     def square(self) -> int:
         """Flops of `y^T S y` per token."""
         return 2 * self.rows * self.out

@@ -13,7 +13,7 @@ from mergekit_dam.fitting.correction import correct
 from mergekit_dam.fitting.evidence import Evidence, Losses, M
 from mergekit_dam.fitting.judged import judged, judged_solution
 from mergekit_dam.fitting.metric import PLAIN, Metric
-from mergekit_dam.fitting.moments import LinearMoments, pooled
+from mergekit_dam.fitting.moments import LinearMoments, measured_plainly, pooled
 from mergekit_dam.fitting.problem import ColumnProblem
 from mergekit_dam.fitting.solver import solve_columns, solve_small, solve_tensor
 
@@ -143,8 +143,7 @@ def _problem(
     form = weight.settings.parametrisation
     average = form.average(facing, evidence.fit[0].cross.dtype)
     directions = form.directions(facing, average.dtype)
-    measured = not all(moments.metric.plain for moments in evidence.fit)
-    if weight.settings.correction != "none" and measured:
+    if weight.settings.correction != "none" and not measured_plainly(evidence.fit):
         return ColumnProblem(directions, [pooled(evidence.fit).term(average, bias)]), None
     terms = [moments.term(average, bias) for moments in evidence.fit]
     if not evidence.knows_fit_loss:

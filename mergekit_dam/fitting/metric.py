@@ -98,15 +98,6 @@ class Metric:
         weighted = factors @ x if self.is_matrix else factors.T @ (factors @ x)
         return weighted.add_(x, alpha=self.shift)
 
-    @property
-    def matrix(self) -> Tensor | None:
-        """S as a matrix fp32 `[out, out]`; None for `S = I`."""
-        if self.factors is None:
-            return None
-        matrix = self.factors.clone() if self.is_matrix else self.factors.T @ self.factors
-        matrix.diagonal().add_(self.shift)
-        return matrix
-
     def square(self, rows: Tensor, weight: Tensor) -> Tensor:
         """`sum over tokens of weight * y^T S y`, fp64, for y fp32 `[tokens, out]`."""
         plain = rows.square().sum(1, dtype=torch.float64)

@@ -191,6 +191,11 @@ class LinearMoments:
         return self.scale * max(float(squared), 0.0)
 
 
+def measured_plainly(moments: Sequence[LinearMoments]) -> bool:
+    """Whether the errors of all domains are measured in the plain metric."""
+    return all(own.metric.plain for own in moments)
+
+
 def pooled(moments: Sequence[LinearMoments]) -> LinearMoments:
     """The sums of all domains in the plain metric, each by its weight and the mean of its metric.
 

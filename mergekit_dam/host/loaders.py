@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mergekit_dam.errors import ArchitectureError, first_line
 from mergekit_dam.host.compat import LazyTensorLoader, ShardedTensorIndex
 from mergekit_dam.host.files import stored_index
+from mergekit_dam.model import checkpoint
 from mergekit_dam.sources.quantised import Quantisation, find_quantised
 
 LOG = logging.getLogger(__name__)
@@ -115,13 +114,7 @@ def _dtypes(stored: ShardedTensorIndex) -> dict[str, str]:
     found = {}
     for shard in stored.shards if stored.is_safetensors else ():
         file = Path(stored.base_path) / shard.filename
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (not a mapping)
-                    found[name] = opened.get_slice(name).get_dtype()
-        except SafetensorError as error:
-            raise ArchitectureError(
-                f"{file}: required a whole safetensors file ({first_line(error)}); copy or "
-                f"download it again"
-            ) from error
+        with checkpoint.opened(file) as handle:
+            for name in handle.keys():  # noqa: SIM118 (not a mapping)
+                found[name] = handle.get_slice(name).get_dtype()
     return found

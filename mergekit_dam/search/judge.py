@@ -89,10 +89,15 @@ def judge(
     return Verdict(tuple(total / own.share.count(split) for total, own in pairs), tuple(weights))
 
 
+def judged_by(streams: Sequence[Stream]) -> list[Stream]:
+    """Of every stream, the sequences that judge a merged model as a whole."""
+    split = judging_split(stream.share for stream in streams)
+    return [stream.of(split) for stream in streams]
+
+
 def verdict_of(network: Network, point: MergeRecord, data: Sequence[Stream]) -> Verdict:
     """Judge a merged model; runs only the sequences that judge it."""
-    split = judging_split(own.share for own in data)
-    kept = [own.of(split) for own in data]
+    kept = judged_by(data)
     hidden = forward(
         network, lambda _, opened: opened.merged_weights(point), [own.merged[:] for own in kept]
     )

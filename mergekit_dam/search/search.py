@@ -26,10 +26,10 @@ from mergekit_dam.layers.fit import fit_stage
 from mergekit_dam.parameters import RunParameters
 from mergekit_dam.search.best import Best
 from mergekit_dam.search.descents import CORRECTIONS, descents_from
-from mergekit_dam.search.judge import judged_at_output
+from mergekit_dam.search.judge import judged_at_output, judged_by
 from mergekit_dam.search.pace import Pace
 from mergekit_dam.search.sensitivity import Sensitivity, sweep_back
-from mergekit_dam.search.survey import judged_by, judged_start, survey
+from mergekit_dam.search.survey import judged_start, survey
 from mergekit_dam.sources.network import Network
 from mergekit_dam.streams.boundaries import BoundaryStates
 from mergekit_dam.streams.stream import Stream

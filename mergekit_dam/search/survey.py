@@ -10,13 +10,12 @@ from torch import Tensor
 from mergekit_dam.coefficients.record import MergeRecord, Trial
 from mergekit_dam.search.backprop import not_finite, run
 from mergekit_dam.search.best import Best
-from mergekit_dam.search.judge import judged_at_output
+from mergekit_dam.search.judge import judged_at_output, judged_by
 from mergekit_dam.search.sensitivity import measured_by
 from mergekit_dam.sources.network import Network
 from mergekit_dam.sources.stage import OpenStage
 from mergekit_dam.streams import progress
 from mergekit_dam.streams.boundaries import BoundaryStates
-from mergekit_dam.streams.share import judging_split
 from mergekit_dam.streams.stream import Stream
 
 
@@ -75,12 +74,6 @@ def survey(
             left = run(part, opened.teacher_weights(stream.source), stream.teacher, network.device)
             stream.teacher = stream.keep(_finite(left, opened))
     return Surveyed(start, judging, measuring, taught, time.perf_counter() - started)
-
-
-def judged_by(streams: Sequence[Stream]) -> list[Stream]:
-    """Of every stream, the sequences that judge a merged model as a whole."""
-    split = judging_split(stream.share for stream in streams)
-    return [stream.of(split) for stream in streams]
 
 
 def judged_start(
