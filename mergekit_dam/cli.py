@@ -1,4 +1,4 @@
-"""The command `mergekit-dam` with its subcommands `merge`, `plan`, `demo` and `evaluate`.
+"""The command `mergekit-dam` with its subcommands `merge`, `plan`, `report`, `demo` and `evaluate`.
 
 Slow imports stand inside the commands, so that help and usage errors appear at once.
 """
@@ -11,6 +11,7 @@ import click
 
 from mergekit_dam import __version__
 from mergekit_dam.estimate.gpus import GPUS
+from mergekit_dam.report.commands import report as report_command
 
 
 class _PassThrough(click.Command):
@@ -42,6 +43,9 @@ def main() -> None:
 
         mergekit-yaml dam.yaml ./out
     """
+
+
+main.add_command(report_command)
 
 
 @main.command("merge", cls=_PassThrough)

@@ -87,6 +87,19 @@ class Correction:
                 for column, row in zip(columns[first : first + rows].T, right, strict=True):
                     piece.addcmul_(column[:, None], row[None])
 
+    def norm(self) -> float:
+        """Its Frobenius norm, from the factors alone: their product is not formed."""
+        norm, left, right = 0.0, None, None
+        if self.pairs:
+            left = torch.cat([pair[0].double() for pair in self.pairs], dim=-1)
+            right = torch.cat([pair[1].double() for pair in self.pairs], dim=-2)
+            norm += float(((left.mT @ left) * (right @ right.mT)).sum())
+        if self.full is not None:
+            norm += float(torch.linalg.vector_norm(self.full, dtype=torch.float64)) ** 2
+            if left is not None and right is not None:
+                norm += 2 * float(((left.mT @ self.full.double()) * right).sum())
+        return math.sqrt(max(norm, 0.0))
+
     def of_expert(self, expert: int) -> "Correction":
         """The correction of one expert's slice of a fused weight."""
         return Correction(**{name: tensor[expert] for name, tensor in self.tensors.items()})
@@ -152,11 +165,15 @@ class Corrections:
 
     Args:
         folder: Folder for one file per correction; it is made when the first is put there.
+
+    Attributes:
+        norms: Output tensor's name -> Frobenius norm of its correction, where it was put here.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._files: dict[str, Path] = {}
+        self.norms: dict[str, float] = {}
 
     @classmethod
     def of_file(cls, path: Path) -> "Corrections":
@@ -181,6 +198,7 @@ class Corrections:
         own = {f"{name}.{key}": tensor for key, tensor in correction.cpu().tensors.items()}
         save_file({key: tensor.contiguous() for key, tensor in own.items()}, file)
         self._files[name] = file
+        self.norms[name] = correction.norm()
 
     def get(self, name: str) -> Correction | None:
         """The correction of an output tensor, if it has one.

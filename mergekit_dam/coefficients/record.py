@@ -1,9 +1,10 @@
 """The record of a merge: coefficients, reports, and the trials of a search."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from mergekit_dam.coefficients.correction import Correction, Corrections
@@ -92,3 +93,6 @@ class MergeRecord:
         if fitted.correction is not None:
             assert self.corrections is not None
             self.corrections.put(name, fitted.correction)
+            size = float(torch.linalg.vector_norm(fitted.merged, dtype=torch.float32))
+            said = {**fitted.report.correction, "weight_norm": size}
+            self.reports[name] = replace(fitted.report, correction=said)

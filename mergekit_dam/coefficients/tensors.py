@@ -94,7 +94,8 @@ class TensorReport:
     """Report of the fit of one tensor.
 
     Losses are fractions of the energy of the teachers' outputs (for the head: nats per token),
-    averaged over the models with their loss weights.
+    averaged over the models with their loss weights. They are those of the layer fit: of a tensor
+    that was fitted end to end, what it started from.
 
     Attributes:
         outcome: "fitted", or why the tensor keeps its starting coefficients.

@@ -14,6 +14,7 @@ from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.host import report
 from mergekit_dam.host.prepare import Prepared
 from mergekit_dam.host.synthetic import keep
+from mergekit_dam.report.page import make_page
 
 _PARAMETERS = TypeAdapter(dict[str, ParameterSetting])
 """Converts parameters to plain values: a parsed filter is an object that JSON cannot hold."""
@@ -44,6 +45,7 @@ def write_artifacts(
             ],
         }
     keep(prepared.calibration, out_path)
+    norms = record.corrections.norms if record.corrections else {}
     if record.corrections:
         provenance["corrections"] = record.corrections.save(out_path / CORRECTIONS_NAME)
     else:  # nor may those of an earlier merge stay
@@ -57,20 +59,27 @@ def write_artifacts(
         {
             **provenance,
             "sources": sources,
+            "base_model": None if prepared.checked.base is None else str(prepared.checked.base),
             "replayed": prepared.replay is not None,
             "calibration": {
                 str(m): dataclasses.asdict(c.provenance) for m, c in prepared.calibration.items()
+            },
+            "held_out_tokens": {
+                str(m): prepared.run.held_out(len(c.tokens)) * c.tokens.shape[1]
+                for m, c in prepared.calibration.items()
             },
             "search": [dataclasses.asdict(trial) for trial in record.trials],
             "left_out": record.left_out,
             "seconds": record.seconds,
             "peak_memory_bytes": report.peak_memory(),
             "tensors": [
-                report.tensor_entry(entry, record.coefficients[name], sources)
+                report.tensor_entry(entry, record.coefficients[name], sources, norms.get(name))
                 for name, entry in record.reports.items()
             ],
         },
     )
+
+    make_page(out_path)
 
 
 def _revision(model: ModelReference, trust_remote_code: bool) -> str | None:

@@ -28,6 +28,8 @@ _OF_A_MODEL = (
     "model*.safetensors",
     "pytorch_model*.bin",
     "dam_corrections.safetensors",
+    "dam_report.html",
+    "dam_coefficients.svg",
     "*_config.json",
     "tokenizer*",
     "special_tokens_map.json",

@@ -29,10 +29,11 @@ def versions() -> dict[str, str]:
 def coefficient_statistics(
     coefficients: Tensor, sources: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-    """Mean, minimum and maximum coefficient of every source, from fp32 `[sources, n]`."""
+    """Mean, deviation, minimum and maximum of every source's row of fp32 `[sources, n]`."""
     return {
         source: {
             "mean": float(row.double().mean()),
+            "std": float(row.double().std(correction=0)),
             "min": float(row.min()),
             "max": float(row.max()),
         }
@@ -41,10 +42,12 @@ def coefficient_statistics(
 
 
 def tensor_entry(
-    report: TensorReport, coefficients: Tensor, sources: Sequence[str]
+    report: TensorReport, coefficients: Tensor, sources: Sequence[str], norm: float | None = None
 ) -> dict[str, Any]:
-    """The report's entry of one tensor."""
+    """The report's entry of one tensor; `norm` is that of its correction, if it has one."""
     entry = {k: v for k, v in dataclasses.asdict(report).items() if v not in (None, {})}
+    if norm is not None:
+        entry["correction"] = {**report.correction, "norm": norm}
     return {**entry, "coefficients": coefficient_statistics(coefficients, sources)}
 
 
@@ -73,6 +76,21 @@ def _finite(value: Any) -> Any:
 
 def write(path: Path, report: Mapping[str, Any]) -> None:
     """Write a report; a number that is not finite, which JSON does not have, becomes null."""
-    text = json.dumps(_finite(report), indent=1, allow_nan=False) + "\n"
+    text = _text(_finite(report))
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _text(report: Mapping[str, Any]) -> str:
+    """JSON with a line for every entry of a section: every tensor, model and trial has one."""
+    sections = []
+    for key, value in report.items():
+        text = json.dumps(value, allow_nan=False)
+        if isinstance(value, dict) and value:
+            pairs = (f"{json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in value.items())
+            text = "{\n  " + ",\n  ".join(pairs) + "\n }"
+        elif isinstance(value, list) and value:
+            entries = (json.dumps(entry, allow_nan=False) for entry in value)
+            text = "[\n  " + ",\n  ".join(entries) + "\n ]"
+        sections.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(sections) + "\n}\n"

@@ -13,6 +13,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_dam.errors import DamError, first_line
+from mergekit_dam.host.card import hub_ids
 from mergekit_dam.host.complete import check_complete, tokenizer_must_be_copied
 from mergekit_dam.host.failures import mergekit_errors
 from mergekit_dam.host.output import output_folder
@@ -20,6 +21,7 @@ from mergekit_dam.host.prepare import PreparedConfiguration, prepare
 from mergekit_dam.host.references import open_sources, with_sources
 from mergekit_dam.host.workplace import SCRATCH
 from mergekit_dam.model.checkpoint import check_checkpoint
+from mergekit_dam.report.card import complete_card
 from mergekit_dam.request.document import single
 from mergekit_dam.streams import distributed
 from mergekit_dam.threads import own_share
@@ -56,6 +58,8 @@ def run_dam(
                 distributed.in_turn(lambda: open_sources(config.referenced_models(), kept))
                 stock(config, str(folder), kept, config_source or merge_config.to_yaml())
             if distributed.is_first():
+                if own.write_model_card:
+                    complete_card(folder, hub_ids(models.referenced_models()))
                 made = prepared.vocabulary is not None
                 check_complete(folder, own, tokenizer=made)
 

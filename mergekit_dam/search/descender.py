@@ -155,12 +155,18 @@ def at(
 
 
 def _report(coordinate: Coordinate, start: TensorReport | None) -> TensorReport:
-    """The report of a tensor that was fitted end to end; what is said of a correction stays."""
-    correction = dict(start.correction) if start is not None else {}
+    """The report of a tensor that was fitted end to end; what a layer fit said of it stays."""
+    start = start or TensorReport(coordinate.name, coordinate.kind, "")
+    correction = dict(start.correction)
     if coordinate.rank:
         correction["descended_rank"] = coordinate.rank
-    return TensorReport(
-        coordinate.name, coordinate.kind, "fitted end to end", correction=correction
+    return dataclasses.replace(
+        start,
+        kind=coordinate.kind,
+        outcome="fitted end to end",
+        solver={},
+        experts={},
+        correction=correction,
     )
 
 

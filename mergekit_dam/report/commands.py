@@ -1,0 +1,44 @@
+"""The command `mergekit-dam report`; slow imports stand inside it."""
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command("report")
+@click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--html",
+    "page",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where the page goes. Default: dam_report.html in OUT, if nothing else is asked for.",
+)
+@click.option(
+    "--png",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write a map of the coefficients; needs matplotlib (the extra `plot`).",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the numbers behind the pictures.")
+def report(out: Path, page: Path | None, png: Path | None, as_json: bool) -> None:
+    """Make the page of a merge again, or a picture of it.
+
+    Reads dam_report.json in OUT, the folder of a merged model, and no weights.
+    """
+    from mergekit_dam.coefficients.file import REPORT_NAME
+    from mergekit_dam.report.numbers import numbers_of
+    from mergekit_dam.report.page import write_page
+    from mergekit_dam.report.schema import read
+
+    own = read(out / REPORT_NAME)
+    if png is not None:
+        from mergekit_dam.report.figure import write_figure
+
+        write_figure(own, png)
+        click.echo(str(png), err=as_json)
+    if page is not None or not (png or as_json):
+        click.echo(str(write_page(out, page)), err=as_json)
+    if as_json:
+        click.echo(json.dumps(numbers_of(own), indent=1, allow_nan=False))

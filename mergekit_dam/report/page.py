@@ -1,0 +1,123 @@
+"""`dam_report.html`: one file that opens from a disk and asks for nothing else."""
+
+import logging
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from mergekit_dam.coefficients.file import REPORT_NAME, written_whole
+from mergekit_dam.report.content import Section
+from mergekit_dam.report.depth import grid_of
+from mergekit_dam.report.pictures.colours import DARK, LIGHT, css, fills
+from mergekit_dam.report.schema import DamReport, read
+from mergekit_dam.report.sections.course import cost, trials
+from mergekit_dam.report.sections.gains import gains
+from mergekit_dam.report.sections.inputs import settings, text
+from mergekit_dam.report.sections.losses import losses
+from mergekit_dam.report.sections.maps import by_depth, coefficients, corrections
+from mergekit_dam.report.summary import summary_of
+
+LOG = logging.getLogger(__name__)
+
+PAGE_NAME = "dam_report.html"
+
+
+def sections_of(report: DamReport) -> list[Section]:
+    """The sections of the page, from top to bottom; those without numbers are left out."""
+    grid = grid_of(report)
+    every = [
+        gains(report, summary_of(report)),
+        coefficients(report, grid),
+        by_depth(report, grid),
+        corrections(grid),
+        losses(report, grid),
+        trials(report),
+        cost(report),
+        text(report),
+        settings(report),
+    ]
+    return [section for section in every if section is not None]
+
+
+def render(report: DamReport, name: str) -> str:
+    """The page as HTML; the same report gives the same text.
+
+    Args:
+        name: Name of the merged model.
+    """
+    template = _environment().get_template("page.html.j2")
+    return template.render(report=report, name=name, sections=sections_of(report))
+
+
+def write_page(folder: Path, page: Path | None = None) -> Path:
+    """Make the page of a merge from its `dam_report.json`.
+
+    Args:
+        folder: Folder of the merged model.
+        page: File to write; `dam_report.html` in the folder by default.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        DamError: The folder has no report, or a damaged one.
+    """
+    page = page or folder / PAGE_NAME
+    html = render(read(folder / REPORT_NAME), folder.resolve().name)
+    with written_whole(page) as temporary:
+        temporary.write_text(html, encoding="utf-8")
+    return page
+
+
+def make_page(folder: Path) -> None:
+    """Make the page at the end of a merge, which a page that cannot be made does not undo.
+
+    Raises:
+        OSError: The file cannot be written, as other files of the merge could not be then.
+    """
+    try:
+        write_page(folder)
+    except OSError:
+        raise
+    except Exception:
+        LOG.warning(
+            "%s could not be made; the merged model does not need it. `mergekit-dam report %s` "
+            "tries again",
+            PAGE_NAME,
+            folder.name,
+            exc_info=True,
+        )
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("mergekit_dam.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"svg": Markup, "code": _code}
+    environment.globals |= {
+        "asset": _asset,
+        "light": Markup(css(LIGHT)),
+        "dark": Markup(css(DARK)),
+        "fills": Markup(fills()),
+    }
+    return environment
+
+
+def _asset(name: str) -> Markup:
+    """The text of a style sheet or script of the package."""
+    return Markup((resources.files(__package__) / "templates" / name).read_text("utf-8"))
+
+
+def _code(sentence: str) -> Markup:
+    """A sentence whose `names` are set as code."""
+    parts = sentence.split("`")
+    tags = (Markup("<code>{}</code>") if k % 2 else Markup("{}") for k in range(len(parts)))
+    return Markup("").join(tag.format(part) for tag, part in zip(tags, parts, strict=True))

@@ -1,0 +1,1 @@
+"""Pictures as SVG, from numbers alone. They have no size of their own: widths are percentages."""
