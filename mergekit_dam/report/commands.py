@@ -29,7 +29,7 @@ def report(out: Path, page: Path | None, png: Path | None, as_json: bool) -> Non
     """
     from mergekit_dam.coefficients.file import REPORT_NAME
     from mergekit_dam.report.numbers import numbers_of
-    from mergekit_dam.report.page import write_page
+    from mergekit_dam.report.page import remake_page
     from mergekit_dam.report.schema import read
 
     own = read(out / REPORT_NAME)
@@ -39,6 +39,6 @@ def report(out: Path, page: Path | None, png: Path | None, as_json: bool) -> Non
         write_figure(own, png)
         click.echo(str(png), err=as_json)
     if page is not None or not (png or as_json):
-        click.echo(str(write_page(out, page)), err=as_json)
+        click.echo(str(remake_page(out, page)), err=as_json)
     if as_json:
         click.echo(json.dumps(numbers_of(own), indent=1, allow_nan=False))

@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mergekit_dam.coefficients.file import REPORT_NAME, written_whole
+from mergekit_dam.errors import DamError
 from mergekit_dam.report.content import Section
 from mergekit_dam.report.depth import grid_of
 from mergekit_dam.report.pictures.colours import DARK, LIGHT, css, fills
@@ -70,6 +71,21 @@ def write_page(folder: Path, page: Path | None = None) -> Path:
     with written_whole(page) as temporary:
         temporary.write_text(html, encoding="utf-8")
     return page
+
+
+def remake_page(folder: Path, page: Path | None = None) -> Path:
+    """The same as `write_page`, for a user who names the file.
+
+    Raises:
+        DamError: The page cannot be written, either.
+    """
+    try:
+        return write_page(folder, page)
+    except OSError as error:
+        raise DamError(
+            f"{page or folder / PAGE_NAME}: required a file that can be written ({error}); name "
+            f"another one with `--html`"
+        ) from error
 
 
 def make_page(folder: Path) -> None:

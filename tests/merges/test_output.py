@@ -22,6 +22,8 @@ class TestOutput:
         assert names >= {
             "config.json",
             "dam_coefficients.safetensors",
+            "dam_coefficients.svg",
+            "dam_report.html",
             "dam_report.json",
             "mergekit_config.yml",
             "model.safetensors",
@@ -55,9 +57,9 @@ class TestOutput:
         self, merged: Merged, llama_models: Models
     ) -> None:
         _, header, card = (merged.path / "README.md").read_text("utf-8").split("---\n", 2)
-        assert set(yaml.safe_load(header)["tags"]) == {"mergekit", "merge"}
+        assert yaml.safe_load(header)["tags"] == ["mergekit", "merge", "dam"]
         assert "[Differentiable Adaptive Merging](https://arxiv.org/abs/2410.08371)" in card
-        assert str(llama_models.models[1]) in card
+        assert f"\n* {llama_models.models[1].name}\n" in card
 
     def test_holds_the_configuration(self, merged: Merged, configuration: dict[str, Any]) -> None:
         saved = yaml.safe_load((merged.path / "mergekit_config.yml").read_text("utf-8"))

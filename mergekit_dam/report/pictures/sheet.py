@@ -6,8 +6,11 @@ from mergekit_dam.report.pictures.colours import LIGHT, colours, fills
 from mergekit_dam.report.pictures.heatmap import cells, gutter_width, height_of, labels
 from mergekit_dam.report.pictures.svg import NAMESPACE, tag, text
 
-WIDTH = 760
-"""Width of the file, in CSS pixels."""
+WIDEST = 760
+"""Width that the file does not exceed, in CSS pixels."""
+
+KEYED = 110
+"""Width of a colour with its meaning."""
 
 HEADING, MARGIN, KEY = 26, 16, 24
 """Heights of a map's heading, and of the key at the end; and the margin around all."""
@@ -35,7 +38,8 @@ def sheet(
         widest: Width that a map does not exceed.
     """
     beside = gutter_width(modules)
-    wide = min(widest, WIDTH - beside - 2 * MARGIN)
+    wide = min(widest, WIDEST - beside - 2 * MARGIN)
+    width = 2 * MARGIN + max(beside + wide, KEYED * len(key))
     drawn, y = [], MARGIN
     for heading, steps in maps.items():
         drawn.append(text(heading, x=MARGIN, y=y + 12, class_="name"))
@@ -53,19 +57,19 @@ def sheet(
         )
         y += height_of(len(modules)) + MARGIN
     for number, (class_, meaning) in enumerate(key):
-        x = MARGIN + beside + 110 * number
+        x = MARGIN + KEYED * number
         drawn.append(tag("rect", x=x, y=y, width=16, height=12, class_=class_))
         drawn.append(text(meaning, x=x + 22, y=y + 10))
     height = y + KEY + MARGIN
     whole = tag("style", STYLE + fills(colours(LIGHT))) + tag(
-        "rect", width=WIDTH, height=height, fill="#fff"
+        "rect", width=width, height=height, fill="#fff"
     )
     return tag(
         "svg",
         tag("title", "Mean coefficient of each model by module and layer") + whole + "".join(drawn),
         xmlns=NAMESPACE,
-        width=WIDTH,
+        width=width,
         height=height,
-        viewBox=f"0 0 {WIDTH} {height}",
+        viewBox=f"0 0 {width} {height}",
         role="img",
     )
