@@ -27,12 +27,12 @@ from mergekit_dam.report.sections.maps import (
     scale_end,
     steps_of,
 )
+from mergekit_dam.report.spared import merge_spared
 from mergekit_dam.report.summary import Summary, summary_of
 from mergekit_dam.report.words import percent_of
 
 CARD_NAME = "README.md"
 PICTURE_NAME = "dam_coefficients.svg"
-LOCK_NAME = "dam_lock.json"
 
 _CONFIGURATION = "### Configuration\n"
 """Heading of mergekit's card, before which the results of the merge stand."""
@@ -50,14 +50,21 @@ def complete_card(folder: Path, hub_ids: Sequence[str]) -> None:
         folder: Folder of the merged model, with its card and its report.
         hub_ids: Ids on the Hub of the models that were merged; those in local folders have none.
 
+    If that fails, mergekit's card stays as it is.
+
     Raises:
-        DamError: The report is missing or damaged.
+        OSError: A file cannot be written.
     """
+    with merge_spared(f"{CARD_NAME} stays as mergekit has written it, which names local folders"):
+        _complete(folder, hub_ids)
+
+
+def _complete(folder: Path, hub_ids: Sequence[str]) -> None:
     report = read(folder / REPORT_NAME)
     card = ModelCard((folder / CARD_NAME).read_text("utf-8"))
     picture = picture_of(report)
     described(card, report, hub_ids)
-    card.text = body(card.text, report, picture is not None, (folder / LOCK_NAME).is_file())
+    card.text = body(card.text, report, picture is not None)
     with written_whole(folder / CARD_NAME) as temporary:
         temporary.write_text(str(card), encoding="utf-8")
     if picture is not None:
@@ -81,13 +88,12 @@ def _datasets(texts: Iterable[Text]) -> Iterable[str]:
             yield text.dataset
 
 
-def body(text: str, report: DamReport, picture: bool, lock: bool) -> str:
+def body(text: str, report: DamReport, picture: bool) -> str:
     """The text of the card, without paths of this machine.
 
     Args:
         text: mergekit's text.
         picture: Whether there is a picture of the coefficients.
-        lock: Whether the inputs are pinned in a file beside the card.
     """
     before, heading, configuration = text.partition(_CONFIGURATION)
     summary = summary_of(report)
@@ -101,7 +107,6 @@ def body(text: str, report: DamReport, picture: bool, lock: bool) -> str:
             correction=correction_told(report, summary),
             source_of=source_of,
             picture=PICTURE_NAME if picture else None,
-            lock=LOCK_NAME if lock else None,
         )
         for name in ("results", "end")
     )

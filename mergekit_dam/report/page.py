@@ -1,6 +1,5 @@
 """`dam_report.html`: one file that opens from a disk and asks for nothing else."""
 
-import logging
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -19,9 +18,8 @@ from mergekit_dam.report.sections.gains import gains
 from mergekit_dam.report.sections.inputs import settings, text
 from mergekit_dam.report.sections.losses import losses
 from mergekit_dam.report.sections.maps import by_depth, coefficients, corrections
+from mergekit_dam.report.spared import merge_spared
 from mergekit_dam.report.summary import summary_of
-
-LOG = logging.getLogger(__name__)
 
 PAGE_NAME = "dam_report.html"
 
@@ -94,18 +92,11 @@ def make_page(folder: Path) -> None:
     Raises:
         OSError: The file cannot be written, as other files of the merge could not be then.
     """
-    try:
+    with merge_spared(
+        f"{PAGE_NAME} could not be made; the merged model does not need it. "
+        f"`mergekit-dam report` tries again"
+    ):
         write_page(folder)
-    except OSError:
-        raise
-    except Exception:
-        LOG.warning(
-            "%s could not be made; the merged model does not need it. `mergekit-dam report %s` "
-            "tries again",
-            PAGE_NAME,
-            folder.name,
-            exc_info=True,
-        )
 
 
 @cache

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.report.names import short_names
@@ -174,6 +174,17 @@ class DamReport(Section):
     peak_memory_bytes: dict[str, int] = {}
     corrections: str | None = None
     tensors: tuple[Tensor, ...] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_this_run(cls, values: Any) -> Any:
+        """The sections of `this_run`, which holds what differs from run to run, as if beside it."""
+        if not isinstance(values, Mapping) or not isinstance(values.get("this_run"), Mapping):
+            return values
+        own = values["this_run"]
+        timed = zip(values.get("search", ()), own.get("trial_seconds", ()), strict=False)
+        search = [{**trial, "seconds": seconds} for trial, seconds in timed]
+        return {**values, **own, **({"search": search} if search else {})}
 
     @cached_property
     def names(self) -> dict[str, str]:

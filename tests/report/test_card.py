@@ -1,6 +1,7 @@
 """The model card: metadata that the Hub takes, results, and no path of this machine."""
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -159,10 +160,20 @@ def test_one_model_needs_no_mean(tmp_path: Path) -> None:
     assert "all, by weight" not in text
 
 
-def test_the_lock_is_named_where_there_is_one(tmp_path: Path) -> None:
-    assert "dam_lock.json" not in completed(tmp_path, report_values(1)).text
-    (tmp_path / "dam_lock.json").write_text("{}")
+def test_the_lock_is_named(tmp_path: Path) -> None:
     assert "`dam_lock.json` pins" in completed(tmp_path, report_values(1)).text
+
+
+def test_a_card_that_cannot_be_completed_stays_and_does_not_undo_a_merge(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    completed(tmp_path, report_values(1))
+    written = (tmp_path / "README.md").read_bytes()
+    (tmp_path / "dam_report.json").write_text("{}", "utf-8")
+    with caplog.at_level(logging.WARNING):
+        complete_card(tmp_path, [])
+    assert "README.md stays as mergekit has written it" in caplog.text
+    assert (tmp_path / "README.md").read_bytes() == written
 
 
 def test_a_card_is_completed_alike_every_time(tmp_path: Path) -> None:

@@ -46,6 +46,19 @@ def test_fields_of_later_and_of_earlier_versions_do_no_harm() -> None:
     assert report.tensors[1].coefficients["org/math"].std is None
 
 
+def test_what_differs_from_run_to_run_may_stand_in_a_section_of_its_own() -> None:
+    values = report_values(1)
+    expected = parse(values, "file")
+    search = [{k: v for k, v in own.items() if k != "seconds"} for own in values["search"]]
+    this_run = {
+        "seconds": values.pop("seconds"),
+        "trial_seconds": [own["seconds"] for own in values["search"]],
+        "tensor_seconds": {},
+        "peak_memory_bytes": values.pop("peak_memory_bytes"),
+    }
+    assert parse({**values, "search": search, "this_run": this_run}, "file") == expected
+
+
 def test_numbers_that_were_not_finite_are_unknown() -> None:
     values = report_values(1)
     values["search"][2]["held_out_kl"] = [None, 0.5, 0.5]
