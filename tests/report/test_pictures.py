@@ -8,7 +8,7 @@ import pytest
 from mergekit_dam.report.pictures.bars import Row, bars, pairs
 from mergekit_dam.report.pictures.colours import DARK, LIGHT, STEPS, colours
 from mergekit_dam.report.pictures.heatmap import heatmap, most_of, step_of
-from mergekit_dam.report.pictures.lines import HEIGHT, TOP, Line, lines, scale
+from mergekit_dam.report.pictures.lines import HEIGHT, LEFT, TOP, Line, lines, scale
 from mergekit_dam.report.pictures.sheet import sheet
 from mergekit_dam.report.words import number, percent_of, size
 
@@ -80,7 +80,10 @@ def test_a_line_goes_through_its_values_and_stops_where_there_is_none() -> None:
     drawn = ET.fromstring(lines([Line("s0", [0.0, None, 1.0, 0.5])], [0, 1, 2, 3], "title"))
     (path,) = drawn.iter("path")
     points = re.findall(r"([ML])([\d.]+) ([\d.]+)", str(path.get("d")))
-    assert points == [("M", "12.5", "100"), ("M", "62.5", "0"), ("L", "87.5", "50")]
+    assert [pen for pen, _, _ in points] == ["M", "M", "L"]
+    places = [100 * (LEFT + (1 - LEFT) * (k + 0.5) / 4) for k in (0, 2, 3)]
+    assert [float(x) for _, x, _ in points] == pytest.approx(places, abs=0.01)
+    assert [y for _, _, y in points] == ["100", "0", "50"]
     heights = [float(str(circle.get("cy"))) for circle in drawn.iter("circle")]
     assert heights == pytest.approx([TOP + HEIGHT, TOP, TOP + HEIGHT / 2])
 

@@ -13,6 +13,9 @@ HEIGHT = 180
 TOP, BELOW = 16, 22
 """Room above the plot, for the highest label, and below it, for the numbers of the layers."""
 
+LEFT = 0.05
+"""Part of the width in front of the first layer, for the values of the scale."""
+
 MOST_DOTS = 40
 """Layers up to which every value has a dot."""
 
@@ -25,19 +28,31 @@ class Line:
     values: Sequence[float | None]
 
 
-def lines(own: Sequence[Line], layers: Sequence[int], title: str) -> str:
-    """Lines over the layers; the scale includes zero."""
+def lines(
+    own: Sequence[Line],
+    layers: Sequence[int],
+    title: str,
+    said: Callable[[float], str] = lambda value: signed(f"{value:g}"),
+) -> str:
+    """Lines over the layers; the scale includes zero, and its values are `said`."""
     known = [value for line in own for value in line.values if value is not None]
     low, high, step = scale(min(known, default=0.0), max(known, default=1.0))
     count = len(layers)
 
+    def edge(at: float) -> float:
+        return LEFT + (1 - LEFT) * at / max(1, count)
+
     def x(position: int) -> float:
-        return (position + 0.5) / max(1, count)
+        return edge(position + 0.5)
 
     def y(value: float) -> float:
         return (high - value) / (high - low)
 
-    drawn = [_grid(low, high, step, y)]
+    heights = [(k * step, TOP + HEIGHT * y(k * step)) for k in _steps(low, high, step)]
+    drawn = [
+        tag("line", x2="100%", y1=short(at), y2=short(at), class_="grid" if value else "grid zero")
+        for value, at in heights
+    ]
     for position, layer in ticks(layers):
         drawn.append(
             text(str(layer), x=percent(x(position)), y=TOP + HEIGHT + 15, text_anchor="middle")
@@ -68,13 +83,14 @@ def lines(own: Sequence[Line], layers: Sequence[int], title: str) -> str:
             if value is not None:
                 place = {"cx": percent(x(k)), "cy": short(TOP + HEIGHT * y(value))}
                 drawn.append(tag("circle", **place, r=3, class_=f"dot {line.class_}"))
+    drawn += [text(said(value), x=0, y=short(at - 4), class_="faint") for value, at in heights]
     drawn += [
         tag(
             "rect",
             class_="hit",
-            x=percent(k / count),
+            x=percent(edge(k)),
             y=TOP,
-            width=percent(1 / count),
+            width=percent(edge(1) - edge(0)),
             height=HEIGHT,
         )
         for k in range(count)
@@ -91,15 +107,8 @@ def scale(low: float, high: float) -> tuple[float, float, float]:
     return step * math.floor(low / step), step * max(1, math.ceil(high / step)), step
 
 
-def _grid(low: float, high: float, step: float, y: Callable[[float], float]) -> str:
-    drawn = []
-    for k in range(round(low / step), round(high / step) + 1):
-        height = short(TOP + HEIGHT * y(k * step))
-        drawn.append(
-            tag("line", x2="100%", y1=height, y2=height, class_="grid" if k else "grid zero")
-        )
-        drawn.append(text(signed(f"{k * step:g}"), x=0, y=short(float(height) - 4), class_="faint"))
-    return "".join(drawn)
+def _steps(low: float, high: float, step: float) -> range:
+    return range(round(low / step), round(high / step) + 1)
 
 
 def _path(points: Sequence[tuple[float, float | None]]) -> str:

@@ -39,7 +39,12 @@ def losses(report: DamReport, grid: Grid) -> Section | None:
             Picture(
                 name="loss-lines",
                 label="Error by layer, mean over the modules",
-                svg=lines(drawn, [own.layer for own in known], "Error by layer, before and after"),
+                svg=lines(
+                    drawn,
+                    [own.layer for own in known],
+                    "Error by layer, before and after",
+                    percent_of,
+                ),
                 table=_table(known, fitted),
                 mode="rows",
                 legend=legend,
