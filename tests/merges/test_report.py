@@ -57,8 +57,11 @@ def test_the_page_is_that_of_the_report(merged: Merged, searched: Merged) -> Non
         assert page_of(own) == render(report_of(own), "out")
 
 
-def test_the_page_names_no_folder_of_text(searched: Merged, calibration: Calibration) -> None:
+def test_the_page_names_no_folder(
+    searched: Merged, calibration: Calibration, llama_models: Models
+) -> None:
     html = page_of(searched)
+    assert str(llama_models.base.parent) not in html
     for text in calibration:
         assert text.name in html
         assert str(text.parent) not in html

@@ -199,6 +199,15 @@ def test_a_model_without_layers_has_a_page_without_maps() -> None:
     assert made(values)
 
 
+def test_tensors_of_other_stacks_are_counted() -> None:
+    values = report_values(2)
+    tower = outside(SOURCES, "visual.blocks.0.attn.qkv.weight", "other")
+    values["tensors"].append({**tower, "outcome": "averaged: outside of the decoder"})
+    text = " ".join(Outline(made(values)).text.split())
+    assert "Not shown: 1 tensor of other parts, such as a vision tower." in text
+    assert "1: outside of the decoder" in text
+
+
 def test_names_are_text_and_never_markup() -> None:
     sources = ("org/<script>alert(1)</script>", "org/a&b", 'org/"quoted"', "org/base")
     html = made(report_values(2, sources), "<b>name</b>")

@@ -98,11 +98,10 @@ def _kept(summary: Summary) -> list[str]:
         return []
     told = f"{summary.learned:,} of {plural(summary.tensors, 'tensor')} were learned."
     if summary.kept:
-        reasons = "; ".join(f"{count:,} because {why}" for why, count in summary.kept.items())
-        told += f" The others keep the average: {reasons}."
+        told += f" The others keep the average ({_counted(summary.kept)})."
     if summary.experts:
-        reasons = "; ".join(f"{count:,}: {why}" for why, count in summary.experts.items())
-        told += f" So do some experts in tensors that were learned ({reasons})."
+        experts = _counted(summary.experts)
+        told += f" So do some experts in tensors that were learned ({experts})."
     if summary.uncorrected:
         told += (
             f" {plural(summary.uncorrected, 'correction')} of "
@@ -110,6 +109,10 @@ def _kept(summary: Summary) -> list[str]:
             f"{'was' if summary.uncorrected == 1 else 'were'} dropped."
         )
     return [told]
+
+
+def _counted(reasons: Mapping[str, int]) -> str:
+    return "; ".join(f"{count:,}: {why}" for why, count in reasons.items())
 
 
 def sureness(summary: Summary) -> list[str]:

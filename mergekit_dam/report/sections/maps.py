@@ -26,7 +26,7 @@ from mergekit_dam.report.pictures.lines import Line, lines
 from mergekit_dam.report.pictures.svg import series
 from mergekit_dam.report.schema import DamReport, Spread
 from mergekit_dam.report.summary import reason_of
-from mergekit_dam.report.words import fixed, number, percent_of, signed
+from mergekit_dam.report.words import fixed, number, percent_of, plural, signed
 
 WIDEST = 46
 """Width in CSS pixels that the cells of a layer do not exceed."""
@@ -71,6 +71,11 @@ def coefficients(report: DamReport, grid: Grid) -> Section | None:
         notes=[
             *([f"Outlined cells keep the average: {why}."] if (why := _reasons(maps)) else []),
             "Layers are numbered from 0, as in `layer_range`.",
+            *(
+                [f"Not shown: {plural(others, 'tensor')} of other parts, such as a vision tower."]
+                if (others := len(grid.elsewhere))
+                else []
+            ),
         ],
     )
 
