@@ -1,6 +1,7 @@
 """`mergekit-dam report`: the page again, a picture, and the numbers."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -89,3 +90,16 @@ def test_a_page_that_cannot_be_written_is_refused(out: Path, tmp_path: Path) -> 
     assert result.exit_code == 1
     assert "page.html" in result.output
     assert "name another one" in result.output
+
+
+def test_help_needs_neither_torch_nor_mergekit() -> None:
+    code = (
+        "import sys\n"
+        "from click.testing import CliRunner\n"
+        "from mergekit_dam.cli import main\n"
+        "result = CliRunner().invoke(main, ['report', '--help'])\n"
+        "assert result.exit_code == 0 and '--png' in result.output, result.output\n"
+        "print(sorted({'torch', 'jinja2', 'mergekit', 'pydantic'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
