@@ -4,16 +4,17 @@ The classes below are the single source of mergekit's specification, the checks 
 the settings of the fit and the README's tables.
 """
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic import BaseModel, ByteSize, ConfigDict, Field
+
+if TYPE_CHECKING:
+    import torch
 
 NAME = "dam"
 """Name of the merge method in mergekit's registry."""
 
 Offload = Literal["auto", "device", "host", "disk"]
-
 Nonlinearity = Literal["none", "tanh", "sigmoid", "relu"]
 Schedule = Literal["constant", "linear", "cosine", "inverse_sqrt"]
 """Transformers' schedules that need no further arguments; all of them allow a warm-up."""
@@ -288,13 +289,13 @@ class RunParameters(LogitsParameters):
         """Whether one sweep of layer fits is the whole fit, so that tensors are written at once."""
         return self.objective == "layer" and self.metric == "identity"
 
-    def dtype_on(self, device: torch.device) -> torch.dtype:
+    def dtype_on(self, device: "torch.device") -> "torch.dtype":
         """Dtype of the products in the models' blocks on a device."""
+        import torch  # takes seconds; commands tell of a typo before
+
         half = self.forward_dtype == "auto" and device.type == "cuda"
         return torch.bfloat16 if half or self.forward_dtype == "bfloat16" else torch.float32
 
     def held_out(self, sequences: int) -> int:
         """Number of a model's held-out sequences: at least 1 if `holdout` is not 0, never all."""
-        if self.holdout == 0 or sequences == 1:
-            return 0
-        return min(max(1, round(self.holdout * sequences)), sequences - 1)
+        return min(max(int(self.holdout > 0), round(self.holdout * sequences)), sequences - 1)

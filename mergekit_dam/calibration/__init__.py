@@ -1,7 +1,7 @@
 """From calibration text to token sequences, one set per model.
 
 May import: errors. Start reading at `load.load_calibration`; in the order of processing:
-source, entries, mixture     parse the value of `calibration:`; several sources become one set
+source, entries, mixture     parse the value of `calibration:`, and say what is wrong with it
 folders, files, values,
 columnar, hub, suffixes      find files, and read rows lazily from them or from a Hub dataset
 formats, pairs, messages,
@@ -12,5 +12,5 @@ pieces                       cuts long documents, and shuffles all pieces with a
 synthetic                    has a model write text itself, where there is none
 packing                      tokenises the pieces and packs them end to end into full sequences
 judgement, overlap           what speaks against a text, and whether it judges what it made
-sets                         holds the result and its origin
+sets, combining              hold the result and its origin; several sources become one set
 """

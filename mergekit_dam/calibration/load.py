@@ -8,10 +8,11 @@ from pathlib import PurePath
 
 from transformers import PreTrainedTokenizerBase
 
+from mergekit_dam.calibration.combining import combined
 from mergekit_dam.calibration.documents import Document
 from mergekit_dam.calibration.hub import DEFAULT_SPLIT
 from mergekit_dam.calibration.judgement import warnings_of
-from mergekit_dam.calibration.mixture import Calibration, combined, divided, parse_sources
+from mergekit_dam.calibration.mixture import Calibration, divided, parse_sources
 from mergekit_dam.calibration.overlap import OVERLAP, Sentences, in_both
 from mergekit_dam.calibration.packing import Packed, Spelling, pack
 from mergekit_dam.calibration.pieces import CHARACTERS_PER_TOKEN, Intake, shuffled_pieces

@@ -1,12 +1,9 @@
-"""Several sources of one model: how many sequences each gives, and the set of all of them."""
+"""Several sources of one model: what is wrong with them, and how many sequences each gives."""
 
 import math
 from collections.abc import Sequence
 
-import torch
-
-from mergekit_dam.calibration.overlap import union
-from mergekit_dam.calibration.sets import CalibrationSet, Provenance, tokens_sha256
+from mergekit_dam.calibration.folders import find_files
 from mergekit_dam.calibration.source import CalibrationSource
 from mergekit_dam.errors import CalibrationError
 
@@ -31,6 +28,29 @@ def parse_sources(value: Calibration) -> tuple[CalibrationSource, ...]:
         if texts.count(source.text) > 1:
             raise CalibrationError(f"{source.text!r} is listed twice: list it once")
     return sources
+
+
+def problems_of(value: Calibration, samples: int) -> list[str]:
+    """Everything that is wrong with the value of `calibration:`, before a text is read.
+
+    Args:
+        value: The value of `calibration:`.
+        samples: The parameter `samples` of the merge.
+    """
+    problems = []
+    for text in dict.fromkeys([value] if isinstance(value, str) else value):
+        try:
+            source = CalibrationSource.parse(text)
+            if source.kind == "directory":
+                find_files(source)
+        except CalibrationError as error:
+            problems.append(error.message)
+    if not problems:  # how they go together can be told of sound ones alone
+        try:
+            divided(parse_sources(value), samples)
+        except CalibrationError as error:
+            problems.append(error.message)
+    return problems
 
 
 def divided(sources: Sequence[CalibrationSource], samples: int) -> tuple[int, ...]:
@@ -81,43 +101,3 @@ def _rounded(amounts: Sequence[float], total: int) -> list[int]:
     for index in by_remainder[: total - sum(counts)]:
         counts[index] += 1
     return counts
-
-
-def combined(sets: Sequence[CalibrationSet]) -> CalibrationSet:
-    """One set of the sequences of several, in which each is spread over the whole.
-
-    The last sequences judge a fit; so they are of all sources.
-    """
-    rows = [
-        ((number + 0.5) / len(own.tokens), place, own.tokens[number])
-        for place, own in enumerate(sets)
-        for number in range(len(own.tokens))
-    ]
-    tokens = torch.stack([row for _, _, row in sorted(rows, key=lambda row: row[:2])])
-    parts = tuple(own.provenance for own in sets)
-    first = parts[0]
-    provenance = Provenance(
-        model=first.model,
-        source=", ".join(part.source for part in parts),
-        files=tuple(file for part in parts for file in part.files),
-        dataset=None,
-        revision=None,
-        split=None,
-        seed=first.seed,
-        read_as="; ".join(part.read_as for part in parts),
-        documents_read=sum(part.documents_read for part in parts),
-        documents_used=sum(part.documents_used for part in parts),
-        empty_skipped=sum(part.empty_skipped for part in parts),
-        tokens_available=sum(part.tokens_available for part in parts),
-        tokens_used=tokens.numel(),
-        sequences=len(tokens),
-        sequence_length=first.sequence_length,
-        cut=tuple(f"{part.source}: {sentence}" for part in parts for sentence in part.cut),
-        sha256=tokens_sha256(tokens),
-        warnings=tuple(said for part in parts for said in part.warnings),
-        sentences=union(part.sentences for part in parts),
-        synthetic=any(part.synthetic for part in parts),
-        parts=parts,
-    )
-    written = tuple(document for own in sets for document in own.written)
-    return CalibrationSet(tokens, provenance, written)

@@ -1,15 +1,18 @@
 """Chats -> texts, with a model's chat template or another one."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from mergekit_dam.calibration.messages import Chat
 from mergekit_dam.calibration.tally import Tally
 from mergekit_dam.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TODAY = datetime(2024, 7, 26)
 """The date that templates are given for today's; Llama's templates use it where they have no clock.

@@ -1,6 +1,7 @@
 """An estimate as tables of text for people, and as JSON for programs."""
 
 import math
+import textwrap
 from dataclasses import asdict
 from typing import Any
 
@@ -12,12 +13,12 @@ from mergekit_dam.estimate.sweeps import Sweep
 from mergekit_dam.tables import aligned, duration
 
 _MEANING = (
-    "Memory is the process's own; with mapped files, also pages of weights that the system\n"
+    "Memory is the process's own; with mapped files, also pages of weights that the system "
     "takes back when it must. "
 )
 _MEASURED = "Times are for this machine as busy as it was just now."
 _PUBLISHED = (
-    "Times come from published rates of an\n{gpu} of {memory}, and from this machine's disk; "
+    "Times come from published rates of an {gpu} of {memory}, and from this machine's disk; "
     "they may be off by a factor of two."
 )
 
@@ -87,16 +88,25 @@ def _need_json(estimate: Estimate, need: Need) -> dict[str, Any]:
     }
 
 
-def table(estimate: Estimate) -> str:
-    """The same for people, in a few tables."""
-    parts = [_models(estimate), _sweeps(estimate)]
+def table(estimate: Estimate, width: int = 88) -> str:
+    """The same for people, in a few tables.
+
+    Args:
+        width: Columns of the terminal.
+    """
+    parts = [_wrapped(_models(estimate), width), _sweeps(estimate, width)]
     if estimate.limited is not None:
-        parts.append(_limited(estimate.limited))
-    parts += [_work(estimate), _memory(estimate)]
+        parts.append(_wrapped(_limited(estimate.limited), width))
+    parts += [_work(estimate), _memory(estimate, width)]
     machine = estimate.machine
     published = _PUBLISHED.format(gpu=machine.published, memory=_size(machine.gpu))
     times = published if machine.published else _MEASURED
-    return "\n\n".join([*parts, _verdict(estimate), _MEANING + times])
+    return "\n\n".join([*parts, _verdict(estimate), _wrapped(_MEANING + times, width)])
+
+
+def _wrapped(text: str, width: int) -> str:
+    """Lines of text that are no longer than the terminal."""
+    return "\n".join(textwrap.fill(line, min(width, 88)) for line in text.splitlines())
 
 
 def _models(estimate: Estimate) -> str:
@@ -120,7 +130,7 @@ def _models(estimate: Estimate) -> str:
     return "\n".join(lines)
 
 
-def _sweeps(estimate: Estimate) -> str:
+def _sweeps(estimate: Estimate, width: int) -> str:
     rows = [["start", "", "", "", duration(estimate.startup)]]
     for sweep, seconds in zip(estimate.sweeps, estimate.seconds, strict=True):
         name = sweep.name if sweep.certain else f"{sweep.name}, {sweep.condition}"
@@ -132,7 +142,7 @@ def _sweeps(estimate: Estimate) -> str:
     rows.append(["in all", _size(read), _size(written), flops, duration(estimate.least_seconds)])
     if estimate.most_seconds > estimate.least_seconds:
         rows.append(["at most", "", "", "", duration(estimate.most_seconds)])
-    return aligned(["sweep", "reads", "writes", "Tflop", "time"], rows)
+    return aligned(["sweep", "reads", "writes", "Tflop", "time"], rows, width)
 
 
 def _limited(limited: Limited) -> str:
@@ -162,7 +172,7 @@ def _work(estimate: Estimate) -> str:
     return aligned(["work", "Tflop", "time"], rows)
 
 
-def _memory(estimate: Estimate) -> str:
+def _memory(estimate: Estimate, width: int) -> str:
     head = ["memory at most", "host", "with mapped files"]
     rows = []
     for need in estimate.needs:
@@ -174,7 +184,7 @@ def _memory(estimate: Estimate) -> str:
     if estimate.room.gpu:
         head.append("GPU")
         last.append(_size(estimate.gpu.device))
-    return aligned(head, [*rows, last])
+    return aligned(head, [*rows, last], width)
 
 
 def _verdict(estimate: Estimate) -> str:

@@ -195,7 +195,7 @@ def check(
         ConfigError: the configuration is wrong; every problem is named.
         ArchitectureError: a model cannot be merged.
     """
-    checked = check_configuration(config, document)
+    checked = check_configuration(config, document, texts=True)
     if checked.run.seed is None:
         run = checked.run.model_copy(update={"seed": options.random_seed or 0})
         checked = dataclasses.replace(checked, run=run)

@@ -9,14 +9,14 @@ from typing import Any
 from mergekit.common import ModelReference
 from mergekit.config import ConditionalParameter, MergeConfiguration, ParameterSetting
 
-from mergekit_dam.calibration.mixture import Calibration
+from mergekit_dam.calibration.mixture import Calibration, problems_of
 from mergekit_dam.errors import ConfigError
 from mergekit_dam.parameters import ModelParameters, RunParameters
 from mergekit_dam.request.document import Document
+from mergekit_dam.request.help import OWNERS
 from mergekit_dam.request.keys import unknown_keys, unknown_parameter
 from mergekit_dam.request.objective import check_objective, quoted
 from mergekit_dam.request.scopes import (
-    OWNERS,
     SPECS,
     Scope,
     input_lists,
@@ -49,12 +49,15 @@ class Checked:
     learns: bool = True
 
 
-def check_configuration(config: MergeConfiguration, document: Document | None = None) -> Checked:
-    """Check everything that can be checked from the YAML alone.
+def check_configuration(
+    config: MergeConfiguration, document: Document | None = None, *, texts: bool = False
+) -> Checked:
+    """Check everything that can be checked before a model or a text is read.
 
     Args:
         config: The configuration, as read by mergekit.
         document: The parsed YAML, to find keys that mergekit drops silently.
+        texts: Whether the sources of calibration text are checked, too; they have to be there.
 
     Raises:
         ConfigError: With every problem found.
@@ -78,8 +81,9 @@ def check_configuration(config: MergeConfiguration, document: Document | None = 
         models = (*models, config.base_model)
     learns = len(models) > 1 and _merges_somewhere(config, run)
     calibrations, missing = _calibrations(models, scopes, top, needed=learns)
-    if run.coefficients is None and not reported:
-        problems += missing
+    if run.coefficients is None:
+        problems += [] if reported else missing
+        problems += _check_texts(calibrations, run) if texts else []
     if problems:
         raise ConfigError(*problems)
     meaning = meaning_of_weight(scopes) if learns and run.coefficients is None else None
@@ -157,6 +161,17 @@ def _check_models(
         for model in dict.fromkeys(m for m in inputs if inputs.count(m) > 1):
             problems.append(f"{path}: {model} is listed {inputs.count(model)} times; list it once")
     return problems
+
+
+def _check_texts(
+    calibrations: Mapping[ModelReference, Calibration], run: RunParameters
+) -> list[str]:
+    """Problems with the sources of calibration text, without reading any."""
+    return [
+        f"calibration of {model}: {problem}"
+        for model, value in calibrations.items()
+        for problem in problems_of(value, run.samples)
+    ]
 
 
 def _calibrations(

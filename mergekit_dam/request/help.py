@@ -48,6 +48,10 @@ def fields() -> Iterator[tuple[type[Parameters], str, FieldInfo]]:
             yield owner, name, field
 
 
+OWNERS = {name: owner for owner, name, _ in fields()}
+"""Name of every parameter -> the class that declares it."""
+
+
 def kinds(field: FieldInfo) -> tuple[Any, ...]:
     """The types that values of a parameter may have; those of a union one by one."""
     return (field.annotation, *get_args(field.annotation))

@@ -16,7 +16,8 @@ from pydantic import BaseModel
 
 from mergekit_dam.parameters import NAME
 from mergekit_dam.request.document import Document
-from mergekit_dam.request.scopes import OWNERS
+from mergekit_dam.request.early import misspelt_parameter, outside
+from mergekit_dam.request.help import OWNERS
 
 _NESTED: dict[str, type[BaseModel]] = {
     "models": InputModelDefinition,
@@ -46,7 +47,7 @@ def _unknown_keys(
         if key in schema.model_fields or key in known:
             continue
         if key in OWNERS:
-            problems.append(f"{where}: `{key}` stands outside of `parameters:`; move it inside")
+            problems.append(outside(where, key))
             continue
         close = _close(key, schema)
         hint = f"did you mean `{close}`?" if close else "mergekit would ignore it; remove it"
@@ -84,6 +85,4 @@ def unknown_parameter(name: str) -> str:
     )
     if others:
         return f"`{name}` is a parameter of {', '.join(others)}, not of dam; remove it"
-    close = difflib.get_close_matches(name, OWNERS, n=1)
-    hint = f"; did you mean `{close[0]}`?" if close else f"; dam knows {', '.join(sorted(OWNERS))}"
-    return f"unknown parameter `{name}`{hint}"
+    return misspelt_parameter(name)

@@ -15,10 +15,10 @@ from pydantic import ValidationError
 from mergekit_dam.errors import ConfigError, first_line, inside
 from mergekit_dam.parameters import NAME
 from mergekit_dam.request.document import Document, decoded, parse, single
+from mergekit_dam.request.early import check_inputs
 from mergekit_dam.request.keys import unknown_keys
 
 _METHOD = re.compile(rb"[\"']?merge_method[\"']?\s*:\s*[\"']?([\w.-]+)")
-_INPUTS = ("models", "slices", "modules")
 _PARAMETER = (
     "required a number, a text, true or false, a list of these, or a list of filters "
     "(`- {filter: mlp, value: 0.5}`)"
@@ -79,14 +79,14 @@ def validated(document: Document) -> MergeConfiguration:
         raise ConfigError(
             f"required a mapping with `merge_method: {NAME}`, `models` and so on, got {got}"
         )
-    problems = [*_check_method(tree), *_check_inputs(tree)]
+    problems = [*_check_method(tree), *check_inputs(tree)]
     try:
         config: MergeConfiguration = MergeConfiguration.model_validate(tree)
     except ValidationError as error:
         problems += _explained(error, tree)
     except (RuntimeError, RecursionError) as error:
         # Of several kinds of inputs mergekit says the same.
-        problems += [] if _check_inputs(tree) else [first_line(error)]
+        problems += [] if check_inputs(tree) else [first_line(error)]
     if problems:
         raise ConfigError(*problems, *unknown_keys(document))
     return config
@@ -101,16 +101,6 @@ def _check_method(tree: Mapping[Any, Any]) -> list[str]:
     if not isinstance(method, str):
         return []  # a wrong kind of value, as in any other place
     return [f"required `merge_method: {NAME}`, got `{method}`"]
-
-
-def _check_inputs(tree: Mapping[Any, Any]) -> list[str]:
-    """The problem that models, slices and modules are all missing, or more than one is there."""
-    given = [key for key in _INPUTS if tree.get(key)]
-    if len(given) == 1:
-        return []
-    if given:
-        return [f"required one of `models`, `slices` and `modules`, got {' and '.join(given)}"]
-    return ["required `models` (or `slices`, or `modules`) with the models to merge, got none"]
 
 
 def _explained(error: ValidationError, tree: Any) -> list[str]:

@@ -15,10 +15,8 @@ from mergekit.config import (
     ParameterSetting,
 )
 
-from mergekit_dam.request.help import fields
 from mergekit_dam.request.method import DamMerge
 
-OWNERS = {name: owner for owner, name, _ in fields()}
 SPECS = {spec.name: spec for spec in DamMerge.spec.parameters}
 
 

@@ -7,8 +7,8 @@ from pydantic import ValidationError
 
 from mergekit_dam.errors import listed
 from mergekit_dam.parameters import RunParameters, TensorParameters
-from mergekit_dam.request.help import is_number
-from mergekit_dam.request.scopes import OWNERS, SPECS, Scope, scalars
+from mergekit_dam.request.help import OWNERS, is_number
+from mergekit_dam.request.scopes import SPECS, Scope, scalars
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 """Dtypes that a merge can be computed and written in."""

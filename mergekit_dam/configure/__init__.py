@@ -1,0 +1,4 @@
+"""Configurations made for the user.
+
+May import: host and what lies below.
+"""
