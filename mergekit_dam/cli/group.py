@@ -9,6 +9,7 @@ from mergekit_dam import __version__
 from mergekit_dam.cli.notes import quiet_hub
 
 COMMANDS = {
+    "init": "mergekit_dam.cli.init:init",
     "plan": "mergekit_dam.cli.plan:plan",
     "merge": "mergekit_dam.cli.merge:merge",
     "evaluate": "mergekit_dam.cli.evaluate:evaluate",

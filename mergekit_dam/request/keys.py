@@ -78,11 +78,16 @@ def unknown_parameter(name: str) -> str:
             f"`{name}` stands inside of `parameters:`, but it is no parameter of a method; move "
             f"`{name}` out, to the top level of the configuration"
         )
-    others = sorted(
+    others = methods_with(name)
+    if others:
+        return f"`{name}` is a parameter of {', '.join(others)}, not of dam; remove it"
+    return misspelt_parameter(name)
+
+
+def methods_with(name: str) -> list[str]:
+    """The other merge methods that have a parameter of this name."""
+    return sorted(
         method.spec.name
         for method in merge_methods.registered_methods()
         if method.spec.name != NAME and any(p.name == name for p in method.spec.parameters)
     )
-    if others:
-        return f"`{name}` is a parameter of {', '.join(others)}, not of dam; remove it"
-    return misspelt_parameter(name)
