@@ -8,7 +8,7 @@ import click
 from mergekit_dam.cli.early import tell_early
 from mergekit_dam.command_line import Command, json_option, print_json
 
-_HELP = """Merge the models of CONFIG_FILE into OUT_PATH, as mergekit-yaml does.
+_HELP = """Merge models, as mergekit-yaml does.
 
 For one command that does all, and for installations in which mergekit-yaml does not find
 plugins. The arguments and options are those of mergekit-yaml."""

@@ -54,7 +54,7 @@ def plan(
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
-    """Check a configuration, and estimate what its merge costs.
+    """Check a configuration and estimate its costs.
 
     Prints bytes, flops, memory and time, and what would not fit. Reads configurations and
     headers, but no weights and no text, and measures the speed of this machine for two seconds
