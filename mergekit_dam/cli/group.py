@@ -13,6 +13,7 @@ COMMANDS = {
     "plan": "mergekit_dam.cli.plan:plan",
     "merge": "mergekit_dam.cli.merge:merge",
     "evaluate": "mergekit_dam.cli.evaluate:evaluate",
+    "report": "mergekit_dam.report.commands:report",
     "inspect": "mergekit_dam.cli.inspect:inspect",
     "diff": "mergekit_dam.cli.diff:diff",
     "demo": "mergekit_dam.cli.demo:demo",

@@ -14,10 +14,14 @@ REMEDY = "name a folder with config.json, safetensors and tokenizer files, or a 
 _ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w./-]+)?")
 
 
-def require_model(name: str) -> None:
+def require_model(name: str, *, files: bool = True) -> None:
     """Refuse a name that is neither a folder with a model nor possibly an id on the Hub.
 
     An adapter may stand alone, or behind its base (BASE+ADAPTER).
+
+    Args:
+        name: The name.
+        files: Whether a folder's files of weights are checked, too, which takes seconds.
 
     Raises:
         DamError: With the remedy; also if the folder's weights are missing or damaged.
@@ -25,12 +29,13 @@ def require_model(name: str) -> None:
     path = Path(name)
     if "+" in name and not path.exists():
         for part in name.split("+"):
-            require_model(part)
+            require_model(part, files=files)
         return
     if path.is_dir() and (path / "adapter_config.json").is_file():
         return
     if path.is_dir() and (path / "config.json").is_file():
-        check_checkpoint(path)
+        if files:
+            check_checkpoint(path)
         return
     if path.is_dir():
         problem = "is a folder without config.json"

@@ -84,8 +84,26 @@ class TestBadConfiguration:
         configuration = dam(llama_models.models, ["gone.jsonl", calibration[1]])
         result = invoke(write(tmp_path, configuration), tmp_path / "out")
         assert result.exit_code == 1
-        assert result.output.startswith(f"Error: calibration of {llama_models.models[0]}: ")
-        assert result.output.count("\n") == 1
+        assert result.output.startswith(
+            f"Error: 1 problem in the dam configuration:\n  - calibration of "
+            f"{llama_models.models[0]}: 'gone.jsonl': no file"
+        )
+        assert result.output.count("\n") == 2
+
+    def test_bad_text_of_every_model_is_told_with_all_else_that_is_wrong(
+        self, llama_models: Models, tmp_path: Path
+    ) -> None:
+        text = tmp_path / "text.txt"
+        text.write_text("Some text.\n")
+        texts = [f"{text}:sampels=2", None]
+        configuration = dam(llama_models.models, texts, settings={"dtpye": 1}, ridge=-1)
+        sources = [str(text), "gone.jsonl", "lost.jsonl"]
+        configuration["models"][1]["parameters"] = {"calibration": sources}
+        result = invoke(write(tmp_path, configuration), tmp_path / "out")
+        assert result.exit_code == 1
+        assert result.output.startswith("Error: 5 problems in the dam configuration:\n")
+        for said in ("`sampels`", "'gone.jsonl'", "'lost.jsonl'", "`dtpye`", "`ridge` is -1"):
+            assert said.replace("`sampels`", "unknown option 'sampels'") in result.output
 
     @pytest.mark.slow
     def test_has_no_traceback_in_a_process_of_its_own(

@@ -2,7 +2,7 @@
 
 import json
 
-from mergekit_dam.errors import CalibrationError
+from mergekit_dam.errors import CalibrationError, ConfigError
 from tests.kit.inputs import Inputs
 from tests.kit.merging import merge
 from tests.kit.models import tiny_llama_config
@@ -18,7 +18,7 @@ class TestCalibration:
     def test_missing_file(self, inputs: Inputs) -> None:
         inputs.texts[0] = inputs.folder / "gone.jsonl"
         where = f"calibration of {inputs.models[0]}: '{inputs.folder}/gone.jsonl'"
-        inputs.refused(CalibrationError, where, "no file or directory at")
+        inputs.refused(ConfigError, where, "no file or directory at")
 
     def test_empty_file(self, inputs: Inputs) -> None:
         path = inputs.text("")
@@ -32,7 +32,7 @@ class TestCalibration:
         folder = inputs.folder / "empty"
         folder.mkdir()
         inputs.texts[0] = folder
-        inputs.refused(CalibrationError, f"the directory {folder} holds no .txt")
+        inputs.refused(ConfigError, f"the directory {folder} holds no .txt")
 
     def test_wrong_column(self, inputs: Inputs) -> None:
         inputs.texts[0] = f"{inputs.texts[0]}:column=txet"
@@ -55,11 +55,11 @@ class TestCalibration:
 
     def test_unread_suffix(self, inputs: Inputs) -> None:
         inputs.text("one,two", "text.xlsx")
-        inputs.refused(CalibrationError, "'.xlsx' files are not read; convert to one of .txt")
+        inputs.refused(ConfigError, "'.xlsx' files are not read; convert to one of .txt")
 
     def test_unknown_option(self, inputs: Inputs) -> None:
         inputs.texts[0] = f"{inputs.texts[0]}:sample=4"
-        inputs.refused(CalibrationError, "unknown option 'sample'; did you mean `samples`?")
+        inputs.refused(ConfigError, "unknown option 'sample'; did you mean `samples`?")
 
     def test_too_little_text(self, inputs: Inputs) -> None:
         path = inputs.text('{"text": "one two three four"}\n' * 4)

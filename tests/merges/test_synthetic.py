@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from mergekit_dam.calibration.synthetic import BATCH, Author
 from mergekit_dam.coefficients.file import CoefficientFile
-from mergekit_dam.errors import CalibrationError, DamError
+from mergekit_dam.errors import CalibrationError, ConfigError, DamError
 from mergekit_dam.host import synthetic
 from mergekit_dam.host.prepare import prepare
 from mergekit_dam.request.check import check_configuration
@@ -203,7 +203,7 @@ class TestRefused:
 
     def test_a_wrong_option(self, inputs: Inputs) -> None:
         inputs.texts[1] = "self:split=train"
-        inputs.refused(CalibrationError, f"calibration of {inputs.models[1]}", "`split` is for")
+        inputs.refused(ConfigError, f"calibration of {inputs.models[1]}", "`split` is for")
 
     def test_a_chat_without_a_template(self, inputs: Inputs) -> None:
         inputs.texts[0] = "self:start=chat"
