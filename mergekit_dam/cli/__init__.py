@@ -4,4 +4,10 @@ May import: everything. Start reading at `group`; `command_line` has what the co
 imports stand inside the commands, so that help and usage errors appear at once.
 """
 
-from mergekit_dam.cli.group import main as main
+import sys
+
+try:
+    from mergekit_dam.cli.group import main as main
+except KeyboardInterrupt:  # before click can say so
+    sys.stderr.write("\nAborted!\n")
+    raise SystemExit(1) from None
