@@ -8,21 +8,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
+from mergekit_dam import choices
+
 if TYPE_CHECKING:
     import torch
 
 NAME = "dam"
 """Name of the merge method in mergekit's registry."""
 
-Offload = Literal["auto", "device", "host", "disk"]
-Nonlinearity = Literal["none", "tanh", "sigmoid", "relu"]
-Schedule = Literal["constant", "linear", "cosine", "inverse_sqrt"]
-"""Transformers' schedules that need no further arguments; all of them allow a warm-up."""
-Granularity = Literal["column", "tensor"]
-Objective = Literal["layer", "logits", "layer+logits"]
-ExpertFeed = Literal["routed", "all"]
-CorrectionKind = Literal["none", "low_rank", "full"]
-Resident = Literal["auto", "always", "never"]
+UNRECORDED = frozenset({"resume"})
+"""Parameters that say nothing of the result: its provenance leaves them out."""
 
 
 class Parameters(BaseModel):
@@ -73,12 +68,12 @@ class TensorParameters(Parameters):
         description="Coefficients of a column sum to one over the models and the base, which "
         "takes the remainder. `false` is the paper's free form; set it to reproduce the paper.",
     )
-    granularity: Granularity = Field(
+    granularity: choices.Granularity = Field(
         default="column",
         description="One coefficient per model and input column, or one per model and tensor. The "
         "latter needs less calibration text.",
     )
-    correction: CorrectionKind = Field(
+    correction: choices.CorrectionKind = Field(
         default="low_rank",
         description="Matrix that is added to a fitted linear: two factors of `correction_rank`, "
         "or `full`, as large as the weight. With `none`, coefficients alone are learned.",
@@ -99,7 +94,7 @@ class TensorParameters(Parameters):
         description="Fit the output head, if untied. `false` averages it, which saves time if the "
         "vocabulary is large.",
     )
-    experts: ExpertFeed = Field(
+    experts: choices.ExpertFeed = Field(
         default="routed",
         description="Calibration tokens that an expert of a mixture is fitted to: those that the "
         "merged router sends to it, or all. `all` fits every expert, however short the text is; "
@@ -140,7 +135,7 @@ class LogitsParameters(Parameters):
         description="Peak of the learning rate; factors have a 50th. Default: 0.1, or 0.01 with "
         "`sum_to_one: false`; at most half beside factors. Lower it if the losses jump.",
     )
-    lr_schedule: Schedule = Field(
+    lr_schedule: choices.Schedule = Field(
         default="cosine",
         description="How the learning rate falls. Set `constant` to compare numbers of steps.",
     )
@@ -157,7 +152,7 @@ class LogitsParameters(Parameters):
         description="Norm that the gradient of all coefficients is clipped to (0 = off). Set it "
         "if single batches disturb the fit.",
     )
-    nonlinearity: Nonlinearity = Field(
+    nonlinearity: choices.Nonlinearity = Field(
         default="none",
         description="Map from the learned values to the coefficients: `tanh` keeps them between "
         "-1 and 1, `sigmoid` between 0 and 1, `relu` at 0 or more. Set it with `objective: logits` "
@@ -193,7 +188,7 @@ class LogitsParameters(Parameters):
 class RunParameters(LogitsParameters):
     """Parameters of the whole merge; one value, at top level."""
 
-    objective: Objective = Field(
+    objective: choices.Objective = Field(
         default="layer+logits",
         description="What is fitted: one layer after the other, to its teachers' outputs "
         "(`layer`); the logits of the whole model, by gradient descent (`logits`, the paper's "
@@ -234,12 +229,12 @@ class RunParameters(LogitsParameters):
         description="Temperature of the logits that are compared, in the fit of the head and in "
         "the objective `logits`. Above 1, unlikely tokens count more.",
     )
-    resident: Resident = Field(
+    resident: choices.Resident = Field(
         default="auto",
         description="Whether weights stay in memory between sweeps: with `auto` while half of it "
         "is free, and enough to fit a block. Set `never` if others need it. Results are the same.",
     )
-    stream_offload: Offload = Field(
+    stream_offload: choices.Offload = Field(
         default="auto",
         description="Where the hidden states of the calibration text are kept between blocks: "
         "`auto` fills up to a quarter of the device's memory, then of the host's, then uses files "
@@ -277,6 +272,12 @@ class RunParameters(LogitsParameters):
         default=None,
         description="Replay a merge from its `dam_coefficients.safetensors` (or the folder that "
         "holds it), without a fit and without calibration.",
+    )
+
+    resume: bool = Field(
+        default=True,
+        description="Continue a merge to the same place that was stopped, and keep beside the "
+        "output what is done, for the next run. `false` starts afresh and keeps nothing.",
     )
 
     @property

@@ -5,23 +5,22 @@ sum of both.
 """
 
 import hashlib
-import json
 import math
 import shutil
-import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mergekit_dam.coefficients.file import CORRECTIONS_NAME, METADATA_KEY, written_whole
+from mergekit_dam.choices import CorrectionKind
+from mergekit_dam.coefficients.file import CORRECTIONS_NAME, METADATA_KEY
 from mergekit_dam.errors import DamError
-from mergekit_dam.parameters import CorrectionKind
+from mergekit_dam.stored import tensors_header, written_whole
 
 FIELDS = ("full", "left", "right", "moved_left", "moved_right")
 """Tensors of a correction, as they are called in files."""
@@ -165,14 +164,23 @@ class Corrections:
 
     Args:
         folder: Folder for one file per correction; it is made when the first is put there.
+        remove: Removes that folder when the corrections are discarded; at once by default.
+        files: File of every correction that is there already, by the output tensor's name.
 
     Attributes:
         norms: Output tensor's name -> Frobenius norm of its correction, where it was put here.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        remove: Callable[[Path], None] | None = None,
+        files: Mapping[str, Path] | None = None,
+    ) -> None:
         self._folder = folder
-        self._files: dict[str, Path] = {}
+        self._remove = remove or partial(shutil.rmtree, ignore_errors=True)
+        self._files = dict(files or {})
         self.norms: dict[str, float] = {}
 
     @classmethod
@@ -187,6 +195,21 @@ class Corrections:
             names = {key.rpartition(".")[0] for key in handle.keys()}  # noqa: SIM118 (no mapping)
         found._files = dict.fromkeys(sorted(names), path)
         return found
+
+    @classmethod
+    def of_files(
+        cls, files: Mapping[str, Path] | None, remove: Callable[[Path], None]
+    ) -> "Corrections | None":
+        """Corrections that were put into one folder before, or saved; None for None.
+
+        Args:
+            files: What `files` said of them.
+            remove: Removes their folder when they are discarded.
+        """
+        if files is None:
+            return None
+        folder = next((file.parent for file in files.values()), Path())
+        return cls(folder, remove=remove, files=files)
 
     def __bool__(self) -> bool:
         return bool(self._files)
@@ -235,36 +258,34 @@ class Corrections:
             Digest of all tensors, which is in the metadata of the file, too.
         """
         # The digest is known when all tensors are written: until then, zeros keep its place.
-        header: dict[str, Any] = {"__metadata__": {METADATA_KEY: "0" * 64}}
-        size = 0
-        for name, correction in self._all():
-            for key, tensor in correction.tensors.items():
-                end = size + tensor.nbytes
-                header[f"{name}.{key}"] = {
-                    "dtype": "F32",
-                    "shape": list(tensor.shape),
-                    "data_offsets": [size, end],
-                }
-                size = end
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # values begin at a multiple of 8 bytes
+        entries = (
+            (f"{name}.{key}", tensor.dtype, tensor.shape)
+            for name, correction in self._all()
+            for key, tensor in correction.tensors.items()
+        )
+        header = tensors_header(entries, {METADATA_KEY: "0" * 64})
         digest = hashlib.sha256()
         with written_whole(path) as temporary, temporary.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
+            file.write(header)
             for _, correction in self._all():
                 for tensor in correction.tensors.values():
                     values = tensor.numpy().tobytes()
                     digest.update(values)
                     file.write(values)
-            file.seek(8 + text.index(b"0" * 64))
+            file.seek(header.index(b"0" * 64))
             file.write(digest.hexdigest().encode())
         self.discard()
         self._files = dict.fromkeys(sorted(self._files), path)
         return digest.hexdigest()
 
+    @property
+    def files(self) -> dict[str, Path]:
+        """The file of every correction, by the output tensor's name."""
+        return dict(self._files)
+
     def discard(self) -> None:
         """Remove the files that were put into the folder."""
         for file in set(self._files.values()):
             if file.parent == self._folder and file.name != CORRECTIONS_NAME:
-                shutil.rmtree(self._folder, ignore_errors=True)
+                self._remove(self._folder)
                 return

@@ -2,8 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from mergekit_dam.coefficients.saved import (
     provenance_of,
 )
 from mergekit_dam.errors import ConfigError, first_line, listed
+from mergekit_dam.stored import written_whole
 
 LOG = logging.getLogger(__name__)
 
@@ -27,22 +27,6 @@ FILE_NAME = "dam_coefficients.safetensors"
 CORRECTIONS_NAME = "dam_corrections.safetensors"
 REPORT_NAME = "dam_report.json"
 METADATA_KEY = "mergekit_dam"
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Write a file atomically: a reader sees the whole file or none.
-
-    Yields:
-        A temporary path to write to, which gets the file's name when the body ends.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

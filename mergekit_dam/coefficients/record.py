@@ -1,8 +1,8 @@
 """The record of a merge: coefficients, reports, and the trials of a search."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,11 @@ class Trial:
     seconds: float
     details: Mapping[str, float] = field(default_factory=dict)
     ended: str = ""
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> "Trial":
+        """The trial whose fields, as plain values, are these."""
+        return cls(**{**state, "held_out_kl": tuple(state["held_out_kl"])})
 
 
 @dataclass(eq=False)  # tasks that carry one are hashed: by its identity
@@ -70,6 +75,34 @@ class MergeRecord:
             return {name: value for name, value in known.items() if name not in names}
 
         return MergeRecord(rest(self.coefficients), rest(self.axes), rest(self.reports))
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """All of it for the journal: plain values, tensors, and the files of the corrections."""
+        plain = {own.name: getattr(self, own.name) for own in fields(self)}
+        return {
+            **plain,
+            "reports": {name: asdict(report) for name, report in self.reports.items()},
+            "trials": [asdict(trial) for trial in self.trials],
+            "corrections": None if self.corrections is None else self.corrections.files,
+        }
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any], corrections: Corrections | None) -> "MergeRecord":
+        """The record that had a state.
+
+        Args:
+            corrections: The same corrections, from the files in the state.
+        """
+        return cls(
+            **{
+                **state,
+                "coefficients": {n: rows.clone() for n, rows in state["coefficients"].items()},
+                "reports": {name: TensorReport(**own) for name, own in state["reports"].items()},
+                "trials": [Trial.of_state(own) for own in state["trials"]],
+                "corrections": corrections,
+            }
+        )
 
     def add(self, fitted: FittedTensor) -> None:
         """Record a tensor whose coefficients are final.

@@ -9,6 +9,7 @@ import torch
 from mergekit.common import ModelReference
 from torch import Tensor
 
+from mergekit_dam.choices import CorrectionKind, ExpertFeed
 from mergekit_dam.coefficients.correction import stored_bytes
 from mergekit_dam.coefficients.tensors import TensorSettings
 from mergekit_dam.estimate.merge import PlannedMerge, PlannedTensor
@@ -17,7 +18,7 @@ from mergekit_dam.estimate.text import Text
 from mergekit_dam.host.compat import LoaderCache
 from mergekit_dam.host.headers import Header
 from mergekit_dam.host.synthetic import Writing
-from mergekit_dam.parameters import CorrectionKind, ExpertFeed, RunParameters
+from mergekit_dam.parameters import RunParameters
 from mergekit_dam.sources.stage import Stage, StageKind
 
 _PROBE_TOKENS = 2

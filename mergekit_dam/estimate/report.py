@@ -10,7 +10,7 @@ from mergekit_dam.estimate.flops import total
 from mergekit_dam.estimate.limit import Limited
 from mergekit_dam.estimate.memory import Need
 from mergekit_dam.estimate.sweeps import Sweep
-from mergekit_dam.tables import aligned, duration
+from mergekit_dam.tables import aligned, duration, size
 
 _MEANING = (
     "Memory is the process's own; with mapped files, also pages of weights that the system "
@@ -99,7 +99,7 @@ def table(estimate: Estimate, width: int = 88) -> str:
         parts.append(_wrapped(_limited(estimate.limited), width))
     parts += [_work(estimate), _memory(estimate, width)]
     machine = estimate.machine
-    published = _PUBLISHED.format(gpu=machine.published, memory=_size(machine.gpu))
+    published = _PUBLISHED.format(gpu=machine.published, memory=size(machine.gpu))
     times = published if machine.published else _MEASURED
     return "\n\n".join([*parts, _verdict(estimate), _wrapped(_MEANING + times, width)])
 
@@ -122,10 +122,10 @@ def _models(estimate: Estimate) -> str:
     if inventory.settings is not None:
         counts = " + ".join(map(str, text.sequences))
         if inventory.corrections:
-            lines.append(f"corrections: {_size(inventory.corrections)} beside the merged model")
+            lines.append(f"corrections: {size(inventory.corrections)} beside the merged model")
         lines.append(
             f"{counts} sequences of {text.length} tokens, {sum(text.held_out)} of them held out; "
-            f"temporary files: {_size(estimate.scratch)}, streams on the {estimate.streams}"
+            f"temporary files: {size(estimate.scratch)}, streams on the {estimate.streams}"
         )
     return "\n".join(lines)
 
@@ -135,11 +135,11 @@ def _sweeps(estimate: Estimate, width: int) -> str:
     for sweep, seconds in zip(estimate.sweeps, estimate.seconds, strict=True):
         name = sweep.name if sweep.certain else f"{sweep.name}, {sweep.condition}"
         flops = f"{total(sweep.work) / 1e12:,.2f}"
-        rows.append([name, _size(sweep.read), _size(sweep.write), flops, duration(seconds)])
+        rows.append([name, size(sweep.read), size(sweep.write), flops, duration(seconds)])
     read = sum(sweep.read for sweep in estimate.sweeps if sweep.certain)
     written = sum(sweep.write for sweep in estimate.sweeps if sweep.certain)
     flops = f"{total(estimate.certain_work) / 1e12:,.2f}"
-    rows.append(["in all", _size(read), _size(written), flops, duration(estimate.least_seconds)])
+    rows.append(["in all", size(read), size(written), flops, duration(estimate.least_seconds)])
     if estimate.most_seconds > estimate.least_seconds:
         rows.append(["at most", "", "", "", duration(estimate.most_seconds)])
     return aligned(["sweep", "reads", "writes", "Tflop", "time"], rows, width)
@@ -177,13 +177,13 @@ def _memory(estimate: Estimate, width: int) -> str:
     rows = []
     for need in estimate.needs:
         own = estimate.own(need)
-        rows.append([need.phase, _size(own), _size(estimate.resident(need))])
+        rows.append([need.phase, size(own), size(estimate.resident(need))])
         if estimate.room.gpu:
-            rows[-1].append(_size(need.device))
-    last = ["peak", _size(estimate.own(estimate.host)), _size(estimate.resident_bytes)]
+            rows[-1].append(size(need.device))
+    last = ["peak", size(estimate.own(estimate.host)), size(estimate.resident_bytes)]
     if estimate.room.gpu:
         head.append("GPU")
-        last.append(_size(estimate.gpu.device))
+        last.append(size(estimate.gpu.device))
     return aligned(head, [*rows, last], width)
 
 
@@ -191,11 +191,3 @@ def _verdict(estimate: Estimate) -> str:
     if not estimate.problems:
         return "Everything fits."
     return "\n".join(["What would not fit:", *(f"  - {each}" for each in estimate.problems)])
-
-
-def _size(count: float) -> str:
-    """Bytes in kB, MB, GB or TB."""
-    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
-        if count >= unit:
-            return f"{count / unit:.2f} {name}"
-    return f"{count / 1e3:.0f} kB" if count else "0"

@@ -13,12 +13,12 @@ from typing import Literal
 
 import torch
 
+from mergekit_dam.choices import CorrectionKind
 from mergekit_dam.fitting.correction import RIDGES
 from mergekit_dam.fitting.correction_problem import REFINEMENTS
 from mergekit_dam.fitting.low_rank import LEFT, OVERSAMPLED, POWERS, RIGHT
 from mergekit_dam.fitting.metric import kept_as_rows
 from mergekit_dam.fitting.solver import DENSE_LIMIT, ROUGH, precision
-from mergekit_dam.parameters import CorrectionKind
 
 Speed = Literal["forward", "fp32", "fp64", "cholesky", "elements"]
 """What the time of some work depends on: the speed of the models' blocks, of products in one

@@ -15,5 +15,6 @@ known_graph                   tasks of a merge whose coefficients are known
 fitted_graph, stages          tasks of a fit: tensors become stages, text becomes streams
 gathers, tasks                the tasks themselves
 artifacts, report, output     coefficients, report, and the folder that they go to
+resume                        what an earlier run of the same merge has kept
 compat                        every name that is private to mergekit, or changes with its versions
 """

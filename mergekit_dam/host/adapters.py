@@ -19,7 +19,7 @@ from mergekit.common import ModelPath, ModelReference
 from safetensors import safe_open
 
 from mergekit_dam.errors import ArchitectureError, ConfigError, DamError, first_line
-from mergekit_dam.host.files import find_file
+from mergekit_dam.host.files import find_file, model_files, stamp
 from mergekit_dam.model.build import auto_class, build_model
 from mergekit_dam.vocabulary.tokenizers import load_tokenizer
 
@@ -27,8 +27,6 @@ LOG = logging.getLogger(__name__)
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_READ = (".json", ".model", ".jinja", ".safetensors", ".bin")
-"""Ends of the names of files that a model or an adapter is read from."""
 
 
 def base_of(adapter: ModelPath) -> ModelPath:
@@ -162,17 +160,11 @@ def _digest(base: Path, adapter: Path, dtype: str) -> str:
     size and time; in the Hub's cache, the name is a digest of the content.
     """
     digest = hashlib.sha256(dtype.encode())
-    for file in _read_from(adapter):
+    for file in model_files(adapter):
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
         with file.open("rb") as opened:
             while chunk := opened.read(1 << 20):
                 digest.update(chunk)
-    for file in _read_from(base):
-        own = file.resolve()
-        status = own.stat()
-        digest.update(f"{file.name} {own.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    for file in model_files(base):
+        digest.update(f"{stamp(file)}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def _read_from(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in _READ)

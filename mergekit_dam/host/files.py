@@ -9,6 +9,12 @@ from mergekit.common import ModelPath
 from mergekit_dam.errors import ArchitectureError
 from mergekit_dam.host.compat import ShardedTensorIndex
 
+_READ = (".json", ".model", ".jinja", ".safetensors", ".bin")
+"""Ends of the names of files that a model or an adapter is read from."""
+
+_BEGINNING, _LARGEST = 1 << 16, 1 << 27
+"""Bytes of a file's beginning; bytes of the largest header that safetensors allows, about."""
+
 
 def find_file(path: ModelPath, name: str) -> Path | None:
     """A file of a model, downloaded if it is on the Hub; None if it cannot be had.
@@ -71,6 +77,29 @@ def stored_index(folder: Path) -> ShardedTensorIndex:
             f"{len(index.shards)} files that its index names); copy or download the model again"
         )
     return index
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files that a model or an adapter is read from."""
+    return sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in _READ)
+
+
+def stamp(file: Path) -> str:
+    """Name, size and time of a file: enough to see that it was replaced, without reading it.
+
+    In the Hub's cache, the name of the file that a link leads to is a digest of its content.
+    """
+    own = file.resolve()
+    status = own.stat()
+    return f"{file.name} {own.name} {status.st_size} {status.st_mtime_ns}"
+
+
+def header_of(file: Path) -> bytes:
+    """The header of a safetensors file, or the beginning of another one."""
+    with file.open("rb") as opened:
+        first = opened.read(8)
+        size = int.from_bytes(first, "little") if file.suffix == ".safetensors" else _BEGINNING
+        return first + opened.read(min(size, _LARGEST))
 
 
 def _no_weights(path: Path) -> ArchitectureError:

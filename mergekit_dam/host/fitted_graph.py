@@ -13,7 +13,6 @@ from typing import TypeAlias
 import torch
 from mergekit.common import ModelReference
 
-from mergekit_dam.coefficients.correction import Corrections
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.host.checks import check_complete, check_shapes, refuse_outside
 from mergekit_dam.host.headers import spans_of
@@ -32,7 +31,7 @@ from mergekit_dam.host.tasks import (
     SearchNode,
     StageNode,
 )
-from mergekit_dam.host.workplace import SCRATCH
+from mergekit_dam.layers.sweep import Sweep
 from mergekit_dam.model.decoder import Decoder
 from mergekit_dam.sources.decoders import source_decoders
 from mergekit_dam.sources.network import Network
@@ -76,8 +75,7 @@ def fitted_tasks(merge: Merge, tensors: Tensors, decoder: Decoder) -> Tasks:
     )
     outside = averages(placed)
     if prepared.run.one_sweep:
-        outside.corrections = Corrections(merge.out_path / f"{SCRATCH}corrections")
-        tasks = _one_sweep(stages, streams, outside)
+        tasks = _one_sweep(stages, Sweep(merge.journal, "layer", len(stages), streams, outside))
     else:
         start = _start(merge, tensors, stages, outside)
         tasks = _search(stages, streams, start, device, merge)
@@ -121,15 +119,15 @@ def _start(
     return start
 
 
-def _one_sweep(stages: Sequence[PlannedStage], streams: MakeStreams, outside: MergeRecord) -> Tasks:
+def _one_sweep(stages: Sequence[PlannedStage], sweep: Sweep) -> Tasks:
     """One sweep: each stage waits for the one before; tensors are written as they are fitted."""
     tasks = Tasks()
     previous: FitStage | None = None
-    for planned in stages:
+    for number, planned in enumerate(stages):
         planned = planned.without_borrowed()
         if previous is not None:
             previous.node.ahead = spans_of(planned.gathers)
-        previous = FitStage(node=StageNode(planned, previous, streams, outside))
+        previous = FitStage(node=StageNode(planned, number, previous, sweep))
         for spec in planned.stage.tensors:
             tasks.merged[spec.name] = MergedTensor(fit=previous, name=spec.name)
     tasks.last = previous
@@ -152,7 +150,7 @@ def _search(
         device=device,
         resident=run.resident,
     )
-    fit = Search(node=SearchNode(network, streams, run, start, merge.out_path, started))
+    fit = Search(node=SearchNode(network, streams, run, start, merge.journal, started))
     tasks = Tasks(last=fit)
     for planned in stages:
         order = planned.stage.models.order

@@ -17,6 +17,7 @@ from mergekit_dam.host.fused import Region
 from mergekit_dam.host.headers import WeightTask
 from mergekit_dam.host.prepare import Prepared
 from mergekit_dam.host.tasks import FitStage, Known, MergeKnown, Search
+from mergekit_dam.journal import Journal
 from mergekit_dam.model.decoder import Decoder
 from mergekit_dam.model.probe import make_decoder
 
@@ -42,6 +43,11 @@ class Merge:
     parameters: Mapping[str, Any]
     out_path: Path
     stacks: Mapping[ModelReference, Sequence[int]]
+
+    @property
+    def journal(self) -> Journal:
+        """What the merge keeps on the disk: for a next run, or for this one alone."""
+        return self.prepared.journal or Journal(self.out_path, keeps=False)
 
     def decoder(self) -> Decoder:
         """The decoder of the merged model."""

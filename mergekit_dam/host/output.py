@@ -11,7 +11,7 @@ from mergekit.common import ModelReference
 
 from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.host.publish import check_replaceable, publish
-from mergekit_dam.host.workplace import SCRATCH, workplace
+from mergekit_dam.host.workplace import KEPT, SCRATCH, workplace
 from mergekit_dam.interrupts import terminable
 from mergekit_dam.streams import distributed
 
@@ -28,7 +28,7 @@ def output_folder(out_path: Path, models: Sequence[ModelReference]) -> Iterator[
     """The folder that a merge writes to, which takes the output's place when the body is done.
 
     The first process writes the merged model; the others have temporary folders. If the body
-    fails, what is at the output stays as it was.
+    fails, what is at the output stays as it was; what is worth continuing is kept beside it.
 
     Args:
         out_path: folder of the merged model.
@@ -59,6 +59,11 @@ def output_folder(out_path: Path, models: Sequence[ModelReference]) -> Iterator[
             raise
         uninterrupted()
         publish(new, output, place)
+
+
+def kept_beside(folder: Path) -> Path:
+    """The folder for what the next run continues from, given that of the first process."""
+    return folder.parents[1] / KEPT
 
 
 def _scratch(beside: Path | None) -> "tempfile.TemporaryDirectory[str]":

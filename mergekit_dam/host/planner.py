@@ -16,6 +16,7 @@ from mergekit_dam.host.merge import Merge
 from mergekit_dam.host.prepare import Prepared, PreparedConfiguration, all_models, prepare
 from mergekit_dam.host.references import with_sources
 from mergekit_dam.host.tasks import WriteArtifacts
+from mergekit_dam.parameters import UNRECORDED
 from mergekit_dam.sources.slices import TaughtSlice, follow, stacks, taught
 from mergekit_dam.streams import distributed
 
@@ -51,7 +52,7 @@ def plan_stages(
             config=stock.out_model_config,
             options=stock.options,
             out_dtype=config.out_dtype,
-            parameters=config.parameters or {},
+            parameters={k: v for k, v in (config.parameters or {}).items() if k not in UNRECORDED},
             out_path=out_path,
             stacks=_stacked_layers(stock),
         )

@@ -27,6 +27,7 @@ from mergekit_dam.host.architectures import check_architectures, check_readable,
 from mergekit_dam.host.references import check_sources
 from mergekit_dam.host.synthetic import Typist, check_room, writings
 from mergekit_dam.host.vocabulary import build_vocabulary
+from mergekit_dam.journal import Journal
 from mergekit_dam.model.checkpoint import check_checkpoint
 from mergekit_dam.parameters import RunParameters
 from mergekit_dam.request.check import Checked, check_configuration
@@ -54,6 +55,7 @@ class Prepared:
         vocabulary: merged vocabulary, if mergekit builds one; calibration tokens are its ids.
         rows: number of rows that embeddings are cut to, if they are cut.
         started: `time.perf_counter()` when the merge began.
+        journal: what the merge keeps for a next run, if it keeps anything.
     """
 
     checked: Checked
@@ -63,6 +65,7 @@ class Prepared:
     vocabulary: Vocabulary | None = None
     rows: int | None = None
     started: float = field(default_factory=time.perf_counter)
+    journal: Journal | None = None
 
     @property
     def run(self) -> RunParameters:
@@ -82,6 +85,10 @@ class PreparedConfiguration(MergeConfiguration):
         result = cls.model_construct(_fields_set=set(config.model_fields_set), **values)
         result._prepared = prepared
         return result
+
+    def keep(self, journal: Journal | None) -> None:
+        """Let the merge keep in a journal how far it is, if there is one."""
+        self._prepared = dataclasses.replace(self._prepared, journal=journal)
 
     @property
     def prepared(self) -> Prepared:

@@ -6,7 +6,6 @@ emptied and filled in an order in which no reader finds parts of both: what says
 are goes first and comes last.
 """
 
-import contextlib
 import fnmatch
 import os
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from mergekit_dam.errors import DamError, listed
 from mergekit_dam.host.workplace import PREVIOUS, SCRATCH
+from mergekit_dam.stored import sync
 
 _OF_A_MERGE = ("mergekit_config.yml", "dam_report.json", "dam_coefficients.safetensors")
 """Files by one of which a folder is known to hold a merged model."""
@@ -82,13 +82,13 @@ def publish(new: Path, output: Path, place: Path) -> None:
     for path in new.glob(f"{SCRATCH}*"):  # of objects that are not collected yet
         _remove(path)
     for path in (*new.rglob("*"), new):
-        _sync(path)
+        sync(path)
     if not output.exists():
         new.rename(output)
     elif not (_can_be_moved(output, new, place) and _swapped(new, output, place / PREVIOUS)):
         _fill(new, output)
-        _sync(output)
-    _sync(output.parent)
+        sync(output)
+    sync(output.parent)
 
 
 def _swapped(new: Path, output: Path, previous: Path) -> bool:
@@ -171,13 +171,3 @@ def _can_be_moved(output: Path, new: Path, place: Path) -> bool:
 
 def _is_any(path: Path, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns)
-
-
-def _sync(path: Path) -> None:
-    """Have the system write a file, or the entries of a folder, to the disk."""
-    with contextlib.suppress(PermissionError):  # Windows opens no folders
-        opened = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)

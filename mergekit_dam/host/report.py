@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 import mergekit_dam
-from mergekit_dam.coefficients.file import REPORT_NAME, written_whole
+from mergekit_dam.coefficients.file import REPORT_NAME
 from mergekit_dam.coefficients.tensors import TensorReport
+from mergekit_dam.stored import written_whole
 
 FILE_NAME = REPORT_NAME
 

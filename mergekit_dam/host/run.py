@@ -16,9 +16,10 @@ from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.host.card import hub_ids
 from mergekit_dam.host.complete import check_complete, tokenizer_must_be_copied
 from mergekit_dam.host.failures import mergekit_errors
-from mergekit_dam.host.output import output_folder
+from mergekit_dam.host.output import kept_beside, output_folder
 from mergekit_dam.host.prepare import PreparedConfiguration, prepare
 from mergekit_dam.host.references import open_sources, with_sources
+from mergekit_dam.host.resume import open_journal
 from mergekit_dam.host.workplace import SCRATCH
 from mergekit_dam.model.checkpoint import check_checkpoint
 from mergekit_dam.report.card import complete_card
@@ -56,6 +57,8 @@ def run_dam(
                 _adapter_cache(config, own, folder) as kept,
             ):
                 distributed.in_turn(lambda: open_sources(config.referenced_models(), kept))
+                if distributed.is_first():
+                    config.keep(open_journal(kept_beside(folder), config, own))
                 stock(config, str(folder), kept, config_source or merge_config.to_yaml())
             if distributed.is_first():
                 if own.write_model_card:

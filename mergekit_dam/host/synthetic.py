@@ -26,11 +26,11 @@ from mergekit_dam.calibration.source import CalibrationSource
 from mergekit_dam.calibration.synthetic import BATCH, Author, Turns, chat_turns
 from mergekit_dam.calibration.tally import Tally
 from mergekit_dam.calibration.templates import NONE, ChatTemplate
-from mergekit_dam.coefficients.file import written_whole
 from mergekit_dam.errors import CalibrationError, DamError, first_line, inside
 from mergekit_dam.model.build import auto_class, build_model
 from mergekit_dam.parameters import RunParameters
 from mergekit_dam.request.check import Checked
+from mergekit_dam.stored import written_whole
 from mergekit_dam.streams.memory import free_memory_of, give_back, limit_gpu
 
 LOGITS = 4

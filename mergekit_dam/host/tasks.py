@@ -16,8 +16,7 @@ several blocks would be in memory at the same time.)
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +30,9 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.host.compat import copy_non_floating_buffer
 from mergekit_dam.host.fused import Region
 from mergekit_dam.host.stages import PlannedStage
-from mergekit_dam.layers.fit import StageResult, fit_stage
+from mergekit_dam.journal import Journal
+from mergekit_dam.layers.fit import StageResult
+from mergekit_dam.layers.sweep import Sweep
 from mergekit_dam.parameters import RunParameters
 from mergekit_dam.search.search import search
 from mergekit_dam.sources.finite import require_finite, require_finite_merge
@@ -47,16 +48,16 @@ class StageNode:
 
     Attributes:
         planned: the stage, and the tasks that gather its own tensors.
+        number: number of the stage.
         previous: the task of the stage before, or None.
-        streams: makes the streams at the model's input; used by the first stage.
-        record: record from planning; used by the first stage.
+        sweep: the fits of all stages.
         ahead: byte ranges that the next stage will read.
     """
 
     planned: PlannedStage
+    number: int
     previous: "FitStage | None"
-    streams: Callable[[], list[Stream]]
-    record: MergeRecord = field(default_factory=MergeRecord)
+    sweep: Sweep
     ahead: tuple[Span, ...] = ()
 
 
@@ -86,14 +87,12 @@ class FitStage(Task[Any], frozen=True, arbitrary_types_allowed=True):
         stage = self.node.planned.stage
         loaded = {spec.name: tensors[f"tensor_{index}"] for index, spec in enumerate(stage.tensors)}
         require_finite(loaded)
-        streams = previous.streams if previous else self.node.streams()
-        record = previous.record if previous else self.node.record
         device = next(
             (own.device for tensor in loaded.values() for own in tensor.values()),
             stage.models.output.device,
         )
         opened = open_stage(stage, loaded, device)
-        return fit_stage(opened, streams, record)
+        return self.node.sweep.fit(self.node.number, opened)
 
 
 class MergedTensor(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):
@@ -131,7 +130,7 @@ class SearchNode:
         streams: makes the streams at the model's input.
         settings: parameters of the merge.
         start: coefficients of every tensor to start from.
-        scratch: folder for hidden states on disk.
+        journal: what the search keeps on the disk.
         started: `time.perf_counter()` when the merge began.
     """
 
@@ -139,7 +138,7 @@ class SearchNode:
     streams: Callable[[], list[Stream]]
     settings: RunParameters
     start: MergeRecord
-    scratch: Path
+    journal: Journal
     started: float
 
 
@@ -168,7 +167,7 @@ class Search(Task[Any], frozen=True, arbitrary_types_allowed=True):
             node.streams(),
             node.settings,
             node.start,
-            scratch=node.scratch,
+            journal=node.journal,
             started=node.started,
         )
         return StageResult([], record)

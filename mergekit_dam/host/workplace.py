@@ -2,7 +2,8 @@
 
 There is one for every output, `.dam-NAME` beside it, so that a merge finds there what an earlier
 one to the same place has left when it was killed. The lock is the system's: it goes with the
-process that holds it.
+process that holds it. What a merge keeps for the next run (`KEPT`) stays, if it ends before its
+model is whole.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from mergekit_dam.errors import DamError
+from mergekit_dam.tables import size
 
 LOG = logging.getLogger(__name__)
 
@@ -25,6 +27,9 @@ SCRATCH = ".dam-"
 
 PREVIOUS = "previous"
 """Name, in a workplace, of the folder that the merged model replaces."""
+
+KEPT = "kept"
+"""Name, in a workplace, of the folder with the states from which the next run continues."""
 
 _LOCK, _OWNER = "lock", "owner"
 
@@ -43,11 +48,13 @@ def place_for(output: Path) -> Path:
 def workplace(output: Path) -> Iterator[Path]:
     """Lock the workplace of an output, put right what a killed merge has left, and clean up.
 
+    Where the body fails, what is worth continuing stays, and a line of the log says so.
+
     Args:
         output: folder of the merged model, resolved. It need not exist.
 
     Yields:
-        A folder that is empty but for its lock.
+        A folder that is empty but for its lock, and for what an earlier merge has kept.
 
     Raises:
         DamError: another merge works there, or nothing can be written; the message says who, or
@@ -62,8 +69,12 @@ def workplace(output: Path) -> Iterator[Path]:
             owner = f"process {os.getpid()} on {socket.gethostname()}"
             (place / _OWNER).write_text(owner, encoding="utf-8")
             yield place
-        finally:
+        except BaseException:
+            _leave(place)
+            raise
+        else:
             shutil.rmtree(place, ignore_errors=True)
+        finally:
             lock.release()
     finally:
         for folder in made:
@@ -102,10 +113,33 @@ def _recover(place: Path, output: Path) -> None:
     if previous.exists() and not output.exists():
         LOG.warning("%s: an earlier merge was killed; its predecessor is put back", output)
         previous.rename(output)
+    _empty(place)
+
+
+def _leave(place: Path) -> None:
+    """Remove all but what the next run can continue from; all of it if there is nothing."""
+    kept = place / KEPT
+    if not any(kept.glob("*.safetensors")):
+        shutil.rmtree(place, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        _empty(place)
+    LOG.warning(
+        "what is done is kept in %s (%s); the same command continues; delete the folder if you do "
+        "not want that",
+        place,
+        size(sum(file.stat().st_size for file in kept.rglob("*") if file.is_file())),
+    )
+
+
+def _empty(place: Path) -> None:
+    """Remove all but the lock, and what is kept for the next run."""
     for entry in place.iterdir():
+        if entry.name in (_LOCK, KEPT):
+            continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
-        elif entry.name != _LOCK:
+        else:
             entry.unlink()
 
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_dam.choices import ExpertFeed
 from mergekit_dam.layers.seen import see
 from mergekit_dam.layers.state import Walk
 from mergekit_dam.layers.targets import token_weights
 from mergekit_dam.model.experts import Routing
 from mergekit_dam.model.units import Unit
-from mergekit_dam.parameters import ExpertFeed
 from mergekit_dam.streams.distributed import all_sum, all_sums
 from mergekit_dam.streams.share import SPLITS, Split
 from mergekit_dam.streams.storage import Sequences

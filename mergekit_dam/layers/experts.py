@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mergekit_dam.choices import ExpertFeed
 from mergekit_dam.coefficients.correction import Correction
 from mergekit_dam.coefficients.merge import expert_axis
 from mergekit_dam.coefficients.tensors import FittedTensor, TensorReport, TensorSources
@@ -29,7 +30,6 @@ from mergekit_dam.layers.expert_tokens import RoutedStream, observe
 from mergekit_dam.layers.state import Walk
 from mergekit_dam.model.experts import FusedLinear, run_expert
 from mergekit_dam.model.units import Unit
-from mergekit_dam.parameters import ExpertFeed
 from mergekit_dam.streams.share import Split, judging_split
 
 FEWEST = 64

@@ -1,5 +1,6 @@
 """The order in which a descent sees the calibration sequences."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -9,7 +10,12 @@ from mergekit_dam.streams.stream import Stream
 
 
 def batches_of(
-    data: Sequence[Stream], loss_weights: Sequence[float], size: int, seed: int
+    data: Sequence[Stream],
+    loss_weights: Sequence[float],
+    size: int,
+    seed: int,
+    *,
+    taken: int = 0,
 ) -> Iterator[list[Batch]]:
     """Batches without end: the sequences of the fit in random order, again and again.
 
@@ -20,20 +26,29 @@ def batches_of(
         loss_weights: weight of each source's data.
         size: sequences per model in a batch; fewer if the model has fewer.
         seed: seed of the order.
+        taken: number of batches that an earlier run has taken already.
     """
-    generator = torch.Generator().manual_seed(seed)
     fit = [own.of("fit") for own in data]
-    queues: list[list[int]] = [[] for _ in fit]
-    while True:
+    counts = [own.share.count("fit") for own in fit]
+    for chosen in itertools.islice(_numbers(counts, size, seed), taken, None):
         batch = []
-        for own, queue in zip(fit, queues, strict=True):
-            count = own.share.count("fit")
+        for own, numbers in zip(fit, chosen, strict=True):
+            rows = [row for number in numbers if (row := own.share.row_of(number)) is not None]
+            at_hand = torch.tensor(rows, dtype=torch.int64)
+            weight, tokens = loss_weights[own.source], own.merged[at_hand]
+            batch.append(Batch(own.source, weight, tokens, own.teacher[at_hand], len(numbers)))
+        yield batch
+
+
+def _numbers(counts: Sequence[int], size: int, seed: int) -> Iterator[list[list[int]]]:
+    """The numbers of every model's sequences in one batch after the other, without end."""
+    generator = torch.Generator().manual_seed(seed)
+    queues: list[list[int]] = [[] for _ in counts]
+    while True:
+        chosen = []
+        for count, queue in zip(counts, queues, strict=True):
             wanted = min(size, count)
             if len(queue) < wanted:
                 queue.extend(torch.randperm(count, generator=generator).tolist())
-            chosen = [queue.pop(0) for _ in range(wanted)]
-            rows = [row for number in chosen if (row := own.share.row_of(number)) is not None]
-            at_hand = torch.tensor(rows, dtype=torch.int64)
-            weight, tokens = loss_weights[own.source], own.merged[at_hand]
-            batch.append(Batch(own.source, weight, tokens, own.teacher[at_hand], wanted))
-        yield batch
+            chosen.append([queue.pop(0) for _ in range(wanted)])
+        yield chosen

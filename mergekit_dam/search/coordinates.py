@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_dam.choices import Nonlinearity
 from mergekit_dam.coefficients.correction import out_by_in
 from mergekit_dam.coefficients.merge import column_counts
 from mergekit_dam.coefficients.parametrisation import Parametrisation
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.errors import ConfigError
 from mergekit_dam.model.units import Anatomy
-from mergekit_dam.parameters import Nonlinearity
 from mergekit_dam.sources.stage import OpenStage
 
 _RANGES: dict[Nonlinearity, tuple[float, float]] = {"tanh": (-1, 1), "sigmoid": (0, 1)}

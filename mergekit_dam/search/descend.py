@@ -7,6 +7,7 @@
 4. An interrupt, or the end of the time that the merge may take, ends a descent early: the point
    that it has come to is judged, and the result is the best
    one so far.
+5. From time to time, the state of all this is kept in the journal, for a next run.
 """
 
 import dataclasses
@@ -17,7 +18,10 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.coefficients.record import MergeRecord
+from mergekit_dam.journal import Journal
+from mergekit_dam.layers.sweep import CORRECTIONS
 from mergekit_dam.search.batches import batches_of
+from mergekit_dam.search.best import record_of
 from mergekit_dam.search.descender import Descender
 from mergekit_dam.search.factors import Factors
 from mergekit_dam.search.gradient import Objective
@@ -64,7 +68,8 @@ def descend(
     column_weights: Mapping[str, Tensor],
     seed: int,
     moving: Path,
-    kept: Path,
+    journal: Journal,
+    name: str,
     left: float = 1.0,
     pace: Pace | None = None,
     interrupted: Callable[[], bool] = lambda: False,
@@ -81,7 +86,8 @@ def descend(
         column_weights: weights of the weighted overlap, by tensor; empty where that is off.
         seed: seed of the order of the sequences, and of random factors.
         moving: folder for the factors of corrections while they move.
-        kept: folder for a folder with the corrections of the best point.
+        journal: keeps how far the descent is, and has room for the corrections of its best point.
+        name: name of the descent in the journal.
         left: fraction of the held-out KL at the start of the search that is left.
         pace: how many steps there is time for; all of them by default.
         interrupted: whether the descent is asked to end after the step that it takes.
@@ -89,29 +95,39 @@ def descend(
     pace, network = pace or Pace(), objective.network
     factors = Factors(objective.coordinates.values(), start.corrections, folder=moving, seed=seed)
     descender = Descender(objective, start, steps, factors, left)
-    batches = batches_of(data, network.loss_weights, objective.settings.batch_size, seed)
-    best = _Best(start, verdict)
-    losses: list[float] = []
-    planned, ended = steps, ""
-    while len(losses) < planned and not ended:
+    course = _Course(descender, _Best(start, verdict), steps, [])
+    course.go_on(journal, name)
+    best, losses, ended = course.best, course.losses, ""
+    batches = batches_of(
+        data,
+        network.loss_weights,
+        objective.settings.batch_size,
+        seed,
+        taken=len(losses) * objective.settings.gradient_accumulation,
+    )
+    while len(losses) < course.planned and not ended:
         with pace.measured(pace.step):
             losses.append(descender.step(batches, column_weights))
-        step = len(losses)
-        lowest = best.verdict.mean
-        progress.show(f"step {step}/{planned} loss {losses[-1]:.4g} held-out KL {lowest:.4g}")
+        step, lowest = len(losses), best.verdict.mean
+        progress.show(
+            f"step {step}/{course.planned} loss {losses[-1]:.4g} held-out KL {lowest:.4g}"
+        )
         if step == SETTLED:
-            planned = step + pace.steps(steps - step)
-            descender.plan(planned)
-        ended = _early_end(step, planned, steps, pace, interrupted)
-        if ended or step in judged_steps(planned):
+            course.planned = step + pace.steps(steps - step)
+            descender.plan(course.planned)
+        ended = _early_end(step, course.planned, steps, pace, interrupted)
+        if ended or step in judged_steps(course.planned):
             with pace.measured(pace.look):
                 now = descender.point()
                 seen = verdict_of(network, now, data)
             if seen.mean < best.verdict.mean and seen.better_than(verdict, allowance):
-                own = factors.kept(now.coefficients, kept / f"{moving.name}-{step}")
+                folder = journal.path(f"{CORRECTIONS}-{name}-{step}")
+                own = factors.kept(now.coefficients, folder, journal)
                 best.take(dataclasses.replace(now, corrections=own), seen, step)
-            if not ended and step < planned and interrupted():
+            if not ended and step < course.planned and interrupted():
                 ended = INTERRUPTED
+        if journal.due(name):
+            course.keep(journal, name)
     return Descent(best.record, best.verdict, best.step, tuple(losses), ended)
 
 
@@ -123,6 +139,46 @@ def _early_end(
         return INTERRUPTED
     out_of_time = planned < steps if step == planned else not pace.steps(1)
     return OUT_OF_TIME if out_of_time else ""
+
+
+@dataclasses.dataclass
+class _Course:
+    """How far a descent is.
+
+    Attributes:
+        descender: what moves.
+        best: the best point so far.
+        planned: number of steps that there is time for.
+        losses: loss of every step so far.
+    """
+
+    descender: Descender
+    best: "_Best"
+    planned: int
+    losses: list[float]
+
+    def keep(self, journal: Journal, name: str) -> None:
+        """Keep it for a next run."""
+        best = self.best
+        found = {"step": best.step, "verdict": dataclasses.asdict(best.verdict)}
+        if best.step:
+            found["record"] = best.record.state
+        own = {"planned": self.planned, "losses": self.losses, "descender": self.descender.state}
+        journal.put(name, {**own, "best": found})
+
+    def go_on(self, journal: Journal, name: str) -> None:
+        """Go on from where an earlier run has kept it, if there was one."""
+        state = journal.get(name)
+        if state is None:
+            return
+        self.planned, best = state["planned"], state["best"]
+        self.losses.extend(state["losses"])
+        self.descender.restore(state["descender"], self.planned)
+        if best["step"]:
+            record = record_of(best["record"], journal)
+            self.best.take(record, Verdict.of_state(best["verdict"]), best["step"])
+        taken = f"{len(self.losses)} of {self.planned} steps of the descent"
+        progress.say(f"continuing: {taken} were taken before")
 
 
 @dataclasses.dataclass

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,6 +107,47 @@ class Descender:
             for _ in range(taken):
                 schedule.step()
             self._schedules.append(schedule)
+
+    @property
+    def _moved(self) -> list[list[Tensor]]:
+        """What every optimiser moves: unknowns, and factors if there are any."""
+        unknowns = [self._unknowns[coordinate.name] for coordinate in self._coordinates]
+        return [unknowns, self._factors.all][: len(self.optimizers)]
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Values and moments of all that moves, and the learning rates, for the journal."""
+        moved = [
+            [{"value": own, "moments": dict(optimizer.state.get(own, {}))} for own in every]
+            for optimizer, every in zip(self.optimizers, self._moved, strict=True)
+        ]
+        return {"moved": moved, "schedules": [own.state_dict() for own in self._schedules]}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Any], steps: int) -> None:
+        """Go on from where an earlier run was.
+
+        Args:
+            state: what `state` was then.
+            steps: number of all steps.
+        """
+        for optimizer, moved, kept in zip(
+            self.optimizers, self._moved, state["moved"], strict=True
+        ):
+            for own, known in zip(moved, kept, strict=True):
+                own.copy_(known["value"])
+                for name, moment in known["moments"].items():
+                    if name in optimizer.state[own]:  # factors have theirs in files
+                        optimizer.state[own][name].copy_(moment)
+                    else:  # the count of steps stays on the host
+                        place = own.device if moment.dim() else moment.device
+                        optimizer.state[own][name] = moment.clone().to(place)
+        self.plan(steps)
+        for schedule, known in zip(self._schedules, state["schedules"], strict=True):
+            schedule.load_state_dict(known)
+            rates = schedule.get_last_lr()
+            for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
 
     def point(self) -> MergeRecord:
         """The current coefficients of every tensor."""

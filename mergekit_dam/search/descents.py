@@ -1,17 +1,16 @@
 """The descents of a search: a short one, and a long one if the short one was worthwhile."""
 
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from torch import Tensor
 
 from mergekit_dam.interrupts import first_one_asks
+from mergekit_dam.journal import Journal
 from mergekit_dam.parameters import RunParameters
-from mergekit_dam.search.best import Best
+from mergekit_dam.search.best import DESCENT, Best
 from mergekit_dam.search.coordinates import Coordinate, coordinates_of
 from mergekit_dam.search.descend import descend
 from mergekit_dam.search.gradient import Objective
@@ -27,9 +26,6 @@ LOG = logging.getLogger(__name__)
 
 DESCENTS = (20, 400)
 """Steps of each descent where no number is configured: the first shows whether it pays."""
-
-CORRECTIONS = ".dam-corrections"
-"""Beginning of the names of folders for a trial's corrections."""
 
 ENOUGH = 0.05
 """Without a configured number of steps, there is no descent where layer fits left a smaller
@@ -55,25 +51,33 @@ def descents_from(
     data: Sequence[Stream],
     boundaries: BoundaryStates,
     pace: Pace,
-    *,
-    kept: Path,
+    journal: Journal,
 ) -> None:
-    """Descend the end-to-end objective from the best so far, as long as it is worthwhile."""
+    """Descend the end-to-end objective from the best so far, as long as it is worthwhile.
+
+    Descents that are among the trials, since an earlier run has made them, are not repeated.
+    """
     if settings.objective != "logits" and settings.steps is None and best.left < ENOUGH:
         LOG.info("no descent: layer fits left %.0f %% of the start's KL", 100 * best.left)
+        return
+    planned = descents(settings.steps)
+    if best.descents == len(planned) or (best.descents and not best.paid(WORTHWHILE)):
         return
     coordinates, weights = _coordinates(network, settings, data)
     if not coordinates:
         return
     objective = Objective(network, coordinates, settings, boundaries)
-    taken = 0
     with interruptible() as interrupted:
-        for number, steps in enumerate(descents(settings.steps)):
+        for number in range(best.descents, len(planned)):
+            steps = planned[number]
+            if number and (not best.paid(WORTHWHILE) or interrupted()):
+                break
             # A longer descent that has no more steps than the one before would find nothing new.
+            taken = int(best.trials[-1].details["steps"]) if number else 0
             if not pace.allows(f"a descent of {steps} steps", pace.cost(taken + 1)):
                 break
-            started, before = time.perf_counter(), best.verdict.mean
-            with tempfile.TemporaryDirectory(prefix=CORRECTIONS, dir=kept) as moving:
+            started, name = time.perf_counter(), f"descent-{number}"
+            with journal.room(f"{name}-moving", lasting=False) as moving:
                 ended = descend(
                     objective,
                     data,
@@ -83,21 +87,20 @@ def descents_from(
                     steps=steps,
                     column_weights=weights,
                     seed=settings.random_seed + number,
-                    moving=Path(moving),
-                    kept=kept,
+                    moving=moving,
+                    journal=journal,
+                    name=name,
                     left=best.left,
                     pace=pace,
                     interrupted=interrupted,
                 )
             taken = len(ended.losses)
             said = {"steps": taken, "best_step": ended.steps}
-            name = f"logits, {steps} steps"
-            best.consider(name, ended.record, ended.verdict, started, ended=ended.ended, **said)
+            trial = f"{DESCENT}, {steps} steps"
+            best.consider(trial, ended.record, ended.verdict, started, ended=ended.ended, **said)
+            journal.drop(name)
             if ended.ended:
                 progress.say(f"{ended.ended} ended the descent after {taken} of {steps} steps")
-            paid = best.verdict.mean <= (1 - WORTHWHILE) * before
-            if not paid or ended.ended or interrupted():
-                break
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from mergekit_dam.coefficients.correction import Correction, Corrections
+from mergekit_dam.journal import Journal
 from mergekit_dam.search.coordinates import Coordinate
 from mergekit_dam.streams.distributed import all_sum, from_first
 
@@ -92,7 +93,7 @@ class Factors(Corrections):
 
     def optimizer(self, rate: float) -> AdamW:
         """AdamW on all factors, without weight decay, its moments in files."""
-        factors = self._factors()
+        factors = self.all
         optimizer = AdamW(factors, lr=rate, weight_decay=0.0, foreach=False)
         for factor in factors:
             optimizer.state[factor] = {"step": torch.tensor(0.0), **self._moments[factor]}
@@ -117,21 +118,24 @@ class Factors(Corrections):
 
     def add_up(self) -> None:
         """Add the gradients of the other processes."""
-        for factor in self._factors():
+        for factor in self.all:
             assert factor.grad is not None
             factor.grad.copy_(all_sum(factor.grad))
 
-    def _factors(self) -> list[Tensor]:
+    @property
+    def all(self) -> list[Tensor]:
         """All factors that move: left and right ones of one tensor after the other."""
         return [factor for pair in self._moving.values() for factor in pair]
 
-    def kept(self, names: Iterable[str], folder: Path) -> Corrections:
+    def kept(self, names: Iterable[str], folder: Path, journal: Journal) -> Corrections:
         """All corrections as they are now, in files of their own.
 
         Args:
             names: Names of all output tensors.
+            folder: Folder for the files.
+            journal: Removes it when the corrections are discarded.
         """
-        found = Corrections(folder)
+        found = Corrections(folder, remove=journal.remove)
         for name in names:
             correction = self.get(name)
             if correction is not None:

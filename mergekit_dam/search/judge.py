@@ -37,6 +37,11 @@ class Verdict:
     losses: tuple[float, ...]
     weights: tuple[float, ...]
 
+    @classmethod
+    def of_state(cls, state: Mapping[str, Sequence[float]]) -> "Verdict":
+        """The verdict whose fields, as plain values, are these."""
+        return cls(tuple(state["losses"]), tuple(state["weights"]))
+
     @property
     def mean(self) -> float:
         """Mean over the streams, weighted by their loss weights."""

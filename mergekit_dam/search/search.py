@@ -9,27 +9,28 @@
 3. A trial is kept if the merged model as a whole comes nearer to its teachers on held-out data.
 
 On held-out data the result is never worse than the start, or than a search with fewer trials.
+
+What is finished is kept in a journal, from which a next run goes on: the survey, the backward
+sweep, boundaries of layer sweeps, the best so far after every trial, and descents on their way.
 """
 
 import dataclasses
-import tempfile
 import time
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from mergekit_dam.coefficients.correction import Corrections
 from mergekit_dam.coefficients.record import MergeRecord
-from mergekit_dam.layers.fit import fit_stage
+from mergekit_dam.journal import Journal
+from mergekit_dam.layers.sweep import Sweep, kept_teachers
 from mergekit_dam.parameters import RunParameters
 from mergekit_dam.search.best import Best
-from mergekit_dam.search.descents import CORRECTIONS, descents_from
+from mergekit_dam.search.descents import descents_from
 from mergekit_dam.search.judge import judged_at_output, judged_by
 from mergekit_dam.search.pace import Pace
-from mergekit_dam.search.sensitivity import Sensitivity, sweep_back
-from mergekit_dam.search.survey import judged_start, survey
+from mergekit_dam.search.sensitivity import GRADIENTS, Sensitivity, swept_back_once
+from mergekit_dam.search.survey import SURVEY, judged_start, surveyed_once, taught_by
 from mergekit_dam.sources.network import Network
 from mergekit_dam.streams.boundaries import BoundaryStates
 from mergekit_dam.streams.stream import Stream
@@ -42,7 +43,7 @@ def search(
     settings: RunParameters,
     start: MergeRecord,
     *,
-    scratch: Path,
+    journal: Journal,
     started: float | None = None,
 ) -> MergeRecord:
     """Find the coefficients of every tensor.
@@ -52,29 +53,45 @@ def search(
         streams: every model's calibration tokens, at the input of the model.
         settings: parameters of the merge.
         start: coefficients of every tensor to start from.
-        scratch: a folder on a disk with room for the hidden states of every block.
+        journal: what is kept, in a folder with room for the hidden states of every block.
         started: `time.perf_counter()` when the merge began, if not now.
 
     Returns:
         The best record, with the trials of the search.
     """
-    scratch.mkdir(parents=True, exist_ok=True)
     pace = Pace.of(settings, started)
-    with tempfile.TemporaryDirectory(prefix=".dam-", dir=scratch) as folder:
-        boundaries = BoundaryStates(Path(folder) / "entered")
-        if settings.objective == "logits":
-            surveyed = survey(network, streams, start, None, teachers=True)
-            pace.surveyed(surveyed.seconds)
-            best, data = judged_start(network, streams, surveyed, surveyed.taught)
-            del surveyed
-        else:
-            best, data = layer_trials(
-                network, streams, settings, start, pace, entered=boundaries, scratch=scratch
-            )
+    with journal.room("entered") as folder:
+        boundaries = BoundaryStates(folder)
+        make = start_alone if settings.objective == "logits" else layer_trials
+        best, data = make(network, streams, settings, start, pace, boundaries, journal)
         if settings.objective != "layer":
-            descents_from(network, settings, best, data, boundaries, pace, kept=scratch)
+            descents_from(network, settings, best, data, boundaries, pace, journal)
     network.release()
     return dataclasses.replace(best.record, trials=best.trials, left_out=pace.left_out)
+
+
+def start_alone(
+    network: Network,
+    streams: Sequence[Stream],
+    settings: RunParameters,
+    start: MergeRecord,
+    pace: Pace,
+    entered: BoundaryStates,
+    journal: Journal,
+) -> tuple[Best, list[Stream]]:
+    """Judge the start, where no layer fits follow.
+
+    Returns:
+        The start as the best so far, and the data of all that follows, as `judged_start` gives it.
+    """
+    surveyed = surveyed_once(network, streams, start, None, teachers=True, journal=journal)
+    pace.surveyed(surveyed.seconds)
+    best = Best.kept(journal)
+    if best is not None:
+        return best, taught_by(streams, [own.teacher for own in surveyed.taught])
+    best, data = judged_start(network, streams, surveyed, surveyed.taught, journal)
+    best.keep()
+    return best, data
 
 
 def layer_trials(
@@ -83,46 +100,61 @@ def layer_trials(
     settings: RunParameters,
     start: MergeRecord,
     pace: Pace,
-    *,
     entered: BoundaryStates,
-    scratch: Path,
+    journal: Journal,
 ) -> tuple[Best, list[Stream]]:
     """Try one sweep of layer fits, and another in the plain metric if that was no good.
 
     Args:
         pace: what there is time for.
         entered: saves the inputs of the blocks for the tokens that metrics need.
-        scratch: a folder on a disk with room for hidden states and corrections.
+        journal: what is kept.
 
     Returns:
         The best so far, and the data of all that follows, as `judged_start` gives it.
     """
-    weighs_errors = settings.metric == "sensitivity"
-    boundaries = entered if weighs_errors else None
-    surveyed = survey(network, streams, start, boundaries, teachers=False)
-    pace.surveyed(surveyed.seconds)
-    with tempfile.TemporaryDirectory(prefix=".dam-", dir=scratch) as folder:
-        sensitivity = None
-        if weighs_errors:
-            sensitivity = sweep_back(
-                network,
-                start,
-                surveyed.measuring,
-                entered=entered,
-                left=BoundaryStates(Path(folder)),
-                seed=settings.random_seed,
-            )
-        swept = layer_sweep(network, streams, start, sensitivity, scratch)
-    best, data = judged_start(network, streams, surveyed, swept.streams)
-    del surveyed
-    swept.consider(network, best, data)
-    del swept
+    best, swept = Best.kept(journal), journal.get(sweep_name(settings.metric))
+    if best is None or swept is None:
+        best, data = first_trial(network, streams, settings, start, pace, entered, journal)
+    else:
+        pace.surveyed(best.trials[0].seconds)
+        data = taught_by(streams, kept_teachers(streams, swept))
     if (
-        weighs_errors
+        settings.metric == "sensitivity"
+        and len(best.trials) == 2
         and not best.improved
         and pace.allows("a sweep of layer fits in the plain metric", best.trials[-1].seconds)
     ):
-        layer_sweep(network, streams, start, None, scratch).consider(network, best, data)
+        layer_sweep(network, streams, start, None, journal).consider(network, best, data)
+    return best, data
+
+
+def first_trial(
+    network: Network,
+    streams: Sequence[Stream],
+    settings: RunParameters,
+    start: MergeRecord,
+    pace: Pace,
+    entered: BoundaryStates,
+    journal: Journal,
+) -> tuple[Best, list[Stream]]:
+    """Judge the start, and a sweep of layer fits in the configured metric; as `layer_trials`."""
+    weighs_errors = settings.metric == "sensitivity"
+    boundaries = entered if weighs_errors else None
+    surveyed = surveyed_once(network, streams, start, boundaries, teachers=False, journal=journal)
+    pace.surveyed(surveyed.seconds)
+    with journal.room("left") as folder:
+        sensitivity = None
+        if weighs_errors:
+            left, seed = BoundaryStates(folder), settings.random_seed
+            sensitivity = swept_back_once(
+                network, start, surveyed.measuring, entered, left, seed, journal
+            )
+        swept = layer_sweep(network, streams, start, sensitivity, journal)
+        best, data = judged_start(network, streams, surveyed, swept.streams, journal)
+        del surveyed
+        swept.consider(network, best, data)
+    journal.drop(SURVEY, GRADIENTS)
     return best, data
 
 
@@ -153,17 +185,21 @@ def layer_sweep(
     streams: Sequence[Stream],
     start: MergeRecord,
     sensitivity: Sensitivity | None,
-    scratch: Path,
+    journal: Journal,
 ) -> Swept:
     """One sweep of layer fits on the merged stream, in a metric or the plain one."""
     started = time.perf_counter()
     metric = "identity" if sensitivity is None else "sensitivity"
-    moving = [dataclasses.replace(stream) for stream in streams]
-    record = start.without(network.tensor_names)
-    record.corrections = Corrections(scratch / f"{CORRECTIONS}-{metric}")
-    for number, opened in network.all():
+    known = start.without(network.tensor_names)
+    sweep = Sweep(journal, sweep_name(metric), len(network.stages), lambda: streams, known)
+    for number, opened in network.all(sweep.done):
         metrics = None
         if sensitivity is not None and opened.stage.kind == "block":
             metrics = partial(sensitivity.metrics, number, opened)
-        fit_stage(opened, moving, record, metrics=metrics)
-    return Swept(f"layer, {metric}", record, moving, started)
+        sweep.fit(number, opened, metrics=metrics)
+    return Swept(f"layer, {metric}", sweep.record, sweep.streams, started)
+
+
+def sweep_name(metric: str) -> str:
+    """Name of a sweep of layer fits in the journal."""
+    return f"layer-{metric}"

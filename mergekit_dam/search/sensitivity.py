@@ -20,6 +20,7 @@ from torch import Tensor
 from mergekit_dam.coefficients.merge import expert_axis, rows_of_expert
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.fitting.metric import Metric
+from mergekit_dam.journal import Journal
 from mergekit_dam.layers.expert_metrics import ExpertGradients
 from mergekit_dam.layers.state import Metrics
 from mergekit_dam.model.experts import Products, Routing
@@ -34,6 +35,9 @@ from mergekit_dam.streams.stream import Stream, concatenated
 
 KINDS = ("linear", "router", "experts")
 """Kinds of units whose errors are measured in sensitivity metrics."""
+
+GRADIENTS = "gradients"
+"""What the journal knows of a backward sweep: the files of the gradients."""
 
 TOKENS = 4096
 """Approximate number of tokens of a model's data whose gradients give its metrics."""
@@ -54,6 +58,23 @@ def gradient_sequences(count: int, length: int, *, tokens: int = TOKENS) -> int:
         tokens: about how many tokens are asked for.
     """
     return min(count, max(1, tokens // length))
+
+
+def swept_back_once(
+    network: Network,
+    point: MergeRecord,
+    streams: Sequence[Stream],
+    entered: BoundaryStates,
+    left: BoundaryStates,
+    seed: int,
+    journal: Journal,
+) -> "Sensitivity":
+    """`sweep_back`, or what it gave in an earlier run: the gradients are in files."""
+    if journal.get(GRADIENTS) is not None:
+        return Sensitivity(point, sources_of(streams), entered, left, network.device)
+    found = sweep_back(network, point, streams, entered=entered, left=left, seed=seed)
+    journal.put(GRADIENTS, left.files)
+    return found
 
 
 def sweep_back(
@@ -85,8 +106,12 @@ def sweep_back(
                 backward(opened.part, weights, x, gradient, network.device, sums={})
                 for x, gradient in zip(entered.get(number), flowing, strict=True)
             ]
-    sources = tuple(stream.source for stream in streams)
-    return Sensitivity(point, sources, entered, left, network.device)
+    return Sensitivity(point, sources_of(streams), entered, left, network.device)
+
+
+def sources_of(streams: Sequence[Stream]) -> tuple[int, ...]:
+    """Indices of the streams' models."""
+    return tuple(stream.source for stream in streams)
 
 
 def _label_gradients(

@@ -3,11 +3,13 @@
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from mergekit_dam.coefficients.record import MergeRecord, Trial
+from mergekit_dam.journal import Journal
 from mergekit_dam.search.backprop import not_finite, run
 from mergekit_dam.search.best import Best
 from mergekit_dam.search.judge import judged_at_output, judged_by
@@ -16,7 +18,11 @@ from mergekit_dam.sources.network import Network
 from mergekit_dam.sources.stage import OpenStage
 from mergekit_dam.streams import progress
 from mergekit_dam.streams.boundaries import BoundaryStates
+from mergekit_dam.streams.storage import Sequences
 from mergekit_dam.streams.stream import Stream
+
+SURVEY = "survey"
+"""What the journal knows of a survey."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +43,57 @@ class Surveyed:
     measuring: list[Stream]
     taught: list[Stream]
     seconds: float
+
+    def state(self, boundaries: BoundaryStates | None) -> dict[str, Any]:
+        """All of it for the journal.
+
+        Args:
+            boundaries: the inputs of the blocks that were saved, if they were.
+        """
+        return {
+            "judging": [stream.merged for stream in self.judging],
+            "measuring": [stream.merged for stream in self.measuring],
+            "taught": [stream.teacher for stream in self.taught],
+            "seconds": self.seconds,
+            "files": [] if boundaries is None else boundaries.files,
+        }
+
+    @classmethod
+    def of_state(
+        cls, state: Mapping[str, Any], streams: Sequence[Stream], start: MergeRecord
+    ) -> "Surveyed":
+        """What an earlier run made of the same calibration tokens."""
+        judging = _merged(judged_by(streams), state["judging"])
+        measuring = _merged(map(measured_by, streams), state["measuring"])
+        taught = [
+            dataclasses.replace(stream, teacher=stream.kept_again(x))
+            for stream, x in zip(streams, state["taught"], strict=False)
+        ]
+        return cls(start, judging, measuring, taught, float(state["seconds"]))
+
+
+def _merged(streams: Iterable[Stream], states: Iterable[Tensor]) -> list[Stream]:
+    """Streams with other hidden states of the merged model; none where there are none."""
+    pairs = zip(streams, states, strict=False)
+    return [dataclasses.replace(stream, merged=stream.kept_again(x)) for stream, x in pairs]
+
+
+def surveyed_once(
+    network: Network,
+    streams: Sequence[Stream],
+    start: MergeRecord,
+    boundaries: BoundaryStates | None,
+    *,
+    teachers: bool,
+    journal: Journal,
+) -> Surveyed:
+    """`survey`, or what it gave in an earlier run."""
+    state = journal.get(SURVEY)
+    if state is not None:
+        return Surveyed.of_state(state, streams, start)
+    surveyed = survey(network, streams, start, boundaries, teachers=teachers)
+    journal.put(SURVEY, surveyed.state(boundaries))
+    return surveyed
 
 
 def survey(
@@ -76,8 +133,23 @@ def survey(
     return Surveyed(start, judging, measuring, taught, time.perf_counter() - started)
 
 
+def taught_by(streams: Sequence[Stream], teachers: Iterable[Sequences]) -> list[Stream]:
+    """Tokens with the hidden states that leave the teachers' last blocks.
+
+    Args:
+        streams: calibration tokens of every model.
+        teachers: the hidden states.
+    """
+    pairs = zip(streams, teachers, strict=True)
+    return [dataclasses.replace(stream, teacher=teacher) for stream, teacher in pairs]
+
+
 def judged_start(
-    network: Network, streams: Sequence[Stream], surveyed: Surveyed, taught: Sequence[Stream]
+    network: Network,
+    streams: Sequence[Stream],
+    surveyed: Surveyed,
+    taught: Sequence[Stream],
+    journal: Journal,
 ) -> tuple[Best, list[Stream]]:
     """Judge the start, the first of all trials.
 
@@ -85,23 +157,21 @@ def judged_start(
         streams: calibration tokens of every model.
         surveyed: what the start made of the sequences that judge it.
         taught: streams whose teachers' side has left the last block.
+        journal: keeps the best so far.
 
     Returns:
         The start as the best so far, and the data of all that follows: tokens with the hidden
         states that leave the teachers' last blocks.
     """
     started = time.perf_counter()
-    data = [
-        dataclasses.replace(stream, teacher=after.teacher)
-        for stream, after in zip(streams, taught, strict=True)
-    ]
+    data = taught_by(streams, [after.teacher for after in taught])
     merged = [stream.merged for stream in surveyed.judging]
     verdict = judged_at_output(network, surveyed.record, judged_by(data), merged)
     if not math.isfinite(verdict.mean):
         raise not_finite(network.output())
     seconds = surveyed.seconds + time.perf_counter() - started
     trial = Trial("start", True, verdict.losses, verdict.mean, seconds)
-    return Best(surveyed.record, verdict, [trial]), data
+    return Best(surveyed.record, verdict, [trial], journal), data
 
 
 def _finite(leaving: Iterable[Tensor], opened: OpenStage) -> Iterator[Tensor]:

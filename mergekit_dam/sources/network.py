@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mergekit_dam.parameters import Resident
+from mergekit_dam.choices import Resident
 from mergekit_dam.sources.finite import require_finite
 from mergekit_dam.sources.readahead import Span, read_ahead
 from mergekit_dam.sources.stage import Loaded, OpenStage, Stage, open_stage
@@ -81,14 +81,15 @@ class Network:
         self._last = open_stage(self.stages[number], loaded, self.device)
         return self._last
 
-    def all(self) -> Iterator[tuple[int, OpenStage]]:
-        """All stages in order, one at a time."""
-        yield from self.forward()
-        yield self._last_number, self.output()
+    def all(self, first: int = 0) -> Iterator[tuple[int, OpenStage]]:
+        """All stages in order, one at a time, or those from the first on that is asked for."""
+        yield from self.forward(first)
+        if first <= self._last_number:
+            yield self._last_number, self.output()
 
-    def forward(self) -> Iterator[tuple[int, OpenStage]]:
+    def forward(self, first: int = 0) -> Iterator[tuple[int, OpenStage]]:
         """Input and blocks in order, one at a time; the caller opens the output if it needs it."""
-        for number in range(self._last_number):
+        for number in range(first, self._last_number):
             yield number, self.open(number, then=number + 1)
 
     def backward(self) -> Iterator[tuple[int, OpenStage]]:

@@ -27,3 +27,8 @@ class BoundaryStates:
         """The tensors kept for a stage, on the host."""
         named = load_file(self._folder / f"{number:05d}.safetensors")
         return [named[str(index)] for index in range(len(named))]
+
+    @property
+    def files(self) -> list[Path]:
+        """The files of all stages."""
+        return sorted(self._folder.glob("*.safetensors"))

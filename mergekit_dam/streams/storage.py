@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mergekit_dam.parameters import Offload
+from mergekit_dam.choices import Offload
 from mergekit_dam.streams.memory import memory_of
 
 Location = Literal["device", "host", "disk"]
@@ -101,6 +101,8 @@ class DiskTensor:
         start: the byte where they begin.
     """
 
+    dtype = torch.float32
+
     def __init__(self, file: TensorFile, shape: torch.Size, start: int = 0) -> None:
         self._file, self._start = file, start
         self.shape = shape
@@ -148,6 +150,15 @@ class Storage:
     ) -> None:
         self.place, self.outputs, self.folder = place, outputs, folder
         self._device = device or torch.device("cpu")
+
+    def kept_again(self, x: Tensor, chunks: Iterable[slice]) -> Sequences:
+        """Hidden states of an earlier run, kept where this run keeps them.
+
+        Args:
+            x: hidden states `[sequences, length, hidden]`, mapped from a file.
+            chunks: slices of the sequences, in order.
+        """
+        return self.keep((x[chunk].to(self._device) for chunk in chunks), len(x))
 
     def keep(self, chunks: Iterable[Tensor], count: int) -> Sequences:
         """Keep `count` sequences that come in chunks `[some sequences, length, hidden]`."""

@@ -93,6 +93,10 @@ class Stream:
             return self.teacher
         return self.storage.keep(leaving, self.teacher.shape[0])
 
+    def kept_again(self, x: Tensor) -> Sequences:
+        """Hidden states of these sequences that an earlier run has kept in its journal."""
+        return self.storage.kept_again(x, self.chunks())
+
     def chunks(self, split: Split | None = None) -> Iterator[slice]:
         """Slices of the sequences, in order; of one split, or of all sequences."""
         for own in SPLITS if split is None else (split,):

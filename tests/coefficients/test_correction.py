@@ -9,9 +9,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from mergekit_dam.choices import CorrectionKind
 from mergekit_dam.coefficients.correction import Correction, Corrections, stored_bytes
 from mergekit_dam.coefficients.merge import merge_weights
-from mergekit_dam.parameters import CorrectionKind
 from tests.kit.tensors import randn
 
 RANK = 3

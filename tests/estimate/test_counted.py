@@ -12,6 +12,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from transformers import MixtralConfig, PretrainedConfig
 
+from mergekit_dam.choices import Granularity
 from mergekit_dam.coefficients.parametrisation import Parametrisation
 from mergekit_dam.coefficients.tensors import TensorSettings, TensorSources
 from mergekit_dam.estimate import flops
@@ -25,7 +26,6 @@ from mergekit_dam.fitting.evidence import Evidence
 from mergekit_dam.fitting.linear import fit_linear
 from mergekit_dam.fitting.metric import PLAIN, Metric
 from mergekit_dam.fitting.moments import InputMoments, LinearMoments, LinearTokens
-from mergekit_dam.parameters import Granularity
 from mergekit_dam.streams import storage
 from tests.kit.flops import CountedFlops
 from tests.kit.merging import Merged, dam, merge

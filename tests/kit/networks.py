@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import PretrainedConfig, PreTrainedModel
 
+from mergekit_dam.choices import Resident
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.coefficients.tensors import TensorSettings, TensorSpec
 from mergekit_dam.model.decoder import Decoder
 from mergekit_dam.model.probe import hidden_size, make_decoder
-from mergekit_dam.parameters import Resident, RunParameters
+from mergekit_dam.parameters import RunParameters
 from mergekit_dam.search.coordinates import Coordinate, coordinates_of
 from mergekit_dam.search.gradient import Batch
 from mergekit_dam.sources.network import Network

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_dam.coefficients.record import MergeRecord
+from mergekit_dam.journal import Journal
 from mergekit_dam.search.search import search
 from tests.kit.merging import Merged, dam, merge
 from tests.kit.models import Models
@@ -44,4 +45,5 @@ def polished(
 def searched(made: Made, scratch: Path, **changes: Any) -> MergeRecord:
     small = {"steps": 2, "batch_size": 4, "learning_rate": 5e-3, "objective": "layer+logits"}
     settings = run_settings(**{**small, **changes})
-    return search(made.network(), made.streams(9, 3), settings, made.average(), scratch=scratch)
+    journal = Journal(scratch, keeps=False)
+    return search(made.network(), made.streams(9, 3), settings, made.average(), journal=journal)

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+from mergekit_dam.choices import ExpertFeed, Granularity, Objective
 from mergekit_dam.coefficients.parametrisation import Parametrisation
 from mergekit_dam.coefficients.tensors import TensorSettings
-from mergekit_dam.parameters import ExpertFeed, Granularity, Objective, RunParameters
+from mergekit_dam.parameters import RunParameters
 
 PLAIN: dict[str, Any] = {
     "nonlinearity": "none",

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from mergekit_dam.choices import Resident
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.errors import ConfigError
-from mergekit_dam.parameters import Resident, RunParameters
+from mergekit_dam.journal import Journal
+from mergekit_dam.parameters import RunParameters
 from mergekit_dam.search import descend as descend_module
 from mergekit_dam.search.coordinates import coefficients_of, starting_unknowns
 from mergekit_dam.search.descend import Descent, descend
@@ -55,7 +57,8 @@ def run(
         column_weights=weights or {},
         seed=SEED,
         moving=folder / "moving",
-        kept=folder,
+        journal=Journal(folder, keeps=False),
+        name="descent",
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mergekit_dam.coefficients.record import MergeRecord
+from mergekit_dam.journal import Journal
 from mergekit_dam.search import descend as descend_module
 from mergekit_dam.search.descend import INTERRUPTED, OUT_OF_TIME, Descent, descend
 from mergekit_dam.search.descender import Descender
@@ -77,7 +78,8 @@ def descended(
         column_weights={},
         seed=0,
         moving=folder / "moving",
-        kept=folder,
+        journal=Journal(folder, keeps=False),
+        name="descent",
         pace=pace,
         interrupted=interrupted,
     )

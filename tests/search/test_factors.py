@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from mergekit_dam.choices import CorrectionKind
 from mergekit_dam.coefficients.correction import Correction, Corrections
 from mergekit_dam.coefficients.record import MergeRecord
-from mergekit_dam.parameters import CorrectionKind, RunParameters
+from mergekit_dam.journal import Journal
+from mergekit_dam.parameters import RunParameters
 from mergekit_dam.search.coordinates import Coordinate
 from mergekit_dam.search.descender import Descender
 from mergekit_dam.search.factors import Factors, starting_factors
@@ -162,7 +164,7 @@ def test_the_optimiser_in_files_is_adamw(tmp_path: Path) -> None:
 def test_what_is_kept_stays_when_factors_move_on(tmp_path: Path) -> None:
     made, _, factors = made_with_factors("llama", tmp_path, "full")
     names = list(made.weights[0])
-    kept = factors.kept(names, tmp_path / "kept")
+    kept = factors.kept(names, tmp_path / "kept", Journal(tmp_path, keeps=False))
     before = {name: factors.get(name) for name in names}
     wanted = {n: {k: t.clone() for k, t in c.tensors.items()} for n, c in before.items() if c}
     for name in wanted:
@@ -186,7 +188,7 @@ def test_a_further_descent_goes_on_with_the_same_factors(tmp_path: Path) -> None
     made, _, factors = made_with_factors("llama", tmp_path, "low_rank")
     own = next(own for own in made.coordinates.values() if own.rank)
     part(factors, own.name, "left").add_(0.5)
-    kept = factors.kept(made.weights[0], tmp_path / "kept")
+    kept = factors.kept(made.weights[0], tmp_path / "kept", Journal(tmp_path, keeps=False))
     further = Factors(made.coordinates.values(), kept, folder=tmp_path / "further", seed=9)
     for one, other in zip(factors.moving(own.name), further.moving(own.name), strict=True):
         assert one.equal(other)

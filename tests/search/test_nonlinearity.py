@@ -6,8 +6,8 @@ from typing import get_args
 import pytest
 import torch
 
+from mergekit_dam.choices import Nonlinearity
 from mergekit_dam.errors import ConfigError
-from mergekit_dam.parameters import Nonlinearity
 from mergekit_dam.search.coordinates import apply, invert
 
 NAMES: tuple[Nonlinearity, ...] = get_args(Nonlinearity)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mergekit_dam.parameters import Schedule
+from mergekit_dam.choices import Schedule
 from mergekit_dam.search.optimizers import MoFO, make_optimizer, make_schedule
 from tests.kit.settings import logits_settings
 from tests.kit.tensors import randn

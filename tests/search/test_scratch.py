@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from mergekit_dam.errors import DamError
+from mergekit_dam.journal import Journal
 from mergekit_dam.search import descents as descents_module
 from mergekit_dam.search.search import search
 from mergekit_dam.streams import progress
@@ -67,5 +68,6 @@ def test_weights_that_were_kept_are_let_go_of(tmp_path: Path) -> None:
     made = make()
     network = made.network("always")
     settings = run_settings(metric="sensitivity")
-    search(network, made.streams(), settings, made.average(), scratch=tmp_path)
+    journal = Journal(tmp_path, keeps=False)
+    search(network, made.streams(), settings, made.average(), journal=journal)
     assert not any(network.keeps(number) for number in range(len(network.stages)))

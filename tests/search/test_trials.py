@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.coefficients.record import MergeRecord, Trial
+from mergekit_dam.journal import Journal
+from mergekit_dam.layers import sweep as sweep_module
 from mergekit_dam.layers.fit import fit_stage
 from mergekit_dam.search import backprop as backprop_module
 from mergekit_dam.search import descents as descents_module
@@ -38,7 +40,7 @@ def test_a_layer_sweep_that_is_worse_is_not_kept(
             stream.merged = -stream.merged if opened.stage.kind == "block" else stream.merged
         return result
 
-    monkeypatch.setattr(search_module, "fit_stage", ruin)
+    monkeypatch.setattr(sweep_module, "fit_stage", ruin)
     made = make()
     record = searched(made, tmp_path, objective="layer", metric="sensitivity")
     kept = {trial.name: trial.kept for trial in record.trials}
@@ -53,10 +55,10 @@ def test_a_layer_sweep_that_is_worse_is_not_kept(
 @pytest.mark.parametrize(
     ("loss", "kept"), [(0.9, True), (1.0, False), (1.1, False), (math.nan, False)]
 )
-def test_the_best_is_kept(loss: float, kept: bool) -> None:
+def test_the_best_is_kept(loss: float, kept: bool, tmp_path: Path) -> None:
     start, other = MergeRecord(), MergeRecord()
     first = Trial("start", True, (1.0, 1.0), 1.0, 0.0)
-    best = Best(start, Verdict((1.0, 1.0), (1.0, 2.0)), [first])
+    best = Best(start, Verdict((1.0, 1.0), (1.0, 2.0)), [first], Journal(tmp_path, keeps=False))
     verdict = Verdict((loss, loss), (1.0, 2.0))
     best.consider("another", other, verdict, 0.0, steps=3)
     assert best.record is (other if kept else start)
@@ -90,12 +92,13 @@ def test_a_search_in_memory_is_never_worse_than_its_start(metric: Any, tmp_path:
 def test_the_teachers_of_a_search_are_the_models(layers: bool, tmp_path: Path) -> None:
     made = make("llama-tied")
     network, streams, start = made.network(), made.streams(), made.average()
+    journal = Journal(tmp_path, keeps=False)
     surveyed = survey(network, streams, start, BoundaryStates(tmp_path), teachers=not layers)
     taught = surveyed.taught
     if layers:
         assert not taught
-        taught = layer_sweep(network, streams, start, None, tmp_path).streams
-    best, data = judged_start(network, streams, surveyed, taught)
+        taught = layer_sweep(network, streams, start, None, journal).streams
+    best, data = judged_start(network, streams, surveyed, taught, journal)
     for own, expected in zip(data, made.data(), strict=True):
         torch.testing.assert_close(own.teacher, expected.teacher, rtol=1e-4, atol=1e-5)
         assert own.merged[:].equal(expected.merged[:])
@@ -180,11 +183,14 @@ def test_a_model_that_does_not_count_may_pay() -> None:
 
 
 @pytest.mark.parametrize(("improved", "kept"), [(False, True), (True, False)])
-def test_only_what_is_better_than_the_start_is_guarded(improved: bool, kept: bool) -> None:
+def test_only_what_is_better_than_the_start_is_guarded(
+    improved: bool, kept: bool, tmp_path: Path
+) -> None:
     """A start may be as good as one of the models: no fit could keep that."""
     trials = [Trial("start", True, (0.0, 1.0), 0.5, 0.0)]
     if improved:
         trials.append(Trial("layer", True, (0.0, 0.9), 0.45, 0.0))
-    best = Best(MergeRecord(), Verdict((0.0, 0.9), (1.0, 1.0)), trials)
+    journal = Journal(tmp_path, keeps=False)
+    best = Best(MergeRecord(), Verdict((0.0, 0.9), (1.0, 1.0)), trials, journal)
     best.consider("another", MergeRecord(), Verdict((0.2, 0.2), (1.0, 1.0)), 0.0)
     assert best.trials[-1].kept == kept

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergekit_dam.parameters import Offload
+from mergekit_dam.choices import Offload
 from mergekit_dam.streams.outputs import OutputCache, cache_bytes, outputs_sizes
 from mergekit_dam.streams.storage import DiskTensor, Location, Sequences, Storage, choose_storage
 from tests.kit.tensors import CPU

@@ -1,0 +1,72 @@
+"""Files that are on the disk as a whole or not at all, and the header of a safetensors file."""
+
+import contextlib
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Dtypes as safetensors names them."""
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Write a file atomically: a reader sees the whole file or none, after a power cut as well.
+
+    Yields:
+        A temporary path to write to, which gets the file's name when the body ends.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Have the system write a file, or the entries of a folder, to the disk."""
+    with contextlib.suppress(PermissionError):  # Windows opens no folders
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+def tensors_header(
+    entries: Iterable[tuple[str, torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
+) -> bytes:
+    """The beginning of a safetensors file, behind which the values follow without gaps.
+
+    Args:
+        entries: name, dtype and shape of every tensor, in the order of the values.
+        metadata: text to keep in the file.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    size = 0
+    for name, dtype, shape in entries:
+        end = size + dtype.itemsize * torch.Size(shape).numel()
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [size, end]}
+        size = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # values begin at a multiple of 8 bytes
+    return struct.pack("<Q", len(text)) + text
