@@ -11,7 +11,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,7 +29,8 @@ SHARE = 0.02
 _PIECE = 1 << 26
 """Bytes of a tensor that are on their way to a file at a time."""
 
-_TENSOR, _FILE, _STATE = "__tensor__", "__file__", "state"
+_TENSOR, _FILE = "__tensor__", "__file__"
+_STATE, _SAID = "state", "said"
 
 
 class Rows(Protocol):
@@ -60,8 +61,7 @@ class Journal:
         self, folder: Path, *, keeps: bool = True, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self.folder, self.keeps = folder, keeps
-        self._clock = clock
-        self._written: dict[str, tuple[float, float]] = {}
+        self._clock, self._began, self._writing = clock, clock(), 0.0
         self._synced: set[Path] = set()
         self._lost: list[Path] = []
 
@@ -77,12 +77,24 @@ class Journal:
             LOG.warning("%s cannot be read (%s): that part is made again", file, error)
             return None
 
-    def put(self, key: str, state: Any) -> None:
+    @property
+    def said(self) -> str:
+        """What the newest state says of how far the merge is; empty if there is none."""
+        files = sorted(self.folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
+        for file in reversed(files):
+            with suppress(SafetensorError, OSError), safe_open(file, framework="pt") as opened:
+                said = (opened.metadata() or {}).get(_SAID)
+                if said:
+                    return str(said)
+        return ""
+
+    def put(self, key: str, state: Any, *, said: str = "") -> None:
         """Replace the state under a key; files that it names are on the disk before.
 
         Args:
             state: plain values, tensors, hidden states and paths, in lists and in dictionaries
                 whose keys are strings.
+            said: how far the merge is with it, for people.
         """
         if not self.keeps:
             return
@@ -91,22 +103,18 @@ class Journal:
         text = json.dumps(self._encoded(state, tensors))
         entries = [(str(n), own.dtype, tuple(own.shape)) for n, own in enumerate(tensors)]
         with written_whole(self._file(key)) as temporary, temporary.open("wb") as file:
-            file.write(tensors_header(entries, {_STATE: text}))
+            file.write(tensors_header(entries, {_STATE: text, _SAID: said}))
             for tensor in tensors:
                 for piece in _pieces(tensor):
                     file.write(piece)
-        ended = self._clock()
-        self._written[key] = (ended, ended - began)
+        self._writing += self._clock() - began
         lost, self._lost = self._lost, []
         for folder in lost:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def due(self, key: str) -> bool:
-        """Whether another state may be put: the first may, and what follows takes `SHARE`."""
-        if not self.keeps:
-            return False
-        ended, took = self._written.get(key, (0.0, 0.0))
-        return self._clock() - ended >= took / SHARE
+    def due(self) -> bool:
+        """Whether states have taken less than `SHARE` of the time, so that another may be put."""
+        return self.keeps and self._writing <= SHARE * (self._clock() - self._began)
 
     def drop(self, *keys: str) -> None:
         """Remove states that no further run asks for."""

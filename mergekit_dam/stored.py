@@ -42,6 +42,11 @@ def written_whole(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files in a folder, and in the folders in it."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def sync(path: Path) -> None:
     """Have the system write a file, or the entries of a folder, to the disk."""
     with contextlib.suppress(PermissionError):  # Windows opens no folders

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 
+from mergekit_dam.estimate.disk import disk_bytes
 from mergekit_dam.estimate.inventory import Inventory
 from mergekit_dam.estimate.machine import Machine
-from mergekit_dam.estimate.memory import Need, Room, disk_bytes, stream_bytes, stream_place
+from mergekit_dam.estimate.memory import Need, Room, stream_bytes, stream_place
 from mergekit_dam.estimate.sweeps import WRITING
 
 

@@ -15,11 +15,12 @@ from mergekit.options import MergeOptions
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.estimate.advice import problems
+from mergekit_dam.estimate.disk import disk_bytes
 from mergekit_dam.estimate.gpus import Gpu
 from mergekit_dam.estimate.inventory import Inventory, take_inventory
 from mergekit_dam.estimate.limit import Limited, within
 from mergekit_dam.estimate.machine import Machine, calibrate, with_gpu
-from mergekit_dam.estimate.memory import Need, Room, disk_bytes, stream_place
+from mergekit_dam.estimate.memory import Need, Room, stream_place
 from mergekit_dam.estimate.merge import plan_merge
 from mergekit_dam.estimate.phases import phases
 from mergekit_dam.estimate.sweeps import Sweep, sweeps

@@ -250,28 +250,6 @@ def kept_weights(inventory: Inventory, room: Room) -> int:
     return kept
 
 
-def disk_bytes(inventory: Inventory, room: Room) -> int:
-    """Bytes of hidden states, units' outputs and corrections in files while a merge runs."""
-    settings = inventory.settings
-    if settings is None:
-        return 0
-    one = stream_bytes(inventory)
-    count = inventory.corrections
-    if inventory.moving:  # the corrections of the start, and those of the best point
-        count += inventory.corrections + inventory.moving
-    if stream_place(inventory, room) == "disk":
-        count += (3 if settings.one_sweep else 5) * one
-    if outputs_place(inventory, room) == "disk" and settings.objective != "logits":
-        count += max(output_cache_bytes(part, inventory, room) for part in inventory.parts)
-    depth = len(inventory.blocks)
-    if settings.metric == "sensitivity" and settings.objective != "logits":
-        count += 2 * depth * FLOAT * inventory.hidden * inventory.text.gradient_tokens
-    elif settings.objective != "layer":
-        tokens = inventory.text.batch_tokens(settings.batch_size)
-        count += depth * FLOAT * inventory.hidden * tokens
-    return count
-
-
 def with_streams(need: Need, size: int, inventory: Inventory, room: Room) -> Need:
     """A phase with `size` bytes of hidden states where streams are kept."""
     return _kept_at(stream_place(inventory, room), need, size)

@@ -68,9 +68,12 @@ def open_journal(
     if distributed.size() > 1:
         LOG.info("nothing is kept for a next run, since several processes make this merge")
         return None
+    journal = Journal(folder)
+    if before is not None and not reason:
+        LOG.warning("continuing: %s before", journal.said)
     with written_whole(folder / _LIST) as temporary:
         temporary.write_text(json.dumps(now, indent=1), encoding="utf-8")
-    return Journal(folder)
+    return journal
 
 
 def _before(folder: Path) -> dict[str, str] | None:

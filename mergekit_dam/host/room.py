@@ -34,20 +34,26 @@ def written_bytes(
     )
 
 
-def check_room(folder: Path, *, model: int, temporary: int) -> None:
+def check_room(folder: Path, *, model: int, temporary: int, kept: int = 0) -> None:
     """Refuse a merge that does not fit the disk.
 
     Args:
         folder: a folder on the disk of the output.
         model: bytes of the merged model. An older one stays until the new one is whole.
         temporary: bytes of hidden states in files.
+        kept: bytes of hidden states for a next run, as far as they are not there already.
 
     Raises:
         DamError: there is too little room; the message says how much there is.
     """
     free = shutil.disk_usage(folder).free
-    if model + temporary > free:
+    if model + temporary + kept > free:
         states = f" and {temporary / _GB:.3g} GB for hidden states" if temporary else ""
+        if kept:
+            states += (
+                f" and {kept / _GB:.3g} GB to be continued if it is stopped (`resume: false` does "
+                f"without)"
+            )
         raise DamError(
             f"the merge needs {model / _GB:.3g} GB for the model{states}, and {free / _GB:.3g} GB "
             f"are free on the disk of the output; make room, or name a folder on another disk. "

@@ -14,10 +14,12 @@ from mergekit_dam.host.gathers import labelled
 from mergekit_dam.host.places import PlacedTensor
 from mergekit_dam.host.prepare import Prepared
 from mergekit_dam.host.room import check_room
+from mergekit_dam.journal import Journal
 from mergekit_dam.model.decoder import Decoder
 from mergekit_dam.sources.stage import Loaded, Models, Stage, StageKind
+from mergekit_dam.stored import folder_bytes
 from mergekit_dam.streams import distributed
-from mergekit_dam.streams.storage import choose_storage, streams_bytes
+from mergekit_dam.streams.storage import boundary_bytes, choose_storage, streams_bytes
 from mergekit_dam.streams.stream import Stream
 
 
@@ -109,7 +111,12 @@ def calibration_streams(
     size = streams_bytes(hidden, tokens)
     storage = choose_storage(prepared.run.stream_offload, size, device, out_path)
     if distributed.is_first():  # which writes the model
-        check_room(out_path, model=written, temporary=size if storage.place == "disk" else 0)
+        check_room(
+            out_path,
+            model=written,
+            temporary=size if storage.place == "disk" else 0,
+            kept=_still_to_keep(prepared.journal, boundary_bytes(hidden, tokens)),
+        )
     return [
         Stream.of_tokens(
             order.index(model),
@@ -120,3 +127,8 @@ def calibration_streams(
         )
         for turn, (model, calibration) in enumerate(prepared.calibration.items())
     ]
+
+
+def _still_to_keep(journal: Journal | None, size: int) -> int:
+    """Bytes of hidden states for a next run that are not on the disk from the one before."""
+    return 0 if journal is None else max(0, size - folder_bytes(journal.folder))

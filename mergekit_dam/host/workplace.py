@@ -18,6 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from mergekit_dam.errors import DamError
+from mergekit_dam.stored import folder_bytes
 from mergekit_dam.tables import size
 
 LOG = logging.getLogger(__name__)
@@ -128,7 +129,7 @@ def _leave(place: Path) -> None:
         "what is done is kept in %s (%s); the same command continues; delete the folder if you do "
         "not want that",
         place,
-        size(sum(file.stat().st_size for file in kept.rglob("*") if file.is_file())),
+        size(folder_bytes(kept)),
     )
 
 

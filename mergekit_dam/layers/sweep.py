@@ -11,7 +11,6 @@ from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.journal import Journal
 from mergekit_dam.layers.fit import FindMetrics, StageResult, fit_stage
 from mergekit_dam.sources.stage import OpenStage
-from mergekit_dam.streams import progress
 from mergekit_dam.streams.storage import Sequences
 from mergekit_dam.streams.stream import Stream
 
@@ -44,33 +43,43 @@ class Sweep:
         self.streams: list[Stream] = []
         self._journal, self._name, self._stages = journal, name, stages
         self._done: int | None = None
+        self._kept = 0
 
     @property
     def done(self) -> int:
         """Number of stages whose fits are known; asking for it begins the sweep."""
         if self._done is None:
-            self._done = self._begin()
+            self._done = self._kept = self._begin()
         return self._done
 
     def _begin(self) -> int:
         self.streams = [dataclasses.replace(stream) for stream in self._streams()]
         folder = self._journal.path(f"{CORRECTIONS}-{self._name}")
         state = self._journal.get(self._name)
-        files = {} if state is None else state["record"]["corrections"]
+        there = None if state is None else self._journal.get(boundary(self._name, state["done"]))
+        files = {} if there is None else state["record"]["corrections"]
         corrections = Corrections(folder, remove=self._journal.remove, files=files)
-        if state is None:
+        if there is None:
             self.record.corrections = corrections
             return 0
         self.record = MergeRecord.of_state(state["record"], corrections)
-        for stream, teacher, merged in zip(
-            self.streams, state["teacher"], state["merged"], strict=True
-        ):
+        sides = zip(self.streams, there["teacher"], there["merged"], strict=True)
+        for stream, teacher, merged in sides:
             # Both before either: chunks go by the length of the teacher's side.
             stream.teacher, stream.merged = stream.kept_again(teacher), stream.kept_again(merged)
-        done = int(state["done"])
-        blocks = min(done - 1, self._stages - 2)
-        progress.say(f"continuing: {blocks} of {self._stages - 2} blocks were fitted before")
-        return done
+        return int(state["done"])
+
+    def _keep(self, done: int, before: int) -> None:
+        """Keep a boundary, in place of the one before: streams first, which the record names."""
+        streams = {
+            "teacher": [stream.teacher for stream in self.streams],
+            "merged": [stream.merged for stream in self.streams],
+        }
+        blocks, every = min(done - 1, self._stages - 2), self._stages - 2
+        said = f"{blocks} of {every} blocks were fitted" if blocks else "the input was fitted"
+        self._journal.put(boundary(self._name, done), streams)
+        self._journal.put(self._name, {"done": done, "record": self.record.state}, said=said)
+        self._journal.drop(boundary(self._name, before))
 
     def fit(
         self, number: int, opened: OpenStage, *, metrics: FindMetrics | None = None
@@ -86,17 +95,15 @@ class Sweep:
             return StageResult(self.streams, self.record, merged_again(opened, self.record))
         result = fit_stage(opened, self.streams, self.record, metrics=metrics)
         self._done = number + 1
-        if self._done == self._stages or self._journal.due(self._name):
-            self._journal.put(
-                self._name,
-                {
-                    "done": self._done,
-                    "record": self.record.state,
-                    "teacher": [stream.teacher for stream in self.streams],
-                    "merged": [stream.merged for stream in self.streams],
-                },
-            )
+        if self._done == self._stages or self._journal.due():
+            self._keep(self._done, self._kept)
+            self._kept = self._done
         return result
+
+
+def boundary(name: str, done: int) -> str:
+    """Name of the streams in the journal, behind some stages of a sweep."""
+    return f"{name}-{done:05d}"
 
 
 def merged_again(opened: OpenStage, record: MergeRecord) -> dict[str, Tensor]:
@@ -116,6 +123,6 @@ def kept_teachers(streams: Sequence[Stream], state: Mapping[str, Any]) -> list[S
 
     Args:
         streams: the streams at the model's input.
-        state: what the journal has of the sweep.
+        state: what the journal has there.
     """
     return [own.kept_again(x) for own, x in zip(streams, state["teacher"], strict=True)]

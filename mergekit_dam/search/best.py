@@ -11,7 +11,6 @@ from mergekit_dam.coefficients.correction import Corrections
 from mergekit_dam.coefficients.record import MergeRecord, Trial
 from mergekit_dam.journal import Journal
 from mergekit_dam.search.judge import Verdict
-from mergekit_dam.streams import progress
 
 TRIALS = "trials"
 """What the journal knows of all trials so far."""
@@ -88,8 +87,11 @@ class Best:
         """Keep it for a next run."""
         trials = [dataclasses.asdict(trial) for trial in self.trials]
         verdict = dataclasses.asdict(self.verdict)
+        names = " and ".join(f"`{trial.name}`" for trial in self.trials)
         self.journal.put(
-            TRIALS, {"record": self.record.state, "verdict": verdict, "trials": trials}
+            TRIALS,
+            {"record": self.record.state, "verdict": verdict, "trials": trials},
+            said=f"{names} {'was' if len(trials) == 1 else 'were'} tried",
         )
 
     @classmethod
@@ -100,8 +102,6 @@ class Best:
             return None
         verdict = Verdict.of_state(state["verdict"])
         trials = [Trial.of_state(trial) for trial in state["trials"]]
-        names = ", ".join(trial.name for trial in trials)
-        progress.say(f"continuing: {len(trials)} trials were judged before ({names})")
         return cls(record_of(state["record"], journal), verdict, trials, journal)
 
 

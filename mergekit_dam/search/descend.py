@@ -126,7 +126,7 @@ def descend(
                 best.take(dataclasses.replace(now, corrections=own), seen, step)
             if not ended and step < course.planned and interrupted():
                 ended = INTERRUPTED
-        if journal.due(name):
+        if journal.due():
             course.keep(journal, name)
     return Descent(best.record, best.verdict, best.step, tuple(losses), ended)
 
@@ -164,7 +164,8 @@ class _Course:
         if best.step:
             found["record"] = best.record.state
         own = {"planned": self.planned, "losses": self.losses, "descender": self.descender.state}
-        journal.put(name, {**own, "best": found})
+        said = f"{len(self.losses)} of {self.planned} steps of a descent were taken"
+        journal.put(name, {**own, "best": found}, said=said)
 
     def go_on(self, journal: Journal, name: str) -> None:
         """Go on from where an earlier run has kept it, if there was one."""
@@ -177,8 +178,6 @@ class _Course:
         if best["step"]:
             record = record_of(best["record"], journal)
             self.best.take(record, Verdict.of_state(best["verdict"]), best["step"])
-        taken = f"{len(self.losses)} of {self.planned} steps of the descent"
-        progress.say(f"continuing: {taken} were taken before")
 
 
 @dataclasses.dataclass

@@ -23,7 +23,7 @@ import torch
 
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.journal import Journal
-from mergekit_dam.layers.sweep import Sweep, kept_teachers
+from mergekit_dam.layers.sweep import Sweep, boundary, kept_teachers
 from mergekit_dam.parameters import RunParameters
 from mergekit_dam.search.best import Best
 from mergekit_dam.search.descents import descents_from
@@ -113,7 +113,8 @@ def layer_trials(
     Returns:
         The best so far, and the data of all that follows, as `judged_start` gives it.
     """
-    best, swept = Best.kept(journal), journal.get(sweep_name(settings.metric))
+    stages, plain = len(network.stages), sweep_name("identity")
+    best, swept = Best.kept(journal), journal.get(boundary(sweep_name(settings.metric), stages))
     if best is None or swept is None:
         best, data = first_trial(network, streams, settings, start, pace, entered, journal)
     else:
@@ -126,6 +127,7 @@ def layer_trials(
         and pace.allows("a sweep of layer fits in the plain metric", best.trials[-1].seconds)
     ):
         layer_sweep(network, streams, start, None, journal).consider(network, best, data)
+        journal.drop(plain, boundary(plain, stages))
     return best, data
 
 
@@ -154,7 +156,7 @@ def first_trial(
         best, data = judged_start(network, streams, surveyed, swept.streams, journal)
         del surveyed
         swept.consider(network, best, data)
-    journal.drop(SURVEY, GRADIENTS)
+    journal.drop(SURVEY, GRADIENTS, sweep_name(settings.metric))  # but not the teachers' streams
     return best, data
 
 

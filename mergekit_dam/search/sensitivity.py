@@ -73,7 +73,7 @@ def swept_back_once(
     if journal.get(GRADIENTS) is not None:
         return Sensitivity(point, sources_of(streams), entered, left, network.device)
     found = sweep_back(network, point, streams, entered=entered, left=left, seed=seed)
-    journal.put(GRADIENTS, left.files)
+    journal.put(GRADIENTS, left.files, said="the metrics' gradients were made")
     return found
 
 

@@ -92,7 +92,7 @@ def surveyed_once(
     if state is not None:
         return Surveyed.of_state(state, streams, start)
     surveyed = survey(network, streams, start, boundaries, teachers=teachers)
-    journal.put(SURVEY, surveyed.state(boundaries))
+    journal.put(SURVEY, surveyed.state(boundaries), said="the start was surveyed")
     return surveyed
 
 

@@ -38,6 +38,14 @@ def streams_bytes(hidden: int, tokens: int) -> int:
     return 3 * stream_bytes(hidden, tokens)
 
 
+def boundary_bytes(hidden: int, tokens: int) -> int:
+    """Bytes of the hidden states that a sweep of layer fits keeps on the disk for a next run.
+
+    Both streams behind a block are written before those behind an earlier one are removed.
+    """
+    return 2 * 2 * stream_bytes(hidden, tokens)
+
+
 def has_room(size: float, whole: float) -> bool:
     """Whether hidden states of `size` bytes may be kept in a memory of `whole` bytes."""
     return size <= SHARE * whole

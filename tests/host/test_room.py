@@ -29,3 +29,5 @@ def test_refuses_what_does_not_fit_beside_what_is_kept(
     check_room(tmp_path, model=7_000_000_000, temporary=3_000_000_000)
     with pytest.raises(DamError, match=r"8 GB for the model and 3 GB .*, and 10 GB are free"):
         check_room(tmp_path, model=8_000_000_000, temporary=3_000_000_000)
+    with pytest.raises(DamError, match=r"and 4 GB to be continued .*`resume: false`"):
+        check_room(tmp_path, model=7_000_000_000, temporary=0, kept=4_000_000_000)

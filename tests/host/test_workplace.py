@@ -79,6 +79,34 @@ def test_is_taken_over_from_a_killed_process_with_all_that_it_left(
     assert list(tmp_path.iterdir()) == []
 
 
+def fail(output: Path, *names: str) -> None:
+    """Write some files of two megabytes each, and fail."""
+    with workplace(output) as place:
+        for name in names:
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_bytes(bytes(2_000_000))
+        raise KeyError
+
+
+def test_what_is_kept_stays_until_the_model_is_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ("kept/state.safetensors", "kept/room/states", "new/out/config.json")
+    with pytest.raises(KeyError):
+        fail(tmp_path / "out", *names)
+    assert {path.name for path in (tmp_path / ".dam-out").iterdir()} == {"kept", "lock"}
+    assert f"kept in {tmp_path / '.dam-out'} (4.00 MB); the same command continues" in caplog.text
+    with workplace(tmp_path / "out") as place:
+        assert (place / "kept" / "room" / "states").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_no_state_names_does_not_stay(tmp_path: Path) -> None:
+    with pytest.raises(KeyError):
+        fail(tmp_path / "out", "kept/room/states")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_model_that_a_killed_merge_moved_away_comes_back(tmp_path: Path) -> None:
     previous = tmp_path / ".dam-out" / "previous"
     previous.mkdir(parents=True)

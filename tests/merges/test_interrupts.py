@@ -81,25 +81,43 @@ def test_the_first_one_in_a_descent_writes_the_best_point_so_far(
     assert not [name for name in files_under(tmp_path) if ".dam-" in name]
 
 
-def test_the_second_one_leaves_nothing(start: Any, tmp_path: Path) -> None:
+def test_the_second_one_keeps_what_was_done(start: Any, tmp_path: Path) -> None:
     running = start(gradient_accumulation=STEPS)  # a step that takes hours
     running.wait_for(ANNOUNCED)
     running.send(signal.SIGINT)
     running.wait_for(ANSWERED)
     running.send(signal.SIGINT)
     assert running.finish() != 0
+    assert f"what is done is kept in {tmp_path / '.dam-out'}" in running.printed
     assert not (tmp_path / "out").exists()
-    assert not any(tmp_path.glob(".dam-*"))
+    assert {path.name for path in (tmp_path / ".dam-out").iterdir()} == {"kept", "lock"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_the_first_one_before_a_descent_leaves_nothing(
+def test_the_first_one_before_a_descent_keeps_what_was_done(
     start: Any, tmp_path: Path, number: signal.Signals
 ) -> None:
-    running = start("--quiet")
-    running.wait(lambda: any(tmp_path.glob(".dam-out/new/out/.dam-*")))
+    # Layer fits of many sequences: there is time to stop them.
+    options = {"samples": 200, "sequence_length": 32}
+    running = start("--quiet", **options)
+    running.wait(lambda: any(tmp_path.glob(".dam-out/kept/*.safetensors")))
     running.send(number)
     assert running.finish() != 0
     assert ANSWERED not in running.printed
+    assert "the same command continues" in running.printed
     assert not (tmp_path / "out").exists()
+    again = start("--quiet", **options)
+    again.wait(lambda: any(tmp_path.glob(".dam-out/kept/descent-0.safetensors")))
+    again.send(signal.SIGINT)
+    assert again.finish() == 0, again.printed
+    assert "continuing: " in again.printed
+    Merged(tmp_path / "out").load()
+    assert not any(tmp_path.glob(".dam-*"))
+
+
+def test_stopped_at_once_it_leaves_nothing(start: Any, tmp_path: Path) -> None:
+    running = start("--quiet", samples=200, sequence_length=32)
+    running.wait(lambda: (tmp_path / ".dam-out" / "new").exists())
+    running.send(signal.SIGTERM)
+    assert running.finish() != 0
     assert not any(tmp_path.glob(".dam-*"))

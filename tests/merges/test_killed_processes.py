@@ -44,7 +44,7 @@ KILLED: dict[str, tuple[dict[str, Any], list[str], str]] = {
         ["--out-shard-size", "2K"],
         "model-*",
     ),
-    "search": ({"objective": "logits", "steps": 100_000}, [], ".dam-*/entered/*"),
+    "search": ({"objective": "logits", "steps": 100_000}, [], ".dam-entered/*"),
 }
 """Parameters, options, and files that tell that the fit is under way."""
 

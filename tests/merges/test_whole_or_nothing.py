@@ -185,13 +185,13 @@ class TestOtherProcesses:
         out = merge(configuration, tmp_path / "out").path
         before = contents(out)
         running = Running([BIN / "mergekit-yaml", file, out], tmp_path / "log")
-        running.wait(lambda: any(tmp_path.glob(".dam-out/new/out/.dam-*/*")))
+        running.wait(lambda: any(tmp_path.glob(".dam-out/kept/.dam-*/*")))
         with pytest.raises(DamError, match=r"another merge to this folder is under way \(process"):
             merge(configuration, out)
         running.send(signal.SIGKILL)
         assert running.finish() == -signal.SIGKILL
         assert contents(out) == before
-        assert any(tmp_path.glob(".dam-out/new/out/.dam-*/*"))
+        assert any(tmp_path.glob(".dam-out/kept/.dam-*/*"))
         merge({**configuration, "dtype": "float16"}, out)
         assert {t.dtype for t in tensors_of(out).values()} == {torch.float16}
         assert not [name for name in files_under(tmp_path) if ".dam-" in name]
@@ -202,7 +202,7 @@ class TestOtherProcesses:
     ) -> None:
         running = torchrun("--no-python", BIN / "mergekit-yaml", file, tmp_path / "out")
         try:
-            while len(list(tmp_path.glob(".dam-out/**/entered"))) < 2:
+            while len(list(tmp_path.glob(".dam-out/**/.dam-entered"))) < 2:
                 assert running.poll() is None, running.communicate()[0]
         finally:
             started = psutil.Process(running.pid)

@@ -49,7 +49,7 @@ def test_scratch_files_go_away_whatever_happens(
     assert files_under(tmp_path) == {"scratch"}
 
 
-def test_a_merge_that_ends_early_leaves_no_scratch_files(
+def test_a_merge_that_ends_early_leaves_what_the_next_one_needs_alone(
     llama_models: Models,
     calibration: Calibration,
     tmp_path: Path,
@@ -61,7 +61,13 @@ def test_a_merge_that_ends_early_leaves_no_scratch_files(
     monkeypatch.setattr(descents_module, "descend", fail)
     with pytest.raises(KeyboardInterrupt):
         polished(llama_models, calibration, tmp_path / "out")
-    assert not [name for name in files_under(tmp_path) if ".dam" in name or "tensors" in name]
+    states = {"depends_on.json", "layer-identity-00004.safetensors", "trials.safetensors"}
+    kept = (tmp_path / ".dam-out" / "kept").iterdir()
+    assert {path.name for path in kept if path.is_file()} == states
+    assert not any((tmp_path / ".dam-out" / "kept" / ".dam-entered").iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        polished(llama_models, calibration, tmp_path / "afresh", resume=False)
+    assert {path.name for path in tmp_path.iterdir()} == {".dam-out"}
 
 
 def test_weights_that_were_kept_are_let_go_of(tmp_path: Path) -> None:
