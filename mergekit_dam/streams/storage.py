@@ -166,7 +166,8 @@ class Storage:
             x: hidden states `[sequences, length, hidden]`, mapped from a file.
             chunks: slices of the sequences, in order.
         """
-        return self.keep((x[chunk].to(self._device) for chunk in chunks), len(x))
+        device = self._device if self.place == "device" else torch.device("cpu")
+        return self.keep((x[chunk].to(device) for chunk in chunks), len(x))
 
     def keep(self, chunks: Iterable[Tensor], count: int) -> Sequences:
         """Keep `count` sequences that come in chunks `[some sequences, length, hidden]`."""
