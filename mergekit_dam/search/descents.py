@@ -57,18 +57,15 @@ def descents_from(
 
     Descents that are among the trials, since an earlier run has made them, are not repeated.
     """
-    if settings.objective != "logits" and settings.steps is None and best.left < ENOUGH:
-        LOG.info("no descent: layer fits left %.0f %% of the start's KL", 100 * best.left)
-        return
-    planned = descents(settings.steps)
-    if best.descents == len(planned) or (best.descents and not best.paid(WORTHWHILE)):
+    planned, further = descents(settings.steps), _further(settings, best)
+    if not further:
         return
     coordinates, weights = _coordinates(network, settings, data)
     if not coordinates:
         return
     objective = Objective(network, coordinates, settings, boundaries)
     with interruptible() as interrupted:
-        for number in range(best.descents, len(planned)):
+        for number in further:
             steps = planned[number]
             if number and (not best.paid(WORTHWHILE) or interrupted()):
                 break
@@ -101,6 +98,16 @@ def descents_from(
             journal.drop(name)
             if ended.ended:
                 progress.say(f"{ended.ended} ended the descent after {taken} of {steps} steps")
+
+
+def _further(settings: RunParameters, best: Best) -> range:
+    """Numbers of the descents that may follow what was tried so far."""
+    if best.descents:  # by an earlier run
+        return range(best.descents, len(descents(settings.steps)) if best.paid(WORTHWHILE) else 0)
+    if settings.objective != "logits" and settings.steps is None and best.left < ENOUGH:
+        LOG.info("no descent: layer fits left %.0f %% of the start's KL", 100 * best.left)
+        return range(0)
+    return range(len(descents(settings.steps)))
 
 
 @contextmanager

@@ -75,9 +75,14 @@ def test_a_descent_goes_on_with_its_moments_rates_and_sequences(
 def test_a_second_descent_goes_on_behind_the_first(
     stop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where the first one has left so little that none would begin there."""
     monkeypatch.setattr(descents_module, "DESCENTS", (2, 4))
-    monkeypatch.setattr(descents_module, "WORTHWHILE", -1.0)
+    monkeypatch.setattr(descents_module, "WORTHWHILE", 0.0)
     monkeypatch.setattr(descents_module, "ENOUGH", 0.0)
+    record, _ = searched(tmp_path / "known", steps=None)
+    start, fitted, first, _ = (trial.mean_held_out_kl for trial in record.trials)
+    assert first < fitted
+    monkeypatch.setattr(descents_module, "ENOUGH", (fitted + first) / 2 / start)
     told = check(tmp_path, stop, steps=None)
     assert not [line for line in told.shown if "block" in line or line.startswith("step 2/2")]
 
