@@ -8,12 +8,13 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from mergekit.io.tensor_writer import TensorWriter
 
 from mergekit_dam.errors import DamError
 from tests.kit.merging import merge
-from tests.kit.models import Models
+from tests.kit.models import ARCHITECTURES, Models, save_models
 from tests.kit.resuming import FITS, Stopped, Told, configured, contents, watched
 from tests.kit.texts import Calibration
 
@@ -184,6 +185,19 @@ class TestStops:
         assert told.continued == ["continuing: 1 of 2 blocks were fitted before"]
         assert told.parts("block") == ["block 2/2"]
         assert without_card(contents(tmp_path / "out")) == undisturbed[self.FIT]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tied_and_turned_weights_of_finished_blocks_are_written_as_they_were(
+    dtype: torch.dtype, calibration: Calibration, tmp_path: Path
+) -> None:
+    models = save_models(tmp_path, ARCHITECTURES["gpt2"](), count=2, dtype=dtype)
+    configuration = configured(models, calibration, "layer, identity")
+    expected = contents(merge(configuration, tmp_path / "whole" / "out").path)
+    with pytest.raises(Stopped), watched("output"):
+        merge(configuration, tmp_path / "out")
+    assert continued(configuration, tmp_path / "out").continued
+    assert contents(tmp_path / "out") == expected
 
 
 @contextmanager
