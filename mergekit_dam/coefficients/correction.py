@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -165,7 +166,7 @@ class Corrections:
     Args:
         folder: Folder for one file per correction; it is made when the first is put there.
         remove: Removes that folder when the corrections are discarded; at once by default.
-        files: File of every correction that is there already, by the output tensor's name.
+        state: What `state` said of corrections that are there already.
 
     Attributes:
         norms: Output tensor's name -> Frobenius norm of its correction, where it was put here.
@@ -176,12 +177,12 @@ class Corrections:
         folder: Path,
         *,
         remove: Callable[[Path], None] | None = None,
-        files: Mapping[str, Path] | None = None,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         self._folder = folder
         self._remove = remove or partial(shutil.rmtree, ignore_errors=True)
-        self._files = dict(files or {})
-        self.norms: dict[str, float] = {}
+        self._files: dict[str, Path] = dict(state["files"]) if state else {}
+        self.norms: dict[str, float] = dict(state["norms"]) if state else {}
 
     @classmethod
     def of_file(cls, path: Path) -> "Corrections":
@@ -197,19 +198,19 @@ class Corrections:
         return found
 
     @classmethod
-    def of_files(
-        cls, files: Mapping[str, Path] | None, remove: Callable[[Path], None]
+    def of_state(
+        cls, state: Mapping[str, Any] | None, remove: Callable[[Path], None]
     ) -> "Corrections | None":
         """Corrections that were put into one folder before, or saved; None for None.
 
         Args:
-            files: What `files` said of them.
+            state: What `state` said of them.
             remove: Removes their folder when they are discarded.
         """
-        if files is None:
+        if state is None:
             return None
-        folder = next((file.parent for file in files.values()), Path())
-        return cls(folder, remove=remove, files=files)
+        folder = next((file.parent for file in state["files"].values()), Path())
+        return cls(folder, remove=remove, state=state)
 
     def __bool__(self) -> bool:
         return bool(self._files)
@@ -279,9 +280,9 @@ class Corrections:
         return digest.hexdigest()
 
     @property
-    def files(self) -> dict[str, Path]:
-        """The file of every correction, by the output tensor's name."""
-        return dict(self._files)
+    def state(self) -> dict[str, Any]:
+        """All of it for the journal: files and norms by the output tensor's name."""
+        return {"files": dict(self._files), "norms": dict(self.norms)}
 
     def discard(self) -> None:
         """Remove the files that were put into the folder."""

@@ -84,7 +84,7 @@ class MergeRecord:
             **plain,
             "reports": {name: asdict(report) for name, report in self.reports.items()},
             "trials": [asdict(trial) for trial in self.trials],
-            "corrections": None if self.corrections is None else self.corrections.files,
+            "corrections": None if self.corrections is None else self.corrections.state,
         }
 
     @classmethod

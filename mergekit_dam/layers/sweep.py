@@ -57,8 +57,8 @@ class Sweep:
         folder = self._journal.path(f"{CORRECTIONS}-{self._name}")
         state = self._journal.get(self._name)
         there = None if state is None else self._journal.get(boundary(self._name, state["done"]))
-        files = {} if there is None else state["record"]["corrections"]
-        corrections = Corrections(folder, remove=self._journal.remove, files=files)
+        known = None if there is None else state["record"]["corrections"]
+        corrections = Corrections(folder, remove=self._journal.remove, state=known)
         if there is None:
             self.record.corrections = corrections
             return 0

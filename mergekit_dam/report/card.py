@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import ModelCard
 from jinja2 import Environment
 
-from mergekit_dam.coefficients.file import REPORT_NAME, written_whole
+from mergekit_dam.coefficients.file import REPORT_NAME
 from mergekit_dam.report.depth import coefficient_map, grid_of
 from mergekit_dam.report.names import short_names
 from mergekit_dam.report.pictures.sheet import sheet
@@ -30,6 +30,7 @@ from mergekit_dam.report.sections.maps import (
 from mergekit_dam.report.spared import merge_spared
 from mergekit_dam.report.summary import Summary, summary_of
 from mergekit_dam.report.words import percent_of
+from mergekit_dam.stored import written_whole
 
 CARD_NAME = "README.md"
 PICTURE_NAME = "dam_coefficients.svg"

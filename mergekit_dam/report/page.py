@@ -7,7 +7,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from mergekit_dam.coefficients.file import REPORT_NAME, written_whole
+from mergekit_dam.coefficients.file import REPORT_NAME
 from mergekit_dam.errors import DamError
 from mergekit_dam.report.content import Section
 from mergekit_dam.report.depth import grid_of
@@ -20,6 +20,7 @@ from mergekit_dam.report.sections.losses import losses
 from mergekit_dam.report.sections.maps import by_depth, coefficients, corrections
 from mergekit_dam.report.spared import merge_spared
 from mergekit_dam.report.summary import summary_of
+from mergekit_dam.stored import written_whole
 
 PAGE_NAME = "dam_report.html"
 

@@ -107,5 +107,5 @@ class Best:
 
 def record_of(state: Mapping[str, Any], journal: Journal) -> MergeRecord:
     """The record that had a state, with its corrections."""
-    corrections = Corrections.of_files(state["corrections"], journal.remove)
+    corrections = Corrections.of_state(state["corrections"], journal.remove)
     return MergeRecord.of_state(state, corrections)

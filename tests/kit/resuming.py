@@ -35,11 +35,14 @@ def configured(models: Models, calibration: Calibration, fit: str, **more: Any) 
 
 
 def contents(folder: Path) -> Mapping[str, Any]:
-    """Digests of all files of a merge; its report without what clocks and memory say."""
+    """Digests of all files of a merge; its report without what clocks and memory say.
+
+    The page that shows the report shows its times, too, and nothing that is not in the report.
+    """
     found: dict[str, Any] = {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.rglob("*")
-        if path.is_file()
+        if path.is_file() and path.name != "dam_report.html"
     }
     found["dam_report.json"] = _untimed(json.loads((folder / "dam_report.json").read_text("utf-8")))
     return found
