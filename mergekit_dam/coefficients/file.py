@@ -2,22 +2,24 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mergekit_dam.coefficients.rows import Identity, match_rows
 from mergekit_dam.coefficients.saved import (
     WrongFileError,
     check_headers,
     check_values,
     provenance_of,
 )
+from mergekit_dam.digests import sha256_from
 from mergekit_dam.errors import ConfigError, first_line, listed
 from mergekit_dam.stored import written_whole
 
@@ -28,6 +30,9 @@ CORRECTIONS_NAME = "dam_corrections.safetensors"
 REPORT_NAME = "dam_report.json"
 METADATA_KEY = "mergekit_dam"
 
+Changed = Literal["error", "allow"]
+"""What becomes of models whose weights are not those of the merge."""
+
 
 @dataclass(frozen=True)
 class CoefficientFile:
@@ -36,7 +41,8 @@ class CoefficientFile:
     Attributes:
         coefficients: Output tensor's name -> fp32 `[sources, n]`.
         sources: Models in the order of the rows, as written in the configuration.
-        metadata: Provenance: versions, revisions, parameters, digests of the calibration.
+        metadata: Provenance: versions, revisions, digests of the models' files (`identities`),
+            parameters, digests of the calibration.
         parameter: Parameter of the configuration that names the file; messages begin with it.
         corrections: File of the corrections that belong to the coefficients, if there are any.
     """
@@ -47,25 +53,42 @@ class CoefficientFile:
     parameter: str = "coefficients"
     corrections: Path | None = None
 
-    def rows_of(self, sources: Sequence[str]) -> list[int]:
-        """The rows of the coefficients of some sources, in the order of these sources.
+    @property
+    def identities(self) -> tuple[Identity, ...]:
+        """The models of the rows, with digests of their weights where the file has them."""
+        known = self.metadata.get("identities", {})
+        return tuple(Identity(source, known.get(source, {})) for source in self.sources)
 
-        Models are found by name, or by position if their names changed (as on another machine).
+    def rows_of(self, models: Sequence[Identity], *, changed: Changed = "error") -> list[int]:
+        """The rows of the coefficients of some models, in the order of these models.
+
+        Args:
+            models: As many models as the file has.
+            changed: What becomes of models with other weights, or under names that are unknown:
+                an error, or a warning.
 
         Raises:
-            ConfigError: If the file was made from another number of models.
+            ConfigError: If the file was made from another number of models, or from others.
         """
-        if set(sources) == set(self.sources):
-            return [self.sources.index(source) for source in sources]
-        if len(sources) != len(self.sources):
+        if len(models) != len(self.sources):
+            got = [model.name for model in models]
             raise ConfigError(
                 f"{self.parameter}: made from {len(self.sources)} models "
-                f"({listed(self.sources, 5)}), got {len(sources)} ({listed(sources, 5)}); "
+                f"({listed(self.sources, 5)}), got {len(models)} ({listed(got, 5)}); "
                 f"required as many, a base included where that merge had one"
             )
-        pairs = ", ".join(f"{a} as {b}" for a, b in zip(sources, self.sources, strict=True))
-        LOG.warning("%s: models go by other names now; taking %s", self.parameter, pairs)
-        return list(range(len(sources)))
+        found = match_rows(self.identities, models)
+        if found.changed and changed == "error":
+            remedy = (
+                "name the models of that merge, or set `changed_models: allow` to merge others "
+                "with its coefficients"
+            )
+            raise ConfigError(
+                *(f"{self.parameter}: {problem}; {remedy}" for problem in found.changed)
+            )
+        for sentence in found.changed:
+            LOG.warning("%s: %s", self.parameter, sentence)
+        return list(found.rows)
 
     def save(self, path: Path) -> None:
         """Write the file atomically: a reader sees the whole file or none."""
@@ -134,4 +157,13 @@ def _corrections(file: Path, digest: Any, parameter: str) -> Path | None:
         raise ConfigError(f"{required}, got a damaged file ({error!r})") from error
     if own != digest:
         raise ConfigError(f"{required}, got the one of another merge")
+    if sha256_from(found, _values_at(found)) != digest:
+        raise ConfigError(f"{required}, got one whose values were changed or are damaged")
     return found
+
+
+def _values_at(file: Path) -> int:
+    """Where the values of a safetensors file begin: after its header, and the header's length."""
+    with file.open("rb") as opened:
+        length: int = struct.unpack("<Q", opened.read(8))[0]
+    return 8 + length

@@ -17,7 +17,9 @@ from mergekit_dam.coefficients.correction import Correction, Corrections
 from mergekit_dam.coefficients.file import CoefficientFile
 from mergekit_dam.coefficients.merge import column_counts, column_problem, merge_weights
 from mergekit_dam.coefficients.parametrisation import Parametrisation
-from mergekit_dam.errors import DamError
+from mergekit_dam.coefficients.rows import Identity, match_rows
+from mergekit_dam.coefficients.shapes import correction_problem
+from mergekit_dam.errors import DamError, listed
 
 KnownCoefficients = str | CoefficientFile | Mapping[str, Tensor] | Tensor
 """A path, a loaded file, coefficients by tensor name, or the coefficients of one tensor."""
@@ -60,6 +62,11 @@ def merge_given(
     if not coefficients.isfinite().all():
         raise DamError(f"{name}: required finite coefficients, got NaN or infinity")
     correction = _correction(given, name)
+    if correction is not None:
+        shapes = {key: tensor.shape for key, tensor in correction.tensors.items()}
+        problem = correction_problem(shapes, tensors[0].shape, axis)
+        if problem:
+            raise DamError(f"{name}: {problem}")
     merged = merge_weights(tensors, coefficients.float(), axis=axis, correction=correction)
     return _finite(merged.to(tensors[0].dtype), name)
 
@@ -143,7 +150,23 @@ def _load(path: str, _: int) -> CoefficientFile:
 
 @lru_cache(maxsize=2)
 def _rows(sources: tuple[str, ...], ids: tuple[Hashable, ...]) -> tuple[int, ...]:
-    """The row of each source; cached, so that a warning about other names appears once."""
+    """The row of each source; cached, so that a warning about other names appears once.
+
+    Sources of which a file knows none go by their order.
+
+    Raises:
+        DamError: The file knows some of the names, and not others.
+    """
     if ids == tuple(range(len(sources))):
         return tuple(range(len(sources)))
-    return tuple(CoefficientFile({}, sources, {}).rows_of([str(i) for i in ids]))
+    file = CoefficientFile({}, sources, {})
+    models = [Identity(str(own)) for own in ids]
+    if len(models) == len(sources):
+        known = match_rows(file.identities, models).named
+        if 0 < known < len(models):
+            raise DamError(
+                f"coefficients: required the sources {listed(sources, 5)}, got "
+                f"{listed(ids, 5)}, of which {len(models) - known} are unknown; name them as the "
+                f"file does, or pass a list in the order of the file"
+            )
+    return tuple(file.rows_of(models, changed="allow"))

@@ -15,7 +15,9 @@ class WrongFileError(ValueError):
 
 
 def provenance_of(text: str | None) -> dict[str, Any]:
-    """The provenance of a file, from the text in its metadata, with valid `sources` and `axes`.
+    """The provenance of a file, from the text in its metadata.
+
+    Its `sources`, `axes` and `identities` are valid.
 
     Raises:
         WrongFileError: If there is none, or its entries are of other types.
@@ -40,7 +42,17 @@ def provenance_of(text: str | None) -> dict[str, Any]:
     wrong = next((name for name, axis in axes.items() if axis not in _AXES), None)
     if wrong is not None:
         raise WrongFileError(f"`axes` in its metadata has dimension {axes[wrong]} for {wrong}")
+    if not _are_identities(found.get("identities", {})):
+        raise WrongFileError("`identities` in its metadata are not digests by model and file")
     return found
+
+
+def _are_identities(found: Any) -> bool:
+    """Whether a value is a mapping of texts to mappings of texts to texts."""
+    return isinstance(found, dict) and all(
+        isinstance(own, dict) and all(isinstance(digest, str) for digest in own.values())
+        for own in found.values()
+    )
 
 
 def check_headers(headers: Mapping[str, tuple[Sequence[int], str]], sources: int) -> None:

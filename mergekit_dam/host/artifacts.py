@@ -2,17 +2,18 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from mergekit.common import ModelReference
 from mergekit.config import ParameterSetting
 from pydantic import TypeAdapter
 
 from mergekit_dam.coefficients.file import CORRECTIONS_NAME, FILE_NAME, CoefficientFile
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.host import report
+from mergekit_dam.host.identities import identities, revision_of
+from mergekit_dam.host.merge import Merge, Tensors
 from mergekit_dam.host.prepare import Prepared
+from mergekit_dam.host.resolved import resolved_parameters
 from mergekit_dam.host.synthetic import keep
 from mergekit_dam.report.page import make_page
 
@@ -20,31 +21,13 @@ _PARAMETERS = TypeAdapter(dict[str, ParameterSetting])
 """Converts parameters to plain values: a parsed filter is an object that JSON cannot hold."""
 
 
-def write_artifacts(
-    prepared: Prepared,
-    order: Sequence[ModelReference],
-    trust_remote_code: bool,
-    parameters: Mapping[str, Any],
-    out_path: Path,
-    record: MergeRecord,
-) -> None:
+def write_artifacts(merge: Merge, tensors: Tensors, record: MergeRecord) -> None:
     """Write coefficients, a report, corrections if there are any, and text that models wrote."""
-    sources = [str(model) for model in order]
-    if prepared.replay is not None:
-        provenance = {k: v for k, v in prepared.replay.metadata.items() if k != "axes"}
-    else:
-        provenance = {
-            "versions": report.versions(),
-            "revisions": {str(m): _revision(m, trust_remote_code) for m in order},
-            "parameters": _PARAMETERS.dump_python(dict(parameters), mode="json", exclude_none=True),
-            "calibration_sha256": {
-                str(m): c.provenance.sha256 for m, c in prepared.calibration.items()
-            },
-            "calibration_synthetic": [
-                str(m) for m, c in prepared.calibration.items() if c.provenance.synthetic
-            ],
-        }
-    keep(prepared.calibration, out_path)
+    prepared, out_path = merge.prepared, merge.out_path
+    names = prepared.names
+    sources = [names.of(model) for model in tensors.order]
+    provenance = _provenance(merge, tensors, sources)
+    kept = keep(prepared.calibration, out_path)
     norms = record.corrections.norms if record.corrections else {}
     if record.corrections:
         provenance["corrections"] = record.corrections.save(out_path / CORRECTIONS_NAME)
@@ -59,31 +42,70 @@ def write_artifacts(
         {
             **provenance,
             "sources": sources,
-            "base_model": None if prepared.checked.base is None else str(prepared.checked.base),
+            "base_model": None if prepared.checked.base is None else names.of(prepared.checked.base),
             "replayed": prepared.replay is not None,
-            "calibration": {
-                str(m): dataclasses.asdict(c.provenance) for m, c in prepared.calibration.items()
-            },
+            "calibration": names.tree(
+                {
+                    str(model): {
+                        **dataclasses.asdict(own.provenance),
+                        **({"kept": kept[model]} if model in kept else {}),
+                    }
+                    for model, own in prepared.calibration.items()
+                }
+            ),
             "held_out_tokens": {
-                str(m): prepared.run.held_out(len(c.tokens)) * c.tokens.shape[1]
-                for m, c in prepared.calibration.items()
+                names.of(model): prepared.run.held_out(len(own.tokens)) * own.tokens.shape[1]
+                for model, own in prepared.calibration.items()
             },
-            "search": [dataclasses.asdict(trial) for trial in record.trials],
-            "left_out": record.left_out,
-            "seconds": record.seconds,
-            "peak_memory_bytes": report.peak_memory(),
+            "search": [report.trial_entry(trial) for trial in record.trials],
+            "left_out": names.tree(record.left_out),
             "tensors": [
                 report.tensor_entry(entry, record.coefficients[name], sources, norms.get(name))
                 for name, entry in record.reports.items()
             ],
+            "this_run": report.this_run(record),
         },
     )
-
     make_page(out_path)
 
 
-def _revision(model: ModelReference, trust_remote_code: bool) -> str | None:
-    """The commit from which a Hub model was loaded, or None for a local model."""
-    config = model.config(trust_remote_code=trust_remote_code)
-    revision: str | None = getattr(config, "_commit_hash", None) or model.model.revision
-    return revision
+def _provenance(merge: Merge, tensors: Tensors, sources: Sequence[str]) -> dict[str, Any]:
+    """What the coefficients were made from; a replay keeps what its file says of the fit."""
+    prepared = merge.prepared
+    names, order = prepared.names, tensors.order
+    weights = identities(order, names)
+    own = {"identities": {model.name: dict(model.files) for model in weights.values()}}
+    if prepared.replay is not None:
+        return {**_renamed(prepared, sources), **own}
+    return {
+        **own,
+        "versions": report.versions(),
+        "revisions": {names.of(model): revision_of(model.model) for model in order},
+        "parameters": names.tree(
+            _PARAMETERS.dump_python(dict(merge.parameters), mode="json", exclude_none=True)
+        ),
+        "resolved_parameters": resolved_parameters(merge, tensors),
+        "calibration_sha256": {
+            names.of(model): own.provenance.sha256 for model, own in prepared.calibration.items()
+        },
+        "calibration_synthetic": [
+            names.of(model)
+            for model, own in prepared.calibration.items()
+            if own.provenance.synthetic
+        ],
+    }
+
+
+def _renamed(prepared: Prepared, sources: Sequence[str]) -> dict[str, Any]:
+    """What a file says of its fit, with the names that its models have now."""
+    assert prepared.replay is not None
+    now = dict(zip(prepared.replay.sources, sources, strict=True))
+
+    def renamed(value: Any) -> Any:
+        if isinstance(value, str):
+            return now.get(value, value)
+        if isinstance(value, Mapping):
+            return {renamed(key): renamed(entry) for key, entry in value.items()}
+        return [renamed(entry) for entry in value] if isinstance(value, list) else value
+
+    return {key: renamed(v) for key, v in prepared.replay.metadata.items() if key != "axes"}

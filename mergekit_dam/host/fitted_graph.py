@@ -16,10 +16,11 @@ from mergekit.common import ModelReference
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.host.checks import check_complete, check_shapes, refuse_outside
 from mergekit_dam.host.headers import spans_of
-from mergekit_dam.host.initial import averages, check_start, saved_record, search_start
+from mergekit_dam.host.initial import averages, check_start, search_start
 from mergekit_dam.host.merge import Merge, Tasks, Tensors
 from mergekit_dam.host.places import PlacedTensor, place_tensors
 from mergekit_dam.host.prepare import Prepared
+from mergekit_dam.host.replay import start_record
 from mergekit_dam.host.room import written_bytes
 from mergekit_dam.host.stages import PlannedStage, calibration_streams, load_stage, planned_stages
 from mergekit_dam.host.tasks import (
@@ -113,7 +114,7 @@ def _start(
     prepared = merge.prepared
     saved = None
     if prepared.start is not None:
-        saved = saved_record(prepared.start, tensors.specs, tensors.order, tensors.shapes)
+        saved = start_record(prepared, prepared.start, tensors)
     start = search_start([planned.stage for planned in stages], prepared.run, outside, saved)
     check_start(tensors.specs, start, prepared.run)
     return start

@@ -23,6 +23,7 @@ from mergekit_dam.host.fused import Region, fuse_experts
 from mergekit_dam.host.headers import WeightTask
 from mergekit_dam.host.known_graph import known_tasks
 from mergekit_dam.host.merge import Merge, Tensors
+from mergekit_dam.host.replay import in_rows
 from mergekit_dam.host.specs import tensor_spec
 from mergekit_dam.host.tasks import Piece, WriteArtifacts
 from mergekit_dam.model.decoder import Decoder
@@ -64,11 +65,8 @@ def build_graph(
         last=tasks.last,
         write=partial(
             write_artifacts,
-            prepared,
-            tensors.order,
-            merge.options.trust_remote_code,
-            merge.parameters,
-            merge.out_path,
+            merge,
+            tensors,
         ),
         record=tasks.record,
     )
@@ -85,6 +83,8 @@ def _planned_tensors(
     """The tensors to merge; experts are fused if the decoder or the file to replay fuses them."""
     prepared = merge.prepared
     order = tuple(dict.fromkeys(model for _, task in planned for model in task.model_order))
+    if prepared.replay is not None:
+        order = in_rows(prepared, order)
     shapes = check_headers(planned, order)
     needed: Collection[str] = ()
     if prepared.replay is not None:

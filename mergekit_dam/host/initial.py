@@ -1,17 +1,13 @@
 """Coefficients that are known before anything is fitted."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from mergekit.common import ModelReference
 
-from mergekit_dam.coefficients.correction import Corrections
-from mergekit_dam.coefficients.file import CoefficientFile
-from mergekit_dam.coefficients.merge import column_problem
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.coefficients.tensors import TensorReport, TensorSpec
-from mergekit_dam.errors import ConfigError, inside, listed
+from mergekit_dam.errors import ConfigError, inside
 from mergekit_dam.host.places import PlacedTensor
 from mergekit_dam.parameters import RunParameters
 from mergekit_dam.search.coordinates import invert
@@ -92,45 +88,3 @@ def check_start(specs: Sequence[TensorSpec], start: MergeRecord, settings: RunPa
         with inside(spec.name):
             form = spec.settings.parametrisation
             invert(settings.nonlinearity, form.unknowns(coefficients))
-
-
-def saved_record(
-    saved: CoefficientFile,
-    specs: Sequence[TensorSpec],
-    order: Sequence[ModelReference],
-    shapes: Mapping[str, tuple[int, ...]],
-) -> MergeRecord:
-    """The saved coefficients of every planned tensor, rows in the order of the sources.
-
-    Args:
-        saved: the file of coefficients.
-        specs: the planned tensors.
-        order: the sources.
-        shapes: shapes of the tensors, where headers give them.
-
-    Raises:
-        ConfigError: the file belongs to other models or layers.
-    """
-    rows = saved.rows_of([str(model) for model in order])
-    axes = saved.metadata.get("axes", {})
-    names = [spec.name for spec in specs]
-    problems = [
-        *(f"none for {name}" for name in names if name not in saved.coefficients),
-        *(f"some for {name}, which is not merged" for name in saved.coefficients.keys() - names),
-    ]
-    for name in saved.coefficients.keys() & shapes.keys():
-        columns, shape = saved.coefficients[name].shape[1], shapes[name]
-        if column_problem(columns, shape, axes.get(name, -1)):
-            problems.append(f"{columns} per source for {name}, of shape {list(shape)}")
-    if problems:
-        raise ConfigError(
-            f"{saved.parameter}: the file has {listed(sorted(problems))}; "
-            f"it belongs to another model or "
-            f"another choice of layers"
-        )
-    return MergeRecord(
-        coefficients={name: saved.coefficients[name][rows] for name in names},
-        axes={name: axes[name] for name in names if axes.get(name, -1) != -1},
-        reports={name: TensorReport(name, "replay", "replayed") for name in names},
-        corrections=None if saved.corrections is None else Corrections.of_file(saved.corrections),
-    )

@@ -1,8 +1,9 @@
 """The tasks of a merge whose coefficients are known: a replay, or copies of one model."""
 
 from mergekit_dam.host.checks import check_shapes
-from mergekit_dam.host.initial import copies, saved_record
+from mergekit_dam.host.initial import copies
 from mergekit_dam.host.merge import Merge, Tasks, Tensors
+from mergekit_dam.host.replay import saved_record
 
 
 def known_tasks(merge: Merge, tensors: Tensors) -> Tasks:
@@ -14,7 +15,7 @@ def known_tasks(merge: Merge, tensors: Tensors) -> Tasks:
     """
     replay = merge.prepared.replay
     if replay is not None:
-        record = saved_record(replay, tensors.specs, tensors.order, tensors.shapes)
+        record = saved_record(replay, tensors.specs, range(len(tensors.order)), tensors.shapes)
     else:
         record = copies(tensors.specs)
         if len(tensors.order) > 1:

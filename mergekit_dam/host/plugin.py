@@ -101,10 +101,13 @@ def _check_file_of(command: Any, *, several: bool) -> None:
     """Make a click command refuse a file in which a dam configuration is wrong."""
 
     def callback(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        from mergekit_dam.host.names import naming
         from mergekit_dam.request.reading import refuse_unreadable
 
-        refuse_unreadable(Path(kwargs["config_file"]), several=several)
-        return stock(*args, **kwargs)
+        file = Path(kwargs["config_file"])
+        refuse_unreadable(file, several=several)
+        with naming(file.parent if file.is_file() else None):
+            return stock(*args, **kwargs)
 
     _replace(command, "callback", callback)
 

@@ -22,8 +22,10 @@ from pydantic import PrivateAttr
 from mergekit_dam.calibration.load import load_calibration
 from mergekit_dam.calibration.sets import CalibrationSet
 from mergekit_dam.coefficients.file import CoefficientFile
+from mergekit_dam.coefficients.rows import Identity
 from mergekit_dam.errors import ConfigError, DamError, first_line
 from mergekit_dam.host.architectures import check_architectures, check_readable, warn_of_differences
+from mergekit_dam.host.names import Names, names_of
 from mergekit_dam.host.references import check_sources
 from mergekit_dam.host.synthetic import Typist, check_room, writings
 from mergekit_dam.host.vocabulary import build_vocabulary
@@ -54,6 +56,8 @@ class Prepared:
         start: the coefficients to start from, or None.
         vocabulary: merged vocabulary, if mergekit builds one; calibration tokens are its ids.
         rows: number of rows that embeddings are cut to, if they are cut.
+        names: names of the models and texts in what is written.
+        identities: digests of the models of a replay; empty before they are on this machine.
         started: `time.perf_counter()` when the merge began.
         journal: what the merge keeps for a next run, if it keeps anything.
     """
@@ -64,6 +68,8 @@ class Prepared:
     start: CoefficientFile | None = None
     vocabulary: Vocabulary | None = None
     rows: int | None = None
+    names: Names = field(default_factory=Names)
+    identities: Mapping[ModelReference, Identity] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
     journal: Journal | None = None
 
@@ -212,7 +218,7 @@ def check(
             check_checkpoint(folder)
     check_sources(models)
     check_architectures(models, options)
-    run = checked.run
+    run, names = checked.run, names_of(checked)
 
     def with_vocabulary(prepared: Prepared) -> Prepared:
         vocabulary = build_vocabulary(config, models, options.trust_remote_code)
@@ -224,7 +230,7 @@ def check(
     check_device(options)
     if run.coefficients is not None:
         replay = CoefficientFile.load(run.coefficients)
-        return with_vocabulary(Prepared(checked, {}, replay))
+        return with_vocabulary(Prepared(checked, {}, replay, names=names))
     if options.multi_gpu and checked.learns:
         raise ConfigError(
             "--multi-gpu: a fit follows the data from one block to the next, on one device; "
@@ -239,7 +245,7 @@ def check(
                 f"earlier dam merge, got {run.start!r}, which does not exist"
             )
         start = CoefficientFile.load(run.start, parameter="start")
-    return with_vocabulary(Prepared(checked, {}, None, start))
+    return with_vocabulary(Prepared(checked, {}, None, start, names=names))
 
 
 def check_device(options: MergeOptions) -> None:

@@ -30,6 +30,7 @@ _OF_A_MODEL = (
     "dam_corrections.safetensors",
     "dam_report.html",
     "dam_coefficients.svg",
+    "dam_lock.json",
     "*_config.json",
     "tokenizer*",
     "special_tokens_map.json",

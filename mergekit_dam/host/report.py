@@ -14,6 +14,7 @@ from torch import Tensor
 
 import mergekit_dam
 from mergekit_dam.coefficients.file import REPORT_NAME
+from mergekit_dam.coefficients.record import MergeRecord, Trial
 from mergekit_dam.coefficients.tensors import TensorReport
 from mergekit_dam.stored import written_whole
 
@@ -46,10 +47,26 @@ def tensor_entry(
     report: TensorReport, coefficients: Tensor, sources: Sequence[str], norm: float | None = None
 ) -> dict[str, Any]:
     """The report's entry of one tensor; `norm` is that of its correction, if it has one."""
-    entry = {k: v for k, v in dataclasses.asdict(report).items() if v not in (None, {})}
+    known = dataclasses.asdict(report).items()
+    entry = {key: value for key, value in known if value not in (None, {}) and key != "seconds"}
     if norm is not None:
         entry["correction"] = {**report.correction, "norm": norm}
     return {**entry, "coefficients": coefficient_statistics(coefficients, sources)}
+
+
+def trial_entry(trial: Trial) -> dict[str, Any]:
+    """The report's entry of one trial of a search."""
+    return {key: value for key, value in dataclasses.asdict(trial).items() if key != "seconds"}
+
+
+def this_run(record: MergeRecord) -> dict[str, Any]:
+    """What differs from run to run: the only such section of the report."""
+    return {
+        "seconds": record.seconds,
+        "tensor_seconds": {name: entry.seconds for name, entry in record.reports.items()},
+        "trial_seconds": [trial.seconds for trial in record.trials],
+        "peak_memory_bytes": peak_memory(),
+    }
 
 
 def peak_memory() -> dict[str, int]:

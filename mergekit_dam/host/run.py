@@ -5,19 +5,25 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
+from mergekit_dam.digests import hashed_ahead
 from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.host.card import hub_ids
 from mergekit_dam.host.complete import check_complete, tokenizer_must_be_copied
 from mergekit_dam.host.failures import mergekit_errors
+from mergekit_dam.host.identities import identities, weight_files
+from mergekit_dam.host.lock import write_lock
+from mergekit_dam.host.names import Names
 from mergekit_dam.host.output import kept_beside, output_folder
-from mergekit_dam.host.prepare import PreparedConfiguration, prepare
+from mergekit_dam.host.prepare import Prepared, PreparedConfiguration, prepare
 from mergekit_dam.host.references import open_sources, with_sources
 from mergekit_dam.host.resume import open_journal
 from mergekit_dam.host.workplace import SCRATCH
@@ -36,11 +42,13 @@ def run_dam(
     out_path: str,
     options: MergeOptions,
     config_source: str | None = None,
+    approve: Callable[[Prepared], None] | None = None,
 ) -> None:
     """Check a dam configuration before mergekit downloads, converts or reads anything; merge.
 
     Args:
-        stock: mergekit's own `run_merge`; the other arguments are its arguments.
+        stock: mergekit's own `run_merge`; the arguments up to `config_source` are its arguments.
+        approve: looks at what was prepared, and raises where the merge is not to go on.
     """
     document = single(config_source) if config_source else None
     with own_share(), mergekit_errors(), distributed.joined_processes(options) as own:
@@ -48,6 +56,8 @@ def run_dam(
         with output_folder(Path(out_path), models.referenced_models()) as folder:
             # One process reads the text: others may lack it, or have another version.
             prepared = distributed.from_first(lambda: prepare(models, own, document))
+            if approve is not None:
+                approve(prepared)
             config = PreparedConfiguration.create(models, prepared)
             _check_downloaded(config, own)
             with (
@@ -57,14 +67,43 @@ def run_dam(
                 _adapter_cache(config, own, folder) as kept,
             ):
                 distributed.in_turn(lambda: open_sources(config.referenced_models(), kept))
-                if distributed.is_first():
-                    config.keep(open_journal(kept_beside(folder), config, own))
-                stock(config, str(folder), kept, config_source or merge_config.to_yaml())
+                with _hashed_ahead(config):
+                    config = _with_identities(config)
+                    if distributed.is_first():
+                        config.keep(open_journal(kept_beside(folder), config, own))
+                    stock(config, str(folder), kept, config_source or merge_config.to_yaml())
             if distributed.is_first():
+                _name_paths(folder / "README.md", prepared.names)
                 if own.write_model_card:
                     complete_card(folder, hub_ids(models.referenced_models()))
                 made = prepared.vocabulary is not None
                 check_complete(folder, own, tokenizer=made)
+                tree = yaml.safe_load(merge_config.to_yaml()) if document is None else document.tree
+                write_lock(folder, config, tree, own)
+
+
+@contextmanager
+def _hashed_ahead(config: MergeConfiguration) -> Iterator[None]:
+    """Hash the models' weights in the first process while it merges them."""
+    models = config.referenced_models() if distributed.is_first() else ()
+    with hashed_ahead(file for model in models for file in weight_files(model).values()):
+        yield
+
+
+def _with_identities(config: PreparedConfiguration) -> PreparedConfiguration:
+    """The configuration with what tells its models from others, where coefficients are given."""
+    prepared = config.prepared
+    if prepared.replay is None and prepared.start is None:
+        return config
+    models = config.referenced_models()
+    known = distributed.from_first(lambda: identities(models, prepared.names))
+    return PreparedConfiguration.create(config, replace(prepared, identities=known))
+
+
+def _name_paths(card: Path, names: Names) -> None:
+    """Put names in the place of paths of this machine in the model card, if there is one."""
+    if card.is_file():
+        card.write_text(names.text(card.read_text("utf-8")), encoding="utf-8")
 
 
 @contextmanager

@@ -228,22 +228,28 @@ class Typist:
         return model
 
 
-def keep(calibration: Mapping[ModelReference, CalibrationSet], out_path: Path) -> None:
+def keep(
+    calibration: Mapping[ModelReference, CalibrationSet], out_path: Path
+) -> dict[ModelReference, str]:
     """Write what models wrote to `dam_calibration.NAME.jsonl`, one document a line.
 
     A merge that has these files for its calibrations gets the same tokens.
+
+    Returns:
+        The name of each model's file.
     """
-    taken: set[str] = set()
+    kept: dict[ModelReference, str] = {}
     for model, own in calibration.items():
         if not own.written:
             continue
         stem = Path(str(model.lora or model.model).rstrip("/")).name or "model"
         others = (f"{stem}-{number}" for number in range(2, len(calibration) + 2))
-        name = next(name for name in (stem, *others) if name not in taken)
-        taken.add(name)
+        files = (f"{KEPT}{name}.jsonl" for name in (stem, *others))
+        kept[model] = next(file for file in files if file not in kept.values())
         lines = [json.dumps(_row(document), ensure_ascii=False) for document in own.written]
-        with written_whole(out_path / f"{KEPT}{name}.jsonl") as temporary:
+        with written_whole(out_path / kept[model]) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return kept
 
 
 def _row(document: WrittenDocument) -> dict[str, Any]:

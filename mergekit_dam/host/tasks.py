@@ -25,6 +25,7 @@ from mergekit.graph import Task
 
 from mergekit_dam.coefficients.merge import column_problem
 from mergekit_dam.coefficients.record import MergeRecord
+from mergekit_dam.coefficients.shapes import correction_problem
 from mergekit_dam.coefficients.tensors import TensorSpec
 from mergekit_dam.errors import DamError
 from mergekit_dam.host.compat import copy_non_floating_buffer
@@ -229,7 +230,13 @@ class MergeKnown(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):
         problem = column_problem(coefficients.shape[1], loaded[0].shape, axis)
         if problem:
             raise DamError(f"{name}: {problem}")
-        merged = sources.merged(coefficients, axis=axis, correction=record.correction(name))
+        correction = record.correction(name)
+        if correction is not None:
+            own = {key: tensor.shape for key, tensor in correction.tensors.items()}
+            problem = correction_problem(own, loaded[0].shape, axis)
+            if problem:
+                raise DamError(f"{name}: {problem}")
+        merged = sources.merged(coefficients, axis=axis, correction=correction)
         require_finite_merge(name, merged, tensors)
         return merged
 

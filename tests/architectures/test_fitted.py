@@ -117,7 +117,7 @@ def test_replays_are_the_merge_and_one_hot_coefficients_a_source(
     file = merged.coefficients
     one_hot = {tensor: rows.clone().zero_() for tensor, rows in file.coefficients.items()}
     for rows in one_hot.values():
-        rows[file.sources.index(str(models.models[1]))] = 1
+        rows[file.sources.index(models.models[1].name)] = 1
     CoefficientFile(one_hot, file.sources, file.metadata).save(tmp_path / FILE_NAME)
     replay = dam(models.models, base=models.base, coefficients=str(tmp_path))
     copied = merge(replay, tmp_path / "copied")

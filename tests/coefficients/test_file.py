@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from mergekit_dam.coefficients.file import FILE_NAME, CoefficientFile
+from mergekit_dam.coefficients.rows import Identity
 from mergekit_dam.errors import ConfigError
 
 
@@ -19,6 +20,10 @@ def saved(folder: Path) -> CoefficientFile:
     )
     file.save(folder / FILE_NAME)
     return file
+
+
+def named(*names: str) -> list[Identity]:
+    return [Identity(name) for name in names]
 
 
 @pytest.mark.parametrize("by", ["file", "folder"])
@@ -51,7 +56,7 @@ def test_problems_name_the_parameter_that_named_the_file(tmp_path: Path) -> None
     saved(tmp_path)
     file = CoefficientFile.load(tmp_path, parameter="start")
     with pytest.raises(ConfigError, match="- start: made from 2 models"):
-        file.rows_of(["org/a"])
+        file.rows_of(named("org/a"))
 
 
 def test_saving_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,19 +80,26 @@ def test_saving_makes_the_folder_and_leaves_one_file(tmp_path: Path) -> None:
 
 
 def test_rows_are_found_by_name_in_any_order(tmp_path: Path) -> None:
-    assert saved(tmp_path).rows_of(["org/b", "org/a"]) == [1, 0]
+    assert saved(tmp_path).rows_of(named("org/b", "org/a")) == [1, 0]
 
 
-def test_rows_are_found_by_position_when_names_changed(
+def test_unknown_names_are_refused_and_go_by_place_where_that_is_allowed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert saved(tmp_path).rows_of(["/ci/x", "/ci/y"]) == [0, 1]
-    assert "/ci/x as org/a, /ci/y as org/b" in caplog.text
+    file = saved(tmp_path)
+    with pytest.raises(ConfigError, match="changed_models: allow") as refused:
+        file.rows_of(named("/ci/x", "/ci/y"))
+    assert len(refused.value.problems) == 2
+    assert not caplog.records
+    assert file.rows_of(named("/ci/x", "/ci/y"), changed="allow") == [0, 1]
+    for model, row in (("/ci/x", "org/a"), ("/ci/y", "org/b")):
+        assert f"{model} has neither the weights nor the name" in caplog.text
+        assert f"take the coefficients of {row}" in caplog.text
 
 
 def test_another_number_of_models_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"made from 2 models \(org/a, org/b\), got 1 \(org/a\)"):
-        saved(tmp_path).rows_of(["org/a"])
+        saved(tmp_path).rows_of(named("org/a"))
 
 
 def test_a_missing_file_is_named_with_the_remedy(tmp_path: Path) -> None:

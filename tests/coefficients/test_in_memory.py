@@ -123,8 +123,8 @@ class TestStateDicts:
     def test_without_names_the_order_is_that_of_the_file(
         self, merged: tuple[Models, Merged], caplog: pytest.LogCaptureFixture
     ) -> None:
-        _, result = merged
-        dicts = [tensors_of(Path(source)) for source in result.coefficients.sources]
+        models, result = merged
+        dicts = [tensors_of(folder) for folder in (*models.models, models.base)]
         given = {"coefficients": CoefficientFile.load(result.path)}
         with caplog.at_level(logging.WARNING):
             found = merge_state_dicts(dicts, "dam", parameters=given)
@@ -134,15 +134,23 @@ class TestStateDicts:
     def test_other_names_are_reported_once(
         self, merged: tuple[Models, Merged], caplog: pytest.LogCaptureFixture
     ) -> None:
-        _, result = merged
-        sources = result.coefficients.sources
+        models, result = merged
+        folders = (*models.models, models.base)
         named: dict[Hashable, Any] = {
-            f"model {i}": tensors_of(Path(source)) for i, source in enumerate(sources)
+            f"model {i}": tensors_of(folder) for i, folder in enumerate(folders)
         }
         with caplog.at_level(logging.WARNING):
             merge_state_dicts(named, "dam", parameters={"coefficients": str(result.path)})
-        assert len(caplog.records) == 1
-        assert "models go by other names now" in caplog.text
+        assert len(caplog.records) == len(folders)
+        assert "model 2 has neither the weights nor the name of a model" in caplog.text
+
+    def test_names_of_which_some_are_known_are_refused(self, merged: tuple[Models, Merged]) -> None:
+        models, result = merged
+        folders = (models.models[1], models.models[0], models.base)
+        named: dict[Hashable, Any] = {str(folder): tensors_of(folder) for folder in folders}
+        named["moved"] = named.pop(str(models.models[0]))
+        with pytest.raises(DamError, match="of which 1 are unknown; name them as the file does"):
+            merge_state_dicts(named, "dam", parameters={"coefficients": str(result.path)})
 
     def test_values_of_every_group(self) -> None:
         dicts = [{"w": A, "b": A[0], "count": torch.tensor(3)}, {"w": B, "b": B[0]}]

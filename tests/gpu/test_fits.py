@@ -53,7 +53,7 @@ def test_two_fits_give_the_same_bytes(
     first, second = (merged(models, texts, tmp_path / n, on=gpu, **FITS[fit]) for n in "ab")
     assert first.coefficient_bytes == second.coefficient_bytes
     assert first.model_bytes == second.model_bytes
-    assert first.report["peak_memory_bytes"][f"{gpu}:0"]
+    assert first.report["this_run"]["peak_memory_bytes"][f"{gpu}:0"]
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2", "gemma2", "phi3", "mixtral"])
@@ -136,7 +136,7 @@ def test_a_fit_keeps_to_the_memory_that_it_may_use(
     found = merged(
         models, texts, tmp_path / "out", on=gpu, gpu_memory=str(limit), **FITS["default"]
     )
-    assert 0 < found.report["peak_memory_bytes"][f"{gpu}:0"] < limit
+    assert 0 < found.report["this_run"]["peak_memory_bytes"][f"{gpu}:0"] < limit
 
 
 def test_two_processes_share_a_gpu(

@@ -94,7 +94,7 @@ class TestForms:
         text.write_text("\n".join([json.dumps({"messages": chat})] * 40), encoding="utf-8")
         configuration = dam([model, llama_models.models[1]], [text, calibration[1]], head=False)
         merged = merge(configuration, tmp_path / "out")
-        assert merged.report["calibration"][str(model)]["tokens_used"] == 64
+        assert merged.report["calibration"][model.name]["tokens_used"] == 64
         merged.load()
 
     @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's
@@ -107,6 +107,6 @@ class TestForms:
             [reference, llama_models.models[1]], calibration, base=llama_models.base, head=False
         )
         merged = merge(configuration, tmp_path / "out", lora_merge_cache=str(tmp_path / "cache"))
-        assert merged.coefficients.sources[0] == str(reference)
+        assert merged.coefficients.sources[0] == f"{llama_models.base.name}+{adapter.name}"
         assert merged.entries[ATTENTION]["outcome"] == "fitted"
         merged.load()

@@ -48,7 +48,7 @@ class TestRunParameters:
         merged = merge(configuration, tmp_path / "out")
         start = torch.tensor([[0.25], [0.25], [0.5]])
         torch.testing.assert_close(rows(merged, MLP), start.expand_as(rows(merged, MLP)))
-        assert str(llama_models.base) in merged.report["calibration"]
+        assert llama_models.base.name in merged.report["calibration"]
 
     def test_temperature_softens_the_fit_of_the_head(
         self, llama_models: Models, calibration: Calibration, tmp_path: Path

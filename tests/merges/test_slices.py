@@ -133,7 +133,7 @@ class TestSlices:
         ]
         merged = merge(sliced(family, *slices, base=True), tmp_path / "out")
         sources = merged.coefficients.sources
-        assert sources == (str(family[0]), str(family[1]), str(family.models.base))
+        assert sources == (family[0].name, family[1].name, family.models.base.name)
         for name, rows in merged.coefficients.coefficients.items():
             layer = 0 if "embed" in name else int(name.split(".")[2]) if "layers" in name else 2
             torch.testing.assert_close(rows.sum(0), torch.ones(rows.shape[1]))

@@ -89,12 +89,12 @@ def test_it_is_said_that_text_is_synthetic(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    first, second = map(str, llama_models.models)
+    first, second = (model.name for model in llama_models.models)
     caplog.set_level("INFO")
     merged = merge(dam(llama_models.models, ["self", calibration[1]]), tmp_path / "out")
     said = [line for line in caplog.messages if "synthetic" in line]
     assert len(said) == 1
-    assert f"calibration of {first}" in said[0]
+    assert f"calibration of {llama_models.models[0]}" in said[0]
     calibrations = merged.report["calibration"]
     assert [calibrations[model]["synthetic"] for model in (first, second)] == [True, False]
     assert merged.report["calibration_synthetic"] == [first]
@@ -171,7 +171,7 @@ def test_a_chat_template_gives_half_of_the_text_unless_a_start_is_named(
 def test_a_part_of_the_text_may_be_real(
     llama_models: Models, calibration: Calibration, tmp_path: Path
 ) -> None:
-    first = str(llama_models.models[0])
+    first = llama_models.models[0].name
     mixed = [str(calibration[0]), "self:share=0.25"]
     configuration = dam(llama_models.models, [None, calibration[1]])
     configuration["models"][0]["parameters"] = {"calibration": mixed}

@@ -107,7 +107,7 @@ class TestModelParameters:
             head=False,
         )
         merged = merge(configuration, tmp_path / "out")
-        assert list(merged.report["calibration"]) == [str(llama_models.models[0])]
+        assert list(merged.report["calibration"]) == [llama_models.models[0].name]
         # Nothing speaks for the second model's tensors but the pull to the start.
         assert mean(merged, EMBEDDING, 0) == pytest.approx(1, abs=1e-3)
         assert mean(merged, MLP, 0) == pytest.approx(1, abs=0.05)

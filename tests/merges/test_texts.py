@@ -73,7 +73,7 @@ def test_words_that_the_base_lacks_are_written_in_its_pieces(
             words = str(read.decode(row)).replace(str(read.bos_token), " ").split()[1:-1]
             assert words
             assert set(words) <= set(sentence.split())
-    cut = [merged.report["calibration"][str(model)]["cut"] for model in models]
+    cut = [merged.report["calibration"][model.name]["cut"] for model in models]
     assert not any("were cut into others" in said for said in cut[0])
     assert any("tokens that the merged model will not have were cut" in said for said in cut[1])
     assert "in other tokens" not in caplog.text
@@ -87,7 +87,7 @@ def test_a_text_that_the_merged_model_will_read_otherwise_is_warned_of(
     merged = merge(dam(models, texts, settings={"tokenizer": {"source": "union"}}), tmp_path / "o")
     assert f"calibration of {models[1]}: the merged model's tokenizer reads " in caplog.text
     assert f"calibration of {models[0]}: the merged model's tokenizer reads" not in caplog.text
-    cut = merged.report["calibration"][str(models[1])]["cut"]
+    cut = merged.report["calibration"][models[1].name]["cut"]
     share = next(said for said in cut if "of this text in other tokens" in said)
     assert 30 < int(re.findall("reads ([0-9]+)%", share)[0]) <= 100
 

@@ -15,7 +15,7 @@ PACKAGE = Path(mergekit_dam.__file__).parent
 def acting() -> Iterator[Path]:
     """Files that may act on a parameter: not those that declare it or check it."""
     for file in PACKAGE.rglob("*.py"):
-        if file.name != "parameters.py" and "request" not in file.parts:
+        if not {"parameters", "request"} & set(file.parts):
             yield file
 
 
@@ -24,7 +24,7 @@ def names_read() -> set[str]:
     found = set()
     trees = [ast.parse(file.read_text(encoding="utf-8")) for file in acting()]
     # Methods of the parameters themselves: `held_out` reads `holdout`, for one.
-    classes = ast.parse((PACKAGE / "parameters.py").read_text(encoding="utf-8"))
+    classes = ast.parse((PACKAGE / "parameters" / "__init__.py").read_text(encoding="utf-8"))
     trees += [node for node in ast.walk(classes) if isinstance(node, ast.FunctionDef)]  # type: ignore[misc]
     for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):

@@ -88,7 +88,7 @@ def test_each_trial_is_judged_and_the_best_is_the_result(merged: Merged) -> None
     assert_sound(merged)
     assert best_of(merged)["name"].startswith("logits")
     assert best_of(merged)["mean_held_out_kl"] < trials_of(merged)["start"]["mean_held_out_kl"]
-    assert all(trial["seconds"] > 0 for trial in merged.report["search"])
+    assert all(seconds > 0 for seconds in merged.report["this_run"]["trial_seconds"])
     details = trials_of(merged)["logits"]["details"]
     assert 0 < details["best_step"] <= details["steps"] == POLISH["steps"]
 

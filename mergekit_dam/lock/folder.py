@@ -1,0 +1,149 @@
+"""Digests of the files and tensors of a merged model, read back from the disk."""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from mergekit_dam.coefficients.file import CORRECTIONS_NAME, FILE_NAME, REPORT_NAME
+from mergekit_dam.digests import sha256_of, sha256_of_text
+from mergekit_dam.errors import CheckpointError, first_line
+from mergekit_dam.lock.schema import LOCK_NAME, Output, TensorDigest, canonical
+
+_THREADS = min(8, os.cpu_count() or 1)
+_PIECE = 2**22
+THIS_RUN = "this_run"
+"""Section of the report that differs from run to run."""
+
+_READERS_OPEN = (".safetensors", ".bin", ".json", ".model", ".jinja", ".py")
+"""Ends of the names of files that what loads a model may open."""
+
+
+def output_of(folder: Path, names: Sequence[str], *, quiet: bool, report: bool = True) -> Output:
+    """Digests of files of a merged model, and of all its tensors.
+
+    Args:
+        folder: The folder.
+        names: The files, except the lock and the report.
+        quiet: Whether no progress is shown.
+        report: Whether there is a report.
+
+    Raises:
+        CheckpointError: A file with weights is damaged.
+        OSError: A file cannot be read.
+    """
+    weights = [name for name in names if _holds_weights(name)]
+    files = [folder / name for name in names]
+    total = sum(file.stat().st_size for file in files)
+    total += sum((folder / name).stat().st_size for name in weights)
+    tensors: dict[str, TensorDigest] = {}
+    with (
+        tqdm(total=total, desc="sha256", unit="B", unit_scale=True, disable=quiet) as bar,
+        ThreadPoolExecutor(_THREADS, "sha256") as pool,
+    ):
+        whole = {name: pool.submit(sha256_of, folder / name) for name in names}
+        for name in weights:
+            for tensor, digest in _tensors_of(folder / name, pool):
+                tensors[tensor] = digest
+            bar.update((folder / name).stat().st_size)
+        found = {}
+        for name, future in whole.items():
+            found[name] = future.result()
+            bar.update((folder / name).stat().st_size)
+    told = report_digest(folder / REPORT_NAME) if report else None
+    return Output(files=found, report=told, tensors=tensors)
+
+
+def files_in(folder: Path) -> list[str]:
+    """Names of the files of a merged model that its lock lists: all but the lock and the report."""
+    found = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+    hidden = (name for name in found if not any(part.startswith(".") for part in name.parts))
+    return sorted(n.as_posix() for n in hidden if str(n) not in (LOCK_NAME, REPORT_NAME))
+
+
+def read_by_others(name: str) -> bool:
+    """Whether what loads a model may open a file by this name."""
+    return "/" not in name and name.endswith(_READERS_OPEN)
+
+
+def report_digest(file: Path) -> str:
+    """sha256 of the values of a report, without those that differ from run to run.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
+    try:
+        values = json.loads(file.read_text("utf-8"))
+        return sha256_of_text(canonical({k: v for k, v in values.items() if k != THIS_RUN}))
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file.name} is damaged ({first_line(error)})") from error
+
+
+def _holds_weights(name: str) -> bool:
+    if name in (FILE_NAME, CORRECTIONS_NAME) or "/" in name:
+        return False
+    return name.endswith(".safetensors") or (
+        name.startswith("pytorch_model") and name.endswith(".bin")
+    )
+
+
+def _tensors_of(file: Path, pool: ThreadPoolExecutor) -> Iterator[tuple[str, TensorDigest]]:
+    if file.suffix == ".bin":
+        yield from _pickled(file)
+        return
+    try:
+        start, entries = _header(file)
+    except (ValueError, KeyError, struct.error) as error:
+        raise CheckpointError(f"{file.name} is damaged ({first_line(error)})") from error
+    yield from pool.map(partial(_of_entry, file, start), entries.items())
+
+
+def _header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Where the values of a safetensors file begin, and its entries by tensor."""
+    with file.open("rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        entries: dict[str, Any] = json.loads(opened.read(length))
+    entries.pop("__metadata__", None)
+    for entry in entries.values():
+        if not {"dtype", "shape", "data_offsets"} <= entry.keys():
+            raise ValueError("an entry of its header is not complete")
+    return 8 + length, entries
+
+
+def _of_entry(file: Path, start: int, item: tuple[str, Any]) -> tuple[str, TensorDigest]:
+    name, entry = item
+    first, end = entry["data_offsets"]
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        opened.seek(start + first)
+        left = end - first
+        while left:
+            piece = opened.read(min(left, _PIECE))
+            if not piece:
+                raise CheckpointError(f"{file.name} is cut off in {name}")
+            digest.update(piece)
+            left -= len(piece)
+    own = TensorDigest(dtype=entry["dtype"], shape=entry["shape"], sha256=digest.hexdigest())
+    return name, own
+
+
+def _pickled(file: Path) -> Iterator[tuple[str, TensorDigest]]:
+    loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    for name, tensor in loaded.items():
+        values = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        yield (
+            name,
+            TensorDigest(
+                dtype=str(tensor.dtype).removeprefix("torch."),
+                shape=tuple(tensor.shape),
+                sha256=hashlib.sha256(values).hexdigest(),
+            ),
+        )
