@@ -16,6 +16,8 @@ COMMANDS = {
     "report": "mergekit_dam.report.commands:report",
     "inspect": "mergekit_dam.cli.inspect:inspect",
     "diff": "mergekit_dam.cli.diff:diff",
+    "verify": "mergekit_dam.reproduce.commands:verify",
+    "reproduce": "mergekit_dam.reproduce.commands:reproduce",
     "demo": "mergekit_dam.cli.demo:demo",
 }
 """Name of every command -> its module and its name there, in the order of the help."""
