@@ -79,9 +79,10 @@ def write_lock(
 
 def _origin(path: ModelPath, names: Names) -> Origin:
     files = {name: sha256_of(file) for name, file in files_read(path).items()}
+    name = names.text(str(path))
     if Path(path.path).exists():
-        return Origin(folder=names.text(path.path), files=files)
-    return Origin(repository=path.path, revision=revision_of(path), files=files)
+        return Origin(name=name, files=files)
+    return Origin(name=name, repository=path.path, revision=revision_of(path), files=files)
 
 
 def _texts(told: dict[str, Any]) -> dict[str, Text]:

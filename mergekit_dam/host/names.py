@@ -63,7 +63,8 @@ class Names:
 
     def of(self, model: ModelReference) -> str:
         """The name of a model, with that of its adapter."""
-        return self.text(str(model))
+        parts = [model.model, *([] if model.lora is None else [model.lora])]
+        return "+".join(self.text(str(part)) for part in parts)
 
     def text(self, text: str) -> str:
         """A text with names in the place of paths."""
@@ -99,7 +100,7 @@ def names_of(checked: Checked) -> Names:
     """The names of all paths that a configuration has."""
     named = _NAMING.get() or Naming()
     folder = None if named.folder is None else Path(_absolute(str(named.folder)))
-    known: dict[str, str] = {}
+    known = dict(named.given)
     for path in dict.fromkeys(_paths_in(checked)):
         forms = _forms(path)
         name = next((named.given[form] for form in forms if form in named.given), None)

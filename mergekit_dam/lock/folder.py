@@ -6,6 +6,7 @@ import os
 import struct
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from mergekit_dam.lock.schema import LOCK_NAME, Output, TensorDigest, canonical
 
 _THREADS = min(8, os.cpu_count() or 1)
 _PIECE = 2**22
+_OTHERS = (LOCK_NAME, REPORT_NAME, "README.md")
 THIS_RUN = "this_run"
 """Section of the report that differs from run to run."""
 
@@ -27,17 +29,17 @@ _READERS_OPEN = (".safetensors", ".bin", ".json", ".model", ".jinja", ".py")
 """Ends of the names of files that what loads a model may open."""
 
 
-def output_of(folder: Path, names: Sequence[str], *, quiet: bool, report: bool = True) -> Output:
+def output_of(folder: Path, names: Sequence[str], *, quiet: bool, intact: bool = True) -> Output:
     """Digests of files of a merged model, and of all its tensors.
 
     Args:
         folder: The folder.
         names: The files, except the lock and the report.
         quiet: Whether no progress is shown.
-        report: Whether there is a report.
+        intact: Whether all files have to be intact; if not, one that is damaged has no tensors.
 
     Raises:
-        CheckpointError: A file with weights is damaged.
+        CheckpointError: A file with weights, or the report, is damaged or missing.
         OSError: A file cannot be read.
     """
     weights = [name for name in names if _holds_weights(name)]
@@ -51,22 +53,28 @@ def output_of(folder: Path, names: Sequence[str], *, quiet: bool, report: bool =
     ):
         whole = {name: pool.submit(sha256_of, folder / name) for name in names}
         for name in weights:
-            for tensor, digest in _tensors_of(folder / name, pool):
-                tensors[tensor] = digest
+            with nullcontext() if intact else suppress(CheckpointError):
+                tensors |= dict(_tensors_of(folder / name, pool))
             bar.update((folder / name).stat().st_size)
         found = {}
         for name, future in whole.items():
             found[name] = future.result()
             bar.update((folder / name).stat().st_size)
-    told = report_digest(folder / REPORT_NAME) if report else None
+    told = None
+    with nullcontext() if intact else suppress(CheckpointError):
+        told = _report_digest(folder / REPORT_NAME)
     return Output(files=found, report=told, tensors=tensors)
 
 
 def files_in(folder: Path) -> list[str]:
-    """Names of the files of a merged model that its lock lists: all but the lock and the report."""
+    """Names of the files of a merged model that its lock lists.
+
+    These are all but the lock itself, the report, whose values it lists, and the model card, which
+    people edit.
+    """
     found = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
     hidden = (name for name in found if not any(part.startswith(".") for part in name.parts))
-    return sorted(n.as_posix() for n in hidden if str(n) not in (LOCK_NAME, REPORT_NAME))
+    return sorted(n.as_posix() for n in hidden if str(n) not in _OTHERS)
 
 
 def read_by_others(name: str) -> bool:
@@ -74,7 +82,7 @@ def read_by_others(name: str) -> bool:
     return "/" not in name and name.endswith(_READERS_OPEN)
 
 
-def report_digest(file: Path) -> str:
+def _report_digest(file: Path) -> str:
     """sha256 of the values of a report, without those that differ from run to run.
 
     Raises:
@@ -83,8 +91,8 @@ def report_digest(file: Path) -> str:
     try:
         values = json.loads(file.read_text("utf-8"))
         return sha256_of_text(canonical({k: v for k, v in values.items() if k != THIS_RUN}))
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file.name} is damaged ({first_line(error)})") from error
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file.name} cannot be read ({first_line(error)})") from error
 
 
 def _holds_weights(name: str) -> bool:

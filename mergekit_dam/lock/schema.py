@@ -31,15 +31,15 @@ class Origin(_Part):
     """A model or an adapter, as it was read.
 
     Attributes:
+        name: What the configuration calls it: an id on the Hub, or the name of a folder.
         repository: Its id on the Hub; None for a local folder.
         revision: The commit of the repository.
-        folder: Name of the local folder.
         files: All files that were read of it.
     """
 
+    name: str
     repository: str | None = None
     revision: str | None = None
-    folder: str | None = None
     files: Files
 
 
@@ -89,7 +89,7 @@ class Output(_Part):
     """What the merge wrote.
 
     Attributes:
-        files: Every file, except the lock and the report.
+        files: Every file, except the lock, the report and the model card.
         report: sha256 of the report's values without those of `this_run`; None if there is none.
         tensors: Every tensor of the merged model.
     """

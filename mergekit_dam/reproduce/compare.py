@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.host.compat import LazyTensorLoader
-from mergekit_dam.host.files import stored_index
+from mergekit_dam.host.files import holds_weights, stored_index
 from mergekit_dam.lock.schema import Output
 
 _PIECE = 2**22
@@ -111,6 +111,8 @@ def _how(locked: Any, found: Any) -> str:
 
 @torch.no_grad()
 def _tensor(folder: Path, name: str) -> Tensor | None:
+    if not holds_weights(folder):
+        return None
     loader = LazyTensorLoader(stored_index(folder), lazy_unpickle=False)
     tensor: Tensor | None = loader.get_tensor(name, raise_on_missing=False)
     return tensor

@@ -22,12 +22,19 @@ def located(
 
     Args:
         lock: The lock.
-        models: Name of a repository or folder -> what stands in its place.
+        models: Name of a model or adapter -> what stands in its place.
         texts: Gives what stands in the place of a value of `calibration` or `start`; None to leave
             them.
     """
+    alone = {
+        source.adapter.name: "+".join(models[own.name] for own in (source.model, source.adapter))
+        for source in lock.sources
+        if source.adapter is not None
+    }
 
     def replaced(value: Any, key: str | None = None) -> Any:
+        if isinstance(value, Mapping) and "path" in value:
+            return _path(value, models)
         if isinstance(value, Mapping):
             return {name: replaced(entry, name) for name, entry in value.items()}
         if isinstance(value, list):
@@ -36,7 +43,7 @@ def located(
             return value
         if key in _TEXTS:
             return value if texts is None else texts(value)
-        return _model(value, models)
+        return alone.get(value) or _model(value, models)
 
     tree = yaml.safe_load(lock.configuration)
     found: dict[str, Any] = replaced(tree)
@@ -47,8 +54,20 @@ def _model(value: str, models: Mapping[str, str]) -> str:
     """A value with its model, or model and adapter, replaced if it has any."""
     if value in models:
         return models[value]
-    parts = [part if part in models else part.partition("@")[0] for part in value.split("+")]
+    parts = value.split("+")
     return "+".join(models[part] for part in parts) if set(parts) <= models.keys() else value
+
+
+def _path(value: Mapping[str, Any], models: Mapping[str, str]) -> Mapping[str, Any]:
+    """Mergekit's long form of a path and a revision, replaced."""
+    revision = value.get("revision")
+    place = models.get(value["path"] if revision is None else f"{value['path']}@{revision}")
+    if place is None:
+        return value
+    if Path(place).exists():
+        return {"path": place}
+    path, _, commit = place.partition("@")
+    return {"path": path, "revision": commit or None}
 
 
 class Texts:

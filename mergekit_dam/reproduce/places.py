@@ -60,7 +60,7 @@ class Places:
 
 
 def found_models(lock: Lock, places: Places) -> dict[str, str]:
-    """Every repository and folder of a lock -> what to write in its place in a configuration.
+    """Every model and adapter of a lock by name -> what to write in its place in a configuration.
 
     Repositories get their commit, and folders have to have the files of the lock.
 
@@ -71,19 +71,18 @@ def found_models(lock: Lock, places: Places) -> dict[str, str]:
     for origin in origins(lock):
         if origin.repository is not None:
             commit = "" if origin.revision is None else f"@{origin.revision}"
-            found[origin.repository] = f"{origin.repository}{commit}"
+            found[origin.name] = f"{origin.repository}{commit}"
             continue
-        assert origin.folder is not None
-        candidates = list(places.of_name(origin.folder))
+        candidates = list(places.of_name(origin.name))
         fitting = next((path for path in candidates if not _problems(origin, path)), None)
         if fitting is not None:
-            found[origin.folder] = str(fitting)
+            found[origin.name] = str(fitting)
         elif candidates:
             problems += _problems(origin, candidates[0])
         else:
             problems.append(
-                f"{origin.folder}: found at none of {listed(places.roots, 6)}; name the folder "
-                f"that holds it, or itself: --models {origin.folder}=PATH"
+                f"{origin.name}: found at none of {listed(places.roots, 6)}; name the folder "
+                f"that holds it, or itself: --models {origin.name}=PATH"
             )
     if problems:
         raise DamError("models of the lock:\n" + "\n".join(f"  - {own}" for own in problems))
@@ -100,7 +99,7 @@ def origins(lock: Lock) -> Iterator[Origin]:
 
 def _problems(origin: Origin, folder: Path) -> list[str]:
     """What differs between a folder and the files of a lock."""
-    name = origin.repository or origin.folder
+    name = origin.name
     found = []
     for file, locked in origin.files.items():
         path = folder / file

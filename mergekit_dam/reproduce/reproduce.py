@@ -26,13 +26,13 @@ from mergekit_dam.errors import CalibrationError, DamError
 from mergekit_dam.host import plugin
 from mergekit_dam.host.names import naming
 from mergekit_dam.host.prepare import Prepared
-from mergekit_dam.lock.schema import Lock, Origin, read_lock
+from mergekit_dam.lock.schema import Lock, read_lock
 from mergekit_dam.reproduce.compare import Difference, differences, measured
 from mergekit_dam.reproduce.configuration import Texts, located, replay_of
 from mergekit_dam.reproduce.places import Places, found_models, origins
 
-_OTHER_BY_NATURE = ("README.md", "mergekit_config.yml")
-"""Files that name the output folder, or the parameter of the replay."""
+_CONFIGURATION = "mergekit_config.yml"
+"""It has the paths that the user typed, or the parameter of the replay."""
 
 
 @dataclass(frozen=True)
@@ -209,17 +209,13 @@ def _check_texts(lock: Lock, prepared: Prepared) -> None:
 
 def _other_sources(lock: Lock, again: Lock) -> list[Difference]:
     """Files of models that were downloaded and are not those of the lock."""
-    now = {_label(origin): origin.files for origin in origins(again)}
+    now = {origin.name: origin.files for origin in origins(again)}
     return [
-        Difference("source", f"{_label(origin)}/{file}", "other content than in the lock")
+        Difference("source", f"{origin.name}/{file}", "other content than in the lock")
         for origin in origins(lock)
         for file, locked in origin.files.items()
-        if now.get(_label(origin), {}).get(file) != locked
+        if now.get(origin.name, {}).get(file) != locked
     ]
-
-
-def _label(origin: Origin) -> str:
-    return str(origin.repository or origin.folder)
 
 
 def _counted(lock: Lock, again: Lock, *, refit: bool) -> list[str]:
@@ -227,7 +223,7 @@ def _counted(lock: Lock, again: Lock, *, refit: bool) -> list[str]:
     return [
         name
         for name in {*lock.output.files, *again.output.files}
-        if name not in _OTHER_BY_NATURE and (refit or not name.startswith(KEPT))
+        if name != _CONFIGURATION and (refit or not name.startswith(KEPT))
     ]
 
 

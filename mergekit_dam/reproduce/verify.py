@@ -59,14 +59,13 @@ def verify(folder: Path, *, quiet: bool = False) -> Verdict:
     lock = read_lock(folder)
     present = files_in(folder)
     counted = [n for n in present if n in lock.output.files or read_by_others(n)]
-    has_report = (folder / REPORT_NAME).is_file()
-    found = output_of(folder, counted, quiet=quiet, report=has_report)
+    found = output_of(folder, counted, quiet=quiet, intact=False)
     return Verdict(folder, lock, tuple(_all(lock.output, found)))
 
 
 def _all(locked: Output, found: Output) -> list[Difference]:
     own = differences(locked, found)
     if found.report != locked.report:
-        how = "other values" if found.report else "missing"
+        how = "other values" if found.report else "missing, or damaged"
         own.append(Difference("file", REPORT_NAME, how))
     return own

@@ -22,6 +22,7 @@ def check_objective(
     return [
         *_check_correction(run, scopes, wrong),
         *_check_time(run, wrong),
+        *_check_replay(run, scopes),
         *([] if "objective" in wrong else _check_descent(config, run, scopes, wrong)),
     ]
 
@@ -33,6 +34,16 @@ def _check_time(run: RunParameters, wrong: Collection[str]) -> list[str]:
         "parameters (top level): `objective: layer` with `metric: identity` takes no "
         "`max_minutes`, as its one sweep is always made; set another objective or "
         "`metric: sensitivity`, or remove it"
+    ]
+
+
+def _check_replay(run: RunParameters, scopes: list[Scope]) -> list[str]:
+    given = {name for scope in scopes if scope.level == "top" for name in scope.settings}
+    if run.coefficients is not None or "changed_models" not in given:
+        return []
+    return [
+        "parameters (top level): `changed_models` is for a replay; name its `coefficients`, or "
+        "remove it"
     ]
 
 

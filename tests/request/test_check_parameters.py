@@ -44,7 +44,7 @@ def test_an_unknown_parameter_is_found_at_every_scope(text: str, where: str) -> 
 
 def test_a_parameter_like_no_other_gets_the_list_of_those_there_are() -> None:
     problem = only_problem(configuration(parameters="{xyzzy: 8}"))
-    assert "unknown parameter `xyzzy`; dam knows batch_size, calibration, coefficients" in problem
+    assert "unknown parameter `xyzzy`; dam knows batch_size, calibration, changed_models" in problem
 
 
 @pytest.mark.parametrize(
