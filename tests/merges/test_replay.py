@@ -241,10 +241,10 @@ class TestCorrections:
     def test_of_another_shape_are_refused_by_the_name_of_the_tensor(
         self, copied: Merged, llama_models: Models, tmp_path: Path
     ) -> None:
+        file = copied.coefficients
         corrections = Corrections(tmp_path / "parts")
         corrections.put(MLP, Correction(full=torch.ones(3, 5)))
         digest = corrections.save(copied.path / CORRECTIONS_NAME)
-        file = copied.coefficients
         CoefficientFile(
             file.coefficients, file.sources, {**file.metadata, "corrections": digest}
         ).save(copied.path / FILE_NAME)
