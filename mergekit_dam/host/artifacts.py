@@ -24,7 +24,7 @@ _PARAMETERS = TypeAdapter(dict[str, ParameterSetting])
 def write_artifacts(merge: Merge, tensors: Tensors, record: MergeRecord) -> None:
     """Write coefficients, a report, corrections if there are any, and text that models wrote."""
     prepared, out_path = merge.prepared, merge.out_path
-    names = prepared.names
+    names, base = prepared.names, prepared.checked.base
     sources = [names.of(model) for model in tensors.order]
     provenance = _provenance(merge, tensors, sources)
     kept = keep(prepared.calibration, out_path)
@@ -42,7 +42,7 @@ def write_artifacts(merge: Merge, tensors: Tensors, record: MergeRecord) -> None
         {
             **provenance,
             "sources": sources,
-            "base_model": None if prepared.checked.base is None else names.of(prepared.checked.base),
+            "base_model": None if base is None else names.of(base),
             "replayed": prepared.replay is not None,
             "calibration": names.tree(
                 {

@@ -1,12 +1,13 @@
 """The command `mergekit-dam report`; slow imports stand inside it."""
 
-import json
 from pathlib import Path
 
 import click
 
+from mergekit_dam.command_line import Command, json_option, print_json
 
-@click.command("report")
+
+@click.command("report", cls=Command, example="mergekit-dam report ./out")
 @click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option(
     "--html",
@@ -21,7 +22,7 @@ import click
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write a map of the coefficients; needs matplotlib (the extra `plot`).",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the numbers behind the pictures.")
+@json_option
 def report(out: Path, page: Path | None, png: Path | None, as_json: bool) -> None:
     """Make the page of a merge again, or a picture of it.
 
@@ -41,4 +42,4 @@ def report(out: Path, page: Path | None, png: Path | None, as_json: bool) -> Non
     if page is not None or not (png or as_json):
         click.echo(str(remake_page(out, page)), err=as_json)
     if as_json:
-        click.echo(json.dumps(numbers_of(own), indent=1, allow_nan=False))
+        print_json(numbers_of(own))

@@ -3,15 +3,21 @@
 Slow imports stand inside the commands, so that help and usage errors appear at once.
 """
 
-import json
 from pathlib import Path
 
 import click
 
+from mergekit_dam.command_line import Command, json_option, print_json
 
-@click.command("verify")
+
+@click.command(
+    "verify",
+    cls=Command,
+    example="mergekit-dam verify ./out",
+    exit_codes={0: "nothing differs", 1: "something differs, or could not be checked"},
+)
 @click.argument("folder", metavar="OUT", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 @click.pass_context
 def verify(ctx: click.Context, folder: Path, as_json: bool) -> None:
     """Check a merged model against the dam_lock.json beside it.
@@ -22,11 +28,16 @@ def verify(ctx: click.Context, folder: Path, as_json: bool) -> None:
     from mergekit_dam.reproduce.verify import verify as run
 
     verdict = run(folder, quiet=as_json)
-    click.echo(json.dumps(verdict.to_json(), indent=2) if as_json else str(verdict))
+    print_json(verdict.to_json()) if as_json else click.echo(str(verdict))
     ctx.exit(1 if verdict.differences else 0)
 
 
-@click.command("reproduce")
+@click.command(
+    "reproduce",
+    cls=Command,
+    example="mergekit-dam reproduce ./out/dam_lock.json",
+    exit_codes={0: "byte-identical", 1: "something differs, or could not be made"},
+)
 @click.argument("lock", metavar="LOCK", type=click.Path(exists=True, path_type=Path))
 @click.option(
     "--to",
@@ -56,7 +67,7 @@ def verify(ctx: click.Context, folder: Path, as_json: bool) -> None:
 @click.option("--cuda", is_flag=True, help="Compute on the GPU.")
 @click.option("--device", help="Compute on this device. Default: the kind that the merge had.")
 @click.option("--transformers-cache", metavar="PATH", help="As for the merge.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 @click.pass_context
 def reproduce(
     ctx: click.Context,
@@ -89,8 +100,6 @@ def reproduce(
         cache=transformers_cache,
         quiet=as_json,
     )
-    click.echo(json.dumps(found.to_json(), indent=2) if as_json else str(found))
+    print_json(found.to_json()) if as_json else click.echo(str(found))
     ctx.exit(1 if found.differences else 0)
 
-
-COMMANDS = (verify, reproduce)
