@@ -86,4 +86,6 @@ def _identity(model: ModelReference, names: Names, files: Mapping[str, Path]) ->
 
 
 def _folder(path: ModelPath) -> Path | None:
-    return folder_of(path, LoaderCache().hf_cache_dir)
+    cache = LoaderCache().hf_cache_dir
+    found = folder_of(path, cache)
+    return folder_of(path) if found is None and cache else found  # adapters are in peft's own

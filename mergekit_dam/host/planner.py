@@ -15,6 +15,7 @@ from mergekit_dam.host.loadable import Loadable
 from mergekit_dam.host.merge import Merge
 from mergekit_dam.host.prepare import Prepared, PreparedConfiguration, all_models, prepare
 from mergekit_dam.host.references import with_sources
+from mergekit_dam.host.replay import identified
 from mergekit_dam.host.tasks import WriteArtifacts
 from mergekit_dam.parameters import UNRECORDED
 from mergekit_dam.sources.slices import TaughtSlice, follow, stacks, taught
@@ -35,7 +36,10 @@ def plan_stages(
     carried = isinstance(config, PreparedConfiguration)
     if not carried:  # planned without `run_merge`
         config = stock.config = with_sources(config)
-    prepared = config.prepared if carried else prepare(config, stock.options)
+        checked = prepare(config, stock.options)
+        prepared = identified(checked, all_models(checked.checked))
+    else:
+        prepared = config.prepared
     _adopt_vocabulary(planner, prepared)
     loadable = Loadable(stock.arch_info, stock.out_model_config)
     artifacts: list[WriteArtifacts] = []

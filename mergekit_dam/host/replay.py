@@ -1,6 +1,7 @@
 """Coefficients of an earlier merge, for the models and tensors of this one."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from operator import itemgetter
 
 from mergekit.common import ModelReference
@@ -12,9 +13,23 @@ from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.coefficients.shapes import correction_problem, stored_shapes
 from mergekit_dam.coefficients.tensors import TensorReport, TensorSpec
 from mergekit_dam.errors import ConfigError, listed
-from mergekit_dam.host.identities import named_only
+from mergekit_dam.host.identities import identities, named_only
 from mergekit_dam.host.merge import Tensors
 from mergekit_dam.host.prepare import Prepared
+from mergekit_dam.streams import distributed
+
+
+def identified(prepared: Prepared, models: Sequence[ModelReference]) -> Prepared:
+    """The same with what tells the models from others, where coefficients are given.
+
+    Args:
+        prepared: the checked configuration.
+        models: the models, whose files are on this machine.
+    """
+    if prepared.replay is None and prepared.start is None:
+        return prepared
+    known = distributed.from_first(lambda: identities(models, prepared.names))
+    return replace(prepared, identities=known)
 
 
 def in_rows(prepared: Prepared, order: Sequence[ModelReference]) -> tuple[ModelReference, ...]:

@@ -5,7 +5,6 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,13 @@ from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.host.card import hub_ids
 from mergekit_dam.host.complete import check_complete, tokenizer_must_be_copied
 from mergekit_dam.host.failures import mergekit_errors
-from mergekit_dam.host.identities import identities, weight_files
+from mergekit_dam.host.identities import weight_files
 from mergekit_dam.host.lock import write_lock
 from mergekit_dam.host.names import Names
 from mergekit_dam.host.output import kept_beside, output_folder
 from mergekit_dam.host.prepare import Prepared, PreparedConfiguration, prepare
 from mergekit_dam.host.references import open_sources, with_sources
+from mergekit_dam.host.replay import identified
 from mergekit_dam.host.resume import open_journal
 from mergekit_dam.host.workplace import SCRATCH
 from mergekit_dam.model.checkpoint import check_checkpoint
@@ -68,7 +68,8 @@ def run_dam(
             ):
                 distributed.in_turn(lambda: open_sources(config.referenced_models(), kept))
                 with _hashed_ahead(config):
-                    config = _with_identities(config)
+                    known = identified(prepared, config.referenced_models())
+                    config = PreparedConfiguration.create(config, known)
                     if distributed.is_first():
                         config.keep(open_journal(kept_beside(folder), config, own))
                     stock(config, str(folder), kept, config_source or merge_config.to_yaml())
@@ -88,16 +89,6 @@ def _hashed_ahead(config: MergeConfiguration) -> Iterator[None]:
     models = config.referenced_models() if distributed.is_first() else ()
     with hashed_ahead(file for model in models for file in weight_files(model).values()):
         yield
-
-
-def _with_identities(config: PreparedConfiguration) -> PreparedConfiguration:
-    """The configuration with what tells its models from others, where coefficients are given."""
-    prepared = config.prepared
-    if prepared.replay is None and prepared.start is None:
-        return config
-    models = config.referenced_models()
-    known = distributed.from_first(lambda: identities(models, prepared.names))
-    return PreparedConfiguration.create(config, replace(prepared, identities=known))
 
 
 def _name_paths(card: Path, names: Names) -> None:

@@ -68,7 +68,7 @@ class Difference:
 def compared(first: Path, second: Path) -> Difference:
     """Compare two merges.
 
-    Models are matched by name; where names differ, by their order.
+    Models are matched by their weights and names; where both differ, by their order.
 
     Args:
         first, second: Files of coefficients, or folders of merges.
@@ -77,7 +77,7 @@ def compared(first: Path, second: Path) -> Difference:
         ConfigError: A file is missing or damaged, or the merges have another number of models.
     """
     one, other = (CoefficientFile.load(path, parameter=str(path)) for path in (first, second))
-    rows = other.rows_of(one.sources)
+    rows = other.rows_of(one.identities, changed="allow")
     shared = sorted(one.coefficients.keys() & other.coefficients.keys())
     unlike = [n for n in shared if not _comparable(one, other, n)]
     layers = []

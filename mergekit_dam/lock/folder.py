@@ -21,7 +21,8 @@ from mergekit_dam.lock.schema import LOCK_NAME, Output, TensorDigest, canonical
 
 _THREADS = min(8, os.cpu_count() or 1)
 _PIECE = 2**22
-_OTHERS = (LOCK_NAME, REPORT_NAME, "README.md")
+_OTHERS = (LOCK_NAME, REPORT_NAME)
+_FOR_PEOPLE = (".md", ".html", ".svg", ".png")
 THIS_RUN = "this_run"
 """Section of the report that differs from run to run."""
 
@@ -69,12 +70,14 @@ def output_of(folder: Path, names: Sequence[str], *, quiet: bool, intact: bool =
 def files_in(folder: Path) -> list[str]:
     """Names of the files of a merged model that its lock lists.
 
-    These are all but the lock itself, the report, whose values it lists, and the model card, which
-    people edit.
+    These are all but the lock itself, the report, whose values it lists, and what is for people:
+    the model card, which they edit, and pages and pictures of the report.
     """
     found = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
     hidden = (name for name in found if not any(part.startswith(".") for part in name.parts))
-    return sorted(n.as_posix() for n in hidden if str(n) not in _OTHERS)
+    return sorted(
+        n.as_posix() for n in hidden if str(n) not in _OTHERS and n.suffix not in _FOR_PEOPLE
+    )
 
 
 def read_by_others(name: str) -> bool:

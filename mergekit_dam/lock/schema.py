@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mergekit_dam.coefficients.file import written_whole
 from mergekit_dam.errors import DamError
+from mergekit_dam.stored import written_whole
 
 LOCK_NAME = "dam_lock.json"
 VERSION = 1
@@ -89,7 +89,7 @@ class Output(_Part):
     """What the merge wrote.
 
     Attributes:
-        files: Every file, except the lock, the report and the model card.
+        files: Every file but the lock, the report, the model card and pictures.
         report: sha256 of the report's values without those of `this_run`; None if there is none.
         tensors: Every tensor of the merged model.
     """

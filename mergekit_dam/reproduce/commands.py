@@ -102,4 +102,3 @@ def reproduce(
     )
     print_json(found.to_json()) if as_json else click.echo(str(found))
     ctx.exit(1 if found.differences else 0)
-

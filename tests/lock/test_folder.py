@@ -65,8 +65,10 @@ def test_a_file_that_is_cut_off_is_refused_or_has_no_tensors(folder: Path) -> No
     assert not output_of(folder, [file.name], quiet=True, intact=False).tensors
 
 
-def test_the_lock_the_report_the_card_and_hidden_files_are_not_listed(folder: Path) -> None:
-    for name in ("dam_lock.json", "README.md", ".git/config", "sub/f.jinja"):
+def test_the_lock_the_report_what_is_for_people_and_hidden_files_are_not_listed(
+    folder: Path,
+) -> None:
+    for name in ("dam_lock.json", "README.md", "page.html", ".git/config", "sub/f.jinja"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("x")
     assert files_in(folder) == ["config.json", "sub/f.jinja"]

@@ -127,7 +127,7 @@ class TestWeights:
             "layer": {},
             "layer, in the metric": {"metric": "sensitivity"},
             "logits": {"objective": "logits"},
-            "replay": {"coefficients": str(inputs.folder / "first")},
+            "replay": {"coefficients": str(inputs.folder / "first"), "changed_models": "allow"},
         }[objective]
         if objective == "replay":
             merge(inputs.configuration(), inputs.folder / "first")
