@@ -24,8 +24,8 @@ def test_a_merge_of_mixed_and_shared_text_reports_every_source(
     merged = merge(config, tmp_path / "out")
     own, shared = merged.report["calibration"].values()
     assert [(part["source"], part["sequences"]) for part in own["parts"]] == [
-        (f"{first}:share=0.25", 2),
-        (f"{second}:format=text", 6),
+        (f"{calibration[0].name}:share=0.25", 2),
+        (f"{calibration[1].name}:format=text", 6),
     ]
     assert [part["sequences"] for part in shared["parts"]] == [8, 3]
     assert (own["sequences"], shared["sequences"]) == (8, 11)
