@@ -7,7 +7,7 @@ from typing import Any
 from mergekit_dam.host.compat import ExecuteMergeMethodTask
 from mergekit_dam.host.merge import Merge, Tensors
 from mergekit_dam.host.names import Names
-from mergekit_dam.parameters import ModelParameters, TensorParameters
+from mergekit_dam.parameters import UNRECORDED, ModelParameters, TensorParameters
 
 
 def resolved_parameters(merge: Merge, tensors: Tensors) -> dict[str, Any]:
@@ -17,12 +17,13 @@ def resolved_parameters(merge: Merge, tensors: Tensors) -> dict[str, Any]:
         `merge`: the parameters of the whole merge by name. `tensors`: a list of entries with
         `parameters` by name, `models` with those of every model, and `tensors`, the names.
     """
+    run = merge.prepared.run
     groups: dict[str, list[str]] = {}
     for weight, task in tensors.tasks:
         own = json.dumps(_of_tensor(task, merge.prepared.names), sort_keys=True)
         groups.setdefault(own, []).append(weight.name)
     return {
-        "merge": merge.prepared.names.tree(merge.prepared.run.model_dump(mode="json")),
+        "merge": merge.prepared.names.tree(run.model_dump(mode="json", exclude=set(UNRECORDED))),
         "tensors": [{**json.loads(own), "tensors": names} for own, names in groups.items()],
     }
 
