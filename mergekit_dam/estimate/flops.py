@@ -12,7 +12,7 @@ from mergekit_dam.estimate.structure import UnitShape
 from mergekit_dam.estimate.text import Text
 from mergekit_dam.fitting import costs
 from mergekit_dam.fitting.costs import LinearSize, MetricSize, Speed, Work
-from mergekit_dam.layers import head
+from mergekit_dam.layers import head, head_correction, head_loss
 from mergekit_dam.layers.experts import too_few
 
 _PASSES = 4
@@ -223,17 +223,30 @@ def _output_fit(part: PartSize, inventory: Inventory) -> Work:
     work["norms and embeddings", "elements"] = 16 * text.tokens * inventory.hidden
     if not part.fits_head:
         return work
+    corrected, rank = part.correction != "none", part.correction_rank
+    work += _head_descent(part, inventory, head.ROUGH_STEPS if corrected else head.STEPS)
+    if corrected:
+        work += _head_descent(part, inventory, head_correction.STEPS, rank)
+    return work
+
+
+def _head_descent(part: PartSize, inventory: Inventory, most: int, rank: int = 0) -> Work:
+    """A descent of the head's coefficients, or of factors of a rank."""
+    text = inventory.text
+    steps = head_loss.steps_for(most, text.fit_sequences, text.length)
+    looks = head_loss.LOOKS if rank else 1 + head_loss.LOOKS  # of the start, once
     weight = sum(unit.parameters for unit in part.of("head"))
-    looks = 1 + head.STEPS // head.JUDGE_EVERY
-    seen = 2 * text.fit_tokens + looks * text.judging_tokens
-    steps = head.STEPS * text.models * text.length
-    work["head", "fp32"] = 2 * weight * (2 * seen + 3 * steps)
-    work["head", "elements"] = LOGITS_PASSES * inventory.vocabulary * (seen + 2 * steps)
+    seen = looks * text.judging_tokens
+    tokens = steps * text.models * min(head_loss.TOKENS, text.length)
+    # Both models run; a gradient goes back to the weight, and to the factors.
+    flops = 2 * weight * (2 * seen + 3 * tokens + 3 * rank * steps)
     # Every step merges the weight, turns its gradient into that of the coefficients, and converts
     # the teachers' weights.
-    passes = 2 * inventory.sources + 2 * text.models
-    work["head", "elements"] += head.STEPS * passes * weight
-    return work
+    merged = 4 if rank else 2 * inventory.sources
+    elements = steps * (merged + 2 * text.models) * weight
+    elements += looks * (inventory.sources + rank) * weight
+    elements += LOGITS_PASSES * inventory.vocabulary * (seen + 2 * tokens)
+    return Work({("head", "fp32"): flops, ("head", "elements"): elements})
 
 
 def layer_sweep(inventory: Inventory, *, kept: bool, sensitivity: bool) -> Work:

@@ -236,8 +236,9 @@ def _part(
     if key not in known:
         known[key] = groups_of(part, shapes, _entering(stage), decoder.head_name)
     units = {unit.kind for group in known[key] for unit in group}
-    # The linears of blocks alone have corrections.
-    every = stage.all_tensors if stage.kind == "block" else ()
+    # The linears of blocks have corrections, and a head of its own.
+    head = f"{decoder.head_name}.weight"
+    every = [p for p in stage.tensors if stage.kind == "block" or p.in_model == head]
     corrected = [p.settings for p in every if p.settings.correction != "none"]
     kinds = {settings.correction for settings in corrected}
     return PartSize(

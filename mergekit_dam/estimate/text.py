@@ -43,6 +43,11 @@ class Text:
         return self.tokens - self.held_out_tokens
 
     @property
+    def fit_sequences(self) -> int:
+        """Sequences that take part in the fit, of the model that has the most."""
+        return max(self._fit)
+
+    @property
     def judging_tokens(self) -> int:
         """Tokens of all models on which the merged model as a whole is judged."""
         return self.held_out_tokens if self.judged_apart else self.fit_tokens

@@ -96,8 +96,11 @@ class Walk:
         known = [tensor for tensor in own if tensor is not None]
         if len(known) < len(own):  # the rest belongs to another part: a tied head's bias
             return False
-        return self.weight(unit).settings.fits(kind or unit.kind) and not all(
-            tensor.identical for tensor in known
+        settings = self.weight(unit).settings
+        # A head is corrected for what enters it, also where all models have the same one.
+        changed = unit.name == self.head and settings.correction != "none"
+        return settings.fits(kind or unit.kind) and (
+            changed or not all(tensor.identical for tensor in known)
         )
 
     def recorded_units(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from mergekit_dam.sources.stage import OpenStage
 
 _RANGES: dict[Nonlinearity, tuple[float, float]] = {"tanh": (-1, 1), "sigmoid": (0, 1)}
 
-CORRECTED = ("linear", "router", "experts")
+CORRECTED = ("linear", "router", "experts", "head")
 """Kinds of units whose weights have corrections."""
 
 _ROUNDING = 1e-6

@@ -24,7 +24,7 @@ FULL_RATE_FROM = 0.4
 
 SHORT = 50
 """Steps up to which a descent has no time to make good what a large step harms: where factors move,
-its rates are full from the whole of the start's KL on."""
+its rates are half of what the whole of the start's KL would allow, in proportion to what is left."""
 
 
 class Descender:
@@ -49,7 +49,7 @@ class Descender:
         self._objective, self._start, self._factors = objective, start, factors
         settings = objective.settings
         asked = settings.learning_rate
-        scale = min(1.0, left / (1.0 if steps <= SHORT else FULL_RATE_FROM))
+        scale = left / 2 if steps <= SHORT else min(1.0, left / FULL_RATE_FROM)
         self._coordinates = list(objective.coordinates.values())
         self._unknowns = starting_unknowns(
             self._coordinates, start, settings.nonlinearity, objective.network.device

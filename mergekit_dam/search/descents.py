@@ -31,7 +31,7 @@ ENOUGH = 0.05
 """Without a configured number of steps, there is no descent where layer fits left a smaller
 fraction of the start's held-out KL than this: its steps cost more than such a rest is worth."""
 
-WORTHWHILE = 0.05
+WORTHWHILE = 0.01
 """A longer descent follows if the one before lowered the held-out KL by this fraction."""
 
 

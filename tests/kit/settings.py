@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from mergekit_dam.choices import ExpertFeed, Granularity, Objective
+from mergekit_dam.choices import CorrectionKind, ExpertFeed, Granularity, Objective
 from mergekit_dam.coefficients.parametrisation import Parametrisation
 from mergekit_dam.coefficients.tensors import TensorSettings
 from mergekit_dam.parameters import RunParameters
@@ -47,6 +47,8 @@ def tensor_settings(
     norms: bool = True,
     head: bool = True,
     experts: ExpertFeed = "routed",
+    correction: CorrectionKind = "none",
+    correction_rank: int = 64,
 ) -> TensorSettings:
     """Settings of the tensors of `count` sources."""
     return TensorSettings(
@@ -56,7 +58,8 @@ def tensor_settings(
         loss_weights=tuple(loss_weights or [1.0] * count),
         ridge=ridge,
         granularity=granularity,
-        correction="none",
+        correction=correction,
+        correction_rank=correction_rank,
         embeddings=embeddings,
         norms=norms,
         head=head,

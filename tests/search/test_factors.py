@@ -204,8 +204,8 @@ def test_a_further_descent_goes_on_with_the_same_factors(tmp_path: Path) -> None
         ("none", 0.1, 400, None, (0.1,)),
         ("low_rank", 1.0, 400, None, (0.05, 0.001)),
         ("low_rank", 0.1, 400, None, (0.0125, 0.00025)),
-        ("low_rank", 1.0, 20, None, (0.05, 0.001)),
-        ("low_rank", 0.1, 20, None, (0.005, 0.0001)),
+        ("low_rank", 1.0, 20, None, (0.025, 0.0005)),
+        ("low_rank", 0.1, 20, None, (0.0025, 0.00005)),
         ("low_rank", 0.1, 20, 0.02, (0.02, 0.0004)),
     ],
 )

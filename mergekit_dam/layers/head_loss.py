@@ -1,0 +1,157 @@
+"""The loss of the output head: the KL between logits, and its gradient on a few tokens.
+
+The loss is `KL(teacher k's distribution || merged)` on the data of each model k, at the configured
+temperature. The merged head acts on the merged stream.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mergekit_dam.coefficients.tensors import TensorSources
+from mergekit_dam.fitting.divergence import divergence
+from mergekit_dam.layers.state import Walk
+from mergekit_dam.model.units import Unit
+from mergekit_dam.streams.distributed import all_sums
+from mergekit_dam.streams.share import Split, judging_split
+from mergekit_dam.streams.stream import Stream
+
+TOKENS = 64
+"""Tokens of every model in one gradient. More steps of few tokens get further than few of many."""
+
+PASSES = 5
+"""How often a descent sees the text of the fit, at the most."""
+
+LOOKS = 2
+"""Times that a descent is judged on held-out data; the best of them is kept."""
+
+ROUNDING = 1e-6
+"""Nats per token by which a loss must fall at least: less is rounding."""
+
+
+@dataclass(frozen=True)
+class HeadLoss:
+    """The KL of the merged model, with a weight of its head.
+
+    Attributes:
+        walk: the walk through the output part.
+        unit: the head.
+        temperature: temperature of the logits.
+    """
+
+    walk: Walk
+    unit: Unit
+    temperature: float
+    _random: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    @property
+    def name(self) -> str:
+        """Name of the weight, relative to the part."""
+        return self.unit.parameter("weight")
+
+    @property
+    def sources(self) -> TensorSources:
+        """The weight in all models."""
+        return self.walk.sources[self.name]
+
+    @property
+    def judging(self) -> Split:
+        """The split that judges a weight."""
+        return judging_split(stream.share for stream in self.walk.streams)
+
+    def steps(self, most: int) -> int:
+        """Steps of a descent on this text, as `steps_for` says."""
+        streams = self.walk.streams
+        sequences = max(stream.share.count("fit") for stream in streams)
+        return steps_for(most, sequences, streams[0].teacher.shape[1])
+
+    def of(self, weight: Tensor) -> float:
+        """KL in nats per token on the data that judges, with a weight `[vocabulary, in]`."""
+        weights, split = {**self.walk.weights, self.name: weight.float()}, self.judging
+        loss = 0.0
+        for stream in self.walk.streams:
+            teacher_weights = self.walk.teacher_weights(stream)
+            own = sum(
+                float(self._kl(stream, teacher_weights, weights, row))
+                for row in range(*stream.share.rows(split))
+            )
+            loss += self._weight_of(stream) * own / stream.share.count(split)
+        return all_sums([loss])[0]
+
+    def gradient(self, weight: Tensor, number: int) -> Tensor:
+        """This process's part of the gradient with respect to the weight, fp32, in its shape.
+
+        It is of some tokens, drawn at random, of one sequence of every model.
+
+        Args:
+            weight: as for `of`.
+            number: number of the sequence in the data of the fit; it wraps around at the end.
+        """
+        weight = weight.float().requires_grad_(True)
+        for stream in self.walk.streams:
+            # Drawn for all sequences, so that every process draws the same.
+            length = stream.teacher.shape[1]
+            tokens = torch.randperm(length, generator=self._random)[:TOKENS]
+            row = stream.share.row_of(number % stream.share.count("fit"))
+            if row is None:
+                continue  # another process has the sequence
+            with torch.enable_grad():
+                weights = {**self.walk.weights, self.name: weight}
+                teacher_weights = self.walk.teacher_weights(stream)
+                loss = self._kl(stream, teacher_weights, weights, row, tokens)
+                (self._weight_of(stream) * loss).backward()  # type: ignore[no-untyped-call]
+        return torch.zeros_like(weight) if weight.grad is None else weight.grad
+
+    def _weight_of(self, stream: Stream) -> float:
+        """Share of a stream's data in the loss."""
+        weights = self.sources.settings.loss_weights
+        return weights[stream.source] / sum(weights[own.source] for own in self.walk.streams)
+
+    def _kl(
+        self,
+        stream: Stream,
+        teacher_weights: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
+        row: int,
+        tokens: Tensor | slice = slice(None),
+    ) -> Tensor:
+        """KL in nats per token, averaged over tokens of one sequence."""
+        device, rows = self.walk.device, slice(row, row + 1)
+        with torch.no_grad():
+            entered = stream.teacher[rows][:, tokens].to(device)
+            teacher = self.walk.teachers[stream.source].run(teacher_weights, entered)
+        merged = self.walk.part.run(weights, stream.merged[rows][:, tokens].to(device))
+        return divergence(merged, teacher, temperature=self.temperature).mean()
+
+
+def steps_for(most: int, sequences: int, length: int) -> int:
+    """Steps of a descent: fewer than `most` where there is little text.
+
+    Args:
+        sequences: sequences of the fit, of the model that has the most.
+        length: tokens of a sequence.
+    """
+    return min(most, math.ceil(PASSES * sequences * length / min(TOKENS, length)))
+
+
+def descent(
+    optimizer: torch.optim.Optimizer, steps: int, gradients: Callable[[int], None]
+) -> Iterator[int]:
+    """Steps of an optimiser whose learning rate falls along a cosine.
+
+    Args:
+        gradients: puts the gradients of a step into the parameters.
+
+    Yields:
+        The number of steps so far, whenever the result is to be looked at.
+    """
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(1, steps + 1):
+        gradients(step - 1)
+        optimizer.step()
+        schedule.step()
+        if step % math.ceil(steps / LOOKS) == 0 or step == steps:
+            yield step
