@@ -83,10 +83,10 @@ def reproduce(
 ) -> None:
     """Make a merge again from its lock, and compare.
 
-    LOCK is a dam_lock.json, or the folder that it is in. Models of the Hub are taken at the commit
-    of the merge, local ones are found by name; both have to have the files of the merge. Exits with
-    0 if the result is byte-identical, and with 1 if it is not: then it says which tensors differ,
-    and by how much.
+    LOCK is a dam_lock.json or its folder. Models of the Hub are taken at the commit of the merge,
+    local ones are found by name; both have to have the files of the merge. Exits with 0 if the
+    result is byte-identical, and with 1 if it is not: then it says which tensors differ, and by
+    how much.
     """
     from mergekit_dam.reproduce.reproduce import reproduce as run
 
