@@ -1,5 +1,6 @@
 """mergekit-multi: pipelines with steps of the method dam."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from click.testing import CliRunner, Result
 from mergekit.io.tasks import LoaderCache
 from mergekit.scripts.multimerge import main as mergekit_multi
 
+from mergekit_dam.host.names import naming
 from tests.kit.merging import Merged, dam, linear, merge
 from tests.kit.models import Models, save_models, tiny_llama_config
 from tests.kit.texts import save_calibration
@@ -50,9 +52,8 @@ def test_dam_steps_before_between_and_after_others(
     )
     assert result.exit_code == 0, result.output
     third = Merged(steps / "third")
-    assert third.coefficients.sources == (
-        *(str(steps / "second"), str(models.models[0]), str(steps / "first")),
-    )
+    listed = os.path.relpath(models.models[0], tmp_path)
+    assert third.coefficients.sources == ("steps/second", listed, "steps/first")
     for name, tensor in Merged(tmp_path / "out").tensors.items():
         expected = (third.tensors[name] + Merged(steps / "first").tensors[name]) / 2
         torch.testing.assert_close(tensor, expected)
@@ -62,7 +63,8 @@ def test_a_step_writes_what_a_merge_of_its_own_does(
     models: Models, texts: list[Path], tmp_path: Path
 ) -> None:
     configuration = dam(models.models[:2], texts, base=models.base)
-    alone = merge(configuration, tmp_path / "alone")
+    with naming(tmp_path):  # as of a file there
+        alone = merge(configuration, tmp_path / "alone")
     result = run(tmp_path, {"name": "step", **configuration})
     assert result.exit_code == 0, result.output
     step = Merged(tmp_path / "steps" / "step")
@@ -88,9 +90,10 @@ def test_text_by_the_name_of_a_step_is_text(
         {"name": "sliced", **dam([], settings={"slices": slices, "models": None})},
     )
     assert result.exit_code == 0, result.output
+    text = os.path.relpath(texts[1], tmp_path)
     for step in ("python", "all", "sliced"):
         calibration = Merged(tmp_path / "steps" / step).report["calibration"]
-        assert {entry["source"] for entry in calibration.values()} <= {"python", str(texts[1])}
+        assert {entry["source"] for entry in calibration.values()} <= {"python", text}
 
 
 def test_a_step_may_go_on_from_an_earlier_one(
@@ -119,7 +122,7 @@ def test_a_step_may_be_called_as_the_method_is(
         dam([Path("dam"), models.models[2]], texts),
     )
     assert result.exit_code == 0, result.output
-    assert Merged(tmp_path / "out").coefficients.sources[0] == str(tmp_path / "steps" / "dam")
+    assert Merged(tmp_path / "out").coefficients.sources[0] == "steps/dam"
 
 
 def test_a_step_that_is_refused_leaves_the_others_and_is_done_again(
