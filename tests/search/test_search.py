@@ -96,7 +96,7 @@ def test_each_trial_is_judged_and_the_best_is_the_result(merged: Merged) -> None
 def test_the_result_is_the_sum_of_its_sources_times_the_coefficients(
     merged: Merged, llama_models: Models
 ) -> None:
-    sources = [tensors_of(Path(source)) for source in merged.coefficients.sources]
+    sources = [tensors_of(folder) for folder in (*llama_models.models, llama_models.base)]
     assert merged.coefficients.coefficients.keys() == merged.tensors.keys()
     for name, tensor in merged.tensors.items():
         rows = merged.coefficients.coefficients[name]
