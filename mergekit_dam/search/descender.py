@@ -24,7 +24,7 @@ FULL_RATE_FROM = 0.4
 
 SHORT = 50
 """Steps up to which a descent has no time to make good what a large step harms: where factors move,
-its rates are half of what the whole of the start's KL would allow, in proportion to what is left."""
+its rates begin at half of the full ones, at the whole of the start's KL, and fall with it."""
 
 
 class Descender:
