@@ -48,13 +48,16 @@ def terminable() -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def first_one_asks(answer: str) -> Iterator[Callable[[], bool]]:
+def first_one_asks(
+    answer: str, show: Callable[[str], bool] = lambda _: False
+) -> Iterator[Callable[[], bool]]:
     """Make the first ctrl-c, SIGTERM or SIGHUP ask for an early end; the next acts as before.
 
     A program that has handlers of its own keeps them.
 
     Args:
         answer: what is printed at once when one comes.
+        show: shows it elsewhere, without any printing of its own; returns whether it could.
 
     Yields:
         A function that tells whether one came.
@@ -76,6 +79,8 @@ def first_one_asks(answer: str) -> Iterator[Callable[[], bool]]:
     def ask(number: int, _: Any) -> None:
         restore()
         came.append(number)
+        if show(answer):
+            return
         # Not by print: a handler may come in the middle of another one.
         with suppress(OSError):  # the terminal may be closed
             os.write(2, f"\n{answer}\n".encode())

@@ -18,6 +18,7 @@ from mergekit_dam.host.checks import check_complete, check_shapes, refuse_outsid
 from mergekit_dam.host.headers import spans_of
 from mergekit_dam.host.initial import averages, check_start, search_start
 from mergekit_dam.host.merge import Merge, Tasks, Tensors
+from mergekit_dam.host.phases import one_sweep_phases, search_phases
 from mergekit_dam.host.places import PlacedTensor, place_tensors
 from mergekit_dam.host.prepare import Prepared
 from mergekit_dam.host.replay import start_record
@@ -37,6 +38,7 @@ from mergekit_dam.model.decoder import Decoder
 from mergekit_dam.sources.decoders import source_decoders
 from mergekit_dam.sources.network import Network
 from mergekit_dam.sources.stage import Models
+from mergekit_dam.streams import progress
 from mergekit_dam.streams.memory import limit_gpu
 from mergekit_dam.streams.stream import Stream
 from mergekit_dam.threads import use_own_share
@@ -75,6 +77,8 @@ def fitted_tasks(merge: Merge, tensors: Tensors, decoder: Decoder) -> Tasks:
         calibration_streams, prepared, tensors.order, hidden, device, merge.out_path, written
     )
     outside = averages(placed)
+    phases = one_sweep_phases if prepared.run.one_sweep else search_phases
+    progress.plan(phases([planned.stage for planned in stages], tensors.shapes, prepared))
     if prepared.run.one_sweep:
         tasks = _one_sweep(stages, Sweep(merge.journal, "layer", len(stages), streams, outside))
     else:

@@ -72,7 +72,7 @@ def write_lock(
         replayed=told["replayed"],
         versions=_versions(),
         computed_on=_computed_on(options),
-        output=output_of(folder, files_in(folder), quiet=options.quiet),
+        output=output_of(folder, files_in(folder), quiet=True),
     ).write(folder)
     LOG.info("digests of the models and of the output: %.2f s", time.perf_counter() - started)
 

@@ -14,6 +14,8 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_dam.digests import hashed_ahead
+from mergekit_dam.display.choose import displayed
+from mergekit_dam.display.noise import without_noise
 from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.host.card import hub_ids
 from mergekit_dam.host.complete import check_complete, tokenizer_must_be_copied
@@ -22,15 +24,17 @@ from mergekit_dam.host.identities import weight_files
 from mergekit_dam.host.lock import write_lock
 from mergekit_dam.host.names import Names
 from mergekit_dam.host.output import kept_beside, output_folder
+from mergekit_dam.host.phases import CHECK
 from mergekit_dam.host.prepare import Prepared, PreparedConfiguration, prepare
 from mergekit_dam.host.references import open_sources, with_sources
 from mergekit_dam.host.replay import identified
 from mergekit_dam.host.resume import open_journal
+from mergekit_dam.host.told import beginning, ending
 from mergekit_dam.host.workplace import SCRATCH
 from mergekit_dam.model.checkpoint import check_checkpoint
 from mergekit_dam.report.card import complete_card
 from mergekit_dam.request.document import single
-from mergekit_dam.streams import distributed
+from mergekit_dam.streams import distributed, progress
 from mergekit_dam.threads import own_share
 
 LOG = logging.getLogger(__name__)
@@ -51,13 +55,21 @@ def run_dam(
         approve: looks at what was prepared, and raises where the merge is not to go on.
     """
     document = single(config_source) if config_source else None
-    with own_share(), mergekit_errors(), distributed.joined_processes(options) as own:
+    with (
+        own_share(),
+        mergekit_errors(),
+        without_noise(),
+        distributed.joined_processes(options) as own,
+        displayed(quiet=own.quiet),
+    ):
         models = with_sources(merge_config)
         with output_folder(Path(out_path), models.referenced_models()) as folder:
             # One process reads the text: others may lack it, or have another version.
             prepared = distributed.from_first(lambda: prepare(models, own, document))
             if approve is not None:
                 approve(prepared)
+            for line in beginning(prepared, Path(out_path), kept_beside(folder).parent):
+                progress.say(line)
             config = PreparedConfiguration.create(models, prepared)
             _check_downloaded(config, own)
             with (
@@ -72,8 +84,10 @@ def run_dam(
                     config = PreparedConfiguration.create(config, known)
                     if distributed.is_first():
                         config.keep(open_journal(kept_beside(folder), config, own))
-                    stock(config, str(folder), kept, config_source or merge_config.to_yaml())
+                    silent = kept.model_copy(update={"quiet": True})  # its bar would stand still
+                    stock(config, str(folder), silent, config_source or merge_config.to_yaml())
             if distributed.is_first():
+                progress.begin(CHECK)
                 _name_paths(folder / "README.md", prepared.names)
                 if own.write_model_card:
                     complete_card(folder, hub_ids(models.referenced_models()))
@@ -81,6 +95,9 @@ def run_dam(
                 check_complete(folder, own, tokenizer=made)
                 tree = yaml.safe_load(merge_config.to_yaml()) if document is None else document.tree
                 write_lock(folder, config, tree, own)
+        if distributed.is_first():
+            for line in ending(Path(out_path)):
+                progress.say(line)
 
 
 @contextmanager

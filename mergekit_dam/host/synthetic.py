@@ -160,7 +160,7 @@ class Typist:
                     total=tokens,
                     desc=f"{name} writes text",
                     unit="token",
-                    disable=self.options.quiet,
+                    disable=self.options.quiet or None,  # None: where there is no terminal
                 ) as progress,
                 torch.inference_mode(),
             ):

@@ -30,6 +30,7 @@ from mergekit_dam.coefficients.tensors import TensorSpec
 from mergekit_dam.errors import DamError
 from mergekit_dam.host.compat import copy_non_floating_buffer
 from mergekit_dam.host.fused import Region
+from mergekit_dam.host.phases import FITS, WRITING
 from mergekit_dam.host.stages import PlannedStage
 from mergekit_dam.journal import Journal
 from mergekit_dam.layers.fit import StageResult
@@ -40,6 +41,7 @@ from mergekit_dam.sources.finite import require_finite, require_finite_merge
 from mergekit_dam.sources.network import Network
 from mergekit_dam.sources.readahead import Span, read_ahead
 from mergekit_dam.sources.stage import of_all, open_stage
+from mergekit_dam.streams import progress
 from mergekit_dam.streams.stream import Stream
 
 
@@ -93,6 +95,8 @@ class FitStage(Task[Any], frozen=True, arbitrary_types_allowed=True):
             stage.models.output.device,
         )
         opened = open_stage(stage, loaded, device)
+        if self.node.previous is None:
+            progress.begin(FITS, done=self.node.sweep.done)
         return self.node.sweep.fit(self.node.number, opened)
 
 
@@ -219,6 +223,7 @@ class MergeKnown(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):
             DamError: the coefficients do not fit the tensor, or the result is not finite.
         """
         known, name = self.known, self.known.spec.name
+        progress.advance(WRITING, f"merge {name}")
         loaded = of_all(tensors, known.order)
         buffer: torch.Tensor | None = copy_non_floating_buffer(loaded, name)
         if buffer is not None:

@@ -1,5 +1,6 @@
 """The fit of one stage: merges its tensors and runs the streams through it."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,12 @@ from mergekit_dam.streams import progress
 from mergekit_dam.streams.memory import give_back
 from mergekit_dam.streams.outputs import OutputCache
 from mergekit_dam.streams.stream import Stream
+
+LOG = logging.getLogger(__name__)
+
+BEFORE, GROUPS = 0.15, 0.75
+"""Shares of the time of a block's fit, about: the teachers' runs before the first tensor is
+settled, and the fits; then the merged streams advance."""
 
 FindMetrics: TypeAlias = Callable[[Anatomy], Metrics]
 
@@ -66,6 +73,7 @@ def fit_stage(
             merged[spec.name] = tied.merged
     give_back()
     record.seconds[stage.label] = time.perf_counter() - started
+    _say(stage.label, fitted, record.seconds[stage.label])
     return StageResult(streams, record, merged)
 
 
@@ -77,14 +85,22 @@ def _fit(
         return []
     part = opened.part
 
+    whole = sum(own.tensors[0].numel() for own in opened.own.values())
+    settled = 0
+
     def on_settled(fitted: FittedTensor) -> None:
+        nonlocal settled
+        settled += fitted.merged.numel()
         report = fitted.report
         short = report.name.removeprefix(part.prefix)
         if report.held_out_start is not None and report.held_out_fitted is not None:
             short += f" {report.held_out_start:.3g} -> {report.held_out_fitted:.3g}"
-        progress.show(f"{part.label} {short}")
+        share = settled / whole
+        if opened.stage.kind == "block":
+            share = BEFORE + GROUPS * share
+        progress.show(f"{part.label} {short}", share=share)
 
-    progress.show(part.label)
+    progress.show(part.label, step=opened.stage.number)
     models = opened.stage.models
     weights = opened.starting_weights()
     device = next(iter(weights.values())).device
@@ -112,6 +128,21 @@ def _fit(
             f"the fit has no solution ({error}); either `ridge` is too small, or a model's "
             f"weights, or its hidden states on its calibration text, are not finite"
         ) from error
+
+
+def _say(label: str, fitted: Sequence[FittedTensor], seconds: float) -> None:
+    """Log how the fits of a stage went, by the mean of their held-out losses."""
+    reports = [tensor.report for tensor in fitted]
+    known = [
+        (own.held_out_start, own.held_out_fitted)
+        for own in reports
+        if own.held_out_start is not None and own.held_out_fitted is not None
+    ]
+    said = f"{label}: {len(known)} of {len(reports)} tensors fitted, {seconds:.1f} s"
+    if known:
+        before, after = (sum(losses) / len(known) for losses in zip(*known, strict=True))
+        said += f", mean held-out loss {before:.4g} -> {after:.4g}"
+    LOG.info(said)
 
 
 def _tied(sources: TensorSources, tied_to: str, record: MergeRecord) -> FittedTensor:

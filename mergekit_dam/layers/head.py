@@ -17,7 +17,7 @@ from mergekit_dam.coefficients.merge import coefficient_gradient
 from mergekit_dam.coefficients.tensors import FittedTensor
 from mergekit_dam.fitting.evidence import Losses
 from mergekit_dam.fitting.judged import judged
-from mergekit_dam.layers.head_correction import correct_head
+from mergekit_dam.layers import head_correction
 from mergekit_dam.layers.head_loss import ROUNDING, HeadLoss, descent
 from mergekit_dam.layers.state import Walk
 from mergekit_dam.model.units import Unit
@@ -39,14 +39,16 @@ def fit_head(walk: Walk, unit: Unit, *, temperature: float) -> Iterator[tuple[st
         (name relative to the part, fitted tensor).
     """
     loss = HeadLoss(walk, unit, temperature)
-    fitted = _fit_columns(loss)
-    if loss.sources.settings.correction != "none":
-        fitted = correct_head(loss, fitted)
+    corrected = loss.sources.settings.correction != "none"
+    share = ROUGH_STEPS / (ROUGH_STEPS + head_correction.STEPS) if corrected else 1.0
+    fitted = _fit_columns(loss, share)
+    if corrected:
+        fitted = head_correction.correct_head(loss, fitted, share)
     yield loss.name, fitted
 
 
-def _fit_columns(loss: HeadLoss) -> FittedTensor:
-    """Fit the coefficients: Adam minimises over the unknowns."""
+def _fit_columns(loss: HeadLoss, share: float) -> FittedTensor:
+    """Fit the coefficients, a share of the fit of the head: Adam minimises over the unknowns."""
     started = time.perf_counter()
     sources, axis = loss.sources, loss.unit.axis
     form = sources.settings.parametrisation
@@ -69,7 +71,7 @@ def _fit_columns(loss: HeadLoss) -> FittedTensor:
     lowest = start = loss.of(merged(best))
     most = STEPS if sources.settings.correction == "none" else ROUGH_STEPS
     if not sources.identical:
-        for step in descent(optimizer, loss.steps(most), gradients):
+        for step in descent(optimizer, loss.steps(most), gradients, (0.0, share)):
             candidate = form.coefficients(unknowns)
             now = loss.of(merged(candidate))
             if now < lowest - ROUNDING:

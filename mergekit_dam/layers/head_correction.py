@@ -21,12 +21,13 @@ LEARNING_RATES = (1e-2, 1e-1)
 """Of the left factor, whose unit is nats, and of the right one, relative to its size."""
 
 
-def correct_head(loss: HeadLoss, fitted: FittedTensor) -> FittedTensor:
+def correct_head(loss: HeadLoss, fitted: FittedTensor, done: float = 0.0) -> FittedTensor:
     """Add a correction to a fitted head, if that lowers the held-out loss.
 
     Args:
         loss: the loss of the head.
         fitted: the head after the fit of its columns, whether that was kept or not.
+        done: share of the fit of the head that is done.
     """
     axis, settings = fitted.axis, fitted.sources.settings
     weight = out_by_in(fitted.merged, axis).float()
@@ -62,7 +63,7 @@ def correct_head(loss: HeadLoss, fitted: FittedTensor) -> FittedTensor:
     lowest = start
     best: Correction | None = None
     said: dict[str, Any] = {"outcome": "dropped: held-out loss was not better"}
-    for step in descent(optimizer, loss.steps(STEPS), gradients):
+    for step in descent(optimizer, loss.steps(STEPS), gradients, (done, 1.0)):
         correction = candidate()
         now = loss.of(merged(correction))
         if now < lowest - ROUNDING:

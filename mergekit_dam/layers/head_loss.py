@@ -15,6 +15,7 @@ from mergekit_dam.coefficients.tensors import TensorSources
 from mergekit_dam.fitting.divergence import divergence
 from mergekit_dam.layers.state import Walk
 from mergekit_dam.model.units import Unit
+from mergekit_dam.streams import progress
 from mergekit_dam.streams.distributed import all_sums
 from mergekit_dam.streams.share import Split, judging_split
 from mergekit_dam.streams.stream import Stream
@@ -138,18 +139,25 @@ def steps_for(most: int, sequences: int, length: int) -> int:
 
 
 def descent(
-    optimizer: torch.optim.Optimizer, steps: int, gradients: Callable[[int], None]
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    gradients: Callable[[int], None],
+    shares: tuple[float, float],
 ) -> Iterator[int]:
     """Steps of an optimiser whose learning rate falls along a cosine.
 
     Args:
         gradients: puts the gradients of a step into the parameters.
+        shares: shares of the fit of the head that are done before and after the descent.
 
     Yields:
         The number of steps so far, whenever the result is to be looked at.
     """
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    begin, end = shares
     for step in range(1, steps + 1):
+        share = begin + (end - begin) * step / steps
+        progress.show(f"head, step {step}/{steps}", share=share)
         gradients(step - 1)
         optimizer.step()
         schedule.step()

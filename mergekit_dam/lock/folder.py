@@ -49,7 +49,7 @@ def output_of(folder: Path, names: Sequence[str], *, quiet: bool, intact: bool =
     total += sum((folder / name).stat().st_size for name in weights)
     tensors: dict[str, TensorDigest] = {}
     with (
-        tqdm(total=total, desc="sha256", unit="B", unit_scale=True, disable=quiet) as bar,
+        tqdm(total=total, desc="sha256", unit="B", unit_scale=True, disable=quiet or None) as bar,
         ThreadPoolExecutor(_THREADS, "sha256") as pool,
     ):
         whole = {name: pool.submit(sha256_of, folder / name) for name in names}

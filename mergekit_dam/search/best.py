@@ -1,6 +1,7 @@
 """The best coefficients that a search has found so far."""
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ TRIALS = "trials"
 
 DESCENT = "logits"
 """Beginning of the names of trials that are descents."""
+
+LOG = logging.getLogger(__name__)
 
 SACRIFICE = 0.1
 """Rise of one model's KL that a trial after layer fits may cost, relative to the start's mean."""
@@ -76,6 +79,8 @@ class Best:
         kept = verdict.better_than(self.verdict, self.allowance)
         seconds = time.perf_counter() - started
         self.trials.append(Trial(name, kept, verdict.losses, verdict.mean, seconds, details, ended))
+        decision = "kept" if kept else "dropped"
+        LOG.info("%s: held-out KL %.4g, %s, %.1f s", name, verdict.mean, decision, seconds)
         lost = self.record if kept else record
         if kept:
             self.record, self.verdict = record, verdict

@@ -97,6 +97,8 @@ def descend(
     descender = Descender(objective, start, steps, factors, left)
     course = _Course(descender, _Best(start, verdict), steps, [])
     course.go_on(journal, name)
+    shown = phase_name(steps)
+    progress.begin(shown, done=len(course.losses), steps=course.planned)
     best, losses, ended = course.best, course.losses, ""
     batches = batches_of(
         data,
@@ -110,11 +112,13 @@ def descend(
             losses.append(descender.step(batches, column_weights))
         step, lowest = len(losses), best.verdict.mean
         progress.show(
-            f"step {step}/{course.planned} loss {losses[-1]:.4g} held-out KL {lowest:.4g}"
+            f"step {step}/{course.planned} loss {losses[-1]:.4g} held-out KL {lowest:.4g}",
+            step=step,
         )
         if step == SETTLED:
             course.planned = step + pace.steps(steps - step)
             descender.plan(course.planned)
+            progress.begin(shown, steps=course.planned)
         ended = _early_end(step, course.planned, steps, pace, interrupted)
         if ended or step in judged_steps(course.planned):
             with pace.measured(pace.look):
@@ -129,6 +133,11 @@ def descend(
         if journal.due():
             course.keep(journal, name)
     return Descent(best.record, best.verdict, best.step, tuple(losses), ended)
+
+
+def phase_name(steps: int) -> str:
+    """Name of a descent among the phases of a merge."""
+    return f"descent of {steps} steps"
 
 
 def _early_end(

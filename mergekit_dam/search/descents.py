@@ -121,7 +121,8 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         return
     with first_one_asks(
         "The descent ends after this step; then the best point so far is written. "
-        "Ctrl-C once more ends the merge without writing it."
+        "Ctrl-C once more ends the merge without writing it.",
+        progress.urge,
     ) as interrupted:
         progress.say("descending; ctrl-C ends the descent, and writes the best point so far")
         yield interrupted

@@ -32,6 +32,7 @@ from mergekit_dam.search.pace import Pace
 from mergekit_dam.search.sensitivity import GRADIENTS, Sensitivity, swept_back_once
 from mergekit_dam.search.survey import SURVEY, judged_start, surveyed_once, taught_by
 from mergekit_dam.sources.network import Network
+from mergekit_dam.streams import progress
 from mergekit_dam.streams.boundaries import BoundaryStates
 from mergekit_dam.streams.stream import Stream
 
@@ -194,12 +195,18 @@ def layer_sweep(
     metric = "identity" if sensitivity is None else "sensitivity"
     known = start.without(network.tensor_names)
     sweep = Sweep(journal, sweep_name(metric), len(network.stages), lambda: streams, known)
+    progress.begin(phase_name(metric), done=sweep.done)
     for number, opened in network.all(sweep.done):
         metrics = None
         if sensitivity is not None and opened.stage.kind == "block":
             metrics = partial(sensitivity.metrics, number, opened)
         sweep.fit(number, opened, metrics=metrics)
     return Swept(f"layer, {metric}", sweep.record, sweep.streams, started)
+
+
+def phase_name(metric: str) -> str:
+    """Name of a sweep of layer fits among the phases of a merge."""
+    return "layer fits" if metric == "sensitivity" else "layer fits, plain metric"
 
 
 def sweep_name(metric: str) -> str:

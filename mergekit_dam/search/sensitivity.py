@@ -96,9 +96,10 @@ def sweep_back(
         left: saves the gradient at each block's output.
         seed: seed of the labels that are drawn.
     """
+    progress.begin("backward")
     flowing = _label_gradients(network, point, streams, seed)
-    for number, opened in network.backward():
-        progress.show(f"backward {opened.part.label}")
+    for step, (number, opened) in enumerate(network.backward()):
+        progress.show(f"backward {opened.part.label}", step=step)
         left.put(number, flowing)
         if number > 1:
             weights = opened.merged_weights(point)

@@ -117,8 +117,9 @@ def survey(
     judging = judged_by(streams)
     measuring = [] if boundaries is None else [measured_by(stream) for stream in streams]
     taught = [dataclasses.replace(stream) for stream in streams] if teachers else []
+    progress.begin("survey")
     for number, opened in network.forward():
-        progress.show(f"start {opened.part.label}")
+        progress.show(f"start {opened.part.label}", step=number)
         if number > 0 and boundaries is not None:
             boundaries.put(number, [stream.merged[:] for stream in measuring])
         own = opened.merged_weights(start)

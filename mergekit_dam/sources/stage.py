@@ -95,6 +95,12 @@ class Stage:
         return (*self.tensors, *self.borrowed)
 
     @property
+    def number(self) -> int:
+        """Its number among all stages."""
+        blocks = len(self.models.output.blocks)
+        return {"input": 0, "block": self.index + 1, "output": blocks + 1}[self.kind]
+
+    @property
     def label(self) -> str:
         """Name of the stage in messages and logs."""
         return self.part(self.models.output).label
