@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, replace
 from mergekit_dam.streams.progress import Phase
 
 TRUSTED = 0.03
-"""Share of a phase's work from which its own speed is trusted; before, that of earlier phases is."""
+"""Share of a phase's work from which its own speed is trusted; before, it is that of the merge."""
 
-RECENT = 0.5
-"""Share of the work of a phase so far that gives its speed: what begins a phase is slower."""
+RECENT, LUMP = 0.5, 0.08
+"""What gives the speed of a phase, since its beginning is slower: the latest half of what is done,
+and at least this share of the phase, since some steps are slower than others."""
 
 OVERDUE = 0.1
 """Share of the time that was left when something was last heard, which is left at least."""
@@ -131,8 +132,9 @@ class Course:
         """Work per second of the phase, or that of the merge before it is known."""
         work = self._worked
         if self.phase is not None and work > 0 and work >= TRUSTED * sum(self.phase.work):
-            known = bisect.bisect(self._heard_of, RECENT * work, key=lambda heard: heard[1]) - 1
-            then, worked = self._heard_of[known]
+            since = min(RECENT * work, work - LUMP * sum(self.phase.work))
+            known = bisect.bisect(self._heard_of, since, key=lambda heard: heard[1]) - 1
+            then, worked = self._heard_of[max(0, known)]
             if self._heard > then:
                 return (work - worked) / (self._heard - then)
         return self._work_before / self._seconds_before if self._work_before else None

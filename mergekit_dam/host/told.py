@@ -1,14 +1,13 @@
 """What a merge says at its start and at its end: about five lines each."""
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mergekit_dam.coefficients.file import REPORT_NAME
-from mergekit_dam.errors import listed
 from mergekit_dam.host.prepare import Prepared
 from mergekit_dam.lock.schema import LOCK_NAME
 from mergekit_dam.report.names import short_names
+from mergekit_dam.report.page import PAGE_NAME
 from mergekit_dam.report.schema import DamReport, read
 from mergekit_dam.report.summary import summary_of
 from mergekit_dam.stored import folder_bytes
@@ -23,21 +22,29 @@ def beginning(prepared: Prepared, output: Path, place: Path) -> Iterator[str]:
         place: folder for what is kept meanwhile.
     """
     checked = prepared.checked
-    every = [str(own) for own in (*checked.models, *([checked.base] if checked.base else []))]
-    short = short_names(list(dict.fromkeys(every)))
-    models = listed([short[str(own)] for own in checked.models if own != checked.base])
-    base = f", base {short[str(checked.base)]}" if checked.base else ""
-    yield f"dam: {models}{base}"
-    if prepared.calibration:
-        shapes = Counter(tuple(own.tokens.shape) for own in prepared.calibration.values())
-        of = "; ".join(
-            f"{count} x {n} sequences of {length} tokens, {prepared.run.held_out(n)} held out"
-            for (n, length), count in shapes.items()
-        )
-        yield f"text: {of}"
-    elif prepared.replay is not None:
-        yield "coefficients of an earlier merge: nothing is fitted"
-    yield f"merged model: {output}; until it is complete, files are in {place}"
+    every = dict.fromkeys([*checked.models, *([checked.base] if checked.base else [])])
+    short = short_names([str(own) for own in every])
+    models = ", ".join(short[str(own)] for own in checked.models if own != checked.base)
+    yield f"dam merges {models}" + (f" onto {short[str(checked.base)]}" if checked.base else "")
+    for (n, length), texts in _texts(prepared, short).items():
+        held_out = prepared.run.held_out(n)
+        yield f"text: {n} x {length} tokens each, {held_out} x held out: {', '.join(texts)}"
+    if prepared.replay is not None:
+        yield "coefficients are those of an earlier merge; nothing is fitted"
+    goes_on = ", from which the same command goes on if this is stopped"
+    yield f"written to {output}; until all is done, files are in {place}" + (
+        goes_on if prepared.calibration and prepared.run.resume else ""
+    )
+
+
+def _texts(prepared: Prepared, short: Mapping[str, str]) -> dict[tuple[int, int], list[str]]:
+    """Shape of the calibration tokens -> the texts that have it, with their models."""
+    found: dict[tuple[int, int], list[str]] = {}
+    for model, own in prepared.calibration.items():
+        n, length = own.tokens.shape
+        source = prepared.names.text(own.provenance.source)
+        found.setdefault((n, length), []).append(f"{source} for {short[str(model)]}")
+    return found
 
 
 def ending(output: Path) -> Iterator[str]:
@@ -49,13 +56,10 @@ def ending(output: Path) -> Iterator[str]:
     report = read(output / REPORT_NAME)
     yield from _judged(report)
     summary = summary_of(report)
-    why = "; ".join(f"{count} because {reason}" for reason, count in summary.kept.items())
-    average = summary.tensors - summary.learned
-    yield f"{summary.learned} of {summary.tensors} tensors were learned" + (
-        f"; {average} were not: {why}" if average else ""
-    )
-    yield f"written to {output}: {size(folder_bytes(output))}; {REPORT_NAME} has every fit"
-    yield f"evaluate:  mergekit-dam evaluate {output}"
+    why = "".join(f"; {count}: {reason}" for reason, count in summary.kept.items())
+    yield f"{summary.learned} of {summary.tensors} tensors were learned{why}"
+    yield f"written to {output}: {size(folder_bytes(output))}; {PAGE_NAME} shows every fit"
+    yield f"evaluate:  mergekit-dam evaluate {output} --baseline linear --data TEXT"
     if (output / LOCK_NAME).is_file():
         yield f"reproduce: mergekit-dam reproduce {output / LOCK_NAME}"
 

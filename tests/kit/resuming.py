@@ -81,7 +81,7 @@ def watched(stop: str | None = None, *, error: BaseException | None = None) -> I
     """
     told = Told()
 
-    def show(text: str) -> None:
+    def show(text: str, **_: object) -> None:
         told.shown.append(text)
         if stop is not None and text.startswith(stop):
             raise error or Stopped

@@ -60,7 +60,7 @@ def test_a_merge_ends_in_time(start: Any, tmp_path: Path) -> None:
 def test_the_first_one_in_a_descent_writes_the_best_point_so_far(
     start: Any, tmp_path: Path, number: signal.Signals
 ) -> None:
-    running = start(correction="low_rank", correction_rank=2)
+    running = start("-vv", correction="low_rank", correction_rank=2)  # tells of every step
     running.wait_for(f"step 3/{STEPS}")
     assert ANNOUNCED in running.printed
     running.send(number)

@@ -32,7 +32,7 @@ def test_scratch_files_go_away_whatever_happens(
 ) -> None:
     seen: list[set[str]] = []
 
-    def show(line: str) -> None:
+    def show(line: str, **_: object) -> None:
         seen.append(files_under(tmp_path))
         if at is not None and line.startswith(at) and len(seen) > 1:
             raise error("no more")
