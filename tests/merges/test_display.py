@@ -54,6 +54,7 @@ def test_a_log_has_few_lines_and_no_carriage_returns(command: Any, tmp_path: Pat
     assert str(tmp_path / "out") in lines[2]
     assert any(line.startswith("phases: survey; backward; layer fits; ") for line in lines)
     begun = [line.split(" (")[0] for line in lines if " of " in line and ")," in line]
+    begun = [name for name in begun if name != "layer fits, plain metric"]  # if those were no good
     assert begun == ["survey", "backward", "layer fits", "descent of 4 steps", "write", "check"]
     assert any(line.startswith("held-out KL from each model") for line in lines)
     assert any("tensors were learned" in line for line in lines)
@@ -113,10 +114,10 @@ def printed_until(own: int, text: str | None) -> str:
 def test_ctrl_c_leaves_a_terminal_as_it_was(command: Any) -> None:
     long = command(objective="logits", steps=100_000)
     with on_terminal(long) as (process, own):
-        before = printed_until(own, "step 3/100000")
+        before = printed_until(own, "/100000 loss ")  # drawn twice a second
         assert before.count("\x1b[?25l") == 1  # the cursor is hidden while lines change
         process.send_signal(signal.SIGINT)
-        after = printed_until(own, "Ctrl-C once more")
+        after = printed_until(own, "Ctrl-C")
         process.send_signal(signal.SIGINT)
         after += printed_until(own, None)
         process.wait(timeout=60)
