@@ -26,7 +26,7 @@ FIT, WITH_METRICS = 12.0, 20.0
 """Flops of a weight of a block for a token that it is fitted to: the passes of teacher and merged
 model, moments, corrections and judgements; and with metrics for the errors."""
 
-LOGITS = 1.2
+LOGITS = 1.5
 """Work on logits, relative to the products that make them: softmax passes over them."""
 
 FITS, WRITING, CHECK = "layer fits", "write", "check"
