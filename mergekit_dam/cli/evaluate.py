@@ -19,9 +19,9 @@ from mergekit_dam.command_line import (
 
 if TYPE_CHECKING:
     from mergekit_dam.calibration.source import CalibrationSource
-    from mergekit_dam.evaluate.conditions import Condition
-    from mergekit_dam.evaluate.evaluation import Evaluation
-    from mergekit_dam.evaluate.settings import EvaluationSettings
+    from mergekit_dam.evaluation.conditions import Condition
+    from mergekit_dam.evaluation.evaluation import Evaluation
+    from mergekit_dam.evaluation.settings import EvaluationSettings
 
 _LINEAR = "linear"
 _EXAMPLE = """
@@ -100,7 +100,7 @@ def evaluate(models: tuple[str, ...], as_json: bool, **options: Any) -> None:
     in memory at a time.
     """
     request = _checked(models, options)
-    from mergekit_dam.evaluate import tables
+    from mergekit_dam.evaluation import tables
 
     found = _measured(request)
     tasks = _tasks(request)
@@ -112,7 +112,7 @@ def evaluate(models: tuple[str, ...], as_json: bool, **options: Any) -> None:
         if found:
             click.echo(tables.tables(found, terminal_width()))
         if tasks:
-            from mergekit_dam.evaluate.tasks import tasks_table
+            from mergekit_dam.evaluation.tasks import tasks_table
 
             click.echo(("\n" if found else "") + tasks_table(tasks, terminal_width()))
     for said in failed:
@@ -135,10 +135,10 @@ class _Request:
 
 
 def _checked(models: tuple[str, ...], options: Mapping[str, Any]) -> _Request:
-    from mergekit_dam.evaluate.conditions import Condition
-    from mergekit_dam.evaluate.named import named_texts, split_name
-    from mergekit_dam.evaluate.settings import EvaluationSettings
-    from mergekit_dam.evaluate.tasks import require_lm_eval
+    from mergekit_dam.evaluation.conditions import Condition
+    from mergekit_dam.evaluation.named import named_texts, split_name
+    from mergekit_dam.evaluation.settings import EvaluationSettings
+    from mergekit_dam.evaluation.tasks import require_lm_eval
     from mergekit_dam.model.named import require_model
 
     if not options["texts"] and not options["tasks"]:
@@ -167,7 +167,7 @@ def _checked(models: tuple[str, ...], options: Mapping[str, Any]) -> _Request:
 
 
 def _references(given: Sequence[str], texts: Mapping[str, Any]) -> dict[str, str]:
-    from mergekit_dam.evaluate.named import split_name
+    from mergekit_dam.evaluation.named import split_name
 
     found = {}
     for text in given:
@@ -193,7 +193,7 @@ def _measured(request: _Request) -> "Evaluation | None":
     """Losses of all models, and of the baseline, which may have to be made."""
     if not request.texts:
         return None
-    from mergekit_dam.evaluate.evaluation import evaluate as run
+    from mergekit_dam.evaluation.evaluation import evaluate as run
 
     models, baseline = dict(request.models), request.baseline
     with contextlib.ExitStack() as stack:
@@ -214,7 +214,7 @@ def _measured(request: _Request) -> "Evaluation | None":
 
 
 def _average(request: _Request) -> "contextlib.AbstractContextManager[str]":
-    from mergekit_dam.evaluate import average
+    from mergekit_dam.evaluation import average
 
     models = list(dict.fromkeys(request.references.values()))
     written = [Path(model) / average.WRITTEN for model in request.models.values()]
@@ -240,8 +240,8 @@ def _average(request: _Request) -> "contextlib.AbstractContextManager[str]":
 def _tasks(request: _Request) -> dict[str, Any]:
     if not request.tasks:
         return {}
-    from mergekit_dam.evaluate.sources import judged_models
-    from mergekit_dam.evaluate.tasks import run_tasks
+    from mergekit_dam.evaluation.sources import judged_models
+    from mergekit_dam.evaluation.tasks import run_tasks
 
     settings = request.settings
     with judged_models(request.models.values(), settings.trust_remote_code) as judged:

@@ -13,7 +13,7 @@ COMMANDS = {
     "plan": "mergekit_dam.cli.plan:plan",
     "merge": "mergekit_dam.cli.merge:merge",
     "evaluate": "mergekit_dam.cli.evaluate:evaluate",
-    "report": "mergekit_dam.report.commands:report",
+    "report": "mergekit_dam.reports.commands:report",
     "inspect": "mergekit_dam.cli.inspect:inspect",
     "diff": "mergekit_dam.cli.diff:diff",
     "verify": "mergekit_dam.reproduce.commands:verify",

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mergekit_dam.demo.texts import DOMAINS
-from mergekit_dam.evaluate.tables import format_table
+from mergekit_dam.evaluation.tables import format_table
 
 
 @dataclass(frozen=True)

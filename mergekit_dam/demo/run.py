@@ -26,8 +26,8 @@ from mergekit_dam.demo.settings import DemoSettings
 from mergekit_dam.demo.texts import DOMAINS, Corpus, make_corpus
 from mergekit_dam.demo.training import draw, new_model, pack_documents, train, train_tokenizer
 from mergekit_dam.errors import DamError
-from mergekit_dam.evaluate.evaluation import evaluate
-from mergekit_dam.evaluate.settings import EvaluationSettings
+from mergekit_dam.evaluation.evaluation import evaluate
+from mergekit_dam.evaluation.settings import EvaluationSettings
 from mergekit_dam.threads import use_own_share
 
 MARKER = "demo.json"  # a folder with this file is an earlier demo's and may be overwritten

@@ -15,7 +15,7 @@ from mergekit_dam.host.merge import Merge, Tensors
 from mergekit_dam.host.prepare import Prepared
 from mergekit_dam.host.resolved import resolved_parameters
 from mergekit_dam.host.synthetic import keep
-from mergekit_dam.report.page import make_page
+from mergekit_dam.reports.page import make_page
 
 _PARAMETERS = TypeAdapter(dict[str, ParameterSetting])
 """Converts parameters to plain values: a parsed filter is an object that JSON cannot hold."""

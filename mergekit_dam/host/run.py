@@ -32,7 +32,7 @@ from mergekit_dam.host.resume import open_journal
 from mergekit_dam.host.told import beginning, ending
 from mergekit_dam.host.workplace import SCRATCH
 from mergekit_dam.model.checkpoint import check_checkpoint
-from mergekit_dam.report.card import complete_card
+from mergekit_dam.reports.card import complete_card
 from mergekit_dam.request.document import single
 from mergekit_dam.streams import distributed, progress
 from mergekit_dam.threads import own_share

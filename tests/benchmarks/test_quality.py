@@ -21,9 +21,9 @@ from examples.benchmarks.merge_quality.results import LINEAR, OWN
 from examples.benchmarks.merge_quality.run import compare
 from examples.benchmarks.merge_quality.settings import Settings
 from mergekit_dam.errors import DamError
-from mergekit_dam.evaluate.evaluation import evaluate
-from mergekit_dam.evaluate.settings import EvaluationSettings
-from mergekit_dam.evaluate.texts import read_tokens
+from mergekit_dam.evaluation.evaluation import evaluate
+from mergekit_dam.evaluation.settings import EvaluationSettings
+from mergekit_dam.evaluation.texts import read_tokens
 from tests.kit.benchmarks import cells_of, never
 from tests.kit.merging import merge
 from tests.kit.models import VOCAB_SIZE, save_models, tiny_llama_config

@@ -13,8 +13,8 @@ from mergekit_dam.calibration import overlap
 from mergekit_dam.calibration.documents import Document
 from mergekit_dam.calibration.overlap import Sentences, shared, union
 from mergekit_dam.calibration.pieces import Piece
-from mergekit_dam.evaluate.settings import EvaluationSettings
-from mergekit_dam.evaluate.texts import read_tokens
+from mergekit_dam.evaluation.settings import EvaluationSettings
+from mergekit_dam.evaluation.texts import read_tokens
 from tests.kit.tokenizers import BYTES, bpe
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mergekit_dam.demo.training import train_tokenizer
-from mergekit_dam.evaluate.settings import EvaluationSettings
+from mergekit_dam.evaluation.settings import EvaluationSettings
 
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 LENGTH = 16

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from mergekit_dam.evaluate.evaluation import evaluate
-from mergekit_dam.evaluate.settings import EvaluationSettings
+from mergekit_dam.evaluation.evaluation import evaluate
+from mergekit_dam.evaluation.settings import EvaluationSettings
 from tests.kit.merging import dam, merge
 from tests.kit.models import Models
 from tests.kit.texts import Calibration

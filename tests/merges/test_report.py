@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mergekit_dam.coefficients.correction import Corrections
-from mergekit_dam.report.page import render
-from mergekit_dam.report.schema import DamReport, read
-from mergekit_dam.report.summary import summary_of
+from mergekit_dam.reports.page import render
+from mergekit_dam.reports.schema import DamReport, read
+from mergekit_dam.reports.summary import summary_of
 from tests.kit.merging import HELD_OUT, Merged, dam, merge
 from tests.kit.models import Models
 from tests.kit.texts import Calibration

@@ -11,8 +11,8 @@ from mergekit.options import MergeOptions
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_dam.demo.training import train_tokenizer
-from mergekit_dam.evaluate.evaluation import evaluate
-from mergekit_dam.evaluate.settings import EvaluationSettings
+from mergekit_dam.evaluation.evaluation import evaluate
+from mergekit_dam.evaluation.settings import EvaluationSettings
 from mergekit_dam.host.prepare import prepare
 from tests.kit.merging import Merged, dam, merge
 from tests.kit.models import EMBEDDING, HEAD, Models, make_model, tiny_llama_config

@@ -9,7 +9,7 @@ import torch
 from examples.benchmarks.measuring.models import Models
 from examples.benchmarks.measuring.processes import Runner
 from examples.benchmarks.merge_quality.documents import Shares
-from mergekit_dam.evaluate.settings import EvaluationSettings
+from mergekit_dam.evaluation.settings import EvaluationSettings
 
 JUDGED = ("validation", "test")
 """The parts of the text that losses are measured on."""

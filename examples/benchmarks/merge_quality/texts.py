@@ -11,7 +11,7 @@ from examples.benchmarks.merge_quality import documents
 from examples.benchmarks.merge_quality.documents import Sources, part_path
 from examples.benchmarks.merge_quality.settings import JUDGED, Settings
 from mergekit_dam.calibration.load import load_calibration
-from mergekit_dam.evaluate.texts import read_tokens
+from mergekit_dam.evaluation.texts import read_tokens
 
 
 def prepare_texts(models: Models, sources: Mapping[str, Sources], settings: Settings) -> list[str]:

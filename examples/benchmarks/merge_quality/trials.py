@@ -14,7 +14,7 @@ from examples.benchmarks.merge_quality.documents import part_path
 from examples.benchmarks.merge_quality.methods import REGMEAN
 from examples.benchmarks.merge_quality.results import Losses, Trial
 from examples.benchmarks.merge_quality.settings import Bench, Settings
-from mergekit_dam.evaluate.whole import cross_entropy, load_model
+from mergekit_dam.evaluation.whole import cross_entropy, load_model
 
 
 def run_trial(point: Point, name: str, folder: Path, bench: Bench) -> Trial:
