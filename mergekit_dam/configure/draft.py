@@ -67,7 +67,7 @@ def with_texts(found: Converted, texts: Mapping[str, str]) -> Converted:
     for entry in model_entries(tree):
         if included or entry["model"] != tree.get("base_model"):
             entries.setdefault(entry["model"], []).append(entry)
-    by_model = {_model(name, entries): text for name, text in texts.items()}
+    by_model = {model_named(name, entries): text for name, text in texts.items()}
     shared = (tree.get("parameters") or {}).get("calibration")
     missing = []
     for model, own in entries.items():
@@ -85,7 +85,7 @@ def with_texts(found: Converted, texts: Mapping[str, str]) -> Converted:
     return found
 
 
-def _model(name: str, known: Mapping[str, Any]) -> str:
+def model_named(name: str, known: Mapping[str, Any]) -> str:
     """The model that a name means: the whole of it, or the last part of its path."""
     if name in known:
         return name

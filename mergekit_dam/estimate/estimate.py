@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_dam.errors import DamError
@@ -21,10 +22,13 @@ from mergekit_dam.estimate.inventory import Inventory, take_inventory
 from mergekit_dam.estimate.limit import Limited, within
 from mergekit_dam.estimate.machine import Machine, calibrate, with_gpu
 from mergekit_dam.estimate.memory import Need, Room, stream_place
-from mergekit_dam.estimate.merge import plan_merge
+from mergekit_dam.estimate.merge import planned
 from mergekit_dam.estimate.phases import phases
 from mergekit_dam.estimate.sweeps import Sweep, sweeps
 from mergekit_dam.fitting.costs import Work
+from mergekit_dam.host import plugin
+from mergekit_dam.request.document import Document
+from mergekit_dam.request.reading import read_configuration
 from mergekit_dam.threads import use_own_share
 
 
@@ -144,10 +148,23 @@ def work_seconds(work: Work, machine: Machine) -> float:
 
 
 def run_plan(file: Path, out_path: Path, options: MergeOptions, gpu: Gpu | None = None) -> Estimate:
+    """Estimate the cost of the merge of a file; otherwise as `plan_of`."""
+    plugin.install()
+    return plan_of(*read_configuration(file), out_path, options, gpu)
+
+
+def plan_of(
+    config: MergeConfiguration,
+    document: Document,
+    out_path: Path,
+    options: MergeOptions,
+    gpu: Gpu | None = None,
+) -> Estimate:
     """Estimate the cost of a merge on this machine.
 
     Args:
-        file: the configuration.
+        config: the configuration, read with the plugin installed.
+        document: the YAML that it is of.
         out_path: where the merged model would go.
         options: options of the merge.
         gpu: a GPU that this machine need not have; it takes the place of the options' device.
@@ -162,7 +179,7 @@ def run_plan(file: Path, out_path: Path, options: MergeOptions, gpu: Gpu | None 
             "--cuda: torch finds no GPU on this machine, whose speed and memory an estimate is of; "
             "leave it out, run the plan where the merge will run, or name the GPU with --gpu"
         )
-    inventory = take_inventory(plan_merge(file, options, out_path))
+    inventory = take_inventory(planned(config, document, options, out_path))
     startup = time.time() - psutil.Process().create_time()
     own, mapped = _memory()
     settings = inventory.settings

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from mergekit.common import ModelReference, dtype_from_name
+from mergekit.config import MergeConfiguration
 from mergekit.graph import Task
 from mergekit.options import MergeOptions
 
@@ -43,6 +44,7 @@ from mergekit_dam.host.tasks import (
     Search,
     WriteArtifacts,
 )
+from mergekit_dam.request.document import Document
 from mergekit_dam.request.models import check_depth, check_length
 from mergekit_dam.request.reading import read_configuration
 from mergekit_dam.sources.stage import Stage
@@ -88,36 +90,43 @@ class PlannedMerge:
 
 
 def plan_merge(file: Path, options: MergeOptions, out_path: Path) -> PlannedMerge:
+    """Plan the merge of a file; otherwise as `planned`."""
+    plugin.install()
+    return planned(*read_configuration(file), options, out_path)
+
+
+def planned(
+    config: MergeConfiguration, document: Document, options: MergeOptions, out_path: Path
+) -> PlannedMerge:
     """Plan a merge.
 
     Args:
-        file: the configuration in YAML.
+        config: the configuration, read with the plugin installed.
+        document: the YAML that it is of.
         options: options of the merge.
         out_path: where the merged model would go; nothing is written there.
 
     Raises:
         DamError: the merge would be refused. Faults of text or weights are not found.
     """
-    plugin.install()
     from mergekit_dam.host.compat import (
         MergePlanner,
         out_model_config,  # as run_merge does
     )
 
-    config, document = read_configuration(file)
     config = with_sources(config)
     prepared = _without_text(check(config, options, document))
-    planned = PreparedConfiguration.create(config, prepared)
-    check_readable(planned.referenced_models(), options)
+    carried = PreparedConfiguration.create(config, prepared)
+    check_readable(carried.referenced_models(), options)
     check_depth(config, prepared.checked, options)
     check_length(prepared.checked, options)
-    architecture = get_architecture_info(planned, options)
+    architecture = get_architecture_info(carried, options)
     LoaderCache().setup(options=options)
-    with _headers_alone(planned.referenced_models(), options):
+    with _headers_alone(carried.referenced_models(), options):
         out_config = out_model_config(
-            planned, architecture, trust_remote_code=options.trust_remote_code
+            carried, architecture, trust_remote_code=options.trust_remote_code
         )
-        tasks = MergePlanner(planned, architecture, options, out_config).plan_to_disk(str(out_path))
+        tasks = MergePlanner(carried, architecture, options, out_config).plan_to_disk(str(out_path))
         tensors = {
             name: _tensor(_gather(merged), prepared)
             for name, merged in map(_whole, tasks)
