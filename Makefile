@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --constraint constraints.txt
 # An editable install copies these two: a change of them asks for a new one.
 STARTUP := mergekit_dam/mergekit_dam_autoload.pth mergekit_dam/mergekit_dam_autoload.start
 
-.PHONY: setup demo test test-fast architectures test-mergekit lint
+.PHONY: setup demo test test-fast architectures test-mergekit lint build
 
 setup: $(STAMP)
 
@@ -42,6 +42,10 @@ test-mergekit: $(STAMP)
 # Merges a tiny model of every architecture, and writes the table in examples/architectures.md.
 architectures: $(STAMP)
 	$(BIN)/python -m tests.architectures.table
+
+# The wheel and the sdist in dist/, each built in an environment of its own.
+build: $(STAMP)
+	$(BIN)/python -m build
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
