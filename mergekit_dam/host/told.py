@@ -6,10 +6,10 @@ from pathlib import Path
 from mergekit_dam.coefficients.file import REPORT_NAME
 from mergekit_dam.host.prepare import Prepared
 from mergekit_dam.lock.schema import LOCK_NAME
-from mergekit_dam.report.names import short_names
-from mergekit_dam.report.page import PAGE_NAME
-from mergekit_dam.report.schema import DamReport, read
-from mergekit_dam.report.summary import summary_of
+from mergekit_dam.reports.names import short_names
+from mergekit_dam.reports.page import PAGE_NAME
+from mergekit_dam.reports.schema import DamReport, read
+from mergekit_dam.reports.summary import summary_of
 from mergekit_dam.stored import folder_bytes
 from mergekit_dam.tables import size
 
