@@ -22,7 +22,7 @@ def known_tasks(merge: Merge, tensors: Tensors) -> Tasks:
         record = copies(tensors.specs)
         if len(tensors.order) > 1:
             check_shapes(merge.decoder(), tensors.shapes)
-    shapes = [tensors.shapes[spec.name] for spec in tensors.specs]
+    shapes = [tensors.shapes.get(spec.name, ()) for spec in tensors.specs]
     progress.plan([known_phase(shapes, len(tensors.order)), *written()])
     pairs = zip(tensors.specs, tensors.tasks, strict=True)
     merged = {s.name: tensors.known(s, task.gather_tensors, record) for s, (_, task) in pairs}

@@ -89,7 +89,9 @@ def search_phases(
     run, tokens = prepared.run, Tokens.of(prepared)
     return [
         *_searching(stages, shapes, run, tokens),
-        known_phase([shapes[own.name] for s in stages for own in s.tensors], _sources(stages)),
+        known_phase(
+            [shapes.get(own.name, ()) for s in stages for own in s.tensors], _sources(stages)
+        ),
         *written(),
     ]
 
@@ -164,12 +166,12 @@ def _head(stage: Stage, shapes: Mapping[str, Sequence[int]], tokens: Tokens) -> 
     seen = 2 * PASS * looks * tokens.judging
     moved = (PASS + BACKWARD) * steps * tokens.texts * min(head_loss.TOKENS, tokens.longest)
     again = ELEMENT * steps * 2 * (sources + tokens.texts)
-    weights = sum(math.prod(shapes[tensor.name]) for tensor in own)
+    weights = sum(math.prod(shapes.get(tensor.name, ())) for tensor in own)
     return weights * (LOGITS * (seen + moved) + again)
 
 
 def _weights(stage: Stage, shapes: Mapping[str, Sequence[int]]) -> int:
-    return sum(math.prod(shapes[own.name]) for own in stage.all_tensors)
+    return sum(math.prod(shapes.get(own.name, ())) for own in stage.all_tensors)
 
 
 def _sources(stages: Sequence[Stage]) -> int:
