@@ -82,8 +82,13 @@ def _fit_columns(loss: HeadLoss, share: float) -> FittedTensor:
         "head",
         best,
         axis=axis,
-        before=Losses(None, start),
-        after=Losses(None, lowest),
+        before=_losses(loss, start),
+        after=_losses(loss, lowest),
         solver=solver,
         started=started,
     )
+
+
+def _losses(loss: HeadLoss, judged: float) -> Losses:
+    """A loss on the data that judges; on the data of the fit, if that is another, it is unknown."""
+    return Losses(judged if loss.judging == "fit" else None, judged)
