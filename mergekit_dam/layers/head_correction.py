@@ -68,8 +68,10 @@ def correct_head(loss: HeadLoss, fitted: FittedTensor, done: float = 0.0) -> Fit
         now = loss.of(merged(correction))
         if now < lowest - ROUNDING:
             best, lowest = correction, now
-            said = {"outcome": "full" if best.left is None else "low rank", "steps": step}
-            said |= {"rank": len(right), "held_out": now}
+            kind = "full" if best.left is None else "low rank"
+            said = {"outcome": kind, "steps": step, "held_out": now}
+            if best.left is not None:
+                said["rank"] = len(right)
     said["held_out_start"] = start
     fitted = replace(fitted, report=replace(report, correction=said))
     return fitted if best is None else replace(fitted, merged=merged(best), correction=best)

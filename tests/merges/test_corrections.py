@@ -80,7 +80,7 @@ def test_the_report_says_what_became_of_every_correction(
 ) -> None:
     merged = corrected(llama_models, calibration, tmp_path / "out", kind)
     stored = {name.rpartition(".")[0] for name in torch_keys(merged.path / FILE)}
-    linears = {n: e for n, e in merged.entries.items() if e["kind"] == "linear"}
+    linears = {n: e for n, e in merged.entries.items() if e["kind"] in ("linear", "head")}
     assert stored <= linears.keys()
     for name, entry in linears.items():
         said = entry["correction"]
@@ -224,6 +224,12 @@ def test_an_interrupted_search_leaves_none_behind(
     monkeypatch.setattr(descents, "descend", fail)
     with pytest.raises(KeyboardInterrupt):
         corrected(
-            llama_models, calibration, tmp_path / "out", "full", objective="layer+logits", steps=1
+            llama_models,
+            calibration,
+            tmp_path / "out",
+            "full",
+            objective="layer+logits",
+            steps=1,
+            resume=False,
         )
     assert not any("out" in path.name for path in tmp_path.iterdir())

@@ -53,18 +53,13 @@ KINDS = [(fit, stop) for fit, stops in STOPS.items() for stop in stops]
 def undisturbed(
     llama_models: Models, calibration: Calibration, tmp_path_factory: pytest.TempPathFactory
 ) -> Mapping[str, Any]:
-    """What every kind of fit writes when nothing stops it and nothing is kept."""
+    """What every kind of fit writes when nothing stops it."""
     found = {}
     for fit in FITS:
-        configuration = configured(llama_models, calibration, fit, resume=False)
+        configuration = configured(llama_models, calibration, fit)
         out = tmp_path_factory.mktemp("undisturbed") / "out"
-        found[fit] = without_card(contents(merge(configuration, out).path))
+        found[fit] = contents(merge(configuration, out).path)
     return found
-
-
-def without_card(found: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Without the files that hold the configuration as it was written, `resume` included."""
-    return {n: own for n, own in found.items() if n not in ("README.md", "mergekit_config.yml")}
 
 
 def continued(configuration: Mapping[str, Any], out: Path) -> Told:
@@ -92,7 +87,7 @@ def test_stopped_anywhere_it_has_the_same_bytes(
     assert ("what is done is kept in" in caplog.text) == bool(done)
     assert (tmp_path / ".dam-out").exists() == bool(done)
     after = continued(configuration, out)
-    assert without_card(contents(out)) == undisturbed[fit]
+    assert contents(out) == undisturbed[fit]
     # No block is fitted twice but that in which the merge was stopped, and no step is taken again.
     for word in ("start block", "backward block", "block", "output", "step"):
         twice = set(before.parts(word)) & set(after.parts(word))
@@ -120,7 +115,7 @@ class TestStops:
                 merge(configuration, tmp_path / "out")
         told = continued(configuration, tmp_path / "out")
         assert told.continued == ["continuing: 2 of 2 blocks were fitted before"]
-        assert without_card(contents(tmp_path / "out")) == undisturbed[self.FIT]
+        assert contents(tmp_path / "out") == undisturbed[self.FIT]
 
     def test_stopped_before_anything_is_done_it_leaves_nothing(
         self, configuration: dict[str, Any], tmp_path: Path
@@ -148,7 +143,7 @@ class TestStops:
             merge(configuration, out)
         told = continued(configuration, out)
         assert not [line for line in told.shown if "block" in line or "step" in line]
-        assert without_card(contents(out)) == undisturbed[fit]
+        assert contents(out) == undisturbed[fit]
 
     @pytest.mark.parametrize("times", [5, 6], ids=["streams", "record"])
     def test_a_full_disk_while_something_is_kept_leaves_what_was_kept_before(
@@ -166,7 +161,7 @@ class TestStops:
             merge(configuration, tmp_path / "out")
         told = continued(configuration, tmp_path / "out")
         assert told.continued == ["continuing: 1 of 2 blocks were fitted before"]
-        assert without_card(contents(tmp_path / "out")) == undisturbed[self.FIT]
+        assert contents(tmp_path / "out") == undisturbed[self.FIT]
 
     def test_a_shard_that_cannot_be_read_for_a_while_costs_the_block_that_it_stopped(
         self,
@@ -184,7 +179,7 @@ class TestStops:
         told = continued(configuration, tmp_path / "out")
         assert told.continued == ["continuing: 1 of 2 blocks were fitted before"]
         assert told.parts("block") == ["block 2/2"]
-        assert without_card(contents(tmp_path / "out")) == undisturbed[self.FIT]
+        assert contents(tmp_path / "out") == undisturbed[self.FIT]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

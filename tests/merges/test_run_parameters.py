@@ -57,7 +57,7 @@ class TestRunParameters:
             merge(
                 dam(llama_models.models, calibration, temperature=temperature),
                 tmp_path / str(temperature),
-            ).entries[HEAD]["loss_start"]
+            ).entries[HEAD]["held_out_start"]
             for temperature in (1.0, 4.0)
         ]
         assert losses[1] < losses[0] / 4

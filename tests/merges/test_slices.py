@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from mergekit_dam.errors import ArchitectureError, ConfigError
-from mergekit_dam.host import tasks
+from mergekit_dam.layers import sweep
 from mergekit_dam.layers.fit import fit_stage
 from mergekit_dam.sources.stage import OpenStage
 from mergekit_dam.streams.stream import Stream
@@ -52,7 +52,7 @@ def leaving_teachers():
                 found[stream.source] = (tokens[stream.source], hidden)
         return stock(opened, streams, *args, **kwargs)
 
-    with mock.patch.object(tasks, "fit_stage", run):
+    with mock.patch.object(sweep, "fit_stage", run):
         yield found
 
 

@@ -106,7 +106,7 @@ def test_the_teachers_of_a_search_are_the_models(layers: bool, tmp_path: Path) -
     assert best.verdict.mean == pytest.approx(verdict_of(network, start, data).mean, rel=1e-4)
 
 
-@pytest.mark.parametrize(("factor", "descents"), [(0.5, 2), (0.95, 1), (1.5, 1)])
+@pytest.mark.parametrize(("factor", "descents"), [(0.5, 2), (0.98, 2), (0.995, 1), (1.5, 1)])
 def test_a_long_descent_follows_a_short_one_that_paid(
     factor: float, descents: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
