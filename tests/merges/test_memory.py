@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 from torch import Tensor
 
-from mergekit_dam.host import tasks
+from mergekit_dam.layers import sweep
 from mergekit_dam.layers.fit import fit_stage
 from mergekit_dam.sources.stage import OpenStage
 from tests.kit.merging import dam, merge, tensors_of
@@ -132,5 +132,5 @@ def peak_of_all_tensors() -> Iterator[Peak]:
             peak.bytes = max(peak.bytes, held() - before)
         return result
 
-    with mock.patch.object(tasks, "fit_stage", watched):
+    with mock.patch.object(sweep, "fit_stage", watched):
         yield peak
