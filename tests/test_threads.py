@@ -7,8 +7,7 @@ import joblib
 import pytest
 import torch
 
-from mergekit_dam.host import tasks
-from mergekit_dam.layers import fit
+from mergekit_dam.layers import fit, sweep
 from mergekit_dam.threads import use_own_share
 from tests.kit.merging import dam, merge
 from tests.kit.models import Models
@@ -66,7 +65,7 @@ def test_a_merge_of_narrow_models_has_one_thread_and_leaves_the_number_as_it_was
         seen.add(torch.get_num_threads())
         return stock(*arguments, **more)
 
-    monkeypatch.setattr(tasks, "fit_stage", fit_stage)
+    monkeypatch.setattr(sweep, "fit_stage", fit_stage)
     try:
         merge(dam(llama_models.models, calibration), tmp_path / "out")
         assert seen == {1}
