@@ -21,7 +21,7 @@ mergekit-dam reproduce "$lock" --to "$out" "$@"
 mergekit-dam verify "$out"
 
 read -ra options <<< "${EVALUATE:-}"
-mergekit-dam evaluate "$out" --data "$text" --json - ${options[@]+"${options[@]}"} > losses.json
+mergekit-dam evaluate "$out" --data "$text" --json ${options[@]+"${options[@]}"} > losses.json
 python - "$bound" <<'PYTHON'
 import json, sys
 

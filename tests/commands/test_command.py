@@ -203,9 +203,9 @@ class TestProcesses:
             result = run(*way, path, out, *options, PYTHONHASHSEED=str(index + 1))
             assert (result.stdout, _without_stock_noise(result.stderr)) == ("", "")
             assert Merged(out).model_bytes == bare.model_bytes
-            found, expected = Merged(out).coefficients, bare.coefficients  # names may differ
-            assert found.coefficients.keys() == expected.coefficients.keys()
-            assert all(found.coefficients[n].equal(t) for n, t in expected.coefficients.items())
+            # Models are named relative to the file, of which mergekit's module tells nothing.
+            like = bare if way[0] == sys.executable else Merged(tmp_path / "0")
+            assert Merged(out).coefficient_bytes == like.coefficient_bytes
             assert (out / "README.md").read_text("utf-8").count("library_name: transformers") == 1
 
     def test_other_methods_are_left_alone(self, llama_models: Models, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from mergekit_dam.coefficients.correction import Correction, Corrections
 from mergekit_dam.coefficients.file import CORRECTIONS_NAME, FILE_NAME, CoefficientFile
-from mergekit_dam.inspection.layers import by_layer, elements, squared_norm
+from mergekit_dam.inspection.layers import by_layer, elements
 from tests.commands.conftest import Run
 from tests.kit.merging import Merged
 
@@ -60,7 +60,7 @@ def test_the_norm_of_a_correction_is_that_of_its_matrix(
     correction = Correction(**own)
     matrix = torch.zeros(*experts, 5, 4)
     correction.add_to(matrix)
-    assert squared_norm(correction) == pytest.approx(matrix.double().square().sum().item())
+    assert correction.norm() ** 2 == pytest.approx(matrix.double().square().sum().item())
     assert elements(correction) == matrix.numel()
 
 

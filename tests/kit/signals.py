@@ -8,6 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
+def _listen() -> None:
+    """Tests that a shell or nohup runs in the background ignore signals, and so would this."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Running:
     """A command under way.
 
@@ -24,8 +30,7 @@ class Running:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-                # Tests that a shell runs in the background ignore ctrl-c, and so would this.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                preexec_fn=_listen,
             )
 
     @property

@@ -95,6 +95,24 @@ def test_stopped_anywhere_it_has_the_same_bytes(
     assert after.continued == ([f"continuing: {done} before"] if done else [])
 
 
+@pytest.mark.parametrize("fit", FITS)
+def test_where_nothing_is_kept_the_bytes_are_the_same(
+    fit: str,
+    llama_models: Models,
+    calibration: Calibration,
+    undisturbed: Mapping[str, Any],
+    tmp_path: Path,
+) -> None:
+    found = contents(
+        merge(configured(llama_models, calibration, fit, resume=False), tmp_path / "out").path
+    )
+    with_it = {"README.md", "mergekit_config.yml", "dam_lock.json"}  # `resume` stands in these
+    assert found.keys() == undisturbed[fit].keys()
+    assert {n: own for n, own in found.items() if n not in with_it} == {
+        n: own for n, own in undisturbed[fit].items() if n not in with_it
+    }
+
+
 class TestStops:
     """In the middle of a sweep that writes as it goes, or of a descent."""
 

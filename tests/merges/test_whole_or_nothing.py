@@ -150,7 +150,8 @@ def test_a_merge_that_lacks_a_file_does_not_end_well(
     monkeypatch.setattr(module, "_copy_tagalong_files", lose)
     with pytest.raises(DamError, match=name):
         merge(configuration, tmp_path / "out")
-    assert {name for name in files_under(tmp_path) if not name.startswith(".dam-out")} == set()
+    assert {path.name for path in tmp_path.iterdir()} == {".dam-out"}
+    assert {path.name for path in (tmp_path / ".dam-out").iterdir()} == {"kept", "lock"}
 
 
 def test_a_damaged_file_does_not_end_well(
@@ -165,7 +166,8 @@ def test_a_damaged_file_does_not_end_well(
     monkeypatch.setattr(module, "_copy_tagalong_files", cut)
     with pytest.raises(DamError, match=r"model\.safetensors cannot be read back"):
         merge(configuration, tmp_path / "out")
-    assert {name for name in files_under(tmp_path) if not name.startswith(".dam-out")} == set()
+    assert {path.name for path in tmp_path.iterdir()} == {".dam-out"}
+    assert {path.name for path in (tmp_path / ".dam-out").iterdir()} == {"kept", "lock"}
 
 
 class TestOtherProcesses:

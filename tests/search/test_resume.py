@@ -79,11 +79,12 @@ def test_a_second_descent_goes_on_behind_the_first(
     monkeypatch.setattr(descents_module, "DESCENTS", (2, 4))
     monkeypatch.setattr(descents_module, "WORTHWHILE", 0.0)
     monkeypatch.setattr(descents_module, "ENOUGH", 0.0)
-    record, _ = searched(tmp_path / "known", steps=None)
+    changes: dict[str, Any] = {"steps": None, "learning_rate": 1e-3}
+    record, _ = searched(tmp_path / "known", **changes)
     start, fitted, first, _ = (trial.mean_held_out_kl for trial in record.trials)
     assert first < fitted
     monkeypatch.setattr(descents_module, "ENOUGH", (fitted + first) / 2 / start)
-    told = check(tmp_path, stop, steps=None)
+    told = check(tmp_path, stop, **changes)
     assert not [line for line in told.shown if "block" in line or line.startswith("step 2/2")]
 
 
