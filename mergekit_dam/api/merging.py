@@ -1,6 +1,5 @@
 """`merge` and `plan`."""
 
-import importlib
 import os
 import tempfile
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from mergekit_dam.api.texts import Text
 from mergekit_dam.errors import DamError
 from mergekit_dam.estimate.estimate import Estimate, plan_of
 from mergekit_dam.estimate.gpus import GPUS
+from mergekit_dam.host import plugin
 from mergekit_dam.host.compat import LoaderCache
 from mergekit_dam.host.names import naming
 
@@ -58,10 +58,9 @@ def merge(
     own = merge_options(device, {**options, "quiet": quiet})
     with tempfile.TemporaryDirectory(prefix="mergekit-dam-") as scratch:
         request = asked(configuration, texts, Path(scratch).resolve())
-        run_merge = importlib.import_module("mergekit.merge").run_merge
         LoaderCache.loaders.clear()  # a model may have changed since an earlier merge
         with naming(request.folder, request.named):
-            run_merge(request.config, os.fspath(out), own, request.text)
+            plugin.run_merge(request.config, os.fspath(out), own, request.text)
     return Path(out)
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from mergekit.config import MergeConfiguration
-from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
 from mergekit_dam.errors import ConfigError
 from mergekit_dam.host.failures import mergekit_errors
+from mergekit_dam.host.plugin import run_merge
 from mergekit_dam.parameters import RunParameters
 from mergekit_dam.request.document import decoded, single
 

@@ -35,6 +35,12 @@ def install() -> None:
         on_import(importlib.import_module(name))
 
 
+def run_merge(*args: Any, **kwargs: Any) -> None:
+    """Mergekit's `run_merge`, hooked: also where the import hook does not reach."""
+    install()
+    importlib.import_module("mergekit.merge").run_merge(*args, **kwargs)
+
+
 def _register(merge_methods: Any) -> None:
     from mergekit_dam.request.method import DamMerge
 

@@ -6,7 +6,6 @@
 4. What came out is compared with the lock.
 """
 
-import importlib
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 import yaml
+from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_dam.calibration.sets import KEPT
@@ -183,12 +183,13 @@ def _options(
 
 def _merge(lock: Lock, asked: _Asked, to: Path, options: MergeOptions) -> None:
     """Run mergekit."""
-    plugin.install()
-    merge: Any = importlib.import_module("mergekit.merge")
-    config = merge.MergeConfiguration.model_validate(dict(asked.tree))
+    plugin.install()  # so that mergekit takes all that may stand in a configuration of dam
+    config = MergeConfiguration.model_validate(dict(asked.tree))
     text = yaml.safe_dump(dict(asked.kept), sort_keys=False, allow_unicode=True)
     with naming(None, asked.named):
-        merge.run_merge(config, str(to), options, text, approve=lambda own: _check_texts(lock, own))
+        plugin.run_merge(
+            config, str(to), options, text, approve=lambda own: _check_texts(lock, own)
+        )
 
 
 def _check_texts(lock: Lock, prepared: Prepared) -> None:
