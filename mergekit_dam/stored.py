@@ -1,4 +1,4 @@
-"""Files that are on the disk as a whole or not at all, and the header of a safetensors file."""
+"""Files that are on the disk as a whole or not at all, and the headers of safetensors files."""
 
 import contextlib
 import json
@@ -11,17 +11,21 @@ from typing import Any
 
 import torch
 
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
-"""Dtypes as safetensors names them."""
+"""Dtypes that a merge reads and writes, by their names in safetensors."""
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @contextmanager
@@ -55,6 +59,19 @@ def sync(path: Path) -> None:
             os.fsync(opened)
         finally:
             os.close(opened)
+
+
+def read_header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Where the values of a safetensors file begin, and its header's entry of each tensor.
+
+    Raises:
+        ValueError, struct.error: The file has no such header.
+    """
+    with file.open("rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        entries: dict[str, Any] = json.loads(opened.read(length))
+    entries.pop("__metadata__", None)
+    return 8 + length, entries
 
 
 def tensors_header(

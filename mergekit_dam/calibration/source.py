@@ -25,8 +25,8 @@ STARTS = ("text", "chat")
 
 Kind = Literal["file", "directory", "hub", "self"]
 
-# A colon opens an option only where `word=` follows: drive letters and colons in paths stay.
-_OPTION = re.compile(r":(?=[A-Za-z_]\w*=)")
+OPTION = re.compile(r":(?=[A-Za-z_]\w*=)")
+"""Where an option begins: a colon before `word=`; drive letters and colons in paths stay."""
 _DATASET = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[^@:\s]+)?", re.ASCII)
 
 
@@ -103,7 +103,7 @@ class CalibrationSource:
 
 
 def _split(text: str) -> tuple[str, list[str]]:
-    pieces = _OPTION.split(text)
+    pieces = OPTION.split(text)
     for count in range(len(pieces), 0, -1):
         location = ":".join(pieces[:count])
         if count == 1 or _exists(location):

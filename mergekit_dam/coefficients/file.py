@@ -2,7 +2,6 @@
 
 import json
 import logging
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from mergekit_dam.coefficients.saved import (
 )
 from mergekit_dam.digests import sha256_from
 from mergekit_dam.errors import ConfigError, first_line, listed
-from mergekit_dam.stored import written_whole
+from mergekit_dam.stored import read_header, written_whole
 
 LOG = logging.getLogger(__name__)
 
@@ -158,13 +157,6 @@ def _corrections(file: Path, digest: Any, parameter: str) -> Path | None:
         raise ConfigError(f"{required}, got a damaged file ({error!r})") from error
     if own != digest:
         raise ConfigError(f"{required}, got the one of another merge")
-    if sha256_from(found, _values_at(found)) != digest:
+    if sha256_from(found, read_header(found)[0]) != digest:
         raise ConfigError(f"{required}, got one whose values were changed or are damaged")
     return found
-
-
-def _values_at(file: Path) -> int:
-    """Where the values of a safetensors file begin: after its header, and the header's length."""
-    with file.open("rb") as opened:
-        length: int = struct.unpack("<Q", opened.read(8))[0]
-    return 8 + length

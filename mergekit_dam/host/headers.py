@@ -1,8 +1,6 @@
 """Headers of the models' files: name, shape, dtype and position of tensors, without values."""
 
 import dataclasses
-import json
-import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,20 +24,7 @@ from mergekit_dam.host.compat import can_convert as can_convert
 from mergekit_dam.host.loaders import PlainLoader
 from mergekit_dam.model.checkpoint import opened
 from mergekit_dam.sources.readahead import Span
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""Dtypes that a merge reads, by their names in safetensors."""
+from mergekit_dam.stored import DTYPES, read_header
 
 
 @dataclass(frozen=True)
@@ -48,7 +33,7 @@ class Header:
 
     Attributes:
         shape: shape of the tensor.
-        dtype: dtype in which it is stored; None if that is none of `_DTYPES`.
+        dtype: dtype in which it is stored; None if that is none of `DTYPES`.
         file: file that holds it.
         offset, length: byte range of its values in the file.
     """
@@ -113,22 +98,13 @@ def _read_headers(folder: str, shards: tuple[str, ...]) -> Mapping[str, Header]:
     for shard in shards:
         file = Path(folder) / shard
         with opened(file):  # raises if the file is not in this format
-            values, entries = _parsed(file)
+            values, entries = read_header(file)
         for name, entry in entries.items():
             first, last = entry["data_offsets"]
-            dtype = _DTYPES.get(entry["dtype"])
+            dtype = DTYPES.get(entry["dtype"])
             shape = tuple(entry["shape"])
             headers[name] = Header(shape, dtype, file, values + first, last - first)
     return headers
-
-
-def _parsed(file: Path) -> tuple[int, dict[str, Any]]:
-    """Offset of the values in a safetensors file, and its header's entry of each tensor."""
-    with file.open("rb") as raw:
-        (size,) = struct.unpack("<Q", raw.read(8))
-        entries: dict[str, Any] = json.loads(raw.read(size))
-    entries.pop("__metadata__", None)
-    return 8 + size, entries
 
 
 WeightTask = tuple[WeightInfo, ExecuteMergeMethodTask]

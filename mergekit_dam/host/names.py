@@ -17,10 +17,8 @@ from typing import Any
 
 from mergekit.common import ModelReference
 
+from mergekit_dam.calibration.source import OPTION
 from mergekit_dam.request.check import Checked
-
-_OPTION = re.compile(r":(?=[A-Za-z_]\w*=)")
-"""Where the options of a calibration source begin."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ def _paths_in(checked: Checked) -> Iterator[str]:
             yield part.path
     texts = checked.calibrations.values()
     sources = (own for text in texts for own in ([text] if isinstance(text, str) else text))
-    for location, *options in map(_OPTION.split, sources):
+    for location, *options in map(OPTION.split, sources):
         template = (o.partition("=")[2] for o in options if o.startswith("chat_template="))
         yield from (own for own in (location, *template) if _is_path(own))
     given = (checked.run.coefficients, checked.run.start)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mergekit_dam.coefficients.correction import Corrections
 from mergekit_dam.coefficients.file import CoefficientFile
-from mergekit_dam.inspection.layers import by_layer, elements, squared_norm
+from mergekit_dam.inspection.layers import by_layer, elements
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _size(corrections: Corrections | None, names: Sequence[str]) -> float | None
     known = [own for own in found if own is not None]
     if not known:
         return None
-    return math.sqrt(max(0.0, sum(map(squared_norm, known))) / sum(map(elements, known)))
+    return math.sqrt(sum(own.norm() ** 2 for own in known) / sum(map(elements, known)))
 
 
 def _averaged(

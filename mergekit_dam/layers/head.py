@@ -18,7 +18,7 @@ from mergekit_dam.coefficients.tensors import FittedTensor
 from mergekit_dam.fitting.evidence import Losses
 from mergekit_dam.fitting.judged import judged
 from mergekit_dam.layers import head_correction
-from mergekit_dam.layers.head_loss import ROUNDING, HeadLoss, descent
+from mergekit_dam.layers.head_loss import HeadLoss, descent, lowest
 from mergekit_dam.layers.state import Walk
 from mergekit_dam.model.units import Unit
 from mergekit_dam.streams.distributed import all_sum
@@ -67,23 +67,20 @@ def _fit_columns(loss: HeadLoss, share: float) -> FittedTensor:
         found = coefficient_gradient(sources.tensors, own, axis=axis, per_column=per_column)
         unknowns.grad = expand.T @ all_sum(found)
 
-    best, best_step = form.coefficients(unknowns), 0
-    lowest = start = loss.of(merged(best))
+    average = form.coefficients(unknowns)
+    start = loss.of(merged(average))
     most = STEPS if sources.settings.correction == "none" else ROUGH_STEPS
-    if not sources.identical:
-        for step in descent(optimizer, loss.steps(most), gradients, (0.0, share)):
-            candidate = form.coefficients(unknowns)
-            now = loss.of(merged(candidate))
-            if now < lowest - ROUNDING:
-                best, lowest, best_step = candidate, now, step
-    solver: dict[str, Any] = {"method": "adam", "iterations": best_step}
+    steps = 0 if sources.identical else loss.steps(most)  # no coefficients would change it
+    looks = descent(optimizer, steps, gradients, (0.0, share))
+    best = lowest(loss, start, looks, lambda: form.coefficients(unknowns), merged)
+    solver: dict[str, Any] = {"method": "adam", "iterations": best.step}
     return judged(
         sources,
         "head",
-        best,
+        average if best.point is None else best.point,
         axis=axis,
         before=_losses(loss, start),
-        after=_losses(loss, lowest),
+        after=_losses(loss, best.loss),
         solver=solver,
         started=started,
     )

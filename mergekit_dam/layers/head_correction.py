@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mergekit_dam.coefficients.correction import Correction, out_by_in, saves_room
 from mergekit_dam.coefficients.tensors import FittedTensor
-from mergekit_dam.layers.head_loss import ROUNDING, HeadLoss, descent
+from mergekit_dam.layers.head_loss import HeadLoss, descent, lowest
 from mergekit_dam.streams.distributed import all_sum, all_sums, from_first
 
 STEPS = 240
@@ -60,21 +60,20 @@ def correct_head(loss: HeadLoss, fitted: FittedTensor, done: float = 0.0) -> Fit
     report = fitted.report
     start = report.held_out_fitted if report.outcome == "fitted" else report.held_out_start
     assert start is not None
-    lowest = start
-    best: Correction | None = None
+    looks = descent(optimizer, loss.steps(STEPS), gradients, (done, 1.0))
+    best = lowest(loss, start, looks, candidate, merged)
     said: dict[str, Any] = {"outcome": "dropped: held-out loss was not better"}
-    for step in descent(optimizer, loss.steps(STEPS), gradients, (done, 1.0)):
-        correction = candidate()
-        now = loss.of(merged(correction))
-        if now < lowest - ROUNDING:
-            best, lowest = correction, now
-            kind = "full" if best.left is None else "low rank"
-            said = {"outcome": kind, "steps": step, "held_out": now}
-            if best.left is not None:
-                said["rank"] = len(right)
+    correction = best.point
+    if correction is not None:
+        kind = "full" if correction.left is None else "low rank"
+        said = {"outcome": kind, "steps": best.step, "held_out": best.loss}
+        if correction.left is not None:
+            said["rank"] = len(right)
     said["held_out_start"] = start
     fitted = replace(fitted, report=replace(report, correction=said))
-    return fitted if best is None else replace(fitted, merged=merged(best), correction=best)
+    if correction is None:
+        return fitted
+    return replace(fitted, merged=merged(correction), correction=correction)
 
 
 def _mean_square(loss: HeadLoss) -> float:

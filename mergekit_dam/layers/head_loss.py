@@ -7,6 +7,7 @@ temperature. The merged head acts on the merged stream.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from mergekit_dam.streams import progress
 from mergekit_dam.streams.distributed import all_sums
 from mergekit_dam.streams.share import Split, judging_split
 from mergekit_dam.streams.stream import Stream
+
+P = TypeVar("P")
 
 TOKENS = 64
 """Tokens of every model in one gradient. More steps of few tokens get further than few of many."""
@@ -163,3 +166,42 @@ def descent(
         schedule.step()
         if step % math.ceil(steps / LOOKS) == 0 or step == steps:
             yield step
+
+
+@dataclass(frozen=True)
+class Lowest(Generic[P]):
+    """The best point of a descent.
+
+    Attributes:
+        point: the point; None if none was better than the start.
+        loss: its loss on the data that judges, or that of the start.
+        step: the number of steps that led to it.
+    """
+
+    point: P | None
+    loss: float
+    step: int = 0
+
+
+def lowest(
+    loss: HeadLoss,
+    start: float,
+    looks: Iterator[int],
+    made: Callable[[], P],
+    merged: Callable[[P], Tensor],
+) -> Lowest[P]:
+    """The best of the points that a descent is looked at.
+
+    Args:
+        start: loss where the descent begins.
+        looks: the descent: the number of steps so far at every look.
+        made: makes the point where the descent is.
+        merged: makes the weight of a point.
+    """
+    best: Lowest[P] = Lowest(None, start)
+    for step in looks:
+        point = made()
+        now = loss.of(merged(point))
+        if now < best.loss - ROUNDING:
+            best = Lowest(point, now, step)
+    return best

@@ -18,6 +18,7 @@ from mergekit_dam.coefficients.file import CORRECTIONS_NAME, FILE_NAME, REPORT_N
 from mergekit_dam.digests import sha256_of, sha256_of_text
 from mergekit_dam.errors import CheckpointError, first_line
 from mergekit_dam.lock.schema import LOCK_NAME, Output, TensorDigest, canonical
+from mergekit_dam.stored import read_header
 
 _THREADS = min(8, os.cpu_count() or 1)
 _PIECE = 2**22
@@ -119,14 +120,11 @@ def _tensors_of(file: Path, pool: ThreadPoolExecutor) -> Iterator[tuple[str, Ten
 
 def _header(file: Path) -> tuple[int, dict[str, Any]]:
     """Where the values of a safetensors file begin, and its entries by tensor."""
-    with file.open("rb") as opened:
-        (length,) = struct.unpack("<Q", opened.read(8))
-        entries: dict[str, Any] = json.loads(opened.read(length))
-    entries.pop("__metadata__", None)
+    start, entries = read_header(file)
     for entry in entries.values():
         if not {"dtype", "shape", "data_offsets"} <= entry.keys():
             raise ValueError("an entry of its header is not complete")
-    return 8 + length, entries
+    return start, entries
 
 
 def _of_entry(file: Path, start: int, item: tuple[str, Any]) -> tuple[str, TensorDigest]:

@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import ModelCard
 from jinja2 import Environment
 
+from mergekit_dam.calibration.source import OPTION
 from mergekit_dam.coefficients.file import REPORT_NAME
 from mergekit_dam.reports.depth import coefficient_map, grid_of
 from mergekit_dam.reports.names import short_names
@@ -38,7 +39,6 @@ PICTURE_NAME = "dam_coefficients.svg"
 _CONFIGURATION = "### Configuration\n"
 """Heading of mergekit's card, before which the results of the merge stand."""
 
-_OPTION = re.compile(r":(?=[A-Za-z_]\w*=)")
 _ABSOLUTE = re.compile(r"~?/|~\w*$|[A-Za-z]:[\\/]")
 _PATH = re.compile(r"(?<![\w./:~<-])~?/(?:[\w.+@-]+/)+[\w.+@-]+")
 """An absolute path of two parts or more; not the rest of an address."""
@@ -167,7 +167,7 @@ def _scalars(block: str) -> Iterable[str]:
 
 def _paths_in(value: str) -> Iterable[str]:
     """Absolute paths in a value: a model and its adapter, or text and the file of an option."""
-    for part in _OPTION.split(value):
+    for part in OPTION.split(value):
         for piece in re.split(r"[+=](?=~?/|[A-Za-z]:[\\/])", part):
             if _ABSOLUTE.match(piece) and len(piece) > 2:
                 yield piece

@@ -1,17 +1,16 @@
 """The configuration of a lock, with the places where models and texts are now."""
 
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from mergekit_dam.calibration.source import OPTION
 from mergekit_dam.errors import DamError, listed
 from mergekit_dam.lock.schema import Lock, Text
 from mergekit_dam.reproduce.places import Places
 
-_OPTION = re.compile(r":(?=[A-Za-z_]\w*=)")
 _TEXTS = ("calibration", "coefficients", "start")
 
 
@@ -89,7 +88,7 @@ class Texts:
         Raises:
             DamError: There is nothing by that name.
         """
-        location, *options = _OPTION.split(value)
+        location, *options = OPTION.split(value)
         if location in ("self", "average", "random"):
             return value
         dataset: Text | None = self._datasets.get(location.partition("@")[0])
