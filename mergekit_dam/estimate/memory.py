@@ -18,6 +18,7 @@ from mergekit_dam.fitting.costs import (
     FLOAT,
     MetricSize,
     correction_bytes,
+    gathering_bytes,
     moments_bytes,
     solution_bytes,
 )
@@ -171,7 +172,8 @@ def fit_need(part: PartSize, inventory: Inventory, room: Room, *, metrics: bool)
     # Chunks and gradients are in pieces so small that the process keeps what it had of them.
     need = need.plus(device=chunk_bytes(part, inventory) + written)
     if metrics:
-        need = need.plus(device=_gradient_bytes(part, inventory) + max(copies, weights, solving))
+        made, rows = _metric_bytes(part, inventory)
+        need = need.plus(device=made + max(rows + max(copies, weights), solving))
     else:
         need = need.plus(device=max(copies, solving))
     if part.of("experts"):  # what enters them in both models is kept as the streams are
@@ -179,8 +181,8 @@ def fit_need(part: PartSize, inventory: Inventory, room: Room, *, metrics: bool)
     return _kept_at(outputs_place(inventory, room), need, cached)
 
 
-def _gradient_bytes(part: PartSize, inventory: Inventory) -> int:
-    """Metrics of a block's linears for every model, and the gradients that make them up."""
+def _metric_bytes(part: PartSize, inventory: Inventory) -> tuple[int, int]:
+    """Metrics of a block's linears for every model, and the gradients that one model's are of."""
     text = inventory.text
     tokens = text.gradient_tokens_each
     linears = part.of("linear", "router")
@@ -188,7 +190,7 @@ def _gradient_bytes(part: PartSize, inventory: Inventory) -> int:
     rows = 2 * FLOAT * tokens * sum(unit.leaves for unit in linears)
     # Of experts, what enters all of them and the gradient of what leaves them are kept.
     experts = FLOAT * 2 * len(part.of("experts")) * inventory.hidden * text.gradient_tokens
-    return metrics + rows + experts
+    return metrics + experts, rows
 
 
 def _solving_bytes(part: PartSize, inventory: Inventory, *, copies: int, metrics: bool) -> int:
@@ -204,7 +206,8 @@ def _solving_bytes(part: PartSize, inventory: Inventory, *, copies: int, metrics
         # Of the tokens that judge, targets are as kept in the cache; what enters is a copy.
         judging = FLOAT * text.tensor_judging_tokens * (group[0].enters + group[0].leaves)
         solving = max(max(solution_bytes(size), correction_bytes(size)) for size in sizes)
-        found.append(moments_bytes(sizes) + judging + max(copies, solving))
+        phases = (gathering_bytes(sizes) + copies, moments_bytes(sizes) + solving)
+        found.append(judging + max(phases))
     return max(found)
 
 

@@ -19,6 +19,7 @@ from mergekit_dam.fitting.conjugate_gradients import conjugate_gradients
 from mergekit_dam.fitting.metric import Metric
 from mergekit_dam.fitting.moments import LinearMoments, measured_plainly, pooled
 from mergekit_dam.fitting.problem import Term, add_reactions, pull
+from mergekit_dam.fitting.symmetric import cholesky
 from mergekit_dam.streams.distributed import shared_rows
 
 REFINEMENTS = 4
@@ -132,14 +133,27 @@ class CorrectionProblem:
         return [Domain(own, self.weight, self.bias, self.dtype) for own in self.moments]
 
     @cached_property
-    def pooled(self) -> Term:
-        """All terms in one, in the plain metric."""
-        return Domain(pooled(self.moments), self.weight, self.bias, self.dtype).term
+    def residual(self) -> Tensor:
+        """The residuals of all terms in one, in the plain metric, `[out, in]`."""
+        return pooled(self.moments).residual(self.weight, self.bias).to(self.dtype)
 
     @cached_property
     def mean(self) -> float:
         """Mean diagonal of the quadratic."""
-        return float(self.pooled.gram.diagonal().mean(dtype=torch.float64))
+        means = (own.inputs.gram.diagonal().mean(dtype=torch.float64) for own in self.moments)
+        return sum(
+            own.scale * own.metric.mean * float(mean)
+            for own, mean in zip(self.moments, means, strict=True)
+        )
+
+    def shifted(self, ridge: float) -> Tensor:
+        """A new matrix `G + ridge m`, of the Gram matrices of all terms in the plain metric."""
+        first, *others = [(own.inputs.gram, own.scale * own.metric.mean) for own in self.moments]
+        total = first[0] * first[1]
+        for gram, factor in others:
+            total.add_(gram, alpha=factor)
+        total.diagonal().add_(ridge * self.mean)
+        return total.to(self.dtype)
 
     def minimiser(self, ridge: float) -> Minimiser | None:
         """The minimiser in the pooled plain metric.
@@ -153,12 +167,11 @@ class CorrectionProblem:
         """
         if self.mean == 0:
             return None
-        shifted = self.pooled.gram.clone()
-        shifted.diagonal().add_(ridge * self.mean)
-        factor, failed = torch.linalg.cholesky_ex(shifted)
-        if bool(failed):
+        residual = self.residual  # before there is a factor beside it
+        factor, failed = cholesky(self.shifted(ridge))
+        if failed:
             return None
-        return Minimiser(_divided(factor.mT, self.pooled.residual, upper=True), factor)
+        return Minimiser(_divided(factor.mT, residual, upper=True), factor)
 
     def refined(self, found: Minimiser, ridge: float) -> Tensor:
         """The minimiser of the quadratic itself, about, `[out, in]`.

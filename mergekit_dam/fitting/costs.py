@@ -19,6 +19,7 @@ from mergekit_dam.fitting.correction_problem import REFINEMENTS
 from mergekit_dam.fitting.low_rank import LEFT, OVERSAMPLED, POWERS, RIGHT
 from mergekit_dam.fitting.metric import kept_as_rows
 from mergekit_dam.fitting.solver import DENSE_LIMIT, ROUGH, precision
+from mergekit_dam.fitting.symmetric import computed
 
 Speed = Literal["forward", "fp32", "fp64", "cholesky", "elements"]
 """What the time of some work depends on: the speed of the models' blocks, of products in one
@@ -57,7 +58,7 @@ class MetricSize:
     def making(self) -> int:
         """Flops of `Metric.of_gradients`."""
         as_rows = kept_as_rows(self.tokens, self.out)
-        return 0 if as_rows else 2 * self.tokens * self.out**2
+        return 0 if as_rows else 2 * self.tokens * computed(self.out)
 
     @property
     def product(self) -> int:
@@ -127,8 +128,8 @@ def input_moments(columns: int, tokens: int, chunks: int) -> Work:
     """Work of `InputMoments.add` for some tokens in some chunks."""
     return Work(
         {
-            ("Gram matrices", "fp32"): 2 * tokens * columns**2,
-            ("Gram matrices", "elements"): chunks * columns**2,
+            ("Gram matrices", "fp32"): 2 * tokens * computed(columns),
+            ("Gram matrices", "elements"): chunks * computed(columns),
         }
     )
 
@@ -245,18 +246,24 @@ def _factors(size: LinearSize) -> int:
     return work + size.terms * (left + right) + RIGHT * gram
 
 
-def moments_bytes(sizes: Sequence[LinearSize]) -> int:
-    """Bytes of the moments of linears that see one input, at their most."""
+def gathering_bytes(sizes: Sequence[LinearSize]) -> int:
+    """Bytes of the moments of linears that see one input, while they are summed."""
     first = sizes[0]
-    number = first.dtype.itemsize
-    gram = number * first.columns**2
-    cross = number * sum(size.weight for size in sizes)
+    if first.metric is not None or first.models == 1:
+        return moments_bytes(sizes)
+    # The moments of one model, beside the sum over the models before it.
+    own = first.columns**2 + sum(size.weight for size in sizes)
+    return moments_bytes(sizes) + first.dtype.itemsize * own
+
+
+def moments_bytes(sizes: Sequence[LinearSize]) -> int:
+    """Bytes of the moments of linears that see one input, when all are summed."""
+    first = sizes[0]
+    gram, cross = first.columns**2, sum(size.weight for size in sizes)
     if first.metric is not None:
-        return first.models * (gram + cross)
-    # The moments of one model, and the sum over the models before it, of which each linear has its
-    # own copy.
-    before = len(sizes) * gram + cross
-    return before + (gram + cross if first.models > 1 else 0) + FLOAT * first.columns**2
+        return first.dtype.itemsize * first.models * (gram + cross)
+    # Each linear has its own copy of what is summed over models, as it weighs them in its own way.
+    return first.dtype.itemsize * (len(sizes) * gram + cross)
 
 
 def solution_bytes(size: LinearSize) -> int:
@@ -280,11 +287,11 @@ def correction_bytes(size: LinearSize) -> int:
     copies = 0
     if size.metric is not None and number == DOUBLE:
         number, copies = FLOAT, FLOAT * size.terms * (size.columns**2 + weight)
-    # The Gram matrix of all terms, shifted, its factor, and the factor of the best ridge so far.
-    grams = 4 * number * size.columns**2 + copies
-    # Residuals, those of all terms together, and two minimisers, one of them also as a matrix; or
-    # a whole one with the vectors of conjugate gradients.
+    # Two factors: the best ridge's so far, and the one that is tried.
+    grams = 2 * number * size.columns**2 + copies
+    # The residuals of all terms together, two whitened minimisers, and one as a matrix; or a whole
+    # one with the residuals of the terms and the vectors of conjugate gradients.
     refined = size.metric is not None and size.correction == "full"
-    vectors = number * weight * (size.terms + (8 if refined else 5))
+    vectors = number * weight * (size.terms + 8 if refined else 4)
     merged = 3 * FLOAT * weight
     return grams + vectors + merged

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_dam.fitting.symmetric import add_products, mirror
 from mergekit_dam.streams.distributed import all_rows, all_sum, all_sums
 
 DAMPING = 1.0
@@ -64,9 +65,11 @@ class Metric:
         mean = energy_in_all / rows.shape[1]
         if kept_as_rows(tokens, rows.shape[1]):
             return cls(all_rows(rows), False, DAMPING * mean)
-        matrix = all_sum(rows.T @ rows)
-        # The product is symmetric only up to rounding.
-        return cls((matrix + matrix.T) / 2, True, DAMPING * mean)
+        matrix = rows.new_zeros(rows.shape[1], rows.shape[1])
+        add_products(matrix, rows)
+        matrix = all_sum(matrix)
+        mirror(matrix)
+        return cls(matrix, True, DAMPING * mean)
 
     @property
     def plain(self) -> bool:

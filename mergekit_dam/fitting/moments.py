@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mergekit_dam.fitting.metric import PLAIN, Metric
 from mergekit_dam.fitting.problem import Term
+from mergekit_dam.fitting.symmetric import add_products, mirror
 from mergekit_dam.fitting.tensor_cores import exact
 from mergekit_dam.streams.distributed import all_sum, all_totals, shared_rows
 
@@ -27,7 +28,7 @@ class InputMoments:
     """Sums over weighted tokens of a linear's input `x [in]`; linears with one input share them.
 
     Attributes:
-        gram: `sum x x^T`, `[in, in]`.
+        gram: `sum x x^T`, `[in, in]`; before `add_up`, on and below its diagonal alone.
         x_sum: `sum x`, `[in]`.
         count: Sum of the tokens' weights.
     """
@@ -49,13 +50,14 @@ class InputMoments:
         # One fp32 product per chunk; the sum over chunks has the dtype of `gram`. Both factors, and
         # those of `cross`, are rounded alike where products round them.
         scaled = x * weight.sqrt()[:, None]
-        self.gram += scaled.T @ scaled
+        add_products(self.gram, scaled)
         self.x_sum += weight @ x
         self.count = self.count + weight.sum(dtype=torch.float64)
 
     def add_up(self) -> None:
-        """Add the sums of the other processes."""
+        """Add the sums of the other processes, and complete the Gram matrix."""
         self.gram, self.x_sum = all_sum(self.gram), all_sum(self.x_sum)
+        mirror(self.gram)
         (self.count,) = all_totals(self.count)
 
     def scaled(self, factor: float) -> "InputMoments":
@@ -199,16 +201,16 @@ def measured_plainly(moments: Sequence[LinearMoments]) -> bool:
 def pooled(moments: Sequence[LinearMoments]) -> LinearMoments:
     """The sums of all domains in the plain metric, each by its weight and the mean of its metric.
 
-    Squares of outputs are left out: those of different metrics have no sum.
+    Squares of outputs are left out: those of different metrics have no sum. A single domain that
+    weighs 1 is not copied.
     """
+    if len(moments) == 1 and moments[0].metric.plain and moments[0].scale == 1:
+        return moments[0]
     first, *others = [(own, own.scale * own.metric.mean) for own in moments]
     total = first[0].scaled(first[1])
     for own, factor in others:
         total.add_scaled(own, factor)
-    gram = total.inputs.gram
-    # Sums of products are symmetric only up to rounding.
-    inputs = replace(total.inputs, gram=(gram + gram.T) / 2)
-    return replace(total, inputs=inputs, metric=PLAIN, squares=False)
+    return replace(total, metric=PLAIN, squares=False)
 
 
 @dataclass

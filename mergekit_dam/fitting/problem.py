@@ -40,8 +40,7 @@ class ColumnProblem:
         count, _, columns = directions.shape
         matrix = directions.new_zeros(count, columns, count, columns)
         for term in self.terms:
-            # A sum of fp32 products is symmetric only to fp32: too little for a tiny ridge.
-            gram = ((term.gram + term.gram.T) / 2).to(dtype)
+            gram = term.gram.to(dtype)
             for v in range(count):
                 weighted = term.apply(directions[v])
                 for u in range(v + 1):

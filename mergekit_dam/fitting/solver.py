@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mergekit_dam.fitting.conjugate_gradients import Operator, conjugate_gradients
 from mergekit_dam.fitting.problem import ColumnProblem, sum_rows
+from mergekit_dam.fitting.symmetric import cholesky
 from mergekit_dam.fitting.tensor_cores import exact
 
 DENSE_LIMIT = 12288
@@ -123,12 +124,12 @@ def _factorised(problem: ColumnProblem, ridge: float) -> tuple[float, Operator] 
     if shift == 0:
         return None
     matrix.diagonal().add_(shift)
-    factor, failed = _cholesky(matrix)
+    factor, failed = cholesky(matrix)
     if failed:
         del matrix, factor  # frees their memory; the fp64 matrix takes twice as much
         matrix = problem.matrix(torch.float64)
         matrix.diagonal().add_(shift)
-        factor, failed = _cholesky(matrix)
+        factor, failed = cholesky(matrix)
         if failed:
             raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
                 f"the normal matrix of {len(matrix)} unknowns is not positive definite"
@@ -142,14 +143,6 @@ def _factorised(problem: ColumnProblem, ridge: float) -> tuple[float, Operator] 
         return solved.reshape(vector.shape).to(vector)
 
     return shift, precondition
-
-
-def _cholesky(matrix: Tensor) -> tuple[Tensor, bool]:
-    """The lower factor of a symmetric matrix, in its memory, and whether the matrix has none."""
-    # Factorisations store matrices by columns, as the transpose does: it is not copied.
-    info = torch.empty((), dtype=torch.int32, device=matrix.device)
-    factor, info = torch.linalg.cholesky_ex(matrix.mT, out=(matrix.mT, info))
-    return factor, bool(info)
 
 
 def _factorised_columns(problem: ColumnProblem, ridge: float) -> tuple[float, Operator] | None:
