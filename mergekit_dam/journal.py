@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mergekit_dam.digests import sha256_of_text
 from mergekit_dam.stored import sync, tensors_header, written_whole
 
 LOG = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ _PIECE = 1 << 26
 """Bytes of a tensor that are on their way to a file at a time."""
 
 _TENSOR, _FILE = "__tensor__", "__file__"
-_STATE, _SAID = "state", "said"
+_STATE, _DIGEST, _SAID = "state", "sha256", "said"
 
 
 class Rows(Protocol):
@@ -72,8 +73,12 @@ class Journal:
             return None
         try:
             with safe_open(file, framework="pt") as opened:
-                return self._decoded(json.loads(opened.metadata()[_STATE]), opened.get_tensor)
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+                told = opened.metadata() or {}
+                text = told.get(_STATE, "")
+                if told.get(_DIGEST) != sha256_of_text(text):
+                    raise ValueError("its digest is another")
+                return self._decoded(json.loads(text), opened.get_tensor)
+        except (SafetensorError, OSError, ValueError) as error:
             LOG.warning("%s cannot be read (%s): that part is made again", file, error)
             return None
 
@@ -102,8 +107,9 @@ class Journal:
         tensors: list[Rows] = []
         text = json.dumps(self._encoded(state, tensors))
         entries = [(str(n), own.dtype, tuple(own.shape)) for n, own in enumerate(tensors)]
+        told = {_STATE: text, _DIGEST: sha256_of_text(text), _SAID: said}
         with written_whole(self._file(key)) as temporary, temporary.open("wb") as file:
-            file.write(tensors_header(entries, {_STATE: text, _SAID: said}))
+            file.write(tensors_header(entries, told))
             for tensor in tensors:
                 for piece in _pieces(tensor):
                     file.write(piece)
@@ -164,7 +170,7 @@ class Journal:
             return {_FILE: self._named(value)}
         if hasattr(value, "dtype"):
             tensors.append(value)
-            return {_TENSOR: str(len(tensors) - 1)}
+            return {_TENSOR: [str(len(tensors) - 1), *_form(value)]}
         return value
 
     def _named(self, file: Path) -> str:
@@ -183,13 +189,22 @@ class Journal:
         if not isinstance(value, dict):
             return value
         if value.keys() == {_TENSOR}:
-            return tensor(value[_TENSOR])
+            name, *form = value[_TENSOR]
+            found = tensor(name)
+            if _form(found) != form:
+                raise ValueError(f"a tensor in it has the form {_form(found)}, not {form}")
+            return found
         if value.keys() == {_FILE}:
             file = self.folder / value[_FILE]
             if not file.is_file():
                 raise FileNotFoundError(f"{file} is gone")
             return file
         return {key: self._decoded(own, tensor) for key, own in value.items()}
+
+
+def _form(tensor: Rows) -> list[Any]:
+    """Dtype and shape of a tensor as plain values."""
+    return [str(tensor.dtype), list(tensor.shape)]
 
 
 def _pieces(tensor: Rows) -> Iterator[memoryview]:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from mergekit_dam.untrusted import parsed_json
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -24,6 +26,9 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 """Dtypes that a merge reads and writes, by their names in safetensors."""
+
+LONGEST_HEADER = 100_000_000
+"""Bytes of the largest header that safetensors reads."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -64,14 +69,39 @@ def sync(path: Path) -> None:
 def read_header(file: Path) -> tuple[int, dict[str, Any]]:
     """Where the values of a safetensors file begin, and its header's entry of each tensor.
 
+    Every entry has a `dtype` (a text), a `shape` (whole numbers), and `data_offsets` inside of the
+    file.
+
     Raises:
-        ValueError, struct.error: The file has no such header.
+        ValueError: The file has no such header.
     """
+    size = file.stat().st_size
     with file.open("rb") as opened:
-        (length,) = struct.unpack("<Q", opened.read(8))
-        entries: dict[str, Any] = json.loads(opened.read(length))
+        length = int.from_bytes(opened.read(8), "little")
+        if not 0 < length <= min(size - 8, LONGEST_HEADER):
+            raise ValueError(f"its header cannot have {length:,} bytes")
+        entries = parsed_json(opened.read(length))
+    if not isinstance(entries, dict):
+        raise ValueError("its header is no object")
     entries.pop("__metadata__", None)
+    wrong = [name for name, own in entries.items() if not _is_entry(own, size - 8 - length)]
+    if wrong:
+        raise ValueError(f"the entry of {wrong[0]!r:.80} in its header is damaged")
     return 8 + length, entries
+
+
+def _is_entry(entry: Any, size: int) -> bool:
+    """Whether a value of a header describes a tensor whose values are among `size` bytes."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets", [])
+    if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
+        return False
+    return bool(offsets[0] <= offsets[1] <= size)
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(own) is int and own >= 0 for own in value)
 
 
 def tensors_header(

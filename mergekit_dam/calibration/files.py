@@ -6,19 +6,19 @@ import io
 import json
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from mergekit_dam.calibration.columnar import arrow_rows, parquet_rows
 from mergekit_dam.calibration.formats import is_row
-from mergekit_dam.calibration.rows import Row, permutation, require
+from mergekit_dam.calibration.rows import LONGEST, Row, permutation, refuse_long, require
 from mergekit_dam.calibration.suffixes import compression_of, suffix_of
 from mergekit_dam.calibration.values import JsonValues
 from mergekit_dam.errors import CalibrationError
 
 TEXT_BLOCK = 64 * 2**20  # characters; a larger .txt file becomes several documents of this size
-_FIELD_LIMIT = 2**27  # characters in a field of a .csv file; more is a quote that is not closed
 
 
 def local_rows(files: Sequence[Path], *, columns: Sequence[str], seed: int) -> Iterator[Row]:
@@ -83,8 +83,10 @@ def _text(path: Path) -> Iterator[Row]:
 def _json_lines(path: Path) -> Iterator[Row]:
     file = path.as_posix()
     with _bytes_of(path) as handle:
-        for number, line in enumerate(handle, start=1):
+        lines = iter(partial(handle.readline, LONGEST + 1), b"")
+        for number, line in enumerate(lines, start=1):
             origin = f"{file} line {number}"
+            refuse_long(len(line), origin)
             if line.strip():
                 yield Row(_row(_parsed(line, origin=origin), origin), origin, file)
 
@@ -137,7 +139,7 @@ def _rows_in(values: JsonValues, first: str, file: str) -> Iterator[Any]:
 def _separated(path: Path) -> Iterator[Row]:
     """Yield the rows of a .csv or .tsv file, whose first row names the columns."""
     file = path.as_posix()
-    csv.field_size_limit(_FIELD_LIMIT)
+    csv.field_size_limit(LONGEST)
     with _text_of(path, newline="") as handle:
         lines = _lines(handle, file)
         head = next(lines, "")
@@ -159,7 +161,8 @@ def _separated(path: Path) -> Iterator[Row]:
 
 
 def _lines(handle: io.TextIOWrapper, file: str) -> Iterator[str]:
-    while line := _decoded(handle.readline, -1, origin=file):
+    while line := _decoded(handle.readline, LONGEST + 1, origin=file):
+        refuse_long(len(line), f"a line of {file}")
         yield line
 
 

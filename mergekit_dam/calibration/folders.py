@@ -1,6 +1,5 @@
 """Folders of text -> files: links are followed, and one split of a dataset is taken."""
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from mergekit_dam.calibration.source import CalibrationSource
 from mergekit_dam.calibration.suffixes import SUFFIXES, suffix_of
 from mergekit_dam.errors import CalibrationError, listed
+from mergekit_dam.untrusted import parsed_json
 
 _METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 """Files that `datasets` writes beside the data of a dataset."""
@@ -103,7 +103,7 @@ def _data_files(inside: Iterable[Path], root: Path) -> list[Path]:
 def _files_of_state(state: Path) -> set[str]:
     """The data files of a dataset that `save_to_disk` wrote; empty for another state.json."""
     try:
-        content = json.loads(state.read_text(encoding="utf-8"))
+        content = parsed_json(state.read_bytes())
         return {entry["filename"] for entry in content["_data_files"]}
     except (ValueError, KeyError, TypeError):
         return set()

@@ -5,7 +5,6 @@ be compared although each keeps few (Broder 1997, https://doi.org/10.1109/SEQUEN
 """
 
 import hashlib
-import json
 import logging
 import re
 from collections import Counter
@@ -13,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mergekit_dam.calibration.pieces import Piece
+from mergekit_dam.untrusted import parsed_json
 
 LOG = logging.getLogger(__name__)
 
@@ -118,12 +118,11 @@ def warn_of_overlap(report: Path, text: str, sentences: Sentences) -> None:
         sentences: The sentences of the text.
     """
     try:
-        sets = json.loads(report.read_text(encoding="utf-8"))["calibration"]
-        kept = {model: str(own["sentences"]) for model, own in sets.items()}
+        sets = parsed_json(report.read_bytes())["calibration"]
+        shares = {model: shared(str(own["sentences"]), sentences) for model, own in sets.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return  # no merge of this package, or one of an earlier version
-    for model, own in kept.items():
-        share = shared(own, sentences)
+    for model, share in shares.items():
         if share > OVERLAP:
             LOG.warning(
                 "%s: %.0f %% of its sentences are in the calibration text of %s, with which %s was "

@@ -8,6 +8,10 @@ from typing import Any
 
 from mergekit_dam.errors import CalibrationError
 
+LONGEST = 2**27
+"""Characters of a line, a value or a field. More is no text: a file that unpacks without end, or a
+quote that is not closed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -22,6 +26,19 @@ class Row:
     value: Mapping[str, Any] | str
     origin: str
     file: str | None = None
+
+
+def refuse_long(length: int, place: str) -> None:
+    """Refuse a row before all of it is in memory.
+
+    Raises:
+        CalibrationError: It has more than `LONGEST` characters.
+    """
+    if length > LONGEST:
+        raise CalibrationError(
+            f"{place} has more than {LONGEST:,} characters: required rows of the length of a "
+            f"document; split it, or leave it out"
+        )
 
 
 def require(module: str, *, needed_for: str) -> Any:

@@ -18,6 +18,7 @@ from mergekit_dam.calibration.formats import FORMATS
 from mergekit_dam.calibration.suffixes import COMPRESSED, SUFFIXES, suffix_of
 from mergekit_dam.calibration.templates import NONE
 from mergekit_dam.errors import CalibrationError
+from mergekit_dam.untrusted import exists
 
 OPTIONS = ("split", "name", "column", "format", "samples", "share", "chat_template", "start")
 SELF = "self"
@@ -106,7 +107,7 @@ def _split(text: str) -> tuple[str, list[str]]:
     pieces = OPTION.split(text)
     for count in range(len(pieces), 0, -1):
         location = ":".join(pieces[:count])
-        if count == 1 or _exists(location):
+        if count == 1 or exists(location):
             return location, pieces[count:]
     raise AssertionError("a split has at least one piece")
 
@@ -130,7 +131,9 @@ def _read_options(assignments: list[str]) -> tuple[dict[str, str], list[str]]:
 def _value_problems(options: dict[str, str]) -> list[str]:
     problems = []
     if "samples" in options and _positive(options["samples"]) is None:
-        problems.append(f"`samples` must be a whole number above 0; got {options['samples']!r}")
+        problems.append(
+            f"`samples` must be a whole number above 0, below 10^9; got {options['samples']!r}"
+        )
     if "share" in options and _fraction(options["share"]) is None:
         problems.append(f"`share` must be a number between 0 and 1; got {options['share']!r}")
     if "samples" in options and "share" in options:
@@ -143,7 +146,7 @@ def _value_problems(options: dict[str, str]) -> list[str]:
     if form in FORMATS and FORMATS[form].read is not None and "column" in options:
         problems.append(f"`column` names one column, but `format={form}` reads several: give one")
     template = options.get("chat_template")
-    if template and template != NONE and not _exists(template):
+    if template and template != NONE and not exists(template):
         problems.append(f"`chat_template` must be an existing jinja file; none at {template!r}")
     return problems
 
@@ -159,7 +162,7 @@ def _kind_of(location: str) -> Kind | None:
     """The kind of source; None if it neither exists as a path nor looks like a dataset id."""
     if location == SELF:
         return "self"  # a folder of this name is `./self`
-    if _exists(location):
+    if exists(location):
         return "directory" if Path(location).expanduser().is_dir() else "file"
     # `data/math.jsonl` could be a dataset id, but a user who writes it means a file.
     if _DATASET.fullmatch(location) and not location.lower().endswith((*SUFFIXES, *COMPRESSED)):
@@ -224,7 +227,7 @@ def _unfit_for_kind(kind: Kind | None, options: dict[str, str]) -> list[str]:
 
 
 def _positive(value: str) -> int | None:
-    return int(value) if re.fullmatch(r"0*[1-9][0-9]*", value) else None
+    return int(value) if re.fullmatch(r"0*[1-9][0-9]{0,8}", value) else None
 
 
 def _fraction(value: str) -> float | None:
@@ -233,12 +236,3 @@ def _fraction(value: str) -> float | None:
     except ValueError:
         return None
     return share if 0 < share < 1 else None
-
-
-def _exists(location: str) -> bool:
-    if not location:
-        return False
-    try:
-        return Path(location).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):  # too long, a NUL byte, an unknown ~user
-        return False

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from mergekit_dam.calibration.rows import refuse_long
 from mergekit_dam.errors import CalibrationError
 
 BLOCK = 2**20  # characters
@@ -84,6 +85,7 @@ class JsonValues:
     def _more(self) -> None:
         """Forget what was used, and read as much as is left (at least a block)."""
         rest = self._text[self._at :]
+        refuse_long(len(rest), f"a value of {self._file}")
         self._line, self._column = self._place(self._at)
         block = self._read(max(BLOCK, len(rest)))
         self._ended = not block

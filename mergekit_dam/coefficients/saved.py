@@ -1,13 +1,26 @@
 """Checks of a file of coefficients: anybody may have changed it, or another program written it."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from mergekit_dam.errors import first_line
+from mergekit_dam.untrusted import parsed_json
+
 _AXES = range(-3, 3)
 """Dimensions of a weight; fused experts have three."""
+
+
+_KINDS = {
+    "parameters": dict,
+    "versions": dict,
+    "revisions": dict,
+    "calibration_sha256": dict,
+    "edited": list,
+    "corrections": str,
+}
+"""Types of the entries of the provenance that commands compare and print."""
 
 
 class WrongFileError(ValueError):
@@ -17,7 +30,7 @@ class WrongFileError(ValueError):
 def provenance_of(text: str | None) -> dict[str, Any]:
     """The provenance of a file, from the text in its metadata.
 
-    Its `sources`, `axes` and `identities` are valid.
+    The entries that this package reads are of their types.
 
     Raises:
         WrongFileError: If there is none, or its entries are of other types.
@@ -25,9 +38,9 @@ def provenance_of(text: str | None) -> dict[str, Any]:
     if text is None:
         raise WrongFileError("its metadata has no entry of this package")
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise WrongFileError(f"its metadata is no JSON ({type(error).__name__})") from error
+        found = parsed_json(text)
+    except ValueError as error:
+        raise WrongFileError(f"its metadata is no JSON ({first_line(error)})") from error
     if not isinstance(found, dict):
         raise WrongFileError(f"its metadata is a {type(found).__name__}, not an object")
     sources, axes = found.get("sources"), found.get("axes", {})
@@ -42,9 +55,17 @@ def provenance_of(text: str | None) -> dict[str, Any]:
     wrong = next((name for name, axis in axes.items() if axis not in _AXES), None)
     if wrong is not None:
         raise WrongFileError(f"`axes` in its metadata has dimension {axes[wrong]} for {wrong}")
+    _check_kinds(found)
+    return found
+
+
+def _check_kinds(found: Mapping[str, Any]) -> None:
+    """Check the types of what commands compare and print."""
+    for key, kind in _KINDS.items():
+        if key in found and not isinstance(found[key], kind):
+            raise WrongFileError(f"`{key}` in its metadata is a {type(found[key]).__name__}")
     if not _are_identities(found.get("identities", {})):
         raise WrongFileError("`identities` in its metadata are not digests by model and file")
-    return found
 
 
 def _are_identities(found: Any) -> bool:

@@ -1,11 +1,13 @@
 """Whether a saved correction fits a tensor."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors import safe_open
 
-from mergekit_dam.coefficients.correction import FIELDS
+from mergekit_dam.coefficients.correction import FIELDS, Corrections
+from mergekit_dam.errors import ConfigError
 
 Shapes = Mapping[str, Sequence[int]]
 """Field of a correction -> shape."""
@@ -16,13 +18,47 @@ def stored_shapes(path: Path) -> dict[str, dict[str, tuple[int, ...]]]:
 
     Raises:
         SafetensorError: The file is damaged.
+        ConfigError: A correction is not in fp32.
     """
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     with safe_open(path, framework="pt") as handle:
         for key in handle.keys():  # noqa: SIM118 (not a mapping)
             name, _, field = key.rpartition(".")
-            found.setdefault(name, {})[field] = tuple(handle.get_slice(key).get_shape())
+            own = handle.get_slice(key)
+            if own.get_dtype() != "F32":
+                raise ConfigError(
+                    f"{path}: required corrections in F32, got {own.get_dtype()} for {key}"
+                )
+            found.setdefault(name, {})[field] = tuple(own.get_shape())
     return found
+
+
+def sound_corrections(path: Path) -> Corrections:
+    """The corrections of a file, each of which is a matrix of some shape.
+
+    Raises:
+        ConfigError: One is none, or of another dtype than fp32.
+    """
+    for name, shapes in stored_shapes(path).items():
+        weight = _weight_of(shapes)
+        problem = correction_problem(shapes, weight)
+        if problem is not None or not math.prod(weight):
+            raise ConfigError(
+                f"{path}: the correction of {name} is damaged ({problem or 'it is empty'}); name "
+                f"the files of an intact merge"
+            )
+    return Corrections.of_file(path)
+
+
+def _weight_of(shapes: Shapes) -> list[int]:
+    """The shape of the weight that a correction seems to be of."""
+    if "full" in shapes:
+        return list(shapes["full"])
+    left, right = (
+        next((shapes[name] for name in names if name in shapes), ())
+        for names in (("left", "moved_left"), ("right", "moved_right"))
+    )
+    return [*left[:-1], *right[-1:]]
 
 
 def correction_problem(shapes: Shapes, weight: Sequence[int], axis: int = -1) -> str | None:

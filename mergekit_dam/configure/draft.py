@@ -1,18 +1,17 @@
 """A configuration of dam from names and texts, or from a configuration and texts."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mergekit.config import MergeConfiguration
 
 from mergekit_dam.configure.convert import Converted, converted, merged_lists, model_entries
-from mergekit_dam.errors import ConfigError, DamError, inside
+from mergekit_dam.errors import DamError
 from mergekit_dam.parameters import NAME
 from mergekit_dam.request.check import check_configuration
-from mergekit_dam.request.document import decoded, single
-from mergekit_dam.request.reading import validated
+from mergekit_dam.request.document import single
+from mergekit_dam.request.reading import tree_of_any_method, validated
 
 DTYPE = "bfloat16"
 """Dtype of a merge that nothing else is known of."""
@@ -39,16 +38,7 @@ def of_file(file: Path) -> Converted:
     Raises:
         ConfigError: The file cannot be read, or mergekit would refuse it.
     """
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error.strerror})") from error
-    with inside(str(file)):
-        document = single(decoded(content))
-        if isinstance(document.tree, Mapping):  # whatever the method is, its form has to be right
-            document = replace(document, tree={**document.tree, "merge_method": NAME})
-        validated(document)
-        return converted(single(decoded(content)).tree)
+    return converted(tree_of_any_method(file))
 
 
 def with_texts(found: Converted, texts: Mapping[str, str]) -> Converted:

@@ -9,11 +9,10 @@ from typing import Any
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from mergekit_dam.errors import ConfigError
 from mergekit_dam.host.failures import mergekit_errors
 from mergekit_dam.host.plugin import run_merge
 from mergekit_dam.parameters import RunParameters
-from mergekit_dam.request.document import decoded, single
+from mergekit_dam.request.reading import tree_of_any_method
 
 LINEAR = "linear"
 WRITTEN = "mergekit_config.yml"
@@ -38,12 +37,7 @@ def of_configuration(file: Path) -> dict[str, Any]:
     Raises:
         ConfigError: The file cannot be read, or names no models.
     """
-    try:
-        tree = single(decoded(file.read_bytes())).tree
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error.strerror})") from error
-    if not isinstance(tree, Mapping) or not any(k in tree for k in ("models", "slices", "modules")):
-        raise ConfigError(f"{file}: required `models`, `slices` or `modules`, got none")
+    tree = tree_of_any_method(file)
     top = tree.get("parameters") or {}
     base = tree.get("base_model")
     included = bool(top.get("include_base", RunParameters().include_base))

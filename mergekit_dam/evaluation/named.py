@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mergekit_dam.calibration.source import CalibrationSource
 from mergekit_dam.errors import CalibrationError
+from mergekit_dam.untrusted import exists
 
 MEAN = "mean"
 """Name of the column with the mean over all texts."""
@@ -17,7 +18,7 @@ _UNREAD = ("share", "start")
 def split_name(text: str) -> tuple[str | None, str]:
     """The name and the rest of `NAME=REST`; None and all of it where there is no name."""
     found = _NAMED.fullmatch(text)
-    if found is None or Path(text).exists():
+    if found is None or exists(text):
         return None, text
     return found[1], found[2]
 

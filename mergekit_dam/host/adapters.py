@@ -16,10 +16,10 @@ import peft
 import torch
 from filelock import FileLock
 from mergekit.common import ModelPath, ModelReference
-from safetensors import safe_open
 
 from mergekit_dam.errors import ArchitectureError, ConfigError, DamError, first_line
 from mergekit_dam.host.files import find_file, model_files, stamp
+from mergekit_dam.model import checkpoint
 from mergekit_dam.model.build import auto_class, build_model
 from mergekit_dam.vocabulary.tokenizers import load_tokenizer
 
@@ -147,10 +147,10 @@ def _files(adapter: ModelPath) -> tuple[Path, Path]:
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of an adapter's tensors by name."""
     if file.suffix == ".bin":
-        loaded = torch.load(file, map_location="meta", weights_only=True)
+        loaded = checkpoint.pickled(file, "meta")
         return {name: tuple(tensor.shape) for name, tensor in loaded.items()}
-    with safe_open(file, framework="pt") as opened:
-        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    with checkpoint.opened(file) as handle:
+        return {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
 
 
 def _digest(base: Path, adapter: Path, dtype: str) -> str:

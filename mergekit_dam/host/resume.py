@@ -23,10 +23,11 @@ from mergekit_dam.journal import Journal
 from mergekit_dam.parameters import UNRECORDED, RunParameters
 from mergekit_dam.stored import written_whole
 from mergekit_dam.streams import distributed
+from mergekit_dam.untrusted import parsed_json
 
 LOG = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Number of the form of the states; a new one where older states cannot be read any more."""
 
 _LIST = "depends_on.json"
@@ -81,10 +82,10 @@ def _before(folder: Path) -> dict[str, str] | None:
     if not any(folder.glob("*.safetensors")):
         return None
     try:
-        found: dict[str, str] = json.loads((folder / _LIST).read_text("utf-8"))
+        found = parsed_json((folder / _LIST).read_bytes())
     except (OSError, ValueError):
         return {}
-    return found
+    return found if isinstance(found, dict) else {}
 
 
 def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> str:

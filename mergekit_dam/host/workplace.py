@@ -86,6 +86,7 @@ def workplace(output: Path) -> Iterator[Path]:
 def _locked(place: Path, output: Path) -> FileLock:
     try:
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _require_own(place)
         lock = FileLock(place / _LOCK, timeout=0.5)  # a while, since its last holder may remove it
         lock.acquire()
     except Timeout as error:
@@ -99,6 +100,19 @@ def _locked(place: Path, output: Path) -> FileLock:
             f"({error.strerror or error}); check its permissions, or name another folder"
         ) from error
     return lock
+
+
+def _require_own(place: Path) -> None:
+    """Refuse a workplace that somebody else has made: a merge would go on from what is in it.
+
+    Raises:
+        DamError: It is a link, or of another user.
+    """
+    if place.is_symlink() or (os.name == "posix" and place.stat().st_uid != os.getuid()):
+        raise DamError(
+            f"{place}: required a folder of the user who merges, got a link or the folder of "
+            f"another user; delete it, or name another output"
+        )
 
 
 def _owner(place: Path) -> str:

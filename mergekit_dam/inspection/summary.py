@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mergekit_dam.coefficients.correction import Corrections
 from mergekit_dam.coefficients.file import CoefficientFile
+from mergekit_dam.coefficients.shapes import sound_corrections
 from mergekit_dam.inspection.layers import by_layer, elements
 
 
@@ -76,7 +77,7 @@ def summarised(path: Path) -> Summary:
         ConfigError: There is no such file, or it is damaged.
     """
     file = CoefficientFile.load(path, parameter=str(path))
-    corrections = None if file.corrections is None else Corrections.of_file(file.corrections)
+    corrections = None if file.corrections is None else sound_corrections(file.corrections)
     layers = tuple(
         _layer(name, [file.coefficients[own] for own in names], _size(corrections, names))
         for name, names in by_layer(file.coefficients).items()

@@ -1,9 +1,7 @@
 """Digests of the files and tensors of a merged model, read back from the disk."""
 
 import hashlib
-import json
 import os
-import struct
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
@@ -18,7 +16,9 @@ from mergekit_dam.coefficients.file import CORRECTIONS_NAME, FILE_NAME, REPORT_N
 from mergekit_dam.digests import sha256_of, sha256_of_text
 from mergekit_dam.errors import CheckpointError, first_line
 from mergekit_dam.lock.schema import LOCK_NAME, Output, TensorDigest, canonical
+from mergekit_dam.model import checkpoint
 from mergekit_dam.stored import read_header
+from mergekit_dam.untrusted import parsed_json
 
 _THREADS = min(8, os.cpu_count() or 1)
 _PIECE = 2**22
@@ -93,7 +93,7 @@ def _report_digest(file: Path) -> str:
         CheckpointError: The file is damaged.
     """
     try:
-        values = json.loads(file.read_text("utf-8"))
+        values = parsed_json(file.read_bytes())
         return sha256_of_text(canonical({k: v for k, v in values.items() if k != THIS_RUN}))
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{file.name} cannot be read ({first_line(error)})") from error
@@ -112,19 +112,10 @@ def _tensors_of(file: Path, pool: ThreadPoolExecutor) -> Iterator[tuple[str, Ten
         yield from _pickled(file)
         return
     try:
-        start, entries = _header(file)
-    except (ValueError, KeyError, struct.error) as error:
+        start, entries = read_header(file)
+    except ValueError as error:
         raise CheckpointError(f"{file.name} is damaged ({first_line(error)})") from error
     yield from pool.map(partial(_of_entry, file, start), entries.items())
-
-
-def _header(file: Path) -> tuple[int, dict[str, Any]]:
-    """Where the values of a safetensors file begin, and its entries by tensor."""
-    start, entries = read_header(file)
-    for entry in entries.values():
-        if not {"dtype", "shape", "data_offsets"} <= entry.keys():
-            raise ValueError("an entry of its header is not complete")
-    return start, entries
 
 
 def _of_entry(file: Path, start: int, item: tuple[str, Any]) -> tuple[str, TensorDigest]:
@@ -145,7 +136,7 @@ def _of_entry(file: Path, start: int, item: tuple[str, Any]) -> tuple[str, Tenso
 
 
 def _pickled(file: Path) -> Iterator[tuple[str, TensorDigest]]:
-    loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    loaded = checkpoint.pickled(file)
     for name, tensor in loaded.items():
         values = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
         yield (
@@ -153,6 +144,6 @@ def _pickled(file: Path) -> Iterator[tuple[str, TensorDigest]]:
             TensorDigest(
                 dtype=str(tensor.dtype).removeprefix("torch."),
                 shape=tuple(tensor.shape),
-                sha256=hashlib.sha256(values).hexdigest(),
+                sha256=hashlib.sha256(values.data).hexdigest(),
             ),
         )

@@ -9,17 +9,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from mergekit_dam.errors import DamError
+from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.stored import written_whole
+from mergekit_dam.untrusted import parsed_json, stays_inside
 
 LOCK_NAME = "dam_lock.json"
 VERSION = 1
 """Version of the schema."""
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Files = Mapping[str, Sha256]
+
+
+def _inside(name: str) -> str:
+    if not stays_inside(name):
+        raise ValueError("a name has to stay inside of its folder")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_inside)]
+"""A file of a folder, or of a folder in it."""
+
+Files = Mapping[FileName, Sha256]
 """File -> sha256."""
 
 
@@ -73,7 +85,7 @@ class Text(_Part):
     source: str | None = None
     dataset: str | None = None
     revision: str | None = None
-    kept: str | None = None
+    kept: FileName | None = None
     parts: tuple["Text", ...] = ()
 
 
@@ -156,15 +168,16 @@ def read_lock(path: Path) -> Lock:
     """
     file = path / LOCK_NAME if path.is_dir() else path
     try:
-        values = json.loads(file.read_text("utf-8"))
+        values = parsed_json(file.read_bytes())
     except OSError as error:
         raise DamError(
             f"{file}: required a {LOCK_NAME} or the folder of a dam merge that holds one, which "
             f"cannot be read ({error.strerror or error}); merges of older versions wrote none"
         ) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DamError(
-            f"{file}: required the JSON of a {LOCK_NAME}, got a file that is damaged ({error})"
+            f"{file}: required the JSON of a {LOCK_NAME}, got a file that is damaged "
+            f"({first_line(error)})"
         ) from error
     version = values.get("schema_version") if isinstance(values, dict) else None
     if version != VERSION:

@@ -3,16 +3,19 @@
 mergekit and transformers open a damaged file when they need it, and their errors do not name it.
 """
 
-import json
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from mergekit_dam.errors import CheckpointError, first_line, listed
+from mergekit_dam.untrusted import parsed_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SAFE, _PICKLED = "model.safetensors", "pytorch_model.bin"
 _AGAIN = "copy or download it again"
@@ -78,10 +81,10 @@ def _check_index(index: Path, single: Path) -> None:
 def _weight_map(index: Path) -> Mapping[str, str]:
     """The file of every tensor, as an index says."""
     try:
-        found: Any = json.loads(index.read_bytes())
+        found: Any = parsed_json(index.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{index}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{index}: no JSON ({first_line(error)}); {_AGAIN}") from error
     weights = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(weights, dict) or not weights:
@@ -125,6 +128,31 @@ def opened(file: Path) -> Iterator[Any]:
         ) from error
     with handle as entered:
         yield entered
+
+
+def pickled(file: Path, device: str = "cpu") -> "Mapping[str, Tensor]":
+    """The tensors of a pickled file by name; no code that stands in it is run.
+
+    Args:
+        device: Where the tensors go; "meta" for their shapes alone.
+
+    Raises:
+        CheckpointError: The file is missing or damaged, or holds more than tensors.
+    """
+    import torch
+
+    try:
+        found = torch.load(
+            file, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(file)
+        )
+        tensors = isinstance(found, dict) and all(map(torch.is_tensor, found.values()))
+    except Exception as error:  # an unpickler raises anything
+        raise CheckpointError(
+            f"{file}: damaged, or it holds more than tensors ({first_line(error)}); {_AGAIN}"
+        ) from error
+    if not tensors:
+        raise CheckpointError(f"{file}: required tensors by name, got something else; {_AGAIN}")
+    return {str(name): tensor for name, tensor in found.items()}
 
 
 def _beginning(file: Path) -> bytes:

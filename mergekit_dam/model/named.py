@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.model.checkpoint import check_checkpoint
+from mergekit_dam.untrusted import exists
 
 REMEDY = "name a folder with config.json, safetensors and tokenizer files, or a model on the Hub"
 
@@ -26,20 +27,20 @@ def require_model(name: str, *, files: bool = True) -> None:
     Raises:
         DamError: With the remedy; also if the folder's weights are missing or damaged.
     """
-    path = Path(name)
-    if "+" in name and not path.exists():
+    path, there = Path(name), exists(name)
+    if "+" in name and not there:
         for part in name.split("+"):
             require_model(part, files=files)
         return
-    if path.is_dir() and (path / "adapter_config.json").is_file():
+    if there and path.is_dir() and (path / "adapter_config.json").is_file():
         return
-    if path.is_dir() and (path / "config.json").is_file():
+    if there and path.is_dir() and (path / "config.json").is_file():
         if files:
             check_checkpoint(path)
         return
-    if path.is_dir():
+    if there and path.is_dir():
         problem = "is a folder without config.json"
-    elif path.exists():
+    elif there:
         problem = "is a file"
     elif _ID.fullmatch(name):
         return

@@ -1,6 +1,5 @@
 """`dam_report.json` as typed data: the one place that knows the layout of the file."""
 
-import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.reports.names import short_names
+from mergekit_dam.untrusted import parsed_json
 
 FITTED = ("fitted", "fitted end to end")
 """Outcomes of tensors whose coefficients were learned."""
@@ -238,7 +238,7 @@ def read(path: Path) -> DamReport:
         DamError: There is no such file, or it is not the report of a dam merge.
     """
     try:
-        values = json.loads(path.read_text("utf-8"))
+        values = parsed_json(path.read_bytes())
     except FileNotFoundError as error:
         raise DamError(
             f"{path}: no such file; name the folder of a dam merge, which holds its report"

@@ -4,14 +4,27 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mergekit_dam.calibration.source import OPTION
-from mergekit_dam.errors import DamError, listed
+from mergekit_dam.errors import DamError, inside, listed
 from mergekit_dam.lock.schema import Lock, Text
 from mergekit_dam.reproduce.places import Places
+from mergekit_dam.request.document import single
+from mergekit_dam.request.reading import validated
+from mergekit_dam.untrusted import exists
 
 _TEXTS = ("calibration", "coefficients", "start")
+
+
+def tree_of(lock: Lock) -> Mapping[str, Any]:
+    """The configuration of a lock as the merge had it, as plain values.
+
+    Raises:
+        ConfigError: It is none, and the lock was changed.
+    """
+    with inside("the configuration of the lock"):
+        document = single(lock.configuration)
+        validated(document)
+    return dict(document.tree)
 
 
 def located(
@@ -44,8 +57,7 @@ def located(
             return value if texts is None else texts(value)
         return alone.get(value) or _model(value, models)
 
-    tree = yaml.safe_load(lock.configuration)
-    found: dict[str, Any] = replaced(tree)
+    found: dict[str, Any] = replaced(tree_of(lock))
     return found
 
 
@@ -63,7 +75,7 @@ def _path(value: Mapping[str, Any], models: Mapping[str, str]) -> Mapping[str, A
     place = models.get(value["path"] if revision is None else f"{value['path']}@{revision}")
     if place is None:
         return value
-    if Path(place).exists():
+    if exists(place):
         return {"path": place}
     path, _, commit = place.partition("@")
     return {"path": path, "revision": commit or None}

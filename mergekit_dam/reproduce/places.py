@@ -8,6 +8,7 @@ from pathlib import Path, PurePath
 from mergekit_dam.digests import sha256_of
 from mergekit_dam.errors import DamError, listed
 from mergekit_dam.lock.schema import Lock, Origin
+from mergekit_dam.untrusted import exists
 
 _ABOVE = 3
 """How many folders above that of the lock are looked at: the configuration may be in one."""
@@ -39,8 +40,8 @@ class Places:
         moved, roots = {}, []
         for text in given:
             name, separator, path = text.partition("=")
-            place = Path(path if separator and not Path(text).exists() else text)
-            if not place.exists():
+            place = Path(path if separator and not exists(text) else text)
+            if not exists(place):
                 raise DamError(f"--models {text}: required a folder, or NAME=FOLDER; none is there")
             if place == Path(text):
                 roots.append(place)
@@ -56,7 +57,7 @@ class Places:
             return
         last = PurePath(name).name
         tried = (root / end for root in self.roots for end in dict.fromkeys((name, last)))
-        yield from (Path(os.path.normpath(path)) for path in tried if path.exists())
+        yield from (Path(os.path.normpath(path)) for path in tried if exists(path))
 
 
 def found_models(lock: Lock, places: Places) -> dict[str, str]:

@@ -28,7 +28,7 @@ from mergekit_dam.host.names import naming
 from mergekit_dam.host.prepare import Prepared
 from mergekit_dam.lock.schema import Lock, read_lock
 from mergekit_dam.reproduce.compare import Difference, differences, measured
-from mergekit_dam.reproduce.configuration import Texts, located, replay_of
+from mergekit_dam.reproduce.configuration import Texts, located, replay_of, tree_of
 from mergekit_dam.reproduce.places import Places, found_models, origins
 
 _CONFIGURATION = "mergekit_config.yml"
@@ -100,6 +100,7 @@ def reproduce(
         DamError: The lock, a model, a text or the coefficients are not there, or are others.
     """
     started = time.perf_counter()
+    plugin.install()  # so that mergekit takes all that may stand in a configuration of dam
     lock = read_lock(path)
     folder = (path if path.is_dir() else path.parent).resolve()
     _refuse(lock, path, folder, refit=refit)
@@ -145,7 +146,7 @@ class _Asked:
 def _asked(lock: Lock, folder: Path, places: Places, *, refit: bool) -> _Asked:
     models, texts = found_models(lock, places), Texts(lock, places)
     tree = located(lock, models, texts if refit else None)
-    kept = yaml.safe_load(lock.configuration)
+    kept = tree_of(lock)
     named = {place: name for name, place in models.items()} | texts.named
     if refit:
         return _Asked(tree, kept, named)
@@ -183,7 +184,6 @@ def _options(
 
 def _merge(lock: Lock, asked: _Asked, to: Path, options: MergeOptions) -> None:
     """Run mergekit."""
-    plugin.install()  # so that mergekit takes all that may stand in a configuration of dam
     config = MergeConfiguration.model_validate(dict(asked.tree))
     text = yaml.safe_dump(dict(asked.kept), sort_keys=False, allow_unicode=True)
     with naming(None, asked.named):

@@ -76,8 +76,7 @@ def parse(text: str) -> list[Document]:
             found.append(Document(loader.construct_document(node), anchored))
     except yaml.MarkedYAMLError as error:
         raise ConfigError(_marked(error)) from error
-    # A number of 5000 digits, a date of a 13th month, a control character.
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"no readable YAML: {first_line(error)}") from error
     return found or [Document(None)]
 
@@ -118,6 +117,16 @@ class _Loader(yaml.SafeLoader):
         if node is not None and not isinstance(event, yaml.AliasEvent) and event.anchor:
             self._anchors.append(node.start_mark.index)
         return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        # A number of 5000 digits, a date of a 13th month, a tag that its value does not fit.
+        except (ValueError, OverflowError, LookupError, AttributeError, TypeError) as error:
+            raise yaml.MarkedYAMLError(
+                problem=f"{node.value!r:.40} is no value of the tag {node.tag.rpartition(':')[2]}",
+                problem_mark=node.start_mark,
+            ) from error
 
     def anchored_keys(self, node: yaml.Node) -> frozenset[Hashable]:
         """Keys of a mapping in whose value an anchor is written: there, not where it is used."""

@@ -6,6 +6,7 @@ first, and what is wrong with a dam configuration is said with the file's name.
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,23 @@ def read_configuration(file: Path) -> tuple[MergeConfiguration, Document]:
     with inside(str(file)):
         document = single(decoded(content))
         return validated(document), document
+
+
+def tree_of_any_method(file: Path) -> dict[str, Any]:
+    """The plain values of a configuration file, whatever its method is; their form is right.
+
+    Raises:
+        ConfigError: The file cannot be read, or mergekit would refuse it.
+    """
+    content = _content(file)
+    with inside(str(file)):
+        document = single(decoded(content))
+        if isinstance(document.tree, Mapping):
+            as_dam = {**document.tree, "merge_method": NAME}
+            validated(replace(document, tree=as_dam))
+        else:
+            validated(document)
+        return dict(document.tree)
 
 
 def refuse_unreadable(file: Path, *, several: bool) -> None:

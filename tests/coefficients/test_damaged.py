@@ -25,7 +25,7 @@ def changed(value: float) -> dict[str, torch.Tensor]:
 BAD: dict[str, tuple[dict[str, torch.Tensor], Any, str]] = {
     "no metadata": (ROWS, None, "no entry of this package"),
     "metadata that is no JSON": (ROWS, "{", "no JSON"),
-    "metadata too deep": (ROWS, "[" * 100_000, "no JSON (RecursionError)"),
+    "metadata too deep": (ROWS, "[" * 100_000, "no JSON (it is nested too deeply)"),
     "metadata that is a list": (ROWS, [], "its metadata is a list, not an object"),
     "metadata that is a number": (ROWS, 5, "its metadata is a int, not an object"),
     "no sources": (ROWS, {"axes": {}}, "no list of `sources`"),
