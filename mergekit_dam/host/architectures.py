@@ -68,6 +68,8 @@ def check_architectures(models: Iterable[ModelReference], options: MergeOptions)
             if isinstance(error, OSError) and not Path(model.model.path, "config.json").exists():
                 continue  # not found: loading its tokenizer reports that
             reason = " ".join(str(error).split("\n")[:2])  # validators give theirs in a second line
+            if "trust_remote_code" in str(error):
+                reason += "; pass --trust-remote-code if you trust it"
             raise ArchitectureError(
                 f"{model}: transformers cannot read its configuration (config.json), so no merge "
                 f"method of mergekit can merge it: {reason}"

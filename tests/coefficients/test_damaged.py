@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from mergekit_dam.coefficients.file import FILE_NAME, METADATA_KEY, CoefficientFile
 from mergekit_dam.errors import ConfigError, DamError
+from mergekit_dam.stored import read_header
 
 GOOD: dict[str, Any] = {"sources": ["a", "b"], "axes": {}}
 ROWS = {"w": torch.tensor([[0.3, 0.2], [0.7, 0.8]])}
@@ -43,6 +44,28 @@ BAD: dict[str, tuple[dict[str, torch.Tensor], Any, str]] = {
     "axes that are texts": (ROWS, {**GOOD, "axes": {"w": "0"}}, "not whole numbers by tensor"),
     "axes that are true": (ROWS, {**GOOD, "axes": {"w": True}}, "not whole numbers by tensor"),
     "an axis of seven": (ROWS, {**GOOD, "axes": {"w": 7}}, "dimension 7 for w"),
+    "parameters that are a list": (
+        ROWS,
+        {**GOOD, "parameters": []},
+        "`parameters` in its",
+    ),
+    "versions that are a text": (
+        ROWS,
+        {**GOOD, "versions": "1"},
+        "`versions` in its metadata",
+    ),
+    "a digest that is a number": (
+        ROWS,
+        {**GOOD, "corrections": 1},
+        "`corrections` in its",
+    ),
+    "digests that are a list": (ROWS, {**GOOD, "identities": {"a": []}}, "`identities` in its"),
+    "a parameter that is NaN": (
+        ROWS,
+        {**GOOD, "parameters": {"ridge": float("nan")}},
+        "its metadata is no JSON (Out of range",
+    ),
+    "half of a character": (ROWS, {**GOOD, "versions": {"a": "\ud800"}}, "is no JSON"),
     "no tensors": ({}, GOOD, "it has no coefficients"),
     "NaN": (changed(float("nan")), GOOD, "row 1 and column 0 for w is nan"),
     "infinity": (changed(float("inf")), GOOD, "row 1 and column 0 for w is inf"),
@@ -71,6 +94,26 @@ def test_a_changed_file_is_refused_with_what_is_wrong_in_it(name: str, tmp_path:
     )
     assert message in error.value.message
     assert len(error.value.message) < 600  # names of a million sources are not listed
+
+
+def test_ten_million_sources_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    """Their names alone are a header that is larger than safetensors reads."""
+    file, size = tmp_path / FILE_NAME, 10_000_000 * len('"org/a", ')
+    with file.open("wb") as opened:
+        opened.write(size.to_bytes(8, "little"))
+        opened.truncate(8 + size)  # zeros, which take no room on the disk
+    with pytest.raises(ConfigError, match=r"was not written by a dam merge.*[Hh]eader"):
+        CoefficientFile.load(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 10**6, 10**9, 2**63, 2**64 - 1])
+def test_a_header_of_another_length_than_it_says_is_refused(size: int, tmp_path: Path) -> None:
+    content = size.to_bytes(8, "little") + b"{}" + bytes(64)
+    (tmp_path / FILE_NAME).write_bytes(content)
+    with pytest.raises(ConfigError, match="was not written by a dam merge"):
+        CoefficientFile.load(tmp_path)
+    with pytest.raises(ValueError, match="its header"):
+        read_header(tmp_path / FILE_NAME)
 
 
 @pytest.mark.parametrize("content", [b"", b"no file", b"\xff" * 64])

@@ -44,6 +44,24 @@ def test_is_beside_the_output_private_and_goes(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_one_that_somebody_else_has_made_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """States in it would be taken for those of an earlier run."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".dam-out").symlink_to("elsewhere")
+    with pytest.raises(DamError, match="got a link or"), workplace(tmp_path / "out"):
+        pass
+    (tmp_path / ".dam-out").unlink()
+    (tmp_path / ".dam-out").mkdir()
+    own = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: own + 1)
+    with pytest.raises(DamError, match="of another user; delete it"), workplace(tmp_path / "out"):
+        pass
+    assert list((tmp_path / ".dam-out").iterdir()) == []
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
 def test_folders_above_a_failed_merge_go_as_well(tmp_path: Path) -> None:
     with pytest.raises(KeyError), workplace(tmp_path / "a" / "b" / "out"):
         raise KeyError

@@ -42,6 +42,34 @@ BAD: dict[str, tuple[str, str]] = {
     "a list": ("[]", "`schema_version` 1, got None"),
     "a later version": (json.dumps({**VALUES, "schema_version": 2}), "`schema_version` 1, got 2"),
     "a key too many": (json.dumps({**VALUES, "more": 1}), "more: extra inputs"),
+    "a file in another folder": (
+        json.dumps({**VALUES, "output": {**VALUES["output"], "files": {"../f": DIGEST}}}),
+        "output.files.../f.[key]: value error, a name has to stay inside of its folder",
+    ),
+    "a file by its whole path": (
+        json.dumps(
+            {
+                **VALUES,
+                "sources": [
+                    {"name": "a", "model": {"name": "a", "files": {"/etc/passwd": DIGEST}}}
+                ],
+            }
+        ),
+        "a name has to stay inside of its folder",
+    ),
+    "kept text in another folder": (
+        json.dumps({**VALUES, "calibration": {"a": {"sha256": DIGEST, "kept": "../a.jsonl"}}}),
+        "calibration.a.kept: value error, a name has to stay inside",
+    ),
+    "too deep": ("[" * 100_000, "it is nested too deeply"),
+    "a number that JSON does not know": (
+        json.dumps({**VALUES, "parameters": {"ridge": float("inf")}}),
+        "got a file that is damaged",
+    ),
+    "half of a character": (
+        json.dumps({**VALUES, "configuration": "\ud800"}),
+        "got a file that is damaged",
+    ),
     "no digest": (
         json.dumps({**VALUES, "output": {**VALUES["output"], "files": {"f": "abc"}}}),
         "output.files.f: string should match",
