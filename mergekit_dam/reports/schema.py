@@ -186,6 +186,18 @@ class DamReport(Section):
         search = [{**trial, "seconds": seconds} for trial, seconds in timed]
         return {**values, **own, **({"search": search} if search else {})}
 
+    @model_validator(mode="after")
+    def _is_of_its_sources(self) -> "DamReport":
+        """Refuse numbers of models that are none of the sources: parts of two reports."""
+        told = {*self.calibration, *self.held_out_tokens}
+        told.update(*(tensor.coefficients for tensor in self.tensors))
+        others = sorted(told - {*self.sources})
+        if others:
+            raise ValueError(f"{others[0]!r} is none of its sources")
+        if len({len(trial.held_out_kl) for trial in self.search}) > 1:
+            raise ValueError("its trials judge different numbers of models")
+        return self
+
     @cached_property
     def names(self) -> dict[str, str]:
         """Model -> its short name."""

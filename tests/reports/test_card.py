@@ -14,7 +14,7 @@ from mergekit.config import MergeConfiguration
 
 from mergekit_dam.host.card import hub_ids
 from mergekit_dam.reports.card import complete_card, without_paths
-from tests.kit.reports import report_values, trial
+from tests.kit.reports import SOURCES, report_values, trial
 
 HOME = "/home/some one/models"
 CONFIGURATION = f"""\
@@ -101,9 +101,7 @@ def test_the_picture_stands_beside_the_card(tmp_path: Path) -> None:
 
 
 def test_no_path_of_this_machine_is_told(tmp_path: Path) -> None:
-    values = report_values(2)
-    values["sources"] = [f"{HOME}/python", *values["sources"][1:]]
-    completed(tmp_path, values)
+    completed(tmp_path, report_values(2, [f"{HOME}/python", *SOURCES[1:]]))
     for file in (tmp_path / "README.md", tmp_path / "dam_coefficients.svg"):
         text = file.read_text("utf-8")
         assert "/home" not in text, file

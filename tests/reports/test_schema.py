@@ -74,6 +74,22 @@ def test_another_file_is_refused_by_its_name(text: str, tmp_path: Path) -> None:
         read(file)
 
 
+def test_a_report_of_other_models_than_its_sources_is_refused(tmp_path: Path) -> None:
+    values = report_values(layers=1)
+    values["sources"] = values["sources"][1:]
+    (tmp_path / "dam_report.json").write_text(json.dumps(values), "utf-8")
+    with pytest.raises(DamError, match="'org/python' is none of its sources"):
+        read(tmp_path / "dam_report.json")
+
+
+def test_a_report_whose_trials_judge_other_models_is_refused(tmp_path: Path) -> None:
+    values = report_values(layers=1)
+    values["search"][1]["held_out_kl"].pop()
+    (tmp_path / "dam_report.json").write_text(json.dumps(values), "utf-8")
+    with pytest.raises(DamError, match="its trials judge different numbers of models"):
+        read(tmp_path / "dam_report.json")
+
+
 def test_a_missing_file_is_told() -> None:
     with pytest.raises(DamError, match="no such file; name the folder of a dam merge"):
         read(Path("nowhere/dam_report.json"))
