@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -16,6 +16,9 @@ FITTED = ("fitted", "fitted end to end")
 
 DROPPED = "start kept: held-out loss was not better"
 """Outcome of a tensor whose fit was dropped."""
+
+Number = Annotated[float, Field(ge=-1e30, le=1e30)]
+"""A number of which differences can be taken, and drawn."""
 
 
 class Section(BaseModel):
@@ -31,10 +34,10 @@ class Spread(Section):
         std: Standard deviation; None in reports of 0.1.0.
     """
 
-    mean: float
-    min: float
-    max: float
-    std: float | None = None
+    mean: Number
+    min: Number
+    max: Number
+    std: Number | None = None
 
 
 class Correction(Section):
@@ -53,10 +56,10 @@ class Correction(Section):
     outcome: str = ""
     rank: int | None = None
     descended_rank: int | None = None
-    held_out_start: float | None = None
-    held_out: float | None = None
-    norm: float | None = None
-    weight_norm: float | None = None
+    held_out_start: Number | None = None
+    held_out: Number | None = None
+    norm: Number | None = None
+    weight_norm: Number | None = None
 
     @property
     def whole_rank(self) -> int:
@@ -85,10 +88,10 @@ class Tensor(Section):
     name: str
     kind: str
     outcome: str
-    loss_start: float | None = None
-    loss_fitted: float | None = None
-    held_out_start: float | None = None
-    held_out_fitted: float | None = None
+    loss_start: Number | None = None
+    loss_fitted: Number | None = None
+    held_out_start: Number | None = None
+    held_out_fitted: Number | None = None
     experts: dict[str, list[int]] = {}
     correction: Correction | None = None
     coefficients: dict[str, Spread] = {}
@@ -120,10 +123,10 @@ class Trial(Section):
 
     name: str
     kept: bool
-    held_out_kl: tuple[float | None, ...]
-    mean_held_out_kl: float | None
-    seconds: float = 0.0
-    details: dict[str, float] = {}
+    held_out_kl: tuple[Number | None, ...]
+    mean_held_out_kl: Number | None
+    seconds: Number = 0.0
+    details: dict[str, Number] = {}
     ended: str = ""
 
 
@@ -170,7 +173,7 @@ class DamReport(Section):
     held_out_tokens: dict[str, int] = {}
     search: tuple[Trial, ...] = ()
     left_out: tuple[str, ...] = ()
-    seconds: dict[str, float] = {}
+    seconds: dict[str, Number] = {}
     peak_memory_bytes: dict[str, int] = {}
     corrections: str | None = None
     tensors: tuple[Tensor, ...] = Field(min_length=1)

@@ -13,5 +13,5 @@ _BOTH = settings(
     database=None,
 )
 settings.register_profile("fixed", _BOTH, derandomize=True, max_examples=30)
-settings.register_profile("search", _BOTH, max_examples=1000)
+settings.register_profile("search", _BOTH, max_examples=300)
 settings.load_profile("fixed")

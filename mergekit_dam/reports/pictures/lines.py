@@ -102,7 +102,7 @@ def scale(low: float, high: float) -> tuple[float, float, float]:
     """Round ends of a scale that includes zero, and the distance of its lines."""
     low, high = min(low, 0.0), max(high, 0.0)
     size = (high - low) or 1.0
-    steps = (first * 10.0**power for power in range(-9, 10) for first in (1, 2, 2.5, 5))
+    steps = (first * 10.0**power for power in range(-9, 31) for first in (1, 2, 2.5, 5))
     step = next(step for step in steps if size <= 4 * step)
     return step * math.floor(low / step), step * max(1, math.ceil(high / step)), step
 

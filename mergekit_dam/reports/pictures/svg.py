@@ -52,7 +52,8 @@ def picture(content: str, *, height: float, title: str, class_: str) -> str:
 
 def ticks(layers: Sequence[int], most: int = 10) -> list[tuple[int, int]]:
     """(position, layer) of the layers that are named below a picture."""
-    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 1000) if len(layers) <= most * s)
+    fit = (s for s in (1, 2, 5, 10, 20, 50, 100, 1000) if len(layers) <= most * s)
+    step = next(fit, len(layers))
     return [(position, layer) for position, layer in enumerate(layers) if layer % step == 0]
 
 
