@@ -12,6 +12,6 @@ _BOTH = settings(
     phases=(Phase.generate, Phase.shrink),
     database=None,
 )
-settings.register_profile("fixed", _BOTH, derandomize=True, max_examples=30)
-settings.register_profile("search", _BOTH, max_examples=300)
+settings.register_profile("fixed", _BOTH, derandomize=True, max_examples=20)
+settings.register_profile("search", _BOTH, max_examples=200)
 settings.load_profile("fixed")
