@@ -6,7 +6,7 @@ folders, files, values,
 columnar, hub, suffixes      find files, and read rows lazily from them or from a Hub dataset
 formats, pairs, messages,
 tokens                       turn the columns of a row into a text, a chat or token ids
-templates                    writes chats as text, with the model's template
+templates, turns             write chats as text, with the model's template; find answers in it
 reading, documents, tally    put these together for one source, and count what is left out
 pieces                       cuts long documents, and shuffles all pieces with a seed
 synthetic                    has a model write text itself, where there is none

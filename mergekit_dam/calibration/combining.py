@@ -13,12 +13,17 @@ def combined(sets: Sequence[CalibrationSet]) -> CalibrationSet:
 
     The last sequences judge a fit; so they are of all sources.
     """
-    rows = [
-        ((number + 0.5) / len(own.tokens), place, own.tokens[number])
+    places = [
+        ((number + 0.5) / len(own.tokens), place, number)
         for place, own in enumerate(sets)
         for number in range(len(own.tokens))
     ]
-    tokens = torch.stack([row for _, _, row in sorted(rows, key=lambda row: row[:2])])
+    order = [(place, number) for _, place, number in sorted(places)]
+    tokens = torch.stack([sets[place].tokens[number] for place, number in order])
+    counted: torch.Tensor | None = None
+    if any(own.counted is not None for own in sets):
+        every = [torch.ones_like(s.tokens).bool() if s.counted is None else s.counted for s in sets]
+        counted = torch.stack([every[place][number] for place, number in order])
     parts = tuple(own.provenance for own in sets)
     first = parts[0]
     provenance = Provenance(
@@ -38,11 +43,12 @@ def combined(sets: Sequence[CalibrationSet]) -> CalibrationSet:
         sequences=len(tokens),
         sequence_length=first.sequence_length,
         cut=tuple(f"{part.source}: {sentence}" for part in parts for sentence in part.cut),
-        sha256=tokens_sha256(tokens),
+        sha256=tokens_sha256(tokens, counted),
         warnings=tuple(said for part in parts for said in part.warnings),
         sentences=union(part.sentences for part in parts),
         synthetic=any(part.synthetic for part in parts),
+        tokens_counted=None if counted is None else int(counted.sum()),
         parts=parts,
     )
     written = tuple(document for own in sets for document in own.written)
-    return CalibrationSet(tokens, provenance, written)
+    return CalibrationSet(tokens, provenance, written, counted)

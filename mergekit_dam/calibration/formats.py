@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from mergekit_dam.calibration.messages import (
+    Answered,
     Chat,
     is_chat,
     is_sharegpt,
@@ -19,7 +20,7 @@ from mergekit_dam.calibration.tally import Tally
 from mergekit_dam.calibration.tokens import unpadded
 from mergekit_dam.errors import CalibrationError
 
-Content = str | tuple[int, ...] | Chat
+Content = str | tuple[int, ...] | Answered | Chat
 Columns = Mapping[str, Any]
 
 

@@ -7,6 +7,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mergekit_dam.calibration.pieces import Intake
+from mergekit_dam.calibration.sets import CalibrationSet
+from mergekit_dam.errors import CalibrationError
 
 COPIES = 0.1
 """Share of copies among the documents above which there is a warning."""
@@ -47,6 +49,30 @@ def warnings_of(
         yield (
             f"{unknown:.0%} of the tokens are the unknown token: the tokenizer lacks what this "
             "text is made of. Is it the right text, and the right tokenizer, for this model?"
+        )
+
+
+def require_counted(own: CalibrationSet, held_out: int, model: str) -> None:
+    """Refuse a text of which no token counts, in the fit or among what judges it.
+
+    Args:
+        own: The text.
+        held_out: Number of held-out sequences, the last ones.
+        model: Name of the model, for the message.
+
+    Raises:
+        CalibrationError: No token counts.
+    """
+    if own.counted is None:
+        return
+    judging, every = own.number_counted(held_out), own.number_counted(len(own.tokens))
+    if every == judging or (held_out and not judging):
+        split = "the held-out sequences" if every else "the text"
+        split = "the sequences of the fit" if every and every == judging else split
+        raise CalibrationError(
+            f"calibration of {model}: `loss_on=assistant`, but no token of {split} is an "
+            "assistant's: give chats with shorter messages of the user, raise `samples`, or remove "
+            "`loss_on`"
         )
 
 

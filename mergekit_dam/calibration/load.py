@@ -152,7 +152,7 @@ def _load(
         LOG.warning("calibration of %s: %s", model, warning)
     if not intake.exhausted and source.kind != "hub":
         LOG.warning("calibration of %s: %s", model, provenance.cut[0])
-    return CalibrationSet(packed.tokens, provenance, written)
+    return CalibrationSet(packed.tokens, provenance, written, packed.counted)
 
 
 def _provenance(
@@ -182,7 +182,8 @@ def _provenance(
         sequences=sequences,
         sequence_length=length,
         cut=(),
-        sha256=tokens_sha256(packed.tokens),
+        sha256=tokens_sha256(packed.tokens, packed.counted),
+        tokens_counted=None if packed.counted is None else int(packed.counted.sum()),
     )
 
 

@@ -43,6 +43,19 @@ _CALLS = ("function_call", "tool_call")  # roles whose value is a call of a tool
 
 
 @dataclass(frozen=True, slots=True)
+class Answered:
+    """A text that ends with an answer.
+
+    Attributes:
+        text: The whole.
+        start: Where in it the answer begins.
+    """
+
+    text: str
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
 class Chat:
     """A chat that a template turns into text.
 
@@ -55,7 +68,7 @@ class Chat:
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
-    plain: str | None = None
+    plain: Answered | None = None
 
 
 def is_sharegpt(messages: Sequence[Any]) -> bool:

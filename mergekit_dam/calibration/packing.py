@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mergekit_dam.calibration.documents import Document
 from mergekit_dam.calibration.pieces import Piece
+from mergekit_dam.calibration.turns import covered
 from mergekit_dam.errors import CalibrationError
 
 _PROBE = "Hello 0"
@@ -23,12 +24,15 @@ class Packed:
         tokenised: Number of tokens made; those after the last full sequence are not used.
         documents: Number of documents with at least one token in `tokens`.
         spelled: Number of tokens that were replaced by several others.
+        counted: Which tokens count in losses, bool, in the shape of `tokens`: those whose next
+            token counts in its document. None if all do.
     """
 
     tokens: torch.Tensor
     tokenised: int
     documents: int
     spelled: int = 0
+    counted: torch.Tensor | None = None
 
 
 Spelling = Callable[[int], Sequence[int]]
@@ -56,16 +60,23 @@ def pack(
     needed = sequences * sequence_length
     start = document_start(tokenizer)
     ids: list[int] = []
+    counted: list[bool] = []
     cut = 0
     sources: list[tuple[int, int]] = []  # (position of its first token, document)
     for piece in pieces:
         document = piece.content
         sources.append((len(ids), piece.number))
-        own = _checked(_encode(document, tokenizer, start), document, tokenizer, vocab_size)
+        own, marks = _encode(document, tokenizer, start)
+        _check(own, document, tokenizer, vocab_size)
         if spelled is not None:
-            cut += sum(len(spelled(token)) > 1 for token in own)
-            own = [piece for token in own for piece in spelled(token)]
+            parts = [spelled(token) for token in own]
+            cut += sum(len(each) > 1 for each in parts)
+            own = [part for each in parts for part in each]
+            if marks:
+                marks = [mark for mark, each in zip(marks, parts, strict=True) for _ in each]
         ids += own
+        if marks:  # a token predicts the next one of its own document
+            counted += [*marks[1:], False]
         if len(ids) >= needed:  # tested before the next piece, which may have to be read first
             break
     kept = min(needed, len(ids) // sequence_length * sequence_length)
@@ -74,6 +85,7 @@ def pack(
         tokenised=len(ids),
         documents=len({number for position, number in sources if position < kept}),
         spelled=cut,
+        counted=torch.tensor(counted[:kept]).view(-1, sequence_length) if counted else None,
     )
 
 
@@ -104,38 +116,47 @@ def _added_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _encode(
     document: Document, tokenizer: PreTrainedTokenizerBase, start: list[int]
-) -> Sequence[int]:
-    if not isinstance(document.content, str):
-        return document.content
+) -> tuple[Sequence[int], list[bool]]:
+    """Token ids of a document, and which of them count; of none, if all tokens do."""
+    text, spans = document.content, document.counted
+    if not isinstance(text, str):
+        return text, []
     try:
-        document.content.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise CalibrationError(
             f"{document.origin} holds half of a surrogate pair ({error.reason}), which no "
             "tokenizer reads: mend or remove this text"
         ) from error
+    encoded = tokenizer(
+        text,
+        add_special_tokens=not document.templated,
+        return_offsets_mapping=spans is not None,
+        verbose=False,  # no warning about text longer than the model's context, as it is packed
+    )
+    ids = list(encoded["input_ids"])
+    marks = [] if spans is None else covered(spans, encoded["offset_mapping"], len(text))
     if document.templated:
-        return _ids(tokenizer, document.content, add_special_tokens=False)
-    ids = _ids(tokenizer, document.content, add_special_tokens=True)
+        return ids, marks
     count = len(start)
     if ids[:count] != start:
         ids = start + ids
+        marks = [False] * count + marks if marks else marks
     # A text that was saved with its special tokens has them twice now: drop one copy.
-    return ids[count:] if count and ids[count : 2 * count] == start else ids
+    twice = count and ids[count : 2 * count] == start
+    return (ids[count:], marks[count:]) if twice else (ids, marks)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool) -> list[int]:
-    # verbose=False: no warning about text longer than the model's context, as it is packed.
-    encoded = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
-    return list(encoded["input_ids"])
+    return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
 
-def _checked(
+def _check(
     ids: Sequence[int],
     document: Document,
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int,
-) -> Sequence[int]:
+) -> None:
     if ids and (min(ids) < 0 or max(ids) >= vocab_size):
         wrong = next(token for token in ids if not 0 <= token < vocab_size)
         text = tokenizer.convert_ids_to_tokens(wrong) if 0 <= wrong < len(tokenizer) else None
@@ -144,4 +165,3 @@ def _checked(
             f"{document.origin}: {named} is outside the model's vocabulary of {vocab_size} ids: "
             "remove this text, or give the model the tokenizer that it was trained with"
         )
-    return ids

@@ -3,7 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mergekit_dam.calibration.messages import Chat, Message, messages_in, parsed, tools_in
+from mergekit_dam.calibration.messages import (
+    Answered,
+    Chat,
+    Message,
+    messages_in,
+    parsed,
+    tools_in,
+)
 from mergekit_dam.calibration.tally import Tally
 from mergekit_dam.errors import CalibrationError
 
@@ -39,11 +46,11 @@ def _instructed(columns: Columns, answer: str, origin: str) -> Chat:
     plain = _ALPACA.format(_WITH_INPUT if context else "") if not system else f"{system}\n\n"
     plain += f"### Instruction:\n{asked}\n\n"
     plain += f"### Input:\n{context}\n\n" if context else ""
-    plain += f"### Response:\n{answer}"
-    return Chat(tuple(messages), plain=plain)
+    plain += "### Response:\n"
+    return Chat(tuple(messages), plain=Answered(plain + answer, len(plain)))
 
 
-def prompt_and_completion(columns: Columns, origin: str, tally: Tally) -> str | Chat:
+def prompt_and_completion(columns: Columns, origin: str, tally: Tally) -> str | Answered | Chat:
     """A `prompt` with its `completion`: two texts, which are put together, or two chats.
 
     A row with `label: false` has a completion that was rejected, and is empty.
@@ -55,7 +62,7 @@ def prompt_and_completion(columns: Columns, origin: str, tally: Tally) -> str | 
     return _joined(prompt, answer, columns, origin)
 
 
-def chosen_answer(columns: Columns, origin: str, tally: Tally) -> str | Chat:
+def chosen_answer(columns: Columns, origin: str, tally: Tally) -> Answered | Chat:
     """A preference pair: the `chosen` answer, behind its prompt if it does not hold that."""
     chosen = _side(columns, ("chosen",), "assistant", origin, tally)
     if isinstance(chosen, str) and columns.get("instruction"):
@@ -72,13 +79,14 @@ def _joined(
     answer: str | tuple[Message, ...],
     columns: Columns,
     origin: str,
-) -> str | Chat:
+) -> Answered | Chat:
     """Prompt and answer as one text, or as one chat if one of them is a chat.
 
     An answer that begins with the prompt, or with a message of the user, is the whole already.
     """
     if isinstance(prompt, str) and isinstance(answer, str):
-        return answer if answer.startswith(prompt) else prompt + answer
+        whole = answer if answer.startswith(prompt) else prompt + answer
+        return Answered(whole, len(prompt))
     before, after = _messages(prompt, "user"), _messages(answer, "assistant")
     is_whole = bool(after) and (after[0]["role"] in ("user", "system"))
     messages = after if is_whole or after[: len(before)] == before else (*before, *after)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from mergekit_dam.calibration.documents import Document
 from mergekit_dam.calibration.rows import permutation
+from mergekit_dam.calibration.turns import Span
 
 CHARACTERS_PER_TOKEN = 4  # roughly, in English; only limits in characters are derived from it
 
@@ -64,7 +65,16 @@ class Piece:
         """
         whole = self.document
         templated = whole.templated and self.start == 0
-        return replace(whole, content=whole.content[self.start : self.stop], templated=templated)
+        content = whole.content[self.start : self.stop]
+        counted = None if whole.counted is None else tuple(self._moved(whole.counted))
+        return replace(whole, content=content, templated=templated, counted=counted)
+
+    def _moved(self, spans: Iterable[Span]) -> Iterator[Span]:
+        """The parts of spans of the document that are in the piece, from where that begins."""
+        for start, stop in spans:
+            first, last = max(start, self.start), min(stop, self.stop)
+            if first < last:
+                yield first - self.start, last - self.start
 
 
 def shuffled_pieces(

@@ -14,6 +14,7 @@ from mergekit_dam.calibration.pieces import Intake
 from mergekit_dam.calibration.source import CalibrationSource
 from mergekit_dam.calibration.tally import Tally
 from mergekit_dam.calibration.templates import ChatTemplate
+from mergekit_dam.errors import CalibrationError
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,8 @@ def open_source(
         seed: Seed of the order of the files, or of the rows of a Hub dataset.
 
     Raises:
-        CalibrationError: If there is nothing to read.
+        CalibrationError: If there is nothing to read, or if the tokenizer cannot tell which
+            tokens are an assistant's.
     """
     tally = Tally()
     template = ChatTemplate(tokenizer, path=source.chat_template, model=model, tally=tally)
@@ -77,5 +79,12 @@ def open_source(
     else:
         found = find_files(source)
         rows, left_out = local_rows(found.files, columns=columns, seed=seed), found.left_out
-    documents = documents_from(rows, reader=reader, render=template.render)
+    answers = template.answers if source.loss_on == "assistant" else None
+    if answers is not None and not tokenizer.is_fast:
+        raise CalibrationError(
+            f"{source.text!r}: `loss_on=assistant` needs a tokenizer that tells the characters of "
+            f"its tokens, but that of {model} is a slow one: remove `loss_on`, or save the model "
+            "with a tokenizer.json"
+        )
+    documents = documents_from(rows, reader=reader, render=template.render, answers=answers)
     return Reading(documents, tally, template.name, left_out, revision)

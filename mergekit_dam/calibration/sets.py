@@ -1,7 +1,9 @@
 """A calibration set, and the origin of its tokens."""
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -39,7 +41,9 @@ class Provenance:
         cut: Sentences that say what was left out or replaced, and why.
         warnings: Sentences that say what speaks against the text, and what to do.
         sentences: Digests of its sentences (see `overlap`), in hexadecimal.
-        sha256: Digest of the model's own ids as little-endian int64, row by row.
+        tokens_counted: Number of tokens that count in losses; None if all do.
+        sha256: Digest of the model's own ids as little-endian int64, row by row, and of which
+            tokens count, a byte each, if not all do.
         synthetic: Whether a model wrote text of it, now or in an earlier merge.
         parts: The origins of the sets that this one is made of, if there are several sources.
     """
@@ -64,11 +68,23 @@ class Provenance:
     warnings: tuple[str, ...] = ()
     sentences: str = ""
     synthetic: bool = False
+    tokens_counted: int | None = None
     parts: tuple["Provenance", ...] = ()
+
+    def told(self) -> dict[str, Any]:
+        """All of it as plain values, for the report; without what only some texts have."""
+
+        def known(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            return {k: v for k, v in pairs if k != "tokens_counted" or v is not None}
+
+        return dataclasses.asdict(self, dict_factory=known)
 
     def summary(self) -> str:
         """The main facts in one line, for the log."""
         text = " (synthetic: a model wrote it)" if self.synthetic else ""
+        counted = self.tokens_counted
+        if counted is not None:
+            text += f"; {counted:,} of {self.tokens_used:,} tokens count, those of the assistant"
         return (
             f"calibration of {self.model}: read as {self.read_as}; {self.sequences} sequences of "
             f"{self.sequence_length} tokens from {self.documents_used:,} of "
@@ -86,14 +102,32 @@ class CalibrationSet:
             by readers. They are the model's ids, or the merged model's ids after a translation
             into a vocabulary of its own.
         provenance: The origin of the tokens.
+        counted: Which tokens count in losses, bool, in the shape of `tokens`: those whose next
+            token is one that a user asked to be judged by. None if all do.
         written: The documents, if the model wrote them for this merge.
     """
 
     tokens: torch.Tensor
     provenance: Provenance
     written: tuple[WrittenDocument, ...] = ()
+    counted: torch.Tensor | None = None
+
+    def number_counted(self, held_out: int) -> int:
+        """Number of tokens that count in the last sequences, `held_out` of them."""
+        counted = self.counted
+        if counted is None:
+            return held_out * self.tokens.shape[1]
+        return int(counted[len(counted) - held_out :].sum())
 
 
-def tokens_sha256(tokens: torch.Tensor) -> str:
-    """Hex sha256 of an int64 tensor's values as little-endian bytes; the same on any machine."""
-    return hashlib.sha256(tokens.contiguous().cpu().numpy().astype("<i8").tobytes()).hexdigest()
+def tokens_sha256(tokens: torch.Tensor, counted: torch.Tensor | None = None) -> str:
+    """Hex sha256 of token ids, and of which of them count; the same on any machine.
+
+    Args:
+        tokens: int64, which is read as little-endian bytes.
+        counted: bool, which is read as a byte each; None adds nothing.
+    """
+    digest = hashlib.sha256(tokens.contiguous().cpu().numpy().astype("<i8").tobytes())
+    if counted is not None:
+        digest.update(counted.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -20,9 +20,20 @@ from mergekit_dam.calibration.templates import NONE
 from mergekit_dam.errors import CalibrationError
 from mergekit_dam.untrusted import exists
 
-OPTIONS = ("split", "name", "column", "format", "samples", "share", "chat_template", "start")
+OPTIONS = (
+    "split",
+    "name",
+    "column",
+    "format",
+    "samples",
+    "share",
+    "chat_template",
+    "loss_on",
+    "start",
+)
 SELF = "self"
 STARTS = ("text", "chat")
+LOSSES = ("assistant", "all")
 
 Kind = Literal["file", "directory", "hub", "self"]
 
@@ -47,6 +58,7 @@ class CalibrationSource:
         samples: Number of sequences, in place of the merge's `samples`.
         share: Share of the merge's `samples`, among several sources of one model.
         chat_template: Path of a jinja file, in place of the tokenizer's template; "none" for none.
+        loss_on: Which tokens count in losses: those of the "assistant", or "all".
         start: What the model itself writes: "text" or "chat"; None for both, if it has a template.
     """
 
@@ -61,6 +73,7 @@ class CalibrationSource:
     samples: int | None = None
     share: float | None = None
     chat_template: str | None = None
+    loss_on: str | None = None
     start: str | None = None
 
     @property
@@ -148,6 +161,9 @@ def _value_problems(options: dict[str, str]) -> list[str]:
     template = options.get("chat_template")
     if template and template != NONE and not exists(template):
         problems.append(f"`chat_template` must be an existing jinja file; none at {template!r}")
+    counted = options.get("loss_on")
+    if counted is not None and counted not in LOSSES:
+        problems.append(f"`loss_on` must be one of {', '.join(LOSSES)}; got {counted!r}")
     return problems
 
 
@@ -204,8 +220,8 @@ def _unfit_for_local(location: str, kind: str, options: dict[str, str]) -> list[
     if suffix_of(location) == ".txt":
         problems += [
             f"`{key}` is for rows, but a .txt file has none: remove `{key}`"
-            for key in ("column", "format")
-            if key in options
+            for key in ("column", "format", "loss_on")
+            if options.get(key, "all") != "all"
         ]
     return problems
 
@@ -217,7 +233,7 @@ def _unfit_for_kind(kind: Kind | None, options: dict[str, str]) -> list[str]:
         return [f"`start` is for `{SELF}`, the text that the model writes: remove `start`"]
     problems = [
         f"`{key}` is for text that is read, but `{SELF}` is written by the model: remove `{key}`"
-        for key in ("split", "name", "column", "format")
+        for key in ("split", "name", "column", "format", "loss_on")
         if key in options
     ]
     start = options.get("start")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_dam.calibration.messages import Chat
 from mergekit_dam.calibration.tally import Tally
+from mergekit_dam.calibration.turns import Span, marks_turns, masked_spans, turns_by_prefixes
 from mergekit_dam.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class ChatTemplate:
             return "", False
         if self._own is None and (self._none or not self._tokenizer.chat_template):
             if chat.plain is not None:
-                return chat.plain, False
+                return chat.plain.text, False
             has_none = "the model's tokenizer has no chat template"
             raise CalibrationError(
                 f"{origin} holds chat messages, but "
@@ -71,6 +72,55 @@ class ChatTemplate:
                 "`:chat_template=FILE.jinja` behind the source, or give `text`"
             )
         return self._rendered(chat, origin), True
+
+    def answers(self, chat: Chat, text: str, origin: str) -> tuple[Span, ...]:
+        """Where in the text of a chat the assistant's turns are.
+
+        They are what the template marks by `{% generation %}`, or what the text gains with each
+        of the assistant's messages.
+
+        Args:
+            chat: A chat that the template wrote.
+            text: Its text.
+            origin: Its place, for errors.
+
+        Raises:
+            CalibrationError: If they cannot be found.
+        """
+        for messages in _forms(chat):
+            try:
+                written = self._apply(messages, chat.tools)
+            except Exception:  # as in `render`, which went on with another form
+                continue
+            if written == text:
+                spans = self._turns(messages, chat.tools, text)
+                if spans is not None:
+                    return spans
+        raise CalibrationError(
+            f"{origin}: the {self.name} does not tell which tokens are the assistant's: earlier "
+            "messages are written in another way if others follow, and it has no "
+            "`{% generation %}`; put `{% generation %}` and `{% endgeneration %}` around what it "
+            "writes of an assistant's message, in a copy that `:chat_template=FILE.jinja` names, "
+            "or write `:loss_on=all`"
+        )
+
+    def _turns(
+        self, messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]], text: str
+    ) -> tuple[Span, ...] | None:
+        template, offered = self._with(tools)
+        if not marks_turns(template):
+            return turns_by_prefixes(
+                text, messages, lambda some, invite: self._apply(list(some), tools, invite=invite)
+            )
+        encoded: Any = self._tokenizer.apply_chat_template(
+            messages,
+            tools=offered,
+            chat_template=template,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True, "verbose": False},
+        )
+        return masked_spans(encoded["assistant_masks"], encoded["offset_mapping"])
 
     def _rendered(self, chat: Chat, origin: str) -> str:
         messages = [dict(message) for message in chat.messages]
@@ -82,8 +132,7 @@ class ChatTemplate:
                     f"{origin}: {self._said} refuses this chat: {error}"
                 ) from error
             # A tool call has no content. Some templates read it all the same.
-            filled = [{"content": "", **message} for message in chat.messages]
-            return self._rendered(Chat(tuple(filled), chat.tools), origin)
+            return self._rendered(Chat(tuple(_filled(chat)), chat.tools), origin)
         if any(_words(message) and _words(message) in text for message in messages):
             return text
         # Templates of vision models may read lists of parts alone, and drop strings.
@@ -93,7 +142,8 @@ class ChatTemplate:
             return text
         return in_parts if any(_words(m) and _words(m) in in_parts for m in messages) else text
 
-    def _apply(self, messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
+    def _with(self, tools: Sequence[Mapping[str, Any]]) -> tuple[str, Any]:
+        """The template for some tools, with its clock replaced, and the tools that it reads."""
         template = self._own
         offered: Any = [dict(tool) for tool in tools] or None
         if template is None:
@@ -104,8 +154,22 @@ class ChatTemplate:
                 "so that equal text gives equal tokens"
             )
             template = _clock() + template
+        return template, offered
+
+    def _apply(
+        self,
+        messages: list[dict[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        invite: bool = False,
+    ) -> str:
+        template, offered = self._with(tools)
         rendered = self._tokenizer.apply_chat_template(
-            messages, tools=offered, chat_template=template, tokenize=False
+            messages,
+            tools=offered,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=invite,
         )
         return str(rendered)
 
@@ -127,6 +191,17 @@ def _formatted(letter: str, pad: str) -> str:
 
 def _words(message: Mapping[str, Any]) -> str:
     return str(message.get("content", "")).strip()
+
+
+def _filled(chat: Chat) -> list[dict[str, Any]]:
+    return [{"content": "", **message} for message in chat.messages]
+
+
+def _forms(chat: Chat) -> list[list[dict[str, Any]]]:
+    """The forms of a chat's messages that `render` tries."""
+    own, filled = [dict(message) for message in chat.messages], _filled(chat)
+    forms = [own, filled] if own != filled else [own]
+    return [*forms, *([_in_parts(message) for message in form] for form in forms)]
 
 
 def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -233,7 +233,7 @@ def _output_fit(part: PartSize, inventory: Inventory) -> Work:
 def _head_descent(part: PartSize, inventory: Inventory, most: int, rank: int = 0) -> Work:
     """A descent of the head's coefficients, or of factors of a rank."""
     text = inventory.text
-    steps = head_loss.steps_for(most, text.fit_sequences, text.length)
+    steps = head_loss.steps_for(most, text.fit_sequences * text.length, text.length)
     looks = head_loss.LOOKS if rank else 1 + head_loss.LOOKS  # of the start, once
     weight = sum(unit.parameters for unit in part.of("head"))
     seen = looks * text.judging_tokens

@@ -60,7 +60,7 @@ class Text:
     @property
     def tensor_judging_tokens(self) -> int:
         """Held-out tokens of all models that judge single tensors, but for those of experts."""
-        return sum(n * self.length // stride(n, self.length) for n in self.held_out)
+        return sum(n * self.length // stride(n * self.length) for n in self.held_out)
 
     @property
     def gradient_tokens(self) -> int:

@@ -1,6 +1,5 @@
 """The files that a dam merge writes beside the merged model: coefficients and a report."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,14 +46,14 @@ def write_artifacts(merge: Merge, tensors: Tensors, record: MergeRecord) -> None
             "calibration": names.tree(
                 {
                     str(model): {
-                        **dataclasses.asdict(own.provenance),
+                        **own.provenance.told(),
                         **({"kept": kept[model]} if model in kept else {}),
                     }
                     for model, own in prepared.calibration.items()
                 }
             ),
             "held_out_tokens": {
-                names.of(model): prepared.run.held_out(len(own.tokens)) * own.tokens.shape[1]
+                names.of(model): own.number_counted(prepared.run.held_out(len(own.tokens)))
                 for model, own in prepared.calibration.items()
             },
             "search": [report.trial_entry(trial) for trial in record.trials],

@@ -19,6 +19,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from pydantic import PrivateAttr
 
+from mergekit_dam.calibration.judgement import require_counted
 from mergekit_dam.calibration.load import load_calibration
 from mergekit_dam.calibration.sets import CalibrationSet
 from mergekit_dam.coefficients.file import CoefficientFile
@@ -166,6 +167,7 @@ def prepare(
                 "by the text that they were fitted to; raise `samples`",
                 model,
             )
+        require_counted(own, run.held_out(len(own.tokens)), str(model))
         calibration[model] = own
     if asked.vocabulary is None:
         used = {str(model): own.tokens for model, own in calibration.items()}

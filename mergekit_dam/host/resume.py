@@ -16,6 +16,7 @@ import torch
 from mergekit.common import ModelPath
 from mergekit.options import MergeOptions
 
+from mergekit_dam.calibration.sets import tokens_sha256
 from mergekit_dam.host.files import folder_of, header_of, model_files, stamp
 from mergekit_dam.host.prepare import PreparedConfiguration
 from mergekit_dam.host.report import versions
@@ -123,8 +124,8 @@ def depends_on(config: PreparedConfiguration, options: MergeOptions) -> dict[str
         if file is not None:
             found[f"the file {file.name}, to start from,"] = stamp(file)
     for model, calibration in prepared.calibration.items():
-        tokens = calibration.tokens.contiguous()
-        found[f"the calibration of {model}"] = _digest(tokens.numpy().tobytes())
+        digest = tokens_sha256(calibration.tokens, calibration.counted)
+        found[f"the calibration of {model}"] = digest
     return {name: str(value) for name, value in found.items()}
 
 

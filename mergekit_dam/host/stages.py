@@ -124,6 +124,7 @@ def calibration_streams(
             prepared.run.held_out(calibration.tokens.shape[0]),
             storage,
             turn=turn,
+            counted=calibration.counted,
         )
         for turn, (model, calibration) in enumerate(prepared.calibration.items())
     ]

@@ -44,7 +44,7 @@ class RoutingTotals:
     Attributes:
         energy: weighted sum of the squared norms of the teacher's experts' summed output.
         count: sum of the tokens' weights.
-        sent: number of tokens that are routed to each expert, int64 `[experts]`.
+        sent: number of tokens that count and are routed to each expert, int64 `[experts]`.
     """
 
     energy: float
@@ -105,7 +105,7 @@ def observe(walk: Walk, group: int, unit: Unit, stream: Stream) -> RoutedStream:
     def entering() -> Iterator[Tensor]:
         for seen in see(walk, group, [unit], stream, None):
             routing, output = seen.merged.routing[unit.name], seen.teacher.outputs[unit.name]
-            weighted.append(token_weights([output], seen.sequences).cpu())
+            weighted.append(token_weights([output], seen.sequences, seen.counted).cpu())
             energies.append(output.square().sum(-1, dtype=torch.float64).reshape(-1).cpu())
             routings.append(Routing(torch.empty(0), routing.experts.cpu(), routing.weights.cpu()))
             rows = torch.cat([seen.teacher.inputs[unit.name], routing.hidden], dim=1)
@@ -125,6 +125,6 @@ def observe(walk: Walk, group: int, unit: Unit, stream: Stream) -> RoutedStream:
         weighted_energy, weight = all_sums(
             [float(own @ energy[first:last].double()), float(own.sum())]
         )
-        sent = torch.bincount(experts[first:last].reshape(-1), minlength=count)
+        sent = torch.bincount(experts[first:last][own > 0].reshape(-1), minlength=count)
         sums[split] = RoutingTotals(weighted_energy, weight, all_sum(sent))
     return RoutedStream(stream, kept, experts, weights, counted, sums)

@@ -79,7 +79,7 @@ def _linear_evidence(
     columns = shapes[first.name][1]
     dtype = precision(columns * walk.weight(first).settings.parametrisation.expand.shape[1])
 
-    every = {s.source: stride(s.share.count("held_out"), s.teacher.shape[1]) for s in walk.streams}
+    every = {stream.source: stride(stream.number_counted("held_out")) for stream in walk.streams}
     # Squares in metrics cost much; they are needed where the data of the fit judges it.
     judged_apart = judging_split(stream.share for stream in walk.streams) == "held_out"
 
@@ -98,13 +98,14 @@ def _linear_evidence(
 
     def add(sums: Mapping[str, LinearMoments] | Mapping[str, LinearTokens], seen: Seen) -> None:
         x, wanted = flat(seen.merged.inputs[first.name]), targets(seen)
-        weight = token_weights([own for own, _ in wanted.values()], seen.sequences)
+        weight = token_weights([own for own, _ in wanted.values()], seen.sequences, seen.counted)
         own, rows = sums[first.name], _ALL
         if isinstance(own, LinearMoments):
             own.inputs.add(x, weight)  # shared by the units
-        elif every[seen.source] > 1:
+        elif every[seen.source] > 1 or seen.counted is not None:
             length = len(weight) // seen.sequences
             rows = judging_rows(seen.numbers, length, every[seen.source]).to(x.device)
+            rows = rows if seen.counted is None else rows[seen.counted[rows]]
             x, weight = x[rows], weight[rows]
         for name, (goal, made) in wanted.items():
             output = flat(made)[rows]
@@ -126,7 +127,7 @@ def fit_norms(walk: Walk, group: int, units: list[Unit]) -> Settled:
     def add(sums: Mapping[str, FeatureMoments], seen: Seen) -> None:
         _, normalised = norm_parts(module, seen.merged.inputs[unit.name], own)
         wanted = target(walk, unit, seen)
-        weight = token_weights([wanted], seen.sequences)
+        weight = token_weights([wanted], seen.sequences, seen.counted)
         scaled = wanted - unit.unit_gain * normalised
         output = seen.teacher.outputs[unit.name]
         sums[unit.name].add(flat(normalised), flat(scaled), flat(output), weight)
@@ -143,11 +144,13 @@ def fit_embeddings(walk: Walk, group: int, units: list[Unit]) -> Settled:
 
     def count(stream: Stream, split: Split) -> Tensor:
         counts = torch.zeros(rows, dtype=torch.float64, device=walk.device)
-        for _, _, tokens in walk.pairs(stream, split):
+        for chunk, _, tokens in walk.pairs(stream, split):
             seen = walk.part.captured(walk.weights, tokens, inputs=(unit.name,))
             # Position ids are looked up once for all sequences of a chunk.
             ids = seen.inputs[unit.name].expand(tokens.shape[0], -1)
-            counts += torch.bincount(ids.reshape(-1), minlength=rows)
+            ids, counted = ids.reshape(-1), stream.judging(chunk)
+            ids = ids if counted is None else ids[counted.to(ids.device)]
+            counts += torch.bincount(ids, minlength=rows)
         return all_sum(counts)
 
     usage = []

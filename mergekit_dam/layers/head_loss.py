@@ -69,45 +69,52 @@ class HeadLoss:
     def steps(self, most: int) -> int:
         """Steps of a descent on this text, as `steps_for` says."""
         streams = self.walk.streams
-        sequences = max(stream.share.count("fit") for stream in streams)
-        return steps_for(most, sequences, streams[0].teacher.shape[1])
+        tokens = max(stream.number_counted("fit") for stream in streams)
+        return steps_for(most, tokens, streams[0].teacher.shape[1])
 
-    def of(self, weight: Tensor) -> float:
+    def of(self, head: Tensor) -> float:
         """KL in nats per token on the data that judges, with a weight `[vocabulary, in]`."""
-        weights, split = {**self.walk.weights, self.name: weight.float()}, self.judging
+        weights, split = {**self.walk.weights, self.name: head.float()}, self.judging
         loss = 0.0
         for stream in self.walk.streams:
             teacher_weights = self.walk.teacher_weights(stream)
-            own = sum(
-                float(self._kl(stream, teacher_weights, weights, row))
-                for row in range(*stream.share.rows(split))
-            )
+            own = 0.0
+            for row in range(*stream.share.rows(split)):
+                tokens, weight = stream.counted_tokens(row)
+                if weight:
+                    own += weight * float(self._kl(stream, teacher_weights, weights, row, tokens))
             loss += self._weight_of(stream) * own / stream.share.count(split)
         return all_sums([loss])[0]
 
-    def gradient(self, weight: Tensor, number: int) -> Tensor:
+    def gradient(self, head: Tensor, number: int) -> Tensor:
         """This process's part of the gradient with respect to the weight, fp32, in its shape.
 
-        It is of some tokens, drawn at random, of one sequence of every model.
+        It is of some tokens that count, drawn at random, of one sequence of every model.
 
         Args:
-            weight: as for `of`.
+            head: the weight, as for `of`.
             number: number of the sequence in the data of the fit; it wraps around at the end.
         """
-        weight = weight.float().requires_grad_(True)
+        head = head.float().requires_grad_(True)
         for stream in self.walk.streams:
             # Drawn for all sequences, so that every process draws the same.
             length = stream.teacher.shape[1]
-            tokens = torch.randperm(length, generator=self._random)[:TOKENS]
+            tokens = torch.randperm(length, generator=self._random)
             row = stream.share.row_of(number % stream.share.count("fit"))
             if row is None:
                 continue  # another process has the sequence
+            counted, weight = stream.counted_tokens(row)
+            if not weight:
+                continue
+            if isinstance(counted, Tensor):
+                tokens = tokens[torch.isin(tokens, counted)]
             with torch.enable_grad():
-                weights = {**self.walk.weights, self.name: weight}
+                weights = {**self.walk.weights, self.name: head}
                 teacher_weights = self.walk.teacher_weights(stream)
-                loss = self._kl(stream, teacher_weights, weights, row, tokens)
-                (self._weight_of(stream) * loss).backward()  # type: ignore[no-untyped-call]
-        return torch.zeros_like(weight) if weight.grad is None else weight.grad
+                loss = self._kl(stream, teacher_weights, weights, row, tokens[:TOKENS])
+                share = self._weight_of(stream) * weight
+                (share * loss).backward()  # type: ignore[no-untyped-call]
+        return torch.zeros_like(head) if head.grad is None else head.grad
 
     def _weight_of(self, stream: Stream) -> float:
         """Share of a stream's data in the loss."""
@@ -120,7 +127,7 @@ class HeadLoss:
         teacher_weights: Mapping[str, Tensor],
         weights: Mapping[str, Tensor],
         row: int,
-        tokens: Tensor | slice = slice(None),
+        tokens: Tensor | slice,
     ) -> Tensor:
         """KL in nats per token, averaged over tokens of one sequence."""
         device, rows = self.walk.device, slice(row, row + 1)
@@ -131,14 +138,14 @@ class HeadLoss:
         return divergence(merged, teacher, temperature=self.temperature).mean()
 
 
-def steps_for(most: int, sequences: int, length: int) -> int:
+def steps_for(most: int, tokens: int, length: int) -> int:
     """Steps of a descent: fewer than `most` where there is little text.
 
     Args:
-        sequences: sequences of the fit, of the model that has the most.
+        tokens: tokens of the fit that count, of the model that has the most.
         length: tokens of a sequence.
     """
-    return min(most, math.ceil(PASSES * sequences * length / min(TOKENS, length)))
+    return min(most, math.ceil(PASSES * tokens / min(TOKENS, length)))
 
 
 def descent(

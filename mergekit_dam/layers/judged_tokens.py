@@ -12,14 +12,13 @@ TOKENS = 512
 """Held-out tokens of a model that judge a tensor, about: all of them, or every so manieth."""
 
 
-def stride(sequences: int, length: int) -> int:
+def stride(tokens: int) -> int:
     """Every how manieth held-out token judges.
 
     Args:
-        sequences: held-out sequences of one model, in all processes.
-        length: tokens per sequence.
+        tokens: held-out tokens of one model that count, in all processes.
     """
-    return max(1, sequences * length // TOKENS)
+    return max(1, tokens // TOKENS)
 
 
 def judging_rows(numbers: range, length: int, every: int) -> Tensor:

@@ -22,6 +22,7 @@ class Seen:
         drift: residual stream of the teacher minus that of the merged model, at the point where
             the units of the group add to it.
         numbers: numbers of the sequences among those of all processes.
+        counted: which tokens judge, bool `[tokens]`; None if all do, or if none of them judges.
     """
 
     source: int
@@ -29,6 +30,7 @@ class Seen:
     merged: Captured
     drift: Tensor
     numbers: range
+    counted: Tensor | None = None
 
     @property
     def sequences(self) -> int:
@@ -48,7 +50,10 @@ def see(
         teacher = _see_teacher(walk, group, units, stream, chunk, weights, teacher_x)
         merged = _see_merged(walk, group, units, stream, chunk, merged_x)
         drift = _drift(walk, group, teacher, merged, teacher_x - merged_x)
-        yield Seen(stream.source, teacher, merged, drift, stream.share.numbers[chunk])
+        counted = stream.judging(chunk)
+        if counted is not None:
+            counted = counted.to(walk.device)
+        yield Seen(stream.source, teacher, merged, drift, stream.share.numbers[chunk], counted)
 
 
 def _teacher_weights(

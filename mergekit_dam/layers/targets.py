@@ -38,21 +38,29 @@ def target(walk: Walk, unit: Unit, seen: Seen) -> Tensor:
     return before_norm(output, wanted, own["weight"] + norm.unit_gain)
 
 
-def token_weights(targets: Sequence[Tensor], sequences: int) -> Tensor:
-    """Weights of a chunk's tokens, fp32 `[tokens]`, in (0, 1].
+def token_weights(
+    targets: Sequence[Tensor], sequences: int, counted: Tensor | None = None
+) -> Tensor:
+    """Weights of a chunk's tokens, fp32 `[tokens]`, in (0, 1]; 0 for those that do not count.
 
     Args:
         targets: targets of the units of one group, each `[..., features]` with the sequences
             first. Each unit's energy is divided by its median; then the units are averaged.
         sequences: number of sequences. Medians are taken per sequence, so chunks do not matter.
+        counted: which tokens count, bool `[tokens]`; None if all do.
     """
     relative = []
     for wanted in targets:
         energy = wanted.reshape(-1, wanted.shape[-1]).square().sum(-1).reshape(sequences, -1)
-        median = energy.median(dim=1, keepdim=True).values
+        if counted is None:
+            median = energy.median(dim=1, keepdim=True).values
+        else:
+            own = energy.where(counted.reshape(sequences, -1), torch.nan)
+            median = own.nanmedian(dim=1, keepdim=True).values
         relative.append(energy / median.clamp_min(1e-30))  # not 0 / 0 where targets are 0
     mean = torch.stack(relative).mean(0)
-    return mean.clamp_min(1).reciprocal().reshape(-1)
+    weights = mean.clamp_min(1).reciprocal().reshape(-1)
+    return weights if counted is None else weights.where(counted, 0)
 
 
 def before_norm(output: Tensor, wanted: Tensor, gain: Tensor) -> Tensor:

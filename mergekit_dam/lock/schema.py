@@ -73,7 +73,8 @@ class Text(_Part):
     """Calibration text of one model.
 
     Attributes:
-        sha256: Digest of the token ids as little-endian int64, row by row.
+        sha256: Digest of the token ids as little-endian int64, row by row, and of which tokens
+            count in losses, if not all do.
         source: The value of `calibration`; None if a replay does not know it.
         dataset: Id on the Hub.
         revision: Its commit.

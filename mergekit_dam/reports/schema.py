@@ -139,6 +139,7 @@ class Text(Section):
     documents_read: int = 0
     documents_used: int = 0
     tokens_used: int = 0
+    tokens_counted: int | None = None
     sequences: int = 0
     sequence_length: int = 0
     cut: tuple[str, ...] = ()

@@ -35,8 +35,16 @@ def batches_of(
         for own, numbers in zip(fit, chosen, strict=True):
             rows = [row for number in numbers if (row := own.share.row_of(number)) is not None]
             at_hand = torch.tensor(rows, dtype=torch.int64)
-            weight, tokens = loss_weights[own.source], own.merged[at_hand]
-            batch.append(Batch(own.source, weight, tokens, own.teacher[at_hand], len(numbers)))
+            batch.append(
+                Batch(
+                    own.source,
+                    loss_weights[own.source],
+                    own.merged[at_hand],
+                    own.teacher[at_hand],
+                    len(numbers),
+                    None if own.weights is None else own.weights[at_hand],
+                )
+            )
         yield batch
 
 

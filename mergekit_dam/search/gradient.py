@@ -22,6 +22,7 @@ from mergekit_dam.search.losses import logit_loss
 from mergekit_dam.sources.network import Network
 from mergekit_dam.sources.stage import OpenStage
 from mergekit_dam.streams.boundaries import BoundaryStates
+from mergekit_dam.streams.counting import counted_tokens
 from mergekit_dam.streams.distributed import all_sum, all_sums
 from mergekit_dam.streams.stream import concatenated
 
@@ -36,6 +37,7 @@ class Batch:
         tokens: int64 `[sequences, length]`.
         teacher: hidden states that leave the model's own last block, `[sequences, length, hidden]`.
         sequences: number of sequences of the batch in all processes; None if all are in this one.
+        weights: weight of every token, `[sequences, length]`; None if all count alike.
     """
 
     source: int
@@ -43,6 +45,7 @@ class Batch:
     tokens: Tensor
     teacher: Tensor
     sequences: int | None = None
+    weights: Tensor | None = None
 
     @property
     def total_tokens(self) -> int:
@@ -129,15 +132,19 @@ class Objective:
             entered = []
             for index in range(stream.shape[0]):  # one sequence at a time: logits are large
                 x = stream[index : index + 1].to(device).requires_grad_(True)
+                tokens, weight = counted_tokens(batch.weights, index)
+                if not weight:
+                    entered.append(torch.zeros_like(x).cpu())
+                    continue
                 with torch.no_grad():
-                    own = batch.teacher[index : index + 1].to(device)
-                    wanted = teacher_part.run(teacher_weights, own)
+                    own = batch.teacher[index : index + 1][:, tokens].to(device)
+                    wanted = teacher_part.run(teacher_weights, own)[0]
                 with torch.enable_grad():
-                    part_loss = batch.weight * logit_loss(
-                        opened.part.run(live, x)[0],
-                        wanted[0],
+                    part_loss = (batch.weight * weight) * logit_loss(
+                        opened.part.run(live, x[:, tokens])[0],
+                        wanted,
                         self.settings,
-                        total_tokens=batch.total_tokens,
+                        total_tokens=batch.total_tokens * len(wanted) // x.shape[1],
                     )
                 got = torch.autograd.grad(
                     part_loss, [x, *(live[n] for n in sums)], allow_unused=True

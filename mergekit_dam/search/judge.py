@@ -81,14 +81,15 @@ def judge(
     for stream in streams:
         teacher = teachers[stream.source]
         first, last = stream.share.rows(split)
-        total = sum(
-            # One sequence at a time: logits are large.
-            divergence(
-                merged(stream.merged[i : i + 1].to(device)),
-                teacher(stream.teacher[i : i + 1].to(device)),
-            ).mean(dtype=torch.float64)
-            for i in range(first, last)
-        )
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for i in range(first, last):  # one sequence at a time: logits are large
+            tokens, weight = stream.counted_tokens(i)
+            if weight:
+                kl = divergence(
+                    merged(stream.merged[i : i + 1][:, tokens].to(device)),
+                    teacher(stream.teacher[i : i + 1][:, tokens].to(device)),
+                )
+                total += weight * kl.mean(dtype=torch.float64)
         sums.append(float(total))
     pairs = zip(all_sums(sums), streams, strict=True)
     return Verdict(tuple(total / own.share.count(split) for total, own in pairs), tuple(weights))

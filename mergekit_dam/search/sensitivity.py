@@ -118,7 +118,7 @@ def sources_of(streams: Sequence[Stream]) -> tuple[int, ...]:
 def _label_gradients(
     network: Network, point: MergeRecord, streams: Sequence[Stream], seed: int
 ) -> list[Tensor]:
-    """Gradients of `-log p(y)`, summed over the tokens, at the last block's outputs."""
+    """Gradients of `-log p(y)`, summed over tokens that count, at the last block's outputs."""
     opened = network.output()
     weights = opened.merged_weights(point)
     device = network.device
@@ -130,14 +130,20 @@ def _label_gradients(
             generator.manual_seed(_seed_of(seed, stream.source, number))
             # One sequence at a time: logits are large.
             x = hidden[index : index + 1].to(device).requires_grad_(True)
+            tokens, weight = stream.counted_tokens(index)
+            if not weight:
+                gradients.append(torch.zeros_like(x).cpu())
+                continue
             with torch.enable_grad():
-                logits = opened.part.run(weights, x)[0].float()
+                logits = opened.part.run(weights, x[:, tokens])[0].float()
                 if not logits.isfinite().all():
                     raise not_finite(opened)
                 labels = torch.multinomial(
                     logits.detach().softmax(-1), 1, generator=generator
                 ).squeeze(1)
                 loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+                # Metrics are products of gradients, which a weight multiplies twice.
+                loss = (weight * x.shape[1] / len(logits)) ** 0.5 * loss
             gradients.append(torch.autograd.grad(loss, x)[0].cpu())
         found.append(concatenated(gradients, none=hidden))
     return found

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from mergekit_dam.streams.counting import counted_tokens, token_weights
+from mergekit_dam.streams.distributed import all_sums
 from mergekit_dam.streams.share import SPLITS, Share, Split
 from mergekit_dam.streams.storage import Sequences, Storage
 
@@ -46,6 +48,8 @@ class Stream:
         merged: The same for the merged model.
         share: Global numbers of these sequences, and which of them are held out.
         storage: Storage of the next part's output.
+        weights: Weight of every token in losses (see `counting`), fp32 `[sequences, length]`;
+            None if all count alike.
     """
 
     source: int
@@ -53,6 +57,7 @@ class Stream:
     merged: Sequences
     share: Share
     storage: Storage = field(default_factory=Storage)
+    weights: Tensor | None = None
 
     @classmethod
     def of_tokens(
@@ -63,29 +68,55 @@ class Stream:
         storage: Storage | None = None,
         *,
         turn: int = 0,
+        counted: Tensor | None = None,
     ) -> "Stream":
         """This process's share of the sequences, before the first part of the model.
 
         Args:
             tokens: Token ids of all processes, int64 `[sequences, length]`.
             turn: Number of the process that gets the first sequence.
+            counted: Which tokens count in losses, bool `[sequences, length]`; None if all do.
         """
         share = Share.of_process(len(tokens), held_out, turn)
-        own = tokens[share.numbers.start :: share.numbers.step]
-        return cls(source, own, own, share, storage or Storage())
+        mine = slice(share.numbers.start, None, share.numbers.step)
+        own = tokens[mine]
+        weights = None if counted is None else token_weights(counted, held_out)[mine]
+        return cls(source, own, own, share, storage or Storage(), weights)
 
     def of(self, split: Split) -> "Stream":
         """The sequences of one split."""
         first, end = self.share.rows(split)
-        teacher, merged = (x.narrow(0, first, end - first) for x in (self.teacher, self.merged))
-        return replace(self, teacher=teacher, merged=merged, share=self.share.of(split))
+        return self._rows(first, end, self.share.of(split))
 
     def first(self, count: int) -> "Stream":
         """The first sequences of all processes, `count` of them; none of them is held out."""
         share = self.share.first(count)
-        rows = len(share.numbers)
-        teacher, merged = (x.narrow(0, 0, rows) for x in (self.teacher, self.merged))
-        return replace(self, teacher=teacher, merged=merged, share=share)
+        return self._rows(0, len(share.numbers), share)
+
+    def _rows(self, first: int, end: int, share: Share) -> "Stream":
+        teacher, merged = (x.narrow(0, first, end - first) for x in (self.teacher, self.merged))
+        weights = None if self.weights is None else self.weights[first:end]
+        return replace(self, teacher=teacher, merged=merged, share=share, weights=weights)
+
+    def counted_tokens(self, row: int) -> tuple[Tensor | slice, float]:
+        """The tokens of a sequence that count: their places, and the weight of their mean loss."""
+        return counted_tokens(self.weights, row)
+
+    def number_counted(self, split: Split) -> int:
+        """Number of tokens of a split that count, in all processes."""
+        if self.weights is None:
+            return self.share.count(split) * self.teacher.shape[1]
+        own = self.weights[slice(*self.share.rows(split))].count_nonzero()
+        return int(all_sums([float(own)])[0])
+
+    def judging(self, chunk: slice) -> Tensor | None:
+        """Which tokens of a chunk judge, bool `[tokens]`; None if all do, or if it is of the fit.
+
+        A fit goes by all of its tokens.
+        """
+        if self.weights is None or chunk.start < self.share.rows("held_out")[0]:
+            return None
+        return (self.weights[chunk] > 0).reshape(-1)
 
     def keep(self, leaving: Iterable[Tensor]) -> Sequences:
         """Store the output of a part, chunk by chunk."""

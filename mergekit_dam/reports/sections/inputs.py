@@ -17,7 +17,8 @@ def text(report: DamReport) -> Section | None:
             source_of(own),
             f"{own.documents_used:,} of {own.documents_read:,}",
             f"{own.sequences:,} of {own.sequence_length:,} tokens",
-            f"{own.tokens_used:,}",
+            f"{own.tokens_used:,}"
+            + ("" if own.tokens_counted is None else f", of which {own.tokens_counted:,} count"),
             f"{report.held_out_tokens[model]:,}" if model in report.held_out_tokens else "",
             "; ".join(own.cut) or "nothing",
         ]
