@@ -75,7 +75,7 @@ class RoutedStream:
     def sent(
         self, expert: int, split: Split, fed: ExpertFeed, device: torch.device
     ) -> Iterator[ExpertTokens]:
-        """The tokens of an expert in a split, chunk by chunk.
+        """The tokens of an expert in a split that count, chunk by chunk.
 
         An expert adds `g f(x)` to the summed output of all experts, so errors count with the
         square of g. If every token feeds the expert, g is ignored.
@@ -84,7 +84,8 @@ class RoutedStream:
         for chunk in self.stream.chunks(split):
             tokens = slice(chunk.start * length, chunk.stop * length)
             here = self.experts[tokens] == expert
-            rows = here.any(1).nonzero()[:, 0] if fed == "routed" else torch.arange(len(here))
+            counts = self.counted[tokens] > 0
+            rows = (counts & here.any(1) if fed == "routed" else counts).nonzero()[:, 0]
             if not len(rows):
                 continue
             entering = self.entering[chunk].reshape(len(here), -1)[rows].to(device)

@@ -77,14 +77,18 @@ def correct_head(loss: HeadLoss, fitted: FittedTensor, done: float = 0.0) -> Fit
 
 
 def _mean_square(loss: HeadLoss) -> float:
-    """Mean square of what enters the head, on the first sequence of every model."""
+    """Mean square of what enters the head, on the first sequence of every model.
+
+    It is that of the tokens that count, or of all where none does.
+    """
     walk, name = loss.walk, loss.unit.name
     total = count = 0.0
     for stream in walk.streams:
         row = stream.share.row_of(0)
         if row is None:
             continue  # another process has the sequence
-        x = stream.merged[row : row + 1].to(walk.device)
+        tokens, weight = stream.counted_tokens(row)
+        x = stream.merged[row : row + 1][:, tokens if weight else slice(None)].to(walk.device)
         seen = walk.part.captured(walk.weights, x, inputs=(name,)).inputs[name]
         total += float(seen.double().square().mean())
         count += 1

@@ -17,13 +17,16 @@ from tests.kit.networks import Made
 from tests.kit.settings import logits_settings
 
 
-def plain_loss(merged: Tensor, teacher: Tensor, settings: RunParameters) -> Tensor:
-    """The loss of logits `[sequences, length, vocabulary]`, a mean over their tokens."""
+def plain_loss(
+    merged: Tensor, teacher: Tensor, settings: RunParameters, weights: Tensor | None = None
+) -> Tensor:
+    """The loss of logits `[sequences, length, vocabulary]`, a weighted mean over their tokens."""
     t = settings.temperature
     q, p = log_softmax(merged / t, -1), log_softmax(teacher / t, -1)
     loss = t**2 * (p.exp() * (p - q)).sum(-1)
     loss = loss + settings.mse * (merged - teacher).square().mean(-1)
-    return (loss - settings.entropy * t**2 * (q.exp() * q).sum(-1)).mean()
+    loss = loss - settings.entropy * t**2 * (q.exp() * q).sum(-1)
+    return (loss if weights is None else loss * weights).mean()
 
 
 def plain(
@@ -36,7 +39,7 @@ def plain(
     for batch in batches:
         teacher = made.logits(made.weights[batch.source], batch.tokens)
         merged = made.logits(weights, batch.tokens)
-        loss = loss + batch.weight * plain_loss(merged, teacher, settings)
+        loss = loss + batch.weight * plain_loss(merged, teacher, settings, batch.weights)
     gradients = torch.autograd.grad(loss, list(rows.values()), allow_unused=True)
     return float(loss.detach()), {
         n: g for n, g in zip(rows, gradients, strict=True) if g is not None

@@ -22,6 +22,14 @@ def tokens_of(seed: int, sequences: int = 8, length: int = LENGTH) -> Tensor:
     return torch.randint(VOCAB_SIZE, (sequences, length), generator=generator)
 
 
+def counted_of(sequences: int = 8, length: int = LENGTH, *, seed: int = 0) -> Tensor:
+    """A mask of some tokens, bool `[sequences, length]`; none of the first sequence."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(sequences, length, generator=generator) < 0.4
+    mask[0] = False
+    return mask
+
+
 def kl(teacher: Tensor, merged: Tensor) -> float:
     """KL divergence of logits from a teacher's, in nats per token."""
     p, q = log_softmax(teacher.double(), -1), log_softmax(merged.double(), -1)

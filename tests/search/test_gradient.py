@@ -1,5 +1,6 @@
 """Loss and gradient of the streamed objective against autograd of the whole network."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import torch
 from mergekit_dam.search.gradient import Objective
 from mergekit_dam.streams import stream as streams_module
 from mergekit_dam.streams.boundaries import BoundaryStates
+from mergekit_dam.streams.counting import token_weights
 from tests.kit.autograd import assert_equal_gradients, check_gradients, plain
 from tests.kit.models import tiny_llama_config
 from tests.kit.networks import files_under, make
 from tests.kit.settings import logits_settings
-from tests.kit.tensors import LENGTH
+from tests.kit.tensors import LENGTH, counted_of
 
 TERMS: dict[str, dict[str, Any]] = {
     "kl": {},
@@ -58,6 +60,16 @@ def test_biases_of_blocks(tmp_path: Path) -> None:
 def test_a_model_without_a_loss_weight_counts_for_nothing(tmp_path: Path) -> None:
     made = make()
     check_gradients(made, tmp_path, batches=made.batches(weights=(1.0, 0.0)))
+
+
+@pytest.mark.parametrize("term", ["kl", "all"])
+def test_a_token_that_does_not_count_has_no_loss(term: str, tmp_path: Path) -> None:
+    made = make()
+    batches = [
+        replace(own, weights=token_weights(counted_of(3, seed=own.source), 0))
+        for own in made.batches(sequences=3)
+    ]
+    check_gradients(made, tmp_path, batches=batches, **TERMS[term])
 
 
 def test_sequences_that_run_in_several_chunks(

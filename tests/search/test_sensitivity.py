@@ -20,9 +20,10 @@ from mergekit_dam.search.sensitivity import Sensitivity, sweep_back
 from mergekit_dam.sources.network import Network
 from mergekit_dam.streams import stream as streams_module
 from mergekit_dam.streams.boundaries import BoundaryStates
+from mergekit_dam.streams.counting import token_weights
 from tests.kit.models import VOCAB_SIZE
 from tests.kit.networks import Made, files_under, make
-from tests.kit.tensors import CPU, LENGTH
+from tests.kit.tensors import CPU, LENGTH, counted_of
 
 HELD_OUT = 2
 Key = tuple[int, int, str]
@@ -41,11 +42,19 @@ class Drawn:
 
 
 def measure(
-    made: Made, point: MergeRecord, folder: Path, *, seed: int = 0, resident: Any = "auto"
+    made: Made,
+    point: MergeRecord,
+    folder: Path,
+    *,
+    seed: int = 0,
+    resident: Any = "auto",
+    counted: Tensor | None = None,
 ) -> tuple[Sensitivity, Network, list[Tensor]]:
     """Sensitivity with the labels that were drawn for it."""
     drawn, network, data = Drawn(), made.network(resident), made.data(held_out=HELD_OUT)
     entered, left = BoundaryStates(folder / "entered"), BoundaryStates(folder / "left")
+    if counted is not None:
+        data = [replace(own, weights=token_weights(counted, HELD_OUT)) for own in data]
     fit = [own.of("fit") for own in data]
     hidden = forward(
         network,
@@ -78,11 +87,15 @@ def metrics_of(sensitivity: Sensitivity, network: Network) -> Iterator[tuple[Key
 
 
 def plain_gradients(
-    made: Made, point: MergeRecord, labels: list[Tensor]
+    made: Made, point: MergeRecord, labels: list[Tensor], each: Tensor | None = None
 ) -> tuple[dict[Key, Tensor], dict[tuple[int, int], Tensor]]:
     """Gradients at all outputs of linears `[tokens, out]`, and at what leaves each block.
 
     Of the sum over tokens of `-log p(label)`, by autograd of the whole model in fp64.
+
+    Args:
+        each: Weights of the tokens `[sequences, length]`, whose products are to count; tokens
+            of weight 0 have no labels.
     """
     rows = {n: c.double() for n, c in point.coefficients.items()}
     weights = made.differentiable(rows, point.axes)
@@ -95,7 +108,11 @@ def plain_gradients(
     remaining = iter(labels)
     for own in made.data(held_out=HELD_OUT):
         tokens = own.merged[:-HELD_OUT]
-        own_labels = torch.stack([next(remaining).squeeze(1) for _ in tokens])
+        factors = torch.ones(tokens.shape) if each is None else each.sqrt()
+        own_labels = torch.zeros_like(tokens)
+        for row in range(len(tokens)):
+            if factors[row].any():
+                own_labels[row, factors[row] > 0] = next(remaining).squeeze(1)
         live = {n: w.requires_grad_() for n, w in weights.items()}
         leaving: dict[str, Tensor] = {}
         handles = [
@@ -106,7 +123,8 @@ def plain_gradients(
             output = functional_call(made.plain, live, (tokens,), {"use_cache": False})
         for handle in handles:
             handle.remove()
-        loss = -output.logits.log_softmax(-1).gather(-1, own_labels[..., None]).sum()
+        chosen = output.logits.log_softmax(-1).gather(-1, own_labels[..., None])[..., 0]
+        loss = -(factors.double() * chosen).sum()
         wanted = [*(seen[n] for n in linears), *(leaving[b] for b in blocks)]
         found = torch.autograd.grad(loss, wanted)
         for name, gradient in zip(linears, found, strict=False):
@@ -117,6 +135,23 @@ def plain_gradients(
             left[index + 1, own.source] = gradient
     assert next(remaining, None) is None
     return inner, left
+
+
+def test_tokens_that_do_not_count_have_no_loss(tmp_path: Path) -> None:
+    made, counted = make(), counted_of(5)
+    point = made.point(scale=0.05)
+    sensitivity, network, labels = measure(made, point, tmp_path, counted=counted)
+    weights = token_weights(counted, HELD_OUT)[:-HELD_OUT]
+    inner, left = plain_gradients(made, point, labels, weights)
+    states = BoundaryStates(tmp_path / "left")
+    for (number, source), gradient in left.items():
+        assert_equal_to_scale(states.get(number)[source], gradient)
+    last = max(number for number, _ in left)
+    assert not states.get(last)[0][~counted[:-HELD_OUT]].any()
+    for key, metric in metrics_of(sensitivity, network):
+        identity = torch.eye(inner[key].shape[1], dtype=torch.float64)
+        expected = Metric.of_gradients(inner[key].float())
+        assert_equal_to_scale(metric(identity), expected(identity), 1e-4)
 
 
 def _keep(kept: dict[str, Tensor], name: str, _: object, args: object, output: Any) -> None:
