@@ -1,5 +1,6 @@
 """What speaks against a text, before it is used: one sentence each, with the remedy."""
 
+import math
 import re
 from collections.abc import Iterator
 
@@ -18,6 +19,12 @@ BROKEN = 0.2
 
 UNKNOWN = 0.01
 """Share of unknown tokens above which there is a warning."""
+
+BLIND = 0.9
+"""Loss of a model on its text above which there is a warning, as a part of that of a guess."""
+
+MISFIT = 0.05
+"""Nats per token by which the start may predict a model's text better than the model itself."""
 
 _FEWEST = 10  # documents: fewer copies are no pattern
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -50,6 +57,31 @@ def warnings_of(
             f"{unknown:.0%} of the tokens are the unknown token: the tokenizer lacks what this "
             "text is made of. Is it the right text, and the right tokenizer, for this model?"
         )
+
+
+def misfit_of(own: float, start: float, vocabulary: int) -> str | None:
+    """What speaks against a text once its model has read it.
+
+    Args:
+        own: The model's loss on it, in nats per token.
+        start: The loss of what the merge starts from, usually the average of the models.
+        vocabulary: Number of the model's tokens.
+    """
+    guess = math.log(vocabulary)
+    if own > BLIND * guess:
+        return (
+            f"the model's own loss on this text is {own:.3g} nats per token, and that of a guess "
+            f"among its {vocabulary:,} tokens is {guess:.3g}: the model does not know such text. "
+            "Is it the right text, and the right tokenizer, for this model?"
+        )
+    if own > start + MISFIT:
+        return (
+            f"the model's own loss on this text is {own:.3g} nats per token, and that of the "
+            f"model that the merge starts from is {start:.3g}: others know such text better, and "
+            "the merge unlearns it for this model. Is it the text of another model? If not, give "
+            "text that this model is good at"
+        )
+    return None
 
 
 def require_counted(own: CalibrationSet, held_out: int, model: str) -> None:

@@ -26,6 +26,8 @@ class Trial:
         seconds: Wall time.
         details: Further numbers, such as the number of steps.
         ended: Why it ended before it was done; empty if it was done.
+        text_losses: Loss of the next token on each model's text, of the model itself and of the
+            merged one, in nats per token; of the start alone.
     """
 
     name: str
@@ -35,11 +37,13 @@ class Trial:
     seconds: float
     details: Mapping[str, float] = field(default_factory=dict)
     ended: str = ""
+    text_losses: tuple[tuple[float, float], ...] = ()
 
     @classmethod
     def of_state(cls, state: Mapping[str, Any]) -> "Trial":
         """The trial whose fields, as plain values, are these."""
-        return cls(**{**state, "held_out_kl": tuple(state["held_out_kl"])})
+        pairs = tuple((own, other) for own, other in state["text_losses"])
+        return cls(**{**state, "held_out_kl": tuple(state["held_out_kl"]), "text_losses": pairs})
 
 
 @dataclass(eq=False)  # tasks that carry one are hashed: by its identity

@@ -11,6 +11,7 @@ from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.host import report
 from mergekit_dam.host.identities import identities, revision_of
 from mergekit_dam.host.merge import Merge, Tensors
+from mergekit_dam.host.misfits import misfits, text_losses
 from mergekit_dam.host.prepare import Prepared
 from mergekit_dam.host.resolved import resolved_parameters
 from mergekit_dam.host.synthetic import keep
@@ -28,6 +29,8 @@ def write_artifacts(merge: Merge, tensors: Tensors, record: MergeRecord) -> None
     provenance = _provenance(merge, tensors, sources)
     kept = keep(prepared.calibration, out_path)
     norms = record.corrections.norms if record.corrections else {}
+    losses = text_losses(prepared, record)
+    misfit = misfits(prepared, losses, merge.config.get_text_config().vocab_size)
     if record.corrections:
         provenance["corrections"] = record.corrections.save(out_path / CORRECTIONS_NAME)
     else:  # nor may those of an earlier merge stay
@@ -47,6 +50,7 @@ def write_artifacts(merge: Merge, tensors: Tensors, record: MergeRecord) -> None
                 {
                     str(model): {
                         **own.provenance.told(),
+                        "warnings": [*own.provenance.warnings, *misfit.get(model, ())],
                         **({"kept": kept[model]} if model in kept else {}),
                     }
                     for model, own in prepared.calibration.items()
@@ -56,6 +60,7 @@ def write_artifacts(merge: Merge, tensors: Tensors, record: MergeRecord) -> None
                 names.of(model): own.number_counted(prepared.run.held_out(len(own.tokens)))
                 for model, own in prepared.calibration.items()
             },
+            "text_losses": {names.of(model): own for model, own in losses.items()},
             "search": [report.trial_entry(trial) for trial in record.trials],
             "left_out": names.tree(record.left_out),
             "tensors": [

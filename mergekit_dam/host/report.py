@@ -56,7 +56,8 @@ def tensor_entry(
 
 def trial_entry(trial: Trial) -> dict[str, Any]:
     """The report's entry of one trial of a search."""
-    return {key: value for key, value in dataclasses.asdict(trial).items() if key != "seconds"}
+    elsewhere = ("seconds", "text_losses")
+    return {key: value for key, value in dataclasses.asdict(trial).items() if key not in elsewhere}
 
 
 def this_run(record: MergeRecord) -> dict[str, Any]:

@@ -158,6 +158,8 @@ class DamReport(Section):
         replayed: Whether coefficients came from a file, and nothing was fitted.
         calibration: Model -> its text.
         held_out_tokens: Model -> tokens that judge the merge and took no part in the fit.
+        text_losses: Model -> loss of the next token on its held-out text, in nats per token: its
+            "own", and that of the "start"; empty if the whole model was not judged.
         search: Trials, if the whole model was judged.
         left_out: Sentences about what there was no time for.
         seconds: Stage of the last layer fit -> wall time.
@@ -172,6 +174,7 @@ class DamReport(Section):
     replayed: bool = False
     calibration: dict[str, Text] = {}
     held_out_tokens: dict[str, int] = {}
+    text_losses: dict[str, dict[str, float | None]] = {}
     search: tuple[Trial, ...] = ()
     left_out: tuple[str, ...] = ()
     seconds: dict[str, Number] = {}

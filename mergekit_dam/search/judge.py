@@ -15,6 +15,7 @@ from torch import Tensor
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.fitting.divergence import divergence
 from mergekit_dam.search.backprop import forward
+from mergekit_dam.search.text_loss import next_token_loss
 from mergekit_dam.sources.network import Network
 from mergekit_dam.streams.distributed import all_sums
 from mergekit_dam.streams.share import judging_split
@@ -32,10 +33,13 @@ class Verdict:
     Attributes:
         losses: divergence on each stream.
         weights: loss weight of each stream.
+        text_losses: loss of the next token on each stream's text, in nats per token, of its
+            teacher and of the merged model; empty where they were not asked for.
     """
 
     losses: tuple[float, ...]
     weights: tuple[float, ...]
+    text_losses: tuple[tuple[float, float], ...] = ()
 
     @classmethod
     def of_state(cls, state: Mapping[str, Sequence[float]]) -> "Verdict":
@@ -66,6 +70,8 @@ def judge(
     teachers: Mapping[int, Logits],
     weights: Sequence[float],
     device: torch.device,
+    *,
+    texts: Sequence[Sequences] = (),
 ) -> Verdict:
     """Judge a merged model from the hidden states that left its and its teachers' last blocks.
 
@@ -75,24 +81,34 @@ def judge(
         teachers: computes the logits of each stream's teacher, by source.
         weights: loss weight of each stream.
         device: device on which the logits are computed.
+        texts: token ids of each stream, if losses of the next token are asked for.
     """
     split = judging_split(stream.share for stream in streams)
-    sums = []
-    for stream in streams:
+    sums, text_sums = list[float](), list[float]()
+    for index, stream in enumerate(streams):
         teacher = teachers[stream.source]
         first, last = stream.share.rows(split)
         total = torch.zeros((), dtype=torch.float64, device=device)
+        predicted = torch.zeros(3, dtype=torch.float64)
         for i in range(first, last):  # one sequence at a time: logits are large
             tokens, weight = stream.counted_tokens(i)
             if weight:
-                kl = divergence(
-                    merged(stream.merged[i : i + 1][:, tokens].to(device)),
-                    teacher(stream.teacher[i : i + 1][:, tokens].to(device)),
-                )
-                total += weight * kl.mean(dtype=torch.float64)
+                ours = merged(stream.merged[i : i + 1][:, tokens].to(device))
+                theirs = teacher(stream.teacher[i : i + 1][:, tokens].to(device))
+                total += weight * divergence(ours, theirs).mean(dtype=torch.float64)
+                if texts:
+                    ids = texts[index][i : i + 1][0].cpu()
+                    own, count = next_token_loss(theirs[0], ids, tokens)
+                    other, _ = next_token_loss(ours[0], ids, tokens)
+                    predicted += torch.tensor([own, other, count], dtype=torch.float64)
         sums.append(float(total))
-    pairs = zip(all_sums(sums), streams, strict=True)
-    return Verdict(tuple(total / own.share.count(split) for total, own in pairs), tuple(weights))
+        text_sums += predicted.tolist()
+    totals = all_sums([*sums, *text_sums])
+    pairs = zip(totals[: len(streams)], streams, strict=True)
+    losses = tuple(total / own.share.count(split) for total, own in pairs)
+    text_losses = zip(*(iter(totals[len(streams) :]),) * 3, strict=True)
+    known = tuple((own / n, other / n) for own, other, n in text_losses if n)
+    return Verdict(losses, tuple(weights), known)
 
 
 def judged_by(streams: Sequence[Stream]) -> list[Stream]:
@@ -111,9 +127,22 @@ def verdict_of(network: Network, point: MergeRecord, data: Sequence[Stream]) -> 
 
 
 def judged_at_output(
-    network: Network, point: MergeRecord, data: Sequence[Stream], hidden: Sequence[Sequences]
+    network: Network,
+    point: MergeRecord,
+    data: Sequence[Stream],
+    hidden: Sequence[Sequences],
+    *,
+    texts: bool = False,
 ) -> Verdict:
-    """Judge a merged model from the hidden states that left its last block."""
+    """Judge a merged model from the hidden states that left its last block.
+
+    Args:
+        network: the stages of the model.
+        point: the coefficients.
+        data: tokens that judge, and the hidden states that left the teachers' last blocks.
+        hidden: hidden states that left the merged model's last block.
+        texts: whether the losses of the next token are asked for, too.
+    """
     opened = network.output()
     weights = opened.merged_weights(point)
 
@@ -127,4 +156,5 @@ def judged_at_output(
         {own.source: teacher(own.source) for own in data},
         [network.loss_weights[own.source] for own in data],
         network.device,
+        texts=[own.merged for own in data] if texts else (),
     )

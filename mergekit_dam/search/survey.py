@@ -167,11 +167,13 @@ def judged_start(
     started = time.perf_counter()
     data = taught_by(streams, [after.teacher for after in taught])
     merged = [stream.merged for stream in surveyed.judging]
-    verdict = judged_at_output(network, surveyed.record, judged_by(data), merged)
+    verdict = judged_at_output(network, surveyed.record, judged_by(data), merged, texts=True)
     if not math.isfinite(verdict.mean):
         raise not_finite(network.output())
     seconds = surveyed.seconds + time.perf_counter() - started
-    trial = Trial("start", True, verdict.losses, verdict.mean, seconds)
+    trial = Trial(
+        "start", True, verdict.losses, verdict.mean, seconds, text_losses=verdict.text_losses
+    )
     return Best(surveyed.record, verdict, [trial], journal), data
 
 

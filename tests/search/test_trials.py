@@ -155,7 +155,7 @@ def test_there_is_no_descent_where_layer_fits_left_little(
         asked.append(rest["steps"])
         return Descent(start, verdict, 0, ())
 
-    def judged(network: Any, record: MergeRecord, *_: Any) -> Verdict:
+    def judged(network: Any, record: MergeRecord, *_: Any, **__: Any) -> Verdict:
         size = left if record.reports else 1.0
         return Verdict((size, size), (1.0, 1.0))
 
