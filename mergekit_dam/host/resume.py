@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from mergekit.common import ModelPath
+from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_dam.calibration.sets import tokens_sha256
@@ -112,8 +113,14 @@ def depends_on(config: PreparedConfiguration, options: MergeOptions) -> dict[str
     found["the number of processes"] = distributed.size()
     own = prepared.run.model_dump(mode="json", exclude=_SAME_RESULT)
     found |= {f"`{name}`": value for name, value in own.items()}
-    rest = {"parameters": set(RunParameters.model_fields)}
-    found["the configuration"] = _digest(config.model_dump_json(exclude=rest))
+    # As Python prints it: mergekit cannot write a model whose name has a space as JSON.
+    rest = {name: getattr(config, name) for name in MergeConfiguration.model_fields}
+    rest["parameters"] = {
+        name: own
+        for name, own in (config.parameters or {}).items()
+        if name not in RunParameters.model_fields
+    }
+    found["the configuration"] = _digest(repr(rest))
     found |= {f"--{name.replace('_', '-')}": getattr(options, name) for name in _OPTIONS}
     for model in config.referenced_models():
         parts = [part for part in (model.model, model.lora) if part is not None]

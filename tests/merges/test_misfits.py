@@ -10,7 +10,8 @@ from torch.nn.functional import cross_entropy
 
 from mergekit_dam.calibration.judgement import misfit_of
 from mergekit_dam.calibration.load import load_calibration
-from tests.kit.merging import HELD_OUT, dam, merge
+from mergekit_dam.parameters import RunParameters
+from tests.kit.merging import dam, merge
 from tests.kit.models import VOCAB_SIZE, make_model, tiny_llama_config
 from tests.kit.tokenizers import WORDS, make_tokenizer
 
@@ -78,7 +79,7 @@ def test_each_models_own_text_gives_no_warning_and_its_loss_is_told(
     assert warnings_in(report) == []
     assert "own loss" not in caplog.text
     for index, told in enumerate(report["text_losses"].values()):
-        tokens = tokens_of(texts[index], samples=6)[-HELD_OUT:]
+        tokens = tokens_of(texts[index], samples=6)[-RunParameters().held_out(6) :]
         model = make_model(tiny_llama_config())
         model = type(model).from_pretrained(models[index], dtype=torch.float32)
         with torch.no_grad():
