@@ -224,7 +224,7 @@ def _output_fit(part: PartSize, inventory: Inventory) -> Work:
     if not part.fits_head:
         return work
     corrected, rank = part.correction != "none", part.correction_rank
-    work += _head_descent(part, inventory, head.ROUGH_STEPS if corrected else head.STEPS)
+    work += _head_descent(part, inventory, head.column_steps(corrected))
     if corrected:
         work += _head_descent(part, inventory, head_correction.STEPS, rank)
     return work

@@ -160,9 +160,10 @@ def _head(stage: Stage, shapes: Mapping[str, Sequence[int]], tokens: Tokens) -> 
     if not own:
         return 0.0
     corrected, sources = own[0].settings.correction != "none", len(stage.models.sources)
-    most = head.ROUGH_STEPS + head_correction.STEPS if corrected else head.STEPS
-    steps = min(most, 2 * math.ceil(head_loss.PASSES * tokens.all / head_loss.TOKENS))
-    looks = head_loss.LOOKS * (2 if corrected else 1) + 1
+    descents = [head.column_steps(corrected), *([head_correction.STEPS] if corrected else [])]
+    each = tokens.all // tokens.texts
+    steps = sum(head_loss.steps_for(most, each, tokens.longest) for most in descents)
+    looks = head_loss.LOOKS * len(descents) + 1
     seen = 2 * PASS * looks * tokens.judging
     moved = (PASS + BACKWARD) * steps * tokens.texts * min(head_loss.TOKENS, tokens.longest)
     again = ELEMENT * steps * 2 * (sources + tokens.texts)

@@ -30,6 +30,11 @@ ROUGH_STEPS = 60
 LEARNING_RATE = 3e-2
 
 
+def column_steps(corrected: bool) -> int:
+    """Steps of the columns' descent, at most."""
+    return ROUGH_STEPS if corrected else STEPS
+
+
 def fit_head(walk: Walk, unit: Unit, *, temperature: float) -> Iterator[tuple[str, FittedTensor]]:
     """Fit the head's weight (its bias keeps the average).
 
@@ -69,7 +74,7 @@ def _fit_columns(loss: HeadLoss, share: float) -> FittedTensor:
 
     average = form.coefficients(unknowns)
     start = loss.of(merged(average))
-    most = STEPS if sources.settings.correction == "none" else ROUGH_STEPS
+    most = column_steps(sources.settings.correction != "none")
     steps = 0 if sources.identical else loss.steps(most)  # no coefficients would change it
     looks = descent(optimizer, steps, gradients, (0.0, share))
     best = lowest(loss, start, looks, lambda: form.coefficients(unknowns), merged)
