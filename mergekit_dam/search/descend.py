@@ -5,8 +5,8 @@
 3. At regular intervals the merged model is judged on held-out data. The result is the best point
    that was judged.
 4. An interrupt, or the end of the time that the merge may take, ends a descent early: the point
-   that it has come to is judged, and the result is the best
-   one so far.
+   that it has come to is judged, and the result is the best one so far. A trial ends halfway if it
+   has gained nothing by then.
 5. From time to time, the state of all this is kept in the journal, for a next run.
 """
 
@@ -32,6 +32,9 @@ from mergekit_dam.streams.stream import Stream
 
 INTERRUPTED = "an interrupt"
 """Why a descent ended early: ctrl-C, or SIGTERM."""
+
+NOTHING_GAINED = "a first half that gained nothing"
+"""Why a descent that is a trial ended early."""
 
 OUT_OF_TIME = "`max_minutes`"
 """Why a descent ended early: the merge would have taken longer than it may."""
@@ -71,6 +74,7 @@ def descend(
     journal: Journal,
     name: str,
     left: float = 1.0,
+    trial: bool = False,
     pace: Pace | None = None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Descent:
@@ -89,6 +93,7 @@ def descend(
         journal: keeps how far the descent is, and has room for the corrections of its best point.
         name: name of the descent in the journal.
         left: fraction of the held-out KL at the start of the search that is left.
+        trial: whether it ends where no point of its first half is better than the start.
         pace: how many steps there is time for; all of them by default.
         interrupted: whether the descent is asked to end after the step that it takes.
     """
@@ -97,9 +102,8 @@ def descend(
     descender = Descender(objective, start, steps, factors, left)
     course = _Course(descender, _Best(start, verdict), steps, [])
     course.go_on(journal, name)
-    shown = phase_name(steps)
-    progress.begin(shown, done=len(course.losses), steps=course.planned)
-    best, losses, ended = course.best, course.losses, ""
+    best, losses, ended, shown = course.best, course.losses, "", phase_name(steps)
+    progress.begin(shown, done=len(losses), steps=course.planned)
     batches = batches_of(
         data,
         network.loss_weights,
@@ -128,8 +132,9 @@ def descend(
                 folder = journal.path(f"{CORRECTIONS}-{name}-{step}")
                 own = factors.kept(now.coefficients, folder, journal)
                 best.take(dataclasses.replace(now, corrections=own), seen, step)
-            if not ended and step < course.planned and interrupted():
-                ended = INTERRUPTED
+            if not ended and step < course.planned:
+                hopeless = trial and 2 * step >= steps and not best.step
+                ended = NOTHING_GAINED if hopeless else INTERRUPTED if interrupted() else ""
         if journal.due():
             course.keep(journal, name)
     return Descent(best.record, best.verdict, best.step, tuple(losses), ended)

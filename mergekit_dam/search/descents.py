@@ -25,7 +25,7 @@ from mergekit_dam.streams.stream import Stream
 LOG = logging.getLogger(__name__)
 
 DESCENTS = (20, 400)
-"""Steps of each descent where no number is configured: the first shows whether it pays."""
+"""Steps of each descent where no number is configured: the first is a trial of whether it pays."""
 
 ENOUGH = 0.05
 """Without a configured number of steps, there is no descent where layer fits left a smaller
@@ -88,6 +88,7 @@ def descents_from(
                     journal=journal,
                     name=name,
                     left=best.left,
+                    trial=number == 0 and settings.steps is None,
                     pace=pace,
                     interrupted=interrupted,
                 )

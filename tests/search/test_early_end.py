@@ -10,7 +10,7 @@ import pytest
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.journal import Journal
 from mergekit_dam.search import descend as descend_module
-from mergekit_dam.search.descend import INTERRUPTED, OUT_OF_TIME, Descent, descend
+from mergekit_dam.search.descend import INTERRUPTED, NOTHING_GAINED, OUT_OF_TIME, Descent, descend
 from mergekit_dam.search.descender import Descender
 from mergekit_dam.search.gradient import Objective
 from mergekit_dam.search.judge import Verdict
@@ -60,6 +60,7 @@ def descended(
     folder: Path,
     steps: int,
     *,
+    trial: bool = False,
     pace: Pace | None = None,
     interrupted: Callable[[], bool] = lambda: False,
     **settings: Any,
@@ -80,6 +81,7 @@ def descended(
         moving=folder / "moving",
         journal=Journal(folder, keeps=False),
         name="descent",
+        trial=trial,
         pace=pace,
         interrupted=interrupted,
     )
@@ -120,6 +122,31 @@ def test_an_interrupt_ends_a_descent_with_the_point_it_has_come_to(
 def test_an_interrupt_in_the_last_step_is_too_late(tmp_path: Path) -> None:
     last = descended(make(), tmp_path, 1, interrupted=lambda: True)
     assert (last.ended, last.steps) == ("", 1)
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize(
+    ("trial", "gaining", "steps"),
+    [(True, None, 10), (True, 10, 20), (True, 4, 20), (True, 12, 10), (False, None, 20)],
+)
+def test_a_trial_whose_first_half_gains_nothing_ends(
+    trial: bool,
+    gaining: int | None,
+    steps: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A descent that somebody asked for takes all of its steps."""
+    looks = itertools.count(2, 2)  # of 20 steps, every second one is judged
+
+    def verdict_of(*_: Any) -> Verdict:
+        return Verdict((0.9 if next(looks) == gaining else 2.0,) * 2, (1.0, 1.0))
+
+    monkeypatch.setattr(descend_module, "verdict_of", verdict_of)
+    found = descended(make(), tmp_path, 20, trial=trial)
+    assert len(found.losses) == steps
+    assert found.ended == (NOTHING_GAINED if steps == 10 else "")
+    assert found.steps == (gaining if steps == 20 and gaining else 0)
 
 
 @pytest.mark.parametrize(("schedule", "warmup"), [("cosine", 0.0), ("linear", 0.3)])

@@ -76,7 +76,7 @@ def test_a_second_descent_goes_on_behind_the_first(
     stop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the first one has left so little that none would begin there."""
-    monkeypatch.setattr(descents_module, "DESCENTS", (2, 4))
+    monkeypatch.setattr(descents_module, "DESCENTS", (3, 4))
     monkeypatch.setattr(descents_module, "WORTHWHILE", 0.0)
     monkeypatch.setattr(descents_module, "ENOUGH", 0.0)
     changes: dict[str, Any] = {"steps": None, "learning_rate": 1e-3}
@@ -85,7 +85,7 @@ def test_a_second_descent_goes_on_behind_the_first(
     assert first < fitted
     monkeypatch.setattr(descents_module, "ENOUGH", (fitted + first) / 2 / start)
     told = check(tmp_path, stop, **changes)
-    assert not [line for line in told.shown if "block" in line or line.startswith("step 2/2")]
+    assert not [line for line in told.shown if "block" in line or line.startswith("step 3/3")]
 
 
 @pytest.mark.parametrize("stop", ["block 1/2", "block 2/2", "output"])
