@@ -77,6 +77,10 @@ class Course:
         """Whether a phase is the one that runs."""
         return self.phase is not None and self.phase.name == name
 
+    def next_step(self, name: str) -> int:
+        """Number of the step that follows in a phase, which may not have begun."""
+        return self.step + 1 if self.runs(name) else 0
+
     def at(self, step: int | None, share: float) -> None:
         """Take note of the step that is under way, and of the share of it that is done."""
         self.step = self.step if step is None else step

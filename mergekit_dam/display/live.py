@@ -74,9 +74,9 @@ class OnTerminal:
 
     def advance(self, name: str, text: str) -> None:
         """Show the next step of a phase."""
-        running = self._status.course.runs(name)
+        step = self._status.course.next_step(name)
         self.begin(name, 0, None)
-        self.show(text, self._status.course.step + 1 if running else 0, 0.0)
+        self.show(text, step, 0.0)
 
     def say(self, text: str) -> None:
         """Print a line above what is drawn."""

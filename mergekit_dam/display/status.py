@@ -17,11 +17,16 @@ def outlook(phases: Sequence[Phase]) -> str:
     return f"phases: {'; '.join(named)}"
 
 
+def bytes_used() -> tuple[int, int]:
+    """Memory of this process, and that of the GPU: 0 if it uses none."""
+    gpu = torch.cuda.memory_reserved() if torch.cuda.is_available() else 0  # 0 before it is used
+    return psutil.Process().memory_info().rss, gpu
+
+
 def memory_used() -> str:
     """Memory of this process, and of the GPU if it uses one."""
-    host = size(psutil.Process().memory_info().rss)
-    gpu = torch.cuda.memory_reserved() if torch.cuda.is_available() else 0  # 0 before it is used
-    return f"{host} memory" + (f", {size(gpu)} on the GPU" if gpu else "")
+    host, gpu = bytes_used()
+    return f"{size(host)} memory" + (f", {size(gpu)} on the GPU" if gpu else "")
 
 
 @dataclass

@@ -36,6 +36,7 @@ from mergekit_dam.parameters import RunParameters
 from mergekit_dam.request.check import Checked, check_configuration
 from mergekit_dam.request.document import Document
 from mergekit_dam.request.models import check_depth, check_length, vocab_size_of
+from mergekit_dam.tracking.choose import require_tracker
 from mergekit_dam.vocabulary.merged import Vocabulary
 from mergekit_dam.vocabulary.tokenizers import check_agreement, load_tokenizer
 from mergekit_dam.vocabulary.translation import Translation, refuse_lost
@@ -211,6 +212,7 @@ def check(
         ArchitectureError: a model cannot be merged.
     """
     checked = check_configuration(config, document, texts=True)
+    require_tracker(checked.run.tracking)
     if checked.run.seed is None:
         run = checked.run.model_copy(update={"seed": options.random_seed or 0})
         checked = dataclasses.replace(checked, run=run)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mergekit_dam.errors import DamError, listed
 from mergekit_dam.host.workplace import PREVIOUS, SCRATCH
+from mergekit_dam.lock.folder import TRACKED
 from mergekit_dam.stored import sync
 
 _OF_A_MERGE = ("mergekit_config.yml", "dam_report.json", "dam_coefficients.safetensors")
@@ -31,6 +32,7 @@ _OF_A_MODEL = (
     "dam_report.html",
     "dam_coefficients.svg",
     "dam_lock.json",
+    TRACKED,
     "*_config.json",
     "tokenizer*",
     "special_tokens_map.json",

@@ -30,6 +30,7 @@ from mergekit_dam.host.references import open_sources, with_sources
 from mergekit_dam.host.replay import identified
 from mergekit_dam.host.resume import open_journal
 from mergekit_dam.host.told import beginning, ending
+from mergekit_dam.host.tracked import tracked
 from mergekit_dam.host.workplace import SCRATCH
 from mergekit_dam.model.checkpoint import check_checkpoint
 from mergekit_dam.reports.card import complete_card
@@ -71,6 +72,7 @@ def run_dam(
             for line in beginning(prepared, Path(out_path), kept_beside(folder).parent):
                 progress.say(line)
             config = PreparedConfiguration.create(models, prepared)
+            tree = yaml.safe_load(merge_config.to_yaml()) if document is None else document.tree
             _check_downloaded(config, own)
             with (
                 _card_without_hub(),
@@ -85,19 +87,28 @@ def run_dam(
                     if distributed.is_first():
                         config.keep(open_journal(kept_beside(folder), config, own))
                     silent = kept.model_copy(update={"quiet": True})  # its bar would stand still
-                    stock(config, str(folder), silent, config_source or merge_config.to_yaml())
+                    source = config_source or merge_config.to_yaml()
+                    with tracked(prepared, tree, folder, quiet=own.quiet):
+                        stock(config, str(folder), silent, source)
             if distributed.is_first():
-                progress.begin(CHECK)
-                _name_paths(folder / "README.md", prepared.names)
-                if own.write_model_card:
-                    complete_card(folder, hub_ids(models.referenced_models()))
-                made = prepared.vocabulary is not None
-                check_complete(folder, own, tokenizer=made)
-                tree = yaml.safe_load(merge_config.to_yaml()) if document is None else document.tree
-                write_lock(folder, config, tree, own)
+                _finish(folder, config, tree, own)
         if distributed.is_first():
             for line in ending(Path(out_path)):
                 progress.say(line)
+
+
+def _finish(folder: Path, config: PreparedConfiguration, tree: Any, options: MergeOptions) -> None:
+    """Complete the model card, check that all files are there, and write the lock.
+
+    Args:
+        tree: the configuration as it was written, as plain values.
+    """
+    progress.begin(CHECK)
+    _name_paths(folder / "README.md", config.prepared.names)
+    if options.write_model_card:
+        complete_card(folder, hub_ids(config.referenced_models()))
+    check_complete(folder, options, tokenizer=config.prepared.vocabulary is not None)
+    write_lock(folder, config, tree, options)
 
 
 @contextmanager

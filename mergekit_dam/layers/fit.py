@@ -16,7 +16,7 @@ from mergekit_dam.fitting.tensor_cores import tensor_cores
 from mergekit_dam.layers.state import Metrics, Walk
 from mergekit_dam.layers.walk import walk_part
 from mergekit_dam.model.units import Anatomy
-from mergekit_dam.sources.stage import OpenStage
+from mergekit_dam.sources.stage import OpenStage, Stage
 from mergekit_dam.streams import progress
 from mergekit_dam.streams.memory import give_back
 from mergekit_dam.streams.outputs import OutputCache
@@ -73,7 +73,7 @@ def fit_stage(
             merged[spec.name] = tied.merged
     give_back()
     record.seconds[stage.label] = time.perf_counter() - started
-    _say(stage.label, fitted, record.seconds[stage.label])
+    _say(stage, fitted, record.seconds[stage.label])
     return StageResult(streams, record, merged)
 
 
@@ -130,18 +130,20 @@ def _fit(
         ) from error
 
 
-def _say(label: str, fitted: Sequence[FittedTensor], seconds: float) -> None:
-    """Log how the fits of a stage went, by the mean of their held-out losses."""
+def _say(stage: Stage, fitted: Sequence[FittedTensor], seconds: float) -> None:
+    """Log and track how the fits of a stage went, by the mean of their held-out losses."""
     reports = [tensor.report for tensor in fitted]
     known = [
         (own.held_out_start, own.held_out_fitted)
         for own in reports
         if own.held_out_start is not None and own.held_out_fitted is not None
     ]
-    said = f"{label}: {len(known)} of {len(reports)} tensors fitted, {seconds:.1f} s"
+    said = f"{stage.label}: {len(known)} of {len(reports)} tensors fitted, {seconds:.1f} s"
     if known:
         before, after = (sum(losses) / len(known) for losses in zip(*known, strict=True))
         said += f", mean held-out loss {before:.4g} -> {after:.4g}"
+        losses = {"held-out loss before": before, "held-out loss after": after}
+        progress.track(losses, step=stage.number)
     LOG.info(said)
 
 

@@ -24,6 +24,9 @@ _THREADS = min(8, os.cpu_count() or 1)
 _PIECE = 2**22
 _OTHERS = (LOCK_NAME, REPORT_NAME)
 _FOR_PEOPLE = (".md", ".html", ".svg", ".png")
+TRACKED = "dam_tracking"
+"""Name of the folder with what TensorBoard shows of a merge, which differs from run to run."""
+
 THIS_RUN = "this_run"
 """Section of the report that differs from run to run."""
 
@@ -72,12 +75,13 @@ def files_in(folder: Path) -> list[str]:
     """Names of the files of a merged model that its lock lists.
 
     These are all but the lock itself, the report, whose values it lists, and what is for people:
-    the model card, which they edit, and pages and pictures of the report.
+    the model card, which they edit, pages and pictures of the report, and how the merge ran.
     """
     found = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
-    hidden = (name for name in found if not any(part.startswith(".") for part in name.parts))
+    shown = (name for name in found if not any(part.startswith(".") for part in name.parts))
+    own = (name for name in shown if name.parts[0] != TRACKED)
     return sorted(
-        n.as_posix() for n in hidden if str(n) not in _OTHERS and n.suffix not in _FOR_PEOPLE
+        n.as_posix() for n in own if str(n) not in _OTHERS and n.suffix not in _FOR_PEOPLE
     )
 
 

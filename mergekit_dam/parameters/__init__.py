@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 NAME = "dam"
 """Name of the merge method in mergekit's registry."""
 
-UNRECORDED = frozenset({"resume"})
+UNRECORDED = frozenset({"resume", "tracking"})
 """Parameters that say nothing of the result: its provenance leaves them out."""
 
 
@@ -194,6 +194,12 @@ class RunParameters(LogitsParameters):
         default=True,
         description="Continue a merge to the same place that was stopped, and keep beside the "
         "output what is done, for the next run. `false` starts afresh and keeps nothing.",
+    )
+    tracking: choices.Tracking = Field(
+        default="none",
+        description="What follows the losses, KL, speed and memory of the merge while it runs: "
+        "`tensorboard`, in the folder `dam_tracking` of the output, or `wandb`; either needs the "
+        "extra of its name. The merged model is the same.",
     )
 
     @property

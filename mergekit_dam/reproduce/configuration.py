@@ -128,6 +128,12 @@ class Texts:
         return str(found)
 
 
+def untracked(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration whose merge nothing tracks: a reproduction is not a run of its own."""
+    parameters = {k: v for k, v in (tree.get("parameters") or {}).items() if k != "tracking"}
+    return {**tree, "parameters": parameters}
+
+
 def replay_of(tree: Mapping[str, Any], coefficients: Path | str) -> dict[str, Any]:
     """A configuration that replays coefficients in place of a fit."""
     parameters = {k: v for k, v in (tree.get("parameters") or {}).items() if k != "start"}

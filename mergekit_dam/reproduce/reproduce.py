@@ -28,7 +28,7 @@ from mergekit_dam.host.names import naming
 from mergekit_dam.host.prepare import Prepared
 from mergekit_dam.lock.schema import Lock, read_lock
 from mergekit_dam.reproduce.compare import Difference, differences, measured
-from mergekit_dam.reproduce.configuration import Texts, located, replay_of, tree_of
+from mergekit_dam.reproduce.configuration import Texts, located, replay_of, tree_of, untracked
 from mergekit_dam.reproduce.places import Places, found_models, origins
 
 _CONFIGURATION = "mergekit_config.yml"
@@ -145,8 +145,8 @@ class _Asked:
 
 def _asked(lock: Lock, folder: Path, places: Places, *, refit: bool) -> _Asked:
     models, texts = found_models(lock, places), Texts(lock, places)
-    tree = located(lock, models, texts if refit else None)
-    kept = tree_of(lock)
+    tree = untracked(located(lock, models, texts if refit else None))
+    kept = untracked(tree_of(lock))
     named = {place: name for name, place in models.items()} | texts.named
     if refit:
         return _Asked(tree, kept, named)

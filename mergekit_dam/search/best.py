@@ -12,9 +12,10 @@ from mergekit_dam.coefficients.correction import Corrections
 from mergekit_dam.coefficients.record import MergeRecord, Trial
 from mergekit_dam.journal import Journal
 from mergekit_dam.search.judge import Verdict
+from mergekit_dam.streams import progress
 
 TRIALS = "trials"
-"""What the journal knows of all trials so far."""
+"""What the journal knows of all trials so far, and the group of their numbers."""
 
 DESCENT = "logits"
 """Beginning of the names of trials that are descents."""
@@ -81,6 +82,7 @@ class Best:
         self.trials.append(Trial(name, kept, verdict.losses, verdict.mean, seconds, details, ended))
         decision = "kept" if kept else "dropped"
         LOG.info("%s: held-out KL %.4g, %s, %.1f s", name, verdict.mean, decision, seconds)
+        progress.track(verdict.numbers, step=len(self.trials) - 1, group=TRIALS)
         lost = self.record if kept else record
         if kept:
             self.record, self.verdict = record, verdict

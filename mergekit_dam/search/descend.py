@@ -11,7 +11,7 @@
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from mergekit_dam.search.batches import batches_of
 from mergekit_dam.search.best import record_of
 from mergekit_dam.search.descender import Descender
 from mergekit_dam.search.factors import Factors
-from mergekit_dam.search.gradient import Objective
+from mergekit_dam.search.gradient import Batch, Objective
 from mergekit_dam.search.judge import Verdict, verdict_of
 from mergekit_dam.search.pace import SETTLED, Pace, judged_steps
 from mergekit_dam.streams import progress
@@ -113,12 +113,7 @@ def descend(
     )
     while len(losses) < course.planned and not ended:
         with pace.measured(pace.step):
-            losses.append(descender.step(batches, column_weights))
-        step, lowest = len(losses), best.verdict.mean
-        progress.show(
-            f"step {step}/{course.planned} loss {losses[-1]:.4g} held-out KL {lowest:.4g}",
-            step=step,
-        )
+            step = course.step(batches, column_weights)
         if step == SETTLED:
             course.planned = step + pace.steps(steps - step)
             descender.plan(course.planned)
@@ -128,6 +123,7 @@ def descend(
             with pace.measured(pace.look):
                 now = descender.point()
                 seen = verdict_of(network, now, data)
+            progress.track(seen.numbers, step=step)
             if seen.mean < best.verdict.mean and seen.better_than(verdict, allowance):
                 folder = journal.path(f"{CORRECTIONS}-{name}-{step}")
                 own = factors.kept(now.coefficients, folder, journal)
@@ -170,6 +166,17 @@ class _Course:
     best: "_Best"
     planned: int
     losses: list[float]
+
+    def step(self, batches: Iterator[list[Batch]], column_weights: Mapping[str, Tensor]) -> int:
+        """Take a step, and tell how it went; returns the number of steps so far."""
+        rates = self.descender.rates
+        loss = self.descender.step(batches, column_weights)
+        self.losses.append(loss)
+        step, lowest = len(self.losses), self.best.verdict.mean
+        progress.track({"loss": loss, **rates}, step=step)
+        said = f"step {step}/{self.planned} loss {loss:.4g} held-out KL {lowest:.4g}"
+        progress.show(said, step=step)
+        return step
 
     def keep(self, journal: Journal, name: str) -> None:
         """Keep it for a next run."""

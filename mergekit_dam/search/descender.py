@@ -96,6 +96,15 @@ class Descender:
             schedule.step()
         return loss
 
+    @property
+    def rates(self) -> dict[str, float]:
+        """Largest learning rate of the next step, of coefficients and of factors if they move."""
+        names = ("learning rate", "learning rate of factors")[: len(self.optimizers)]
+        return {
+            name: max(group["lr"] for group in optimizer.param_groups)
+            for name, optimizer in zip(names, self.optimizers, strict=True)
+        }
+
     def plan(self, steps: int) -> None:
         """Let the learning rates fall as they do in so many steps, of which some are taken."""
         taken = self._schedules[0].last_epoch

@@ -52,6 +52,11 @@ class Verdict:
         pairs = zip(self.losses, self.weights, strict=True)
         return sum(loss * weight for loss, weight in pairs) / sum(self.weights)
 
+    @property
+    def numbers(self) -> dict[str, float | Sequence[float]]:
+        """The divergences by name, for what tracks the merge."""
+        return {"KL": self.losses, "mean KL": self.mean}
+
     def better_than(self, other: "Verdict", allowance: float = math.inf) -> bool:
         """Whether the mean is lower, and no model that counts pays too much for it.
 

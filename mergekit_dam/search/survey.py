@@ -11,7 +11,7 @@ from torch import Tensor
 from mergekit_dam.coefficients.record import MergeRecord, Trial
 from mergekit_dam.journal import Journal
 from mergekit_dam.search.backprop import not_finite, run
-from mergekit_dam.search.best import Best
+from mergekit_dam.search.best import TRIALS, Best
 from mergekit_dam.search.judge import judged_at_output, judged_by
 from mergekit_dam.search.sensitivity import measured_by
 from mergekit_dam.sources.network import Network
@@ -174,6 +174,7 @@ def judged_start(
     trial = Trial(
         "start", True, verdict.losses, verdict.mean, seconds, text_losses=verdict.text_losses
     )
+    progress.track(verdict.numbers, step=0, group=TRIALS)
     return Best(surveyed.record, verdict, [trial], journal), data
 
 

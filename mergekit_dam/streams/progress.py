@@ -1,11 +1,12 @@
-"""What a merge tells while it runs: its phases, the step that it is at, and lines that stay.
+"""What a merge tells while it runs: its phases, the step that it is at, lines and numbers.
 
 All that takes long calls these functions. Where they are shown is the display's business, which
-`shown_on` sets; without one (`--quiet`), lines go to the log alone.
+`shown_on` sets; without one (`--quiet`), lines go to the log alone. Numbers go to a tracker, if
+`tracked_by` has set one.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -32,8 +33,8 @@ class Phase:
     condition: str = ""
 
 
-class Display(Protocol):
-    """Shows people what a merge does."""
+class Listener(Protocol):
+    """Follows what a merge does."""
 
     def plan(self, phases: Sequence[Phase]) -> None:
         """Take note of all phases that may come."""
@@ -47,6 +48,10 @@ class Display(Protocol):
     def advance(self, name: str, text: str) -> None:
         """Show the next step of a phase, which begins with its first."""
 
+
+class Display(Listener, Protocol):
+    """Shows people what a merge does."""
+
     def say(self, text: str) -> None:
         """Print a line that stays."""
 
@@ -54,7 +59,17 @@ class Display(Protocol):
         """Show a line from within a signal's handler, if that can be done."""
 
 
+class Tracker(Listener, Protocol):
+    """Follows a merge by numbers."""
+
+    def track(
+        self, values: Mapping[str, float | Sequence[float]], step: int, group: str | None
+    ) -> None:
+        """Take note of numbers; as `track`."""
+
+
 _displays: list[Display] = []
+_trackers: list[Tracker] = []
 
 
 @contextmanager
@@ -67,10 +82,24 @@ def shown_on(display: Display) -> Iterator[None]:
         _displays.remove(display)
 
 
+@contextmanager
+def tracked_by(tracker: Tracker) -> Iterator[None]:
+    """Let a tracker follow everything while the body runs."""
+    _trackers.append(tracker)
+    try:
+        yield
+    finally:
+        _trackers.remove(tracker)
+
+
+def _listeners() -> list[Listener]:
+    return [*_displays[-1:], *_trackers]
+
+
 def plan(phases: Sequence[Phase]) -> None:
     """Tell all phases that may come, in order."""
-    for display in _displays[-1:]:
-        display.plan(phases)
+    for listener in _listeners():
+        listener.plan(phases)
 
 
 def begin(name: str, *, done: int = 0, steps: int | None = None) -> None:
@@ -80,8 +109,8 @@ def begin(name: str, *, done: int = 0, steps: int | None = None) -> None:
         done: steps that an earlier run has done.
         steps: number of steps, if it is not the one that was planned.
     """
-    for display in _displays[-1:]:
-        display.begin(name, done, steps)
+    for listener in _listeners():
+        listener.begin(name, done, steps)
 
 
 def show(text: str, *, step: int | None = None, share: float = 0.0) -> None:
@@ -92,14 +121,28 @@ def show(text: str, *, step: int | None = None, share: float = 0.0) -> None:
         share: share of the step that is done.
     """
     LOG.debug(text)
-    for display in _displays[-1:]:
-        display.show(text, step, share)
+    for listener in _listeners():
+        listener.show(text, step, share)
 
 
 def advance(name: str, text: str) -> None:
     """Show the next step of a phase, which begins with its first."""
-    for display in _displays[-1:]:
-        display.advance(name, text)
+    for listener in _listeners():
+        listener.advance(name, text)
+
+
+def track(
+    values: Mapping[str, float | Sequence[float]], *, step: int, group: str | None = None
+) -> None:
+    """Tell numbers to what tracks the merge, if anything does.
+
+    Args:
+        values: numbers by name; a sequence has one for every model with text, in their order.
+        step: number of the step that they are of, in their group.
+        group: what they belong to; the phase that runs by default.
+    """
+    for tracker in _trackers:
+        tracker.track(values, step, group)
 
 
 def say(text: str) -> None:
