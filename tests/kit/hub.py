@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import re
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -61,6 +63,20 @@ def local_hub(models: Mapping[str, Path]) -> Iterator[Hub]:
         finally:
             server.shutdown()
             thread.join()
+
+
+def run_command(environment: Mapping[str, str], folder: Path, *words: str) -> str:
+    """What `mergekit-dam` prints in a process of its own; it has to end well."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from mergekit_dam.cli import main; main()", *words],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def _answer(request: BaseHTTPRequestHandler, hub: Hub) -> None:

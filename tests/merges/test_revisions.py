@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,13 +12,13 @@ import pytest
 import yaml
 
 from mergekit_dam.lock.schema import read_lock
+from tests.kit.hub import run_command
 from tests.kit.merging import dam, merge
 from tests.kit.models import Models
 from tests.kit.projects import FITS, save_project
 from tests.kit.texts import Calibration
 
 COMMITS = {"v1": "1" * 40, "v2": "2" * 40}
-RUN = "import sys; from mergekit_dam.cli import main; main()"
 
 
 @pytest.fixture
@@ -35,26 +33,13 @@ def cache(llama_models: Models, tmp_path: Path) -> Mapping[str, str]:
     return {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
 
 
-def run(environment: Mapping[str, str], folder: Path, *words: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, *words],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def test_two_revisions_of_one_repository_are_two_models(
     llama_models: Models, calibration: Calibration, cache: Mapping[str, str], tmp_path: Path
 ) -> None:
     local = merge(dam(llama_models.models, calibration), tmp_path / "local")
     configuration = dam([Path(f"org/a@{tag}") for tag in COMMITS], calibration)
     (tmp_path / "dam.yaml").write_text(yaml.safe_dump(configuration), encoding="utf-8")
-    run(cache, tmp_path, "merge", "dam.yaml", "out", "--quiet")
+    run_command(cache, tmp_path, "merge", "dam.yaml", "out", "--quiet")
     weights = (tmp_path / "out" / "model.safetensors").read_bytes()
     assert weights == local.model_bytes
     lock = read_lock(tmp_path / "out")
@@ -65,7 +50,7 @@ def test_two_revisions_of_one_repository_are_two_models(
     # The lock names commits: a tag that moves leads to no other model.
     moved = Path(cache["HF_HOME"]) / "hub" / "models--org--a" / "refs" / "v1"
     moved.write_text(COMMITS["v2"], encoding="utf-8")
-    again = json.loads(run(cache, tmp_path, "reproduce", "out", "--json"))
+    again = json.loads(run_command(cache, tmp_path, "reproduce", "out", "--json"))
     assert again["byte_identical"]
 
 
