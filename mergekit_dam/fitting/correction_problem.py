@@ -17,7 +17,12 @@ from torch import Tensor
 
 from mergekit_dam.fitting.conjugate_gradients import conjugate_gradients
 from mergekit_dam.fitting.metric import Metric
-from mergekit_dam.fitting.moments import LinearMoments, measured_plainly, pooled
+from mergekit_dam.fitting.moments import (
+    LinearMoments,
+    measured_plainly,
+    plain_weights,
+    pooled,
+)
 from mergekit_dam.fitting.problem import Term, add_reactions, pull
 from mergekit_dam.fitting.symmetric import cholesky
 from mergekit_dam.streams.distributed import shared_rows
@@ -133,25 +138,27 @@ class CorrectionProblem:
         return [Domain(own, self.weight, self.bias, self.dtype) for own in self.moments]
 
     @cached_property
+    def weights(self) -> list[float]:
+        """Weights of the terms in one plain metric, which take a pass over each metric."""
+        return plain_weights(self.moments)
+
+    @cached_property
     def residual(self) -> Tensor:
         """The residuals of all terms in one, in the plain metric, `[out, in]`."""
-        return pooled(self.moments).residual(self.weight, self.bias).to(self.dtype)
+        whole = pooled(self.moments, self.weights)
+        return whole.residual(self.weight, self.bias).to(self.dtype)
 
     @cached_property
     def mean(self) -> float:
         """Mean diagonal of the quadratic."""
         means = (own.inputs.gram.diagonal().mean(dtype=torch.float64) for own in self.moments)
-        return sum(
-            own.scale * own.metric.mean * float(mean)
-            for own, mean in zip(self.moments, means, strict=True)
-        )
+        return sum(weight * float(mean) for weight, mean in zip(self.weights, means, strict=True))
 
     def shifted(self, ridge: float) -> Tensor:
         """A new matrix `G + ridge m`, of the Gram matrices of all terms in the plain metric."""
-        first, *others = [(own.inputs.gram, own.scale * own.metric.mean) for own in self.moments]
-        total = first[0] * first[1]
-        for gram, factor in others:
-            total.add_(gram, alpha=factor)
+        total = self.moments[0].inputs.gram * self.weights[0]
+        for own, weight in zip(self.moments[1:], self.weights[1:], strict=True):
+            total.add_(own.inputs.gram, alpha=weight)
         total.diagonal().add_(ridge * self.mean)
         return total.to(self.dtype)
 

@@ -13,7 +13,12 @@ from mergekit_dam.fitting.correction import correct
 from mergekit_dam.fitting.evidence import Evidence, Losses, M
 from mergekit_dam.fitting.judged import judged, judged_solution
 from mergekit_dam.fitting.metric import PLAIN, Metric
-from mergekit_dam.fitting.moments import LinearMoments, measured_plainly, pooled
+from mergekit_dam.fitting.moments import (
+    LinearMoments,
+    measured_plainly,
+    plain_weights,
+    pooled,
+)
 from mergekit_dam.fitting.problem import ColumnProblem
 from mergekit_dam.fitting.solver import solve_columns, solve_small, solve_tensor
 
@@ -144,7 +149,8 @@ def _problem(
     average = form.average(facing, evidence.fit[0].cross.dtype)
     directions = form.directions(facing, average.dtype)
     if weight.settings.correction != "none" and not measured_plainly(evidence.fit):
-        return ColumnProblem(directions, [pooled(evidence.fit).term(average, bias)]), None
+        whole = pooled(evidence.fit, plain_weights(evidence.fit))
+        return ColumnProblem(directions, [whole.term(average, bias)]), None
     terms = [moments.term(average, bias) for moments in evidence.fit]
     if not evidence.knows_fit_loss:
         return ColumnProblem(directions, terms), None

@@ -198,18 +198,22 @@ def measured_plainly(moments: Sequence[LinearMoments]) -> bool:
     return all(own.metric.plain for own in moments)
 
 
-def pooled(moments: Sequence[LinearMoments]) -> LinearMoments:
-    """The sums of all domains in the plain metric, each by its weight and the mean of its metric.
+def plain_weights(moments: Sequence[LinearMoments]) -> list[float]:
+    """Weights of the domains in one plain metric: each by its own and the mean of its metric."""
+    return [own.scale * own.metric.mean for own in moments]
+
+
+def pooled(moments: Sequence[LinearMoments], weights: Sequence[float]) -> LinearMoments:
+    """The sums of all domains in the plain metric, weighted as `plain_weights` says.
 
     Squares of outputs are left out: those of different metrics have no sum. A single domain that
     weighs 1 is not copied.
     """
     if len(moments) == 1 and moments[0].metric.plain and moments[0].scale == 1:
         return moments[0]
-    first, *others = [(own, own.scale * own.metric.mean) for own in moments]
-    total = first[0].scaled(first[1])
-    for own, factor in others:
-        total.add_scaled(own, factor)
+    total = moments[0].scaled(weights[0])
+    for own, weight in zip(moments[1:], weights[1:], strict=True):
+        total.add_scaled(own, weight)
     return replace(total, metric=PLAIN, squares=False)
 
 
