@@ -5,6 +5,7 @@ and all continue with the total, so that all hold the same coefficients. In a si
 functions here return their arguments, and torch.distributed is not set up.
 """
 
+import atexit
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -48,6 +49,8 @@ def joined_processes(options: MergeOptions) -> Iterator[MergeOptions]:
         torch.cuda.set_device(local)
     if not dist.is_initialized():  # kept for the next merge: processes can connect only once
         dist.init_process_group(backend, timeout=_PATIENCE)
+        # gloo's threads must end before the interpreter does: it aborts at times if they do not.
+        atexit.register(_disconnect)
     yield options.model_copy(update={"device": device, "quiet": options.quiet or not is_first()})
     from_first(lambda: None)
 
@@ -146,6 +149,11 @@ def in_turn(work: Callable[[], object]) -> None:
         if number == rank():
             work()
         from_first(lambda: None)
+
+
+def _disconnect() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _several() -> bool:

@@ -1,5 +1,10 @@
 """Sequences are divided between processes, and sums are taken over all."""
 
+import atexit
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -34,6 +39,28 @@ def test_alone_nothing_is_set_up() -> None:
         assert distributed.all_rows(x) is x
         assert distributed.all_sums([1.0, 2.0]) == [1.0, 2.0]
         assert distributed.from_first(lambda: 5) == 5
+
+
+def test_processes_are_disconnected_before_the_interpreter_ends(tmp_path: Path) -> None:
+    at_exit: list[Callable[[], object]] = []
+
+    def connect(_backend: str, **options: Any) -> None:  # without a port, and for one process
+        dist_init("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/store", **options)
+
+    dist_init = dist.init_process_group
+    with (
+        mock.patch.dict(os.environ, {"WORLD_SIZE": "2", "RANK": "0"}),
+        mock.patch.object(dist, "init_process_group", connect),
+        mock.patch.object(atexit, "register", at_exit.append),
+    ):
+        for _ in range(2):  # the second merge finds the first one's connection
+            with distributed.joined_processes(MergeOptions()):
+                assert dist.is_initialized()
+    ours = [end for end in at_exit if end.__module__ == distributed.__name__]
+    assert len(ours) == 1
+    assert dist.is_initialized()
+    ours[0]()
+    assert not dist.is_initialized()
 
 
 def test_numbers_are_summed_on_the_host_wherever_they_are() -> None:
