@@ -61,7 +61,7 @@ class Status:
     @property
     def times(self) -> str:
         """The share of the phase that is done, and the time that is gone and left."""
-        gone = f"{self.course.fraction:.0%}, {duration(self.course.gone)} gone"
+        gone = f"{self.course.fraction:.0%} of the phase, {duration(self.course.gone)} gone"
         left = self.course.left
         if left is None:
             return gone
