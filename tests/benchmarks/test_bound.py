@@ -8,7 +8,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 
-from examples.benchmarks.bound import Timer, Work, main, shortened
+from examples.benchmarks.bound import Outcome, Rates, Timer, Work, main, shortened, table
 from tests.kit.merging import dam
 from tests.kit.models import save_models, tiny_llama_config
 from tests.kit.texts import save_calibration
@@ -30,6 +30,22 @@ def test_operations_that_take_little_time_are_shown_as_one() -> None:
     found = shortened(kinds, shown=3)
     assert list(found) == ["products", "op 4", "op 3", "  3 other operations"]
     assert found["  3 other operations"].seconds == 3
+
+
+def test_the_faster_of_two_measured_rates_counts() -> None:
+    before, after = (
+        Rates({"products": 3.0, "roots": 5.0}, 7, 2),
+        Rates({"products": 4.0, "roots": 1.0}, 6, 8),
+    )
+    assert before.or_faster(after) == Rates({"products": 4.0, "roots": 5.0}, 7, 8)
+
+
+@pytest.mark.parametrize(("rate", "known"), [(2.0, True), (0.5, False)])
+def test_rates_slower_than_the_merge_are_no_bound(rate: float, known: bool) -> None:
+    rates = Rates({"products": rate, "roots": 1.0}, 1.0, 1.0)
+    found = table(Outcome({"products": Work(10.0, 10.0)}, 20.0, 0.0, rates))
+    assert f"{20 / (10 / rate):.2f} times the bound" in found
+    assert ("no bound" not in found) is known
 
 
 @pytest.mark.slow
