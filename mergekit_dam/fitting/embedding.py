@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.coefficients.tensors import FittedTensor, TensorSources
-from mergekit_dam.fitting.evidence import Losses
+from mergekit_dam.fitting.evidence import Losses, scales
 from mergekit_dam.fitting.judged import judged_solution
 from mergekit_dam.fitting.solver import solve_small
 
@@ -34,7 +34,7 @@ def fit_embedding(embedding: TensorSources, usage: Sequence[Usage]) -> FittedTen
     """Fit the merged rows to model k's rows, for the rows that model k's data uses.
 
     Minimises over the coefficients, per dimension, `sum_k w_k sum_rows count_k |E - E_k|^2`.
-    The factor `w_k` is the loss weight of model k, divided by the energy of the rows used.
+    The factor `w_k` is the loss weight of model k, divided by the energy of its rows (`scales`).
     """
     started = time.perf_counter()
     settings = embedding.settings
@@ -43,9 +43,8 @@ def fit_embedding(embedding: TensorSources, usage: Sequence[Usage]) -> FittedTen
     device = embedding.tensors[0].device
     matrix = torch.zeros(dimensions, unknowns, unknowns, dtype=torch.float64, device=device)
     rhs = torch.zeros(dimensions, unknowns, dtype=torch.float64, device=device)
-    for use in usage:
-        # The bound avoids a division by 0 where no row is used, or all used rows are 0.
-        factor = settings.loss_weights[use.source] / max(_energy(embedding, use, use.fit), 1e-30)
+    factors = _scales(embedding, [(use, use.fit) for use in usage])
+    for use, factor in zip(usage, factors, strict=True):
         for rows in _used_rows(use.fit):
             tensors = [tensor[rows] for tensor in embedding.tensors]
             directions = form.directions(tensors)
@@ -86,13 +85,17 @@ def _losses(embedding: TensorSources, merged: Tensor, usage: Sequence[Usage]) ->
 
 
 def _loss(embedding: TensorSources, merged: Tensor, usage: Sequence[tuple[Usage, Tensor]]) -> float:
-    weights = embedding.settings.loss_weights
     total = 0.0
-    for use, counts in usage:
+    for (use, counts), scale in zip(usage, _scales(embedding, usage), strict=True):
         own = embedding.tensors[use.source]
         error = sum(
             float(((merged[r].double() - own[r].double()).square() * counts[r, None]).sum())
             for r in _used_rows(counts)
         )
-        total += weights[use.source] * error / max(_energy(embedding, use, counts), 1e-30)
-    return total / sum(weights[use.source] for use, _ in usage)
+        total += scale * error
+    return total / sum(embedding.settings.loss_weights[use.source] for use, _ in usage)
+
+
+def _scales(embedding: TensorSources, usage: Sequence[tuple[Usage, Tensor]]) -> list[float]:
+    weights = [embedding.settings.loss_weights[use.source] for use, _ in usage]
+    return scales(weights, [_energy(embedding, use, counts) for use, counts in usage])

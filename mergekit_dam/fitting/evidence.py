@@ -1,6 +1,6 @@
 """The data of one tensor's fit, and the data that judges it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -36,6 +36,35 @@ class Judge(Protocol):
 
 
 M = TypeVar("M", LinearMoments, FeatureMoments)
+J = TypeVar("J")
+
+NOTHING = 1e-30
+"""Energy, or number of tokens, from which on a stream has a size."""
+
+
+def scales(weights: Sequence[float], sizes: Sequence[float]) -> list[float]:
+    """By what each stream's errors are multiplied: its loss weight, divided by its size.
+
+    A stream without a size (its teacher puts out zeros, or it has no tokens) is taken to have the
+    mean size of the others. Else any error of its would count for infinitely more than theirs.
+
+    Args:
+        weights: loss weights.
+        sizes: energies of what the teachers put out, or numbers of tokens.
+    """
+    known = [size for size in sizes if size > NOTHING]
+    usual = sum(known) / len(known) if known else 1.0
+    own = (size if size > NOTHING else usual for size in sizes)
+    return [weight / size for weight, size in zip(weights, own, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Sized(Generic[J]):
+    """A stream's data with its loss weight and size; without the data once that is added up."""
+
+    judge: J | None
+    weight: float
+    size: float
 
 
 class Pool(Generic[M]):
@@ -48,31 +77,48 @@ class Pool(Generic[M]):
 
     def __init__(self, *, measured_alike: bool) -> None:
         self._add_up = measured_alike
-        self._fit: list[M] = []
-        self._held_out: list[Judge] = []
+        self._sums: list[M] = []
+        self._fit: list[_Sized[M]] = []
+        self._held_out: list[_Sized[Judge]] = []
 
-    def add(self, sums: M, scale: float) -> None:
-        """Add a stream's sums over the data of the fit, weighted by `scale`."""
+    def add(self, sums: M, weight: float, size: float) -> None:
+        """Add a stream's sums over the data of the fit; see `scales` for its weight and size."""
+        known = self._add_up and size > NOTHING
+        if known:
+            self._take(sums, weight / size)
+        self._fit.append(_Sized(None if known else sums, weight, size))
+
+    def add_held_out(self, judge: Judge, weight: float, size: float) -> None:
+        """Add a stream's held-out data."""
+        self._held_out.append(_Sized(judge, weight, size))
+
+    def evidence(self) -> "Evidence[M]":
+        """All evidence; if nothing is held out, the data of the fit judges."""
+        for sums, scale in _scaled(self._fit):
+            self._take(sums, scale)
+        held_out: list[Judge] = []
+        for judge, scale in _scaled(self._held_out):
+            judge.scale = scale
+            held_out.append(judge)
+        total = sum(own.weight for own in self._fit)
+        return Evidence(self._sums, held_out or self._sums, total)
+
+    def _take(self, sums: M, scale: float) -> None:
         if not self._add_up:
             sums.scale = scale
-            self._fit.append(sums)
-        elif self._fit:
-            self._fit[0].add_scaled(sums, scale)
+            self._sums.append(sums)
+        elif self._sums:
+            self._sums[0].add_scaled(sums, scale)
         else:
-            self._fit.append(sums.scaled(scale))
+            self._sums.append(sums.scaled(scale))
 
-    def add_held_out(self, judge: Judge, scale: float) -> None:
-        """Add a stream's held-out data, weighted by `scale`."""
-        judge.scale = scale
-        self._held_out.append(judge)
 
-    def evidence(self, total: float) -> "Evidence[M]":
-        """All evidence; if nothing is held out, the data of the fit judges.
-
-        Args:
-            total: Sum of the streams' loss weights.
-        """
-        return Evidence(self._fit, self._held_out or self._fit, total)
+def _scaled(streams: Sequence[_Sized[J]]) -> Iterator[tuple[J, float]]:
+    """The data that is not added up yet, each with its scale."""
+    found = scales([own.weight for own in streams], [own.size for own in streams])
+    for own, scale in zip(streams, found, strict=True):
+        if own.judge is not None:
+            yield own.judge, scale
 
 
 @dataclass(frozen=True)

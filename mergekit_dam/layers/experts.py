@@ -212,24 +212,20 @@ def _evidence(
     loss_weights = sources.settings.loss_weights
     pool: Pool[LinearMoments] = Pool(measured_alike=not walk.metrics)
     for routed, metric in zip(streams, metrics, strict=True):
-
-        def scale(split: Split, routed: RoutedStream = routed) -> float:
-            totals = routed.sums[split]
-            size = totals.count if walk.metrics else totals.energy
-            return loss_weights[routed.stream.source] / max(size, 1e-30)
-
+        weight = loss_weights[routed.stream.source]
+        sizes = {s: t.count if walk.metrics else t.energy for s, t in routed.sums.items()}
         inputs = InputMoments.zeros(columns, walk.device, dtype)
         sums = LinearMoments.zeros(shape[0], inputs, metric[linear.parameter])
         _show(walk, unit, linear, expert, routed, "fit", sums)
         inputs.add_up()
         sums.add_up()
-        pool.add(sums, scale("fit"))
+        pool.add(sums, weight, sizes["fit"])
         if judged_on == "held_out":
             tokens = LinearTokens(metric[linear.parameter])
             _show(walk, unit, linear, expert, routed, "held_out", tokens)
             tokens.add_up()
-            pool.add_held_out(tokens, scale("held_out"))
-    return pool.evidence(sum(loss_weights[routed.stream.source] for routed in streams))
+            pool.add_held_out(tokens, weight, sizes["held_out"])
+    return pool.evidence()
 
 
 def _show(

@@ -38,9 +38,8 @@ def gather(
     judged_on = judging_split(stream.share for stream in walk.streams)
     loss_weights = {unit.name: walk.weight(unit).settings.loss_weights for unit in units}
 
-    def scale(name: str, sums: Judge, stream: Stream) -> float:
-        size = float(sums.energy if pool else sums.count)
-        return loss_weights[name][stream.source] / max(size, 1e-30)
+    def sized(name: str, sums: Judge, stream: Stream) -> tuple[float, float]:
+        return loss_weights[name][stream.source], float(sums.energy if pool else sums.count)
 
     def fill(sums: Mapping[str, Any], stream: Stream, split: Split) -> None:
         for seen in see(walk, group, units, stream, split):
@@ -51,17 +50,14 @@ def gather(
         own = empty(stream)
         fill(own, stream, "fit")
         for name, sums in own.items():
-            pools[name].add(sums, scale(name, sums, stream))
+            pools[name].add(sums, *sized(name, sums, stream))
         del own, sums
         if judged_on == "held_out":
             judging = judges(stream)
             fill(judging, stream, "held_out")
             for name, judge in judging.items():
-                pools[name].add_held_out(judge, scale(name, judge, stream))
-    return {
-        name: own_pool.evidence(sum(loss_weights[name][stream.source] for stream in walk.streams))
-        for name, own_pool in pools.items()
-    }
+                pools[name].add_held_out(judge, *sized(name, judge, stream))
+    return {name: own_pool.evidence() for name, own_pool in pools.items()}
 
 
 def _add_up(own: Mapping[str, Judge]) -> None:

@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.reports.names import short_names
@@ -17,8 +17,15 @@ FITTED = ("fitted", "fitted end to end")
 DROPPED = "start kept: held-out loss was not better"
 """Outcome of a tensor whose fit was dropped."""
 
-Number = Annotated[float, Field(ge=-1e30, le=1e30)]
-"""A number of which differences can be taken, and drawn."""
+LARGEST = 1e30
+
+
+def _bounded(value: float) -> float:
+    return max(-LARGEST, min(LARGEST, value))
+
+
+Number = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_bounded)]
+"""A number of which differences can be taken, and drawn: what is larger counts as `LARGEST`."""
 
 
 class Section(BaseModel):
