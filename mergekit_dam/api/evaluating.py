@@ -54,6 +54,8 @@ def evaluate(
     True
     """
     named = _named(models)
+    if not texts:
+        raise DamError("texts: required at least one, got none")
     against = None if baseline is None else os.fspath(baseline)
     if against is not None and against not in named:
         raise DamError(f"baseline: required one of {', '.join(named)}, got {against}")

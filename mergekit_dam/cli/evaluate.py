@@ -136,7 +136,7 @@ class _Request:
 
 def _checked(models: tuple[str, ...], options: Mapping[str, Any]) -> _Request:
     from mergekit_dam.evaluation.conditions import Condition
-    from mergekit_dam.evaluation.named import named_texts, split_name
+    from mergekit_dam.evaluation.named import named_models, named_texts
     from mergekit_dam.evaluation.settings import EvaluationSettings
     from mergekit_dam.evaluation.tasks import require_lm_eval
     from mergekit_dam.model.named import require_model
@@ -146,11 +146,11 @@ def _checked(models: tuple[str, ...], options: Mapping[str, Any]) -> _Request:
     for name in models:
         if name == "-" or name.endswith(".json"):
             raise click.UsageError(f"--json prints on stdout: write `--json > FILE`, not {name}")
-    named = {name or model: model for name, model in map(split_name, models)}
     texts = named_texts(options["texts"])
     references = _references(options["references"], texts)
     baseline = options["baseline"] or (_LINEAR if references else None)
-    is_model = baseline is not None and baseline != _LINEAR and not _is_yaml(baseline)
+    is_model = baseline is not None and not _is_average(baseline)
+    named = named_models(models, reserved=_LINEAR if _is_average(baseline) else None)
     for model in (*named.values(), *references.values(), *([baseline] if is_model else [])):
         require_model(str(model), files=False)
     conditions = [Condition.parse(text) for text in options["conditions"]]
@@ -169,7 +169,7 @@ def _checked(models: tuple[str, ...], options: Mapping[str, Any]) -> _Request:
 def _references(given: Sequence[str], texts: Mapping[str, Any]) -> dict[str, str]:
     from mergekit_dam.evaluation.named import split_name
 
-    found = {}
+    found: dict[str, str] = {}
     for text in given:
         name, model = split_name(text)
         if name is None:
@@ -181,12 +181,17 @@ def _references(given: Sequence[str], texts: Mapping[str, Any]) -> dict[str, str
             raise click.BadParameter(
                 f"there is no text {name!r} among {', '.join(texts)}", param_hint="--reference"
             )
-        found[name] = model
+        if found.setdefault(name, model) != model:
+            raise click.BadParameter(
+                f"two specialists of the text {name!r}: {found[name]} and {model}",
+                param_hint="--reference",
+            )
     return found
 
 
-def _is_yaml(name: str) -> bool:
-    return Path(name).suffix in (".yaml", ".yml")
+def _is_average(baseline: str | None) -> bool:
+    """Whether a baseline is made on the spot."""
+    return baseline == _LINEAR or Path(baseline or "").suffix in (".yaml", ".yml")
 
 
 def _measured(request: _Request) -> "Evaluation | None":
@@ -197,7 +202,7 @@ def _measured(request: _Request) -> "Evaluation | None":
 
     models, baseline = dict(request.models), request.baseline
     with contextlib.ExitStack() as stack:
-        if baseline == _LINEAR or (baseline is not None and _is_yaml(baseline)):
+        if _is_average(baseline):
             models[_LINEAR] = stack.enter_context(_average(request))
             baseline = _LINEAR
         elif baseline is not None:

@@ -1,11 +1,11 @@
-"""`NAME=WHAT` on a command line, and texts that are named so; nothing slow is imported."""
+"""`NAME=WHAT` on a command line, models and texts named so; nothing slow is imported."""
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from mergekit_dam.calibration.source import CalibrationSource
-from mergekit_dam.errors import CalibrationError
+from mergekit_dam.errors import CalibrationError, DamError
 from mergekit_dam.untrusted import exists
 
 MEAN = "mean"
@@ -21,6 +21,25 @@ def split_name(text: str) -> tuple[str | None, str]:
     if found is None or exists(text):
         return None, text
     return found[1], found[2]
+
+
+def named_models(values: Sequence[str], reserved: str | None = None) -> dict[str, str]:
+    """Models by name, in the order given; each is `NAME=MODEL` or a model, which is its name.
+
+    Args:
+        reserved: a name that something else has.
+
+    Raises:
+        DamError: two models have one name.
+    """
+    found: dict[str, str] = {}
+    for name, model in map(split_name, values):
+        own = name or model
+        if own == reserved:
+            raise DamError(f"{own!r} is the name of the average: write another NAME={model}")
+        if found.setdefault(own, model) != model:
+            raise DamError(f"{own!r} is the name of two models: write another NAME={model}")
+    return found
 
 
 def text_source(text: str) -> CalibrationSource:

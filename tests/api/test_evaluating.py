@@ -42,6 +42,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no such baseline": ({"baseline": "other"}, "baseline: required one of"),
     "a reference of no text": ({"references": {"german": "x"}}, "there is no text 'german'"),
     "references alone": ({"references": {"math": "models/math"}}, "`baseline`"),
+    "no text at all": ({"texts": {}}, "texts: required at least one, got none"),
     "no text": ({"texts": {"math": []}}, "0 without a word"),
     "a text that is not there": ({"texts": {"math": "absent.jsonl"}}, "absent.jsonl"),
     "a model's own text": ({"texts": {"math": "self"}}, "judges nothing"),

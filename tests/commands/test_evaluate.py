@@ -129,6 +129,38 @@ def test_the_models_of_a_merge_are_averaged_by_its_own_configuration(
     assert "minus linear" in result.stdout
 
 
+TWICE = {
+    "models": (["x=a", "x=b"], "'x' is the name of two models: write another NAME="),
+    "an average": (["linear=a", "--baseline=linear"], "'linear' is the name of the average"),
+    "specialists": (
+        ["a", "--reference=prose=a", "--reference=prose=b"],
+        "two specialists of the text 'prose'",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", TWICE, ids=str)
+def test_one_name_is_one_thing(
+    what: str,
+    command: Run,
+    models: dict[str, str],
+    data: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(Path(models["a"]).parent)
+    given, message = TWICE[what]
+    result = command("evaluate", *given, *data)
+    assert result.exit_code in (1, 2)
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_a_model_that_is_named_twice_is_judged_once(
+    command: Run, models: dict[str, str], data: list[str]
+) -> None:
+    found = told(command, models["a"], models["a"], *data)
+    assert [own["model"] for own in found["models"]] == [models["a"]]
+
+
 def test_without_models_to_average_the_ways_to_name_them_are_told(
     command: Run, models: dict[str, str], data: list[str]
 ) -> None:
