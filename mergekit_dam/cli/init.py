@@ -1,5 +1,6 @@
 """The command `init`."""
 
+import shlex
 from pathlib import Path
 
 import click
@@ -84,7 +85,8 @@ def init(
     for note in notes:
         click.echo(note, err=True)
     if str(output) != "-":
-        click.echo(f"Wrote {output}. Next: mergekit-dam plan {output}", err=True)
+        place = shlex.quote(str(output))
+        click.echo(f"Wrote {output}. Next: mergekit-dam plan {place}", err=True)
 
 
 def _named(texts: tuple[str, ...]) -> dict[str, str]:

@@ -48,12 +48,14 @@ def run_dam(
     options: MergeOptions,
     config_source: str | None = None,
     approve: Callable[[Prepared], None] | None = None,
+    lasting: bool = True,
 ) -> None:
     """Check a dam configuration before mergekit downloads, converts or reads anything; merge.
 
     Args:
         stock: mergekit's own `run_merge`; the arguments up to `config_source` are its arguments.
         approve: looks at what was prepared, and raises where the merge is not to go on.
+        lasting: whether the folder stays, and a user is told what to do with it.
     """
     document = single(config_source) if config_source else None
     with (
@@ -69,7 +71,8 @@ def run_dam(
             prepared = distributed.from_first(lambda: prepare(models, own, document))
             if approve is not None:
                 approve(prepared)
-            for line in beginning(prepared, Path(out_path), kept_beside(folder).parent):
+            place = kept_beside(folder).parent
+            for line in beginning(prepared, Path(out_path), place, lasting=lasting):
                 progress.say(line)
             config = PreparedConfiguration.create(models, prepared)
             tree = yaml.safe_load(merge_config.to_yaml()) if document is None else document.tree
@@ -93,7 +96,7 @@ def run_dam(
             if distributed.is_first():
                 _finish(folder, config, tree, own)
         if distributed.is_first():
-            for line in ending(Path(out_path)):
+            for line in ending(Path(out_path), lasting=lasting):
                 progress.say(line)
 
 

@@ -1,5 +1,6 @@
 """What a merge says at its start and at its end: about five lines each."""
 
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -14,12 +15,13 @@ from mergekit_dam.stored import folder_bytes
 from mergekit_dam.tables import size
 
 
-def beginning(prepared: Prepared, output: Path, place: Path) -> Iterator[str]:
+def beginning(prepared: Prepared, output: Path, place: Path, *, lasting: bool) -> Iterator[str]:
     """What will be merged, from which text, and to where.
 
     Args:
         output: folder of the merged model.
         place: folder for what is kept meanwhile.
+        lasting: whether the folder stays.
     """
     checked = prepared.checked
     every = dict.fromkeys([*checked.models, *([checked.base] if checked.base else [])])
@@ -31,6 +33,8 @@ def beginning(prepared: Prepared, output: Path, place: Path) -> Iterator[str]:
         yield f"text: {n} x {length} tokens each, {held_out} x held out: {', '.join(texts)}"
     if prepared.replay is not None:
         yield "coefficients are those of an earlier merge; nothing is fitted"
+    if not lasting:
+        return
     goes_on = ", from which the same command goes on if this is stopped"
     yield f"written to {output}; until all is done, files are in {place}" + (
         goes_on if prepared.calibration and prepared.run.resume else ""
@@ -47,21 +51,25 @@ def _texts(prepared: Prepared, short: Mapping[str, str]) -> dict[tuple[int, int]
     return found
 
 
-def ending(output: Path) -> Iterator[str]:
-    """What came out.
+def ending(output: Path, *, lasting: bool) -> Iterator[str]:
+    """What came out, and where it is; commands can be pasted into a shell.
 
     Args:
         output: folder of the merged model, which is complete.
+        lasting: whether the folder stays.
     """
     report = read(output / REPORT_NAME)
     yield from _judged(report)
     summary = summary_of(report)
     why = "".join(f"; {count}: {reason}" for reason, count in summary.kept.items())
     yield f"{summary.learned} of {summary.tensors} tensors were learned{why}"
+    if not lasting:
+        return
     yield f"written to {output}: {size(folder_bytes(output))}; {PAGE_NAME} shows every fit"
-    yield f"evaluate:  mergekit-dam evaluate {output} --baseline linear --data TEXT"
+    place, lock = (shlex.quote(str(path)) for path in (output, output / LOCK_NAME))
+    yield f"evaluate:  mergekit-dam evaluate {place} --baseline linear --data TEXT"
     if (output / LOCK_NAME).is_file():
-        yield f"reproduce: mergekit-dam reproduce {output / LOCK_NAME}"
+        yield f"reproduce: mergekit-dam reproduce {lock}"
 
 
 def _judged(report: DamReport) -> Iterator[str]:

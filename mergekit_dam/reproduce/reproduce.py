@@ -107,9 +107,10 @@ def reproduce(
     asked = _asked(lock, folder, Places.of(folder, given), refit=refit)
     options = _options(lock, device, cache, refit=refit, quiet=quiet)
     with ExitStack() as held:
+        lasting = to is not None
         if to is None:
             to = Path(held.enter_context(tempfile.TemporaryDirectory())) / folder.name
-        _merge(lock, asked, to, options)
+        _merge(lock, asked, to, options, lasting=lasting)
         again = read_lock(to)
         found = differences(lock.output, again.output, files=_counted(lock, again, refit=refit))
         sized = [measured(difference, folder, to) for difference in found]
@@ -182,13 +183,18 @@ def _options(
     return MergeOptions(**lock.options, device=device, transformers_cache=cache, quiet=quiet)
 
 
-def _merge(lock: Lock, asked: _Asked, to: Path, options: MergeOptions) -> None:
+def _merge(lock: Lock, asked: _Asked, to: Path, options: MergeOptions, *, lasting: bool) -> None:
     """Run mergekit."""
     config = MergeConfiguration.model_validate(dict(asked.tree))
     text = yaml.safe_dump(dict(asked.kept), sort_keys=False, allow_unicode=True)
     with naming(None, asked.named):
         plugin.run_merge(
-            config, str(to), options, text, approve=lambda own: _check_texts(lock, own)
+            config,
+            str(to),
+            options,
+            text,
+            approve=lambda own: _check_texts(lock, own),
+            lasting=lasting,
         )
 
 

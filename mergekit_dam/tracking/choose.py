@@ -1,6 +1,7 @@
 """The backend that a configuration asks for. Its package is imported here, and only if it does."""
 
 import importlib
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,5 +77,5 @@ def _opened(name: str, configuration: Mapping[str, Any], place: Path, *, quiet: 
         return WeightsAndBiases(configuration, quiet=quiet)
     from mergekit_dam.tracking.tensorboard import TensorBoard
 
-    progress.say(f"follow it: tensorboard --logdir {place}")
+    progress.say(f"follow it: tensorboard --logdir {shlex.quote(str(place))}")
     return TensorBoard(place, yaml.safe_dump(dict(configuration), sort_keys=False))

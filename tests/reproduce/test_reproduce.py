@@ -52,6 +52,19 @@ class TestReplay:
         # The lock of a replay is one, too.
         assert reproduce(again, "--models", project.root)[0] == 0
 
+    @pytest.mark.parametrize("stays", [True, False])
+    def test_tells_what_to_do_with_a_folder_that_stays(
+        self, project: Project, tmp_path: Path, stays: bool
+    ) -> None:
+        place = tmp_path / "made again"
+        options = ["--to", str(place)] if stays else []
+        done = CliRunner().invoke(main, ["reproduce", str(project.out.path), *options])
+        assert done.exit_code == 0, done.output
+        assert "tensors were learned" in done.stderr
+        assert (f"mergekit-dam evaluate '{place}' --baseline" in done.stderr) is stays
+        assert (f"mergekit-dam reproduce '{place / LOCK_NAME}'" in done.stderr) is stays
+        assert ("written to" in done.stderr) is stays
+
     def test_finds_models_that_were_moved(self, project: Project, tmp_path: Path) -> None:
         shutil.move(project.root / "models", tmp_path / "store")
         code, told = reproduce(project.out.path)
