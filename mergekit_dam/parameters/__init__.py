@@ -23,6 +23,9 @@ NAME = "dam"
 UNRECORDED = frozenset({"resume", "tracking"})
 """Parameters that say nothing of the result: its provenance leaves them out."""
 
+REPLAYED = UNRECORDED | {"coefficients", "changed_models", "include_base", "other_weights"}
+"""Parameters of the whole merge that a replay reads; the others are of a fit."""
+
 
 class ModelParameters(Parameters):
     """Parameters of one model; at top level, they hold for every model."""

@@ -7,6 +7,7 @@ from typing import Any
 from mergekit_dam.calibration.source import OPTION
 from mergekit_dam.errors import DamError, inside, listed
 from mergekit_dam.lock.schema import Lock, Text
+from mergekit_dam.parameters import REPLAYED
 from mergekit_dam.reproduce.places import Places
 from mergekit_dam.request.document import single
 from mergekit_dam.request.reading import validated
@@ -136,5 +137,5 @@ def untracked(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def replay_of(tree: Mapping[str, Any], coefficients: Path | str) -> dict[str, Any]:
     """A configuration that replays coefficients in place of a fit."""
-    parameters = {k: v for k, v in (tree.get("parameters") or {}).items() if k != "start"}
+    parameters = {k: v for k, v in (tree.get("parameters") or {}).items() if k in REPLAYED}
     return {**tree, "parameters": {**parameters, "coefficients": str(coefficients)}}

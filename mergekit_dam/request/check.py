@@ -15,7 +15,7 @@ from mergekit_dam.parameters import ModelParameters, RunParameters
 from mergekit_dam.request.document import Document
 from mergekit_dam.request.help import OWNERS
 from mergekit_dam.request.keys import unknown_keys, unknown_parameter
-from mergekit_dam.request.objective import check_objective, quoted
+from mergekit_dam.request.objective import check_objective, quoted, unread_by_replay
 from mergekit_dam.request.scopes import (
     SPECS,
     Scope,
@@ -86,9 +86,12 @@ def check_configuration(
         problems += _check_texts(calibrations, run) if texts else []
     if problems:
         raise ConfigError(*problems)
-    meaning = meaning_of_weight(scopes) if learns and run.coefficients is None else None
-    if meaning is not None:
-        LOG.warning("%s", meaning)
+    if run.coefficients is not None:
+        remark = unread_by_replay(scopes)
+    else:
+        remark = meaning_of_weight(scopes) if learns else None
+    if remark is not None:
+        LOG.warning("%s", remark)
     return Checked(run, models, config.base_model, calibrations, learns)
 
 

@@ -4,7 +4,14 @@ from collections.abc import Collection, Iterable
 
 from mergekit.config import MergeConfiguration
 
-from mergekit_dam.parameters import LogitsParameters, RunParameters, TensorParameters
+from mergekit_dam.parameters import (
+    REPLAYED,
+    LogitsParameters,
+    ModelParameters,
+    RunParameters,
+    TensorParameters,
+)
+from mergekit_dam.request.help import OWNERS
 from mergekit_dam.request.scopes import SPECS, Scope, scalars
 
 
@@ -19,10 +26,12 @@ def check_objective(
         scopes: Every scope with its valid parameters.
         wrong: Parameters with an invalid value; no combination with them is checked.
     """
+    if run.coefficients is not None:
+        return []
     return [
         *_check_correction(run, scopes, wrong),
         *_check_time(run, wrong),
-        *_check_replay(run, scopes),
+        *_check_replay(scopes),
         *([] if "objective" in wrong else _check_descent(config, run, scopes, wrong)),
     ]
 
@@ -37,9 +46,21 @@ def _check_time(run: RunParameters, wrong: Collection[str]) -> list[str]:
     ]
 
 
-def _check_replay(run: RunParameters, scopes: list[Scope]) -> list[str]:
+def unread_by_replay(scopes: Iterable[Scope]) -> str | None:
+    """What a replay says of parameters that belong to a fit, if there are any."""
+    given = dict.fromkeys(name for scope in scopes for name in scope.settings)
+    unread = [n for n in given if n not in REPLAYED and OWNERS[n] is not ModelParameters]
+    if not unread:
+        return None
+    return (
+        f"`coefficients` replays an earlier merge, with its corrections: nothing is fitted, and "
+        f"{quoted(unread)} {'is' if len(unread) == 1 else 'are'} not read"
+    )
+
+
+def _check_replay(scopes: list[Scope]) -> list[str]:
     given = {name for scope in scopes if scope.level == "top" for name in scope.settings}
-    if run.coefficients is not None or "changed_models" not in given:
+    if "changed_models" not in given:
         return []
     return [
         "parameters (top level): `changed_models` is for a replay; name its `coefficients`, or "

@@ -60,7 +60,7 @@ class TestReplay:
         again = merge(configuration, tmp_path / "out")
         assert again.model_bytes == merged.model_bytes
         assert again.coefficients.sources == ("moved", "model_1", "base")
-        assert not [r for r in caplog.records if r.name.startswith("mergekit_dam")]
+        assert not [r for r in caplog.records if r.name.startswith("mergekit_dam.host")]
 
     def test_can_be_replayed_itself(
         self, merged: Merged, llama_models: Models, tmp_path: Path

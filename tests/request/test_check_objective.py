@@ -148,3 +148,13 @@ def test_of_a_parameter_with_a_wrong_value_nothing_follows_for_others(parameters
 def test_a_replay_may_keep_the_parameters_of_its_merge() -> None:
     parameters = "{objective: logits, steps: 3, start: gone, coefficients: out}"
     assert check(configuration(parameters=parameters)).run.steps == 3
+
+
+def test_a_replay_says_which_parameters_it_does_not_read(caplog: pytest.LogCaptureFixture) -> None:
+    unread = "ridge: 7, correction: none, objective: layer, nonlinearity: tanh"
+    check(configuration(parameters=f"{{coefficients: out, changed_models: allow, {unread}}}"))
+    (said,) = caplog.messages
+    assert "`ridge`, `correction`, `objective`, `nonlinearity` are not read" in said
+    caplog.clear()
+    check(configuration(parameters="{coefficients: out, other_weights: average, resume: false}"))
+    assert not caplog.messages
