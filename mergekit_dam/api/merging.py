@@ -66,7 +66,7 @@ def merge(
 
 def plan(
     configuration: Configuration,
-    out: str | os.PathLike[str] = ".",
+    out: str | os.PathLike[str] | None = None,
     *,
     texts: Mapping[str, Text] | None = None,
     device: str = "cpu",
@@ -77,7 +77,8 @@ def plan(
 
     Args:
         configuration: As for `merge`.
-        out: Where the merged model would go; nothing is written there.
+        out: Where the merged model would go; nothing is written there. None is a place on the
+            disk of the current folder.
         texts: As for `merge`.
         device: Where the merge would compute, on this machine.
         gpu: A GPU that need not be here, such as `h100`, in the place of `device`.
@@ -103,4 +104,5 @@ def plan(
     with tempfile.TemporaryDirectory(prefix="mergekit-dam-") as scratch:
         request = asked(configuration, texts, Path(scratch).resolve())
         chosen = None if gpu is None else GPUS[gpu]
-        return plan_of(request.config, request.document, Path(out), own, chosen)
+        place = None if out is None else Path(out)
+        return plan_of(request.config, request.document, place, own, chosen)

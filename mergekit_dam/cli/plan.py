@@ -25,7 +25,7 @@ from mergekit_dam.estimate.gpus import GPUS
 @click.argument(
     "config", metavar="CONFIG_FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path)
 )
-@click.argument("out_path", default=".", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("out_path", required=False, type=click.Path(path_type=Path))
 @device_options(default="cpu")
 @click.option(
     "--gpu",
@@ -46,7 +46,7 @@ from mergekit_dam.estimate.gpus import GPUS
 @json_option
 def plan(
     config: Path,
-    out_path: Path,
+    out_path: Path | None,
     device: str,
     gpu: str | None,
     out_shard_size: str,
@@ -75,7 +75,7 @@ def plan(
     streams     hidden states kept between blocks
     examples/plan.md explains every line.
     """
-    if out_path.suffix == ".json":
+    if out_path is not None and out_path.suffix == ".json":
         raise click.UsageError(f"--json prints on stdout: write `--json > {out_path}`")
     if device != "cpu" and gpu is not None:
         raise click.UsageError(

@@ -27,6 +27,7 @@ from mergekit_dam.estimate.phases import phases
 from mergekit_dam.estimate.sweeps import Sweep, sweeps
 from mergekit_dam.fitting.costs import Work
 from mergekit_dam.host import plugin
+from mergekit_dam.host.output import check_output
 from mergekit_dam.request.document import Document
 from mergekit_dam.request.reading import read_configuration
 from mergekit_dam.threads import use_own_share
@@ -147,7 +148,9 @@ def work_seconds(work: Work, machine: Machine) -> float:
     return sum(count / machine.speed(speed) for (_, speed), count in work.items())
 
 
-def run_plan(file: Path, out_path: Path, options: MergeOptions, gpu: Gpu | None = None) -> Estimate:
+def run_plan(
+    file: Path, out_path: Path | None, options: MergeOptions, gpu: Gpu | None = None
+) -> Estimate:
     """Estimate the cost of the merge of a file; otherwise as `plan_of`."""
     plugin.install()
     return plan_of(*read_configuration(file), out_path, options, gpu)
@@ -156,7 +159,7 @@ def run_plan(file: Path, out_path: Path, options: MergeOptions, gpu: Gpu | None 
 def plan_of(
     config: MergeConfiguration,
     document: Document,
-    out_path: Path,
+    out_path: Path | None,
     options: MergeOptions,
     gpu: Gpu | None = None,
 ) -> Estimate:
@@ -165,7 +168,8 @@ def plan_of(
     Args:
         config: the configuration, read with the plugin installed.
         document: the YAML that it is of.
-        out_path: where the merged model would go.
+        out_path: where the merged model would go; if it is not said, somewhere on the disk of the
+            current folder.
         options: options of the merge.
         gpu: a GPU that this machine need not have; it takes the place of the options' device.
 
@@ -179,6 +183,9 @@ def plan_of(
             "--cuda: torch finds no GPU on this machine, whose speed and memory an estimate is of; "
             "leave it out, run the plan where the merge will run, or name the GPU with --gpu"
         )
+    if out_path is not None:
+        check_output(out_path.resolve(), config.referenced_models())
+    out_path = out_path or Path()
     inventory = take_inventory(planned(config, document, options, out_path))
     startup = time.time() - psutil.Process().create_time()
     own, mapped = _memory()

@@ -41,8 +41,7 @@ def output_folder(out_path: Path, models: Sequence[ModelReference]) -> Iterator[
     with terminable() as uninterrupted, _short_of_room(output), ExitStack() as held:
 
         def begin() -> Path:
-            refuse_sources(output, models)
-            check_replaceable(output)
+            check_output(output, models)
             return held.enter_context(workplace(output))
 
         place = distributed.from_first(begin)
@@ -72,15 +71,21 @@ def _scratch(beside: Path | None) -> "tempfile.TemporaryDirectory[str]":
     return tempfile.TemporaryDirectory(prefix=SCRATCH, dir=beside, ignore_cleanup_errors=True)
 
 
-def refuse_sources(output: Path, models: Sequence[ModelReference]) -> None:
-    """Refuse an output folder that is one of the models, holds one, or lies in one.
+def check_output(output: Path, models: Sequence[ModelReference]) -> None:
+    """Refuse an output folder that no merge may write to.
 
     Args:
         output: folder of the merged model, resolved.
+        models: everything that is merged.
 
     Raises:
-        DamError: the message names the model.
+        DamError: it is one of the models, holds one or lies in one; or its files are no merge's.
     """
+    _refuse_sources(output, models)
+    check_replaceable(output)
+
+
+def _refuse_sources(output: Path, models: Sequence[ModelReference]) -> None:
     for model in models:
         for part in (model.model, model.lora):
             folder = None if part is None else Path(part.path)

@@ -28,11 +28,11 @@ def _computing(one: Any, other: Any) -> Iterator[tuple[Any, Any]]:
 
 
 class TestCommand:
-    def run(self, file: Path, *arguments: str) -> Any:
+    def run(self, file: Path, *arguments: str | Path) -> Any:
         LoaderCache.loaders.clear()
         quick = mock.patch("mergekit_dam.estimate.estimate.calibrate", return_value=SPEEDS)
         with quick, mock.patch.object(LazyTensorLoader, "get_tensor", side_effect=AssertionError):
-            return CliRunner().invoke(main, ["plan", str(file), *arguments])
+            return CliRunner().invoke(main, ["plan", *map(str, (file, *arguments))])
 
     @pytest.fixture
     def file(self, tmp_path: Path, llama_models: Models, calibration: tuple[Path, Path]) -> Path:
@@ -83,6 +83,17 @@ class TestCommand:
         configuration["parameters"]["gpu_memory"] = "100kB"
         file.write_text(yaml.safe_dump(configuration), encoding="utf-8")
         assert "the merge may use 0.0 GB" in self.run(file, "--gpu", "h100").output
+
+    def test_an_output_that_a_merge_may_not_write_to_is_refused(
+        self, file: Path, tmp_path: Path
+    ) -> None:
+        model = Path(yaml.safe_load(file.read_text("utf-8"))["models"][0]["model"])
+        taken = tmp_path / "taken"
+        taken.write_text("")
+        for output, said in ((model, "apart from the models"), (taken, "is a file")):
+            result = self.run(file, output)
+            assert result.exit_code == 1
+            assert said in result.stderr
 
     def test_json_has_no_speed_of_a_disk_that_cannot_be_written(self, file: Path) -> None:
         with mock.patch("tempfile.TemporaryFile", side_effect=OSError):
