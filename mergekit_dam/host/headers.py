@@ -72,11 +72,15 @@ def header_of(info: WeightInfo, model: ModelReference) -> Header | None:
 def file_headers(loader: LazyTensorLoader) -> Mapping[str, Header]:
     """The header entries of all tensors of a model, by name; empty if the files are pickled.
 
-    Weights that are dequantised have the dtype in which they are loaded.
+    Weights that are dequantised have the shape and the dtype in which they are loaded, and the
+    place of their codes.
+
+    Raises:
+        ArchitectureError: quantised weights do not say their shape.
     """
     if not loader.index.is_safetensors:
         return {}
-    if isinstance(loader, PlainLoader) and loader.quantisation.codes:
+    if isinstance(loader, PlainLoader) and loader.quantisation.weights:
         return _dequantised_headers(loader)
     return _read_headers(loader.index.base_path, tuple(s.filename for s in loader.index.shards))
 
@@ -84,12 +88,12 @@ def file_headers(loader: LazyTensorLoader) -> Mapping[str, Header]:
 @lru_cache(maxsize=16)
 def _dequantised_headers(loader: PlainLoader) -> Mapping[str, Header]:
     stored = _read_headers(loader.index.base_path, tuple(s.filename for s in loader.index.shards))
-    return {
-        name: dataclasses.replace(header, dtype=loader.dtype)
-        if name in loader.quantisation.codes
-        else header
-        for name, header in stored.items()
-    }
+    dequantised = {}
+    for name, quantised in loader.quantisation.weights.items():
+        codes = stored[quantised.stored]
+        shape = quantised.shape(codes.shape, loader.stored)
+        dequantised[name] = dataclasses.replace(codes, shape=shape, dtype=loader.dtype)
+    return {**stored, **dequantised}
 
 
 @lru_cache(maxsize=16)

@@ -13,7 +13,7 @@ from torch import Tensor
 from mergekit_dam.host.compat import LazyTensorLoader, ShardedTensorIndex
 from mergekit_dam.host.files import stored_index
 from mergekit_dam.model import checkpoint
-from mergekit_dam.sources.quantised import Quantisation, find_quantised
+from mergekit_dam.sources.quantised.find import Quantisation, find_quantised
 
 LOG = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ LOG = logging.getLogger(__name__)
 class PlainLoader(LazyTensorLoader):
     """A loader of plain weights: codes are dequantised as they are read, one tensor at a time.
 
-    Its index has the weights alone, without the scales beside the codes.
+    Its index has the weights alone, by their names, without the tensors beside the codes.
 
     Attributes:
         quantisation: the weights that are codes in the files.
@@ -38,6 +38,7 @@ class PlainLoader(LazyTensorLoader):
     ) -> None:
         self.quantisation, self.dtype = quantisation, dtype
         paths = {n: f for n, f in stored.tensor_paths.items() if n not in quantisation.hidden}
+        paths |= {n: stored.tensor_paths[w.stored] for n, w in quantisation.weights.items()}
         super().__init__(dataclasses.replace(stored, tensor_paths=paths), lazy_unpickle)
         self._stored = LazyTensorLoader(stored, lazy_unpickle)
 
@@ -53,15 +54,16 @@ class PlainLoader(LazyTensorLoader):
         if key not in self.index.tensor_paths:
             name = next((a for a in aliases or () if a in self.index.tensor_paths), key)
 
-        def read(stored: str) -> Tensor:
-            found = self._stored.get_tensor(stored, device=device)
-            assert found is not None  # it raises where there is none
-            return found
-
-        codes = self.quantisation.codes.get(name)
-        if codes is not None:
-            return codes.weight(read(name), read).to(self.dtype)
+        quantised = self.quantisation.weights.get(name)
+        if quantised is not None:
+            return quantised.weight(lambda stored: self.stored(stored, device)).to(self.dtype)
         return self._stored.get_tensor(name, device=device, raise_on_missing=raise_on_missing)
+
+    def stored(self, name: str, device: str = "cpu") -> Tensor:
+        """A tensor of the files as it is stored; raises KeyError if there is none."""
+        found = self._stored.get_tensor(name, device=device)
+        assert found is not None
+        return found
 
     def required(self, name: str) -> Tensor:
         """The weight by its name, on the CPU; raises KeyError if there is none."""
@@ -90,9 +92,9 @@ def plain_loader(
     """
     stored = stored_index(folder)
     quantisation = find_quantised(stored.tensor_paths, _dtypes(stored), settings)
-    if quantisation.codes:
+    if quantisation.weights:
         _say(
-            f"{folder} is quantised ({quantisation.name}); {len(quantisation.codes)} weights are "
+            f"{folder} is quantised ({quantisation.name}); {len(quantisation.weights)} weights are "
             f"dequantised to {str(dtype).removeprefix('torch.')} as they are read"
         )
     elif settings:

@@ -145,7 +145,7 @@ def check_sources(models: Iterable[ModelReference]) -> None:
         if model.lora is None:
             continue
         adapter_rows(model.lora, Source(model=model.model), LoaderCache().trust_remote_code)
-        if loader is not None and loader.quantisation.codes:
+        if loader is not None and loader.quantisation.weights:
             raise ArchitectureError(
                 f"{model}: required an adapter of plain weights, but {model.model} is quantised "
                 f"({loader.quantisation.name}); write the model that it was quantised from in "

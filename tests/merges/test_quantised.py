@@ -1,7 +1,9 @@
 """Merges of quantised models, against merges of the same weights written plainly."""
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,13 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from tests.kit.merging import dam, merge, refused, tensors_of
 from tests.kit.models import Models
+from tests.kit.quantised import four_bit, four_bit_twin, packed, packed_twin
 from tests.kit.texts import Calibration
 
 SETTINGS = {"quant_method": "fp8", "weight_block_size": [8, 8]}
 
 
-@pytest.fixture
-def pair(llama_models: Models, tmp_path: Path) -> tuple[Path, Path]:
+def fp8(llama_models: Models, tmp_path: Path) -> tuple[Path, Path]:
     """A model with codes of 8 bits and scales, and the plain model that they stand for."""
     weights = tensors_of(llama_models.models[0])
     stored, plain = dict(weights), dict(weights)
@@ -52,6 +54,26 @@ def save(models: Models, folder: Path, tensors: dict, settings: dict | None) -> 
     return folder
 
 
+def nf4(model: Path, folder: Path) -> tuple[Path, Path]:
+    stored = four_bit(model, folder / "nf4", nested=True)
+    return stored, four_bit_twin(stored, folder / "plain")
+
+
+def int4(model: Path, folder: Path) -> tuple[Path, Path]:
+    how = {"num_bits": 4, "strategy": "group", "group_size": 8}
+    stored = packed(model, folder / "int4", ignore=("lm_head",), **how)
+    return stored, packed_twin(stored, folder / "plain")
+
+
+@pytest.fixture(params=["fp8", nf4, int4])
+def pair(request: pytest.FixtureRequest, llama_models: Models, tmp_path: Path) -> tuple[Path, Path]:
+    """A quantised model, and the plain model that it stands for."""
+    if request.param == "fp8":
+        return fp8(llama_models, tmp_path)
+    own: tuple[Path, Path] = request.param(llama_models.models[0], tmp_path)
+    return own
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_a_quantised_model_is_merged_as_the_weights_that_it_stands_for(
     pair: tuple[Path, Path],
@@ -81,6 +103,28 @@ def test_a_leftover_section_on_plain_weights_does_not_reach_the_output(
     assert "left over" in caplog.text
     expected = merge(dam(llama_models.models[:2], calibration), tmp_path / "expected")
     assert merged.model_bytes == expected.model_bytes
+
+
+@pytest.mark.parametrize(
+    ("make", "module", "extra"),
+    [
+        (nf4, "bitsandbytes.functional", "bitsandbytes"),
+        (int4, "compressed_tensors.quantization", "compressed-tensors"),
+    ],
+)
+def test_without_the_library_of_a_format_the_message_says_how_to_install_it(
+    make: Any,
+    module: str,
+    extra: str,
+    llama_models: Models,
+    calibration: Calibration,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stored, _ = make(llama_models.models[0], tmp_path)
+    monkeypatch.setitem(sys.modules, module, None)
+    configuration = dam([stored, llama_models.models[1]], calibration)
+    refused(configuration, tmp_path / "out", str(stored), f"'mergekit-dam[{extra}]'")
 
 
 def test_packed_weights_are_refused_by_name(

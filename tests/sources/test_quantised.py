@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from mergekit_dam.errors import ArchitectureError
-from mergekit_dam.sources.quantised import Codes, find_quantised, spread
+from mergekit_dam.sources.quantised.eight_bit import Codes, spread
+from mergekit_dam.sources.quantised.find import find_quantised
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 
@@ -24,7 +25,7 @@ def read_from(tensors: dict[str, torch.Tensor], settings: dict | None = None) ->
     dtypes = {name: names[tensor.dtype] for name, tensor in tensors.items()}
     found = find_quantised(tensors, dtypes, settings)
     assert found.hidden == tensors.keys() - {NAME}
-    return found.codes[NAME].weight(tensors[NAME], tensors.__getitem__)
+    return found.weights[NAME].weight(tensors.__getitem__)
 
 
 class TestReading:
@@ -93,21 +94,35 @@ class TestReading:
 
     def test_pickled_codes_are_known_by_their_names(self) -> None:
         found = find_quantised([NAME, f"{NAME}_scale", "model.norm.weight"], {}, None)
-        assert found.codes == {NAME: Codes(f"{NAME}_scale")}
+        assert found.weights == {NAME: Codes(NAME, f"{NAME}_scale")}
 
 
 class TestPlain:
     def test_integers_that_are_masks_and_floats_beside_others_are_plain(self) -> None:
         names = {"h.0.attn.bias": "U8", "a.weight": "F32", "a.weight_scale": "F32", "n": "I64"}
         found = find_quantised(names, names, {"quant_method": "gptq"})
-        assert (found.codes, found.hidden) == ({}, frozenset())
+        assert (found.weights, found.hidden) == ({}, frozenset())
 
 
 PACKED = {
     "GPTQ or AWQ": {"a.qweight": "I32", "a.scales": "F16", "a.qzeros": "I32"},
     "bitsandbytes, 4 bit": {"a.weight": "U8", "a.weight.absmax": "F32"},
     "compressed-tensors, packed": {"a.weight_packed": "I32", "a.weight_scale": "F32"},
+    "compressed-tensors, packed in another way": {
+        "a.weight_packed": "U8",
+        "a.weight_scale": "U8",
+        "a.weight_shape": "I64",
+    },
+    "compressed-tensors, with reordered columns": {
+        "a.weight_packed": "I32",
+        "a.weight_scale": "F32",
+        "a.weight_shape": "I64",
+        "a.weight_g_idx": "I32",
+    },
     "NVFP4": {"a.weight": "U8", "a.weight_scale": "F8_E4M3", "a.weight_scale_2": "F32"},
+    "HQQ": {"a.W_q": "U8"},
+    "quanto": {"a.weight._data": "U8", "a.weight._scale": "F32"},
+    "compressed-tensors, sparse": {"a.compressed": "F16", "a.bitmask": "U8"},
     "MXFP4": {"a.down_proj_blocks": "U8", "a.down_proj_scales": "U8"},
     "F8_E4M3 without scales": {"a.weight": "F8_E4M3"},
     "I8 without scales": {"a.weight": "I8"},
@@ -120,11 +135,6 @@ class TestRefused:
         with pytest.raises(ArchitectureError, match=named) as error:
             find_quantised(PACKED[named], PACKED[named], None)
         assert "Merge the model that it was quantised from" in str(error.value)
-
-    def test_weights_of_four_bits_of_bitsandbytes_come_with_a_command(self) -> None:
-        names = PACKED["bitsandbytes, 4 bit"]
-        with pytest.raises(ArchitectureError, match=r"m\.dequantize\(\)"):
-            find_quantised(names, names, {"quant_method": "bitsandbytes"})
 
     def test_rotated_weights_are_refused(self) -> None:
         names = {NAME: "F8_E4M3", f"{NAME}_scale": "F32"}
