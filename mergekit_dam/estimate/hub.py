@@ -1,9 +1,9 @@
 """Models on the Hub: a plan reads the headers of their weights, and downloads none of these.
 
-A stand-in for a model is a folder that has, of every file of weights, the header, in a file of the
-same length. Nothing else is written there, so that it takes no room on a disk that knows sparse
-files. mergekit's loaders find in it what they find in a downloaded model, as long as they read no
-values.
+A stand-in for a model is a folder that has its configuration and, of every file of weights, the
+header, in a file of the same length. Nothing else is written there, so that it takes no room on a
+disk that knows sparse files. Loaders find in it what they find in a downloaded model, as long as
+they read no values.
 """
 
 import json
@@ -15,17 +15,20 @@ import huggingface_hub
 from mergekit.common import ModelPath, ModelReference
 from mergekit.options import MergeOptions
 
-from mergekit_dam.errors import DamError, first_line
-from mergekit_dam.host.compat import LazyTensorLoader
-from mergekit_dam.host.files import folder_of
+from mergekit_dam.errors import DamError, first_line, inside
+from mergekit_dam.host.files import find_file, folder_of
+from mergekit_dam.host.loaders import PlainLoader
+from mergekit_dam.host.references import loader_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """The files that mergekit looks for."""
 
+_CONFIGURATION = "config.json"
+
 
 def header_loader(
     model: ModelReference, options: MergeOptions, scratch: Path
-) -> LazyTensorLoader | None:
+) -> PlainLoader | None:
     """A loader of a Hub model that knows its headers, and has no values.
 
     Args:
@@ -38,14 +41,14 @@ def header_loader(
         it: for folders, for pickled models, and where the Hub is not to be asked.
 
     Raises:
-        DamError: the headers cannot be read.
+        DamError: the headers cannot be read, or are of a format that cannot be merged.
     """
     path: ModelPath = model.model
     if Path(path.path).exists():
         return None
     cached = _cached(path, options.transformers_cache)
     if cached is not None:
-        return LazyTensorLoader.from_disk(str(cached), options.lazy_unpickle)
+        return loader_of(cached, lazy_unpickle=options.lazy_unpickle)
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return None
     try:
@@ -55,7 +58,10 @@ def header_loader(
             f"{model}: the headers of its weights cannot be read from the Hub "
             f"({first_line(error)}); try again, or download the model and name its folder"
         ) from error
-    return LazyTensorLoader.from_disk(str(scratch), options.lazy_unpickle) if found else None
+    if not found:
+        return None
+    with inside(str(model)):
+        return loader_of(scratch, lazy_unpickle=options.lazy_unpickle, has_values=False)
 
 
 def _cached(path: ModelPath, cache: str | None) -> Path | None:
@@ -79,6 +85,9 @@ def _write_stand_in(path: ModelPath, scratch: Path) -> bool:
     listed: list[Any] = hub.ls(path.path, revision=path.revision)
     sizes: dict[str, int] = {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in listed}
     shards = [SINGLE]
+    config = find_file(path, _CONFIGURATION)
+    if config is not None:
+        (scratch / _CONFIGURATION).write_bytes(config.read_bytes())
     if INDEX in sizes:
         index = hub.cat_file(f"{path.path}/{INDEX}", revision=path.revision)
         (scratch / INDEX).write_bytes(index)

@@ -33,7 +33,7 @@ class TensorSize:
         stored: bytes in the files of all sources.
         loaded: bytes in memory once the tensors of all sources are loaded.
         converted: those of the loaded bytes that are copies, not pages of a mapped file: tensors
-            that are converted to another dtype or brought into one vocabulary.
+            that are converted to another dtype, dequantised or brought into one vocabulary.
         half: the tensor of some source is not fp32 once it is loaded, so that running takes a copy.
         written: bytes of the merged tensor as it is written.
         correction: bytes of its correction.
@@ -195,8 +195,8 @@ def _size(
         loaded=sum(held * count * dtype.itemsize for dtype in loaded),
         converted=sum(
             held * count * got.itemsize
-            for had, got in zip(stored, loaded, strict=True)
-            if had != got or tensor.copies
+            for had, got, header in zip(stored, loaded, tensor.headers.values(), strict=True)
+            if had != got or tensor.copies or _dequantised(header)
         ),
         half=any(dtype != torch.float32 for dtype in loaded),
         written=count * (planned.out_dtype or promoted).itemsize,
@@ -209,6 +209,13 @@ def _stored(model: ModelReference, header: Header | None) -> torch.dtype:
         return header.dtype
     configured = getattr(model.config(LoaderCache().trust_remote_code), "dtype", None)
     return configured if isinstance(configured, torch.dtype) else torch.float32
+
+
+def _dequantised(header: Header | None) -> bool:
+    """Whether a tensor that is loaded in its header's dtype has other bytes in the file."""
+    if header is None or header.dtype is None:
+        return False
+    return header.length != math.prod(header.shape) * header.dtype.itemsize
 
 
 def _shape_of(name: str, planned: PlannedMerge) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """Headers of the models' files: name, shape, dtype and position of tensors, without values."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from mergekit_dam.host.compat import (
     WeightInfo,
 )
 from mergekit_dam.host.compat import can_convert as can_convert
-from mergekit_dam.host.loaders import PlainLoader
+from mergekit_dam.host.loaders import NoValues, PlainLoader
 from mergekit_dam.model.checkpoint import opened
 from mergekit_dam.sources.readahead import Span
 from mergekit_dam.stored import DTYPES, read_header
@@ -73,7 +74,7 @@ def file_headers(loader: LazyTensorLoader) -> Mapping[str, Header]:
     """The header entries of all tensors of a model, by name; empty if the files are pickled.
 
     Weights that are dequantised have the shape and the dtype in which they are loaded, and the
-    place of their codes.
+    place of their codes. Those whose shape stands in values are left out where there are none.
 
     Raises:
         ArchitectureError: quantised weights do not say their shape.
@@ -88,12 +89,14 @@ def file_headers(loader: LazyTensorLoader) -> Mapping[str, Header]:
 @lru_cache(maxsize=16)
 def _dequantised_headers(loader: PlainLoader) -> Mapping[str, Header]:
     stored = _read_headers(loader.index.base_path, tuple(s.filename for s in loader.index.shards))
-    dequantised = {}
-    for name, quantised in loader.quantisation.weights.items():
+    weights = loader.quantisation.weights
+    headers = {name: header for name, header in stored.items() if name not in weights}
+    for name, quantised in weights.items():
         codes = stored[quantised.stored]
-        shape = quantised.shape(codes.shape, loader.stored)
-        dequantised[name] = dataclasses.replace(codes, shape=shape, dtype=loader.dtype)
-    return {**stored, **dequantised}
+        with contextlib.suppress(NoValues):
+            shape = quantised.shape(codes.shape, loader.stored)
+            headers[name] = dataclasses.replace(codes, shape=shape, dtype=loader.dtype)
+    return headers
 
 
 @lru_cache(maxsize=16)

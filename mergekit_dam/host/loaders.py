@@ -18,6 +18,10 @@ from mergekit_dam.sources.quantised.find import Quantisation, find_quantised
 LOG = logging.getLogger(__name__)
 
 
+class NoValues(LookupError):
+    """Files have headers and no values."""
+
+
 class PlainLoader(LazyTensorLoader):
     """A loader of plain weights: codes are dequantised as they are read, one tensor at a time.
 
@@ -26,6 +30,7 @@ class PlainLoader(LazyTensorLoader):
     Attributes:
         quantisation: the weights that are codes in the files.
         dtype: the dtype of weights that are dequantised.
+        has_values: whether the files hold values, and not headers alone.
     """
 
     def __init__(
@@ -35,8 +40,9 @@ class PlainLoader(LazyTensorLoader):
         dtype: torch.dtype,
         *,
         lazy_unpickle: bool,
+        has_values: bool = True,
     ) -> None:
-        self.quantisation, self.dtype = quantisation, dtype
+        self.quantisation, self.dtype, self.has_values = quantisation, dtype, has_values
         paths = {n: f for n, f in stored.tensor_paths.items() if n not in quantisation.hidden}
         paths |= {n: stored.tensor_paths[w.stored] for n, w in quantisation.weights.items()}
         super().__init__(dataclasses.replace(stored, tensor_paths=paths), lazy_unpickle)
@@ -60,7 +66,14 @@ class PlainLoader(LazyTensorLoader):
         return self._stored.get_tensor(name, device=device, raise_on_missing=raise_on_missing)
 
     def stored(self, name: str, device: str = "cpu") -> Tensor:
-        """A tensor of the files as it is stored; raises KeyError if there is none."""
+        """A tensor of the files as it is stored.
+
+        Raises:
+            KeyError: there is none.
+            NoValues: the files hold headers alone.
+        """
+        if not self.has_values:
+            raise NoValues(name)
         found = self._stored.get_tensor(name, device=device)
         assert found is not None
         return found
@@ -77,7 +90,12 @@ class PlainLoader(LazyTensorLoader):
 
 
 def plain_loader(
-    folder: Path, settings: Mapping[str, Any] | None, dtype: torch.dtype, *, lazy_unpickle: bool
+    folder: Path,
+    settings: Mapping[str, Any] | None,
+    dtype: torch.dtype,
+    *,
+    lazy_unpickle: bool,
+    has_values: bool = True,
 ) -> PlainLoader:
     """The loader of a model's files.
 
@@ -86,15 +104,26 @@ def plain_loader(
         settings: `quantization_config` of the model's configuration, if it has one.
         dtype: the dtype of weights that are dequantised.
         lazy_unpickle: as in mergekit's options.
+        has_values: whether the files hold values, and not headers alone.
 
     Raises:
         ArchitectureError: the files are missing or damaged, or of a format that cannot be read.
     """
     stored = stored_index(folder)
     quantisation = find_quantised(stored.tensor_paths, _dtypes(stored), settings)
-    if quantisation.weights:
+    if has_values:
+        _say_what(folder, quantisation, dtype, settings)
+    return PlainLoader(
+        stored, quantisation, dtype, lazy_unpickle=lazy_unpickle, has_values=has_values
+    )
+
+
+def _say_what(
+    folder: Path, found: Quantisation, dtype: torch.dtype, settings: Mapping[str, Any] | None
+) -> None:
+    if found.weights:
         _say(
-            f"{folder} is quantised ({quantisation.name}); {len(quantisation.weights)} weights are "
+            f"{folder} is quantised ({found.name}); {len(found.weights)} weights are "
             f"dequantised to {str(dtype).removeprefix('torch.')} as they are read"
         )
     elif settings:
@@ -102,7 +131,6 @@ def plain_loader(
             f"{folder}: the weights are plain, so `quantization_config` in its config.json is "
             f"left over and does not count"
         )
-    return PlainLoader(stored, quantisation, dtype, lazy_unpickle=lazy_unpickle)
 
 
 @lru_cache(maxsize=64)

@@ -88,7 +88,7 @@ class Source(ModelReference, frozen=True):
 
     def lazy_loader(self, cache_dir: str | None = None, lazy_unpickle: bool = True) -> PlainLoader:
         """The loader of the model's weights, or of those of the adapter's base."""
-        return _loader(Path(self.local_path(cache_dir)), lazy_unpickle=lazy_unpickle)
+        return loader_of(Path(self.local_path(cache_dir)), lazy_unpickle=lazy_unpickle)
 
 
 def with_sources(config: MergeConfiguration) -> MergeConfiguration:
@@ -177,7 +177,7 @@ def _unties_head(source: Source, trust_remote_code: bool) -> bool:
         model = build_model(config, trust_remote_code=trust_remote_code)
     except ArchitectureError:
         return False  # said where the model is checked
-    if loader is None:
+    if loader is None or not loader.has_values:
         return False
     with inside(str(source)):
         return files_untie_head(model, loader.index.tensor_paths, loader.required)
@@ -191,10 +191,18 @@ def _loader_of_present(model: ModelReference) -> PlainLoader | None:
     if not Path(model.model.path).exists() and not holds_weights(folder):
         return None  # the Hub's cache has its configuration or tokenizer alone
     with inside(str(model)):
-        return _loader(folder, lazy_unpickle=False)
+        return loader_of(folder, lazy_unpickle=False)
 
 
-def _loader(folder: Path, *, lazy_unpickle: bool) -> PlainLoader:
+def loader_of(folder: Path, *, lazy_unpickle: bool, has_values: bool = True) -> PlainLoader:
+    """The loader of the files in a folder; the configuration beside them says how to read them.
+
+    Args:
+        has_values: whether the files hold values, and not headers alone.
+
+    Raises:
+        ArchitectureError: the files are missing or damaged, or of a format that cannot be read.
+    """
     file = folder / "config.json"
     stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     text = stored.get("text_config") or {}
@@ -203,7 +211,7 @@ def _loader(folder: Path, *, lazy_unpickle: bool) -> PlainLoader:
     dtype = getattr(torch, str(named), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize == 1:
         dtype = torch.bfloat16
-    return plain_loader(folder, settings, dtype, lazy_unpickle=lazy_unpickle)
+    return plain_loader(folder, settings, dtype, lazy_unpickle=lazy_unpickle, has_values=has_values)
 
 
 _QUANTISED = ("quantization_config", "compression_config")

@@ -1,6 +1,7 @@
 """A plan of models on the Hub reads headers there, and downloads no weights."""
 
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import yaml
 from tests.kit.hub import Hub, local_hub
 from tests.kit.merging import dam
 from tests.kit.models import Models, loaded, save_models, tiny_llama_config
+from tests.kit.quantised import four_bit
 from tests.kit.texts import Calibration
 
 IDS = ("org/one", "org/two")
@@ -86,11 +88,38 @@ def test_a_model_that_was_downloaded_is_taken_from_the_cache(
 ) -> None:
     environment = hub.environment(tmp_path / "home")
     first = inventory(tmp_path, IDS, calibration, environment)
-    program = (
-        "import sys, huggingface_hub\nfor i in sys.argv[1:]: huggingface_hub.snapshot_download(i)"
-    )
-    subprocess.run([sys.executable, "-c", program, *IDS], env=environment, check=True)
+    download(environment)
     hub.sent.clear()
     assert inventory(tmp_path, IDS, calibration, environment) == first
     assert not hub.sent
     assert inventory(tmp_path, IDS, calibration, {**environment, "HF_HUB_OFFLINE": "1"}) == first
+
+
+def test_a_quantised_model_on_the_hub_has_the_sizes_of_the_weights_that_it_stands_for(
+    sharded: Models, calibration: Calibration, tmp_path: Path
+) -> None:
+    stored = four_bit(sharded.models[0], tmp_path / "nf4", nested=True)
+    models = (stored, sharded.models[1])
+    with local_hub(dict(zip(IDS, models, strict=True))) as hub:
+        environment = hub.environment(tmp_path / "home")
+        found = inventory(tmp_path, IDS, calibration, environment)
+        assert hub.sent[IDS[0], "model.safetensors"] == header_bytes(stored)["model.safetensors"]
+        download(environment)
+        downloaded = inventory(tmp_path, IDS, calibration, environment)
+    here = inventory(tmp_path, tuple(map(str, models)), calibration, os.environ)
+    plain = inventory(tmp_path, tuple(map(str, sharded.models)), calibration, os.environ)
+    assert downloaded == here
+    assert parameters(found) == parameters(here) == parameters(plain) != []
+
+
+def parameters(inventory: str) -> list[str]:
+    """Number of elements of every tensor of an inventory."""
+    return re.findall(r"name='[^']*', parameters=\d+", inventory)
+
+
+def download(environment: Mapping[str, str]) -> None:
+    """Bring both models to the cache of an environment."""
+    program = (
+        "import sys, huggingface_hub\nfor i in sys.argv[1:]: huggingface_hub.snapshot_download(i)"
+    )
+    subprocess.run([sys.executable, "-c", program, *IDS], env=dict(environment), check=True)
