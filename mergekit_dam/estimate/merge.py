@@ -25,6 +25,7 @@ from mergekit_dam.host import plugin
 from mergekit_dam.host.architectures import check_readable
 from mergekit_dam.host.compat import (
     GatherTensors,
+    LazyTensorLoader,
     LoaderCache,
     PermutedVocabulary,
     SaveTensor,
@@ -190,7 +191,7 @@ def _headers_alone(models: Iterable[ModelReference], options: MergeOptions) -> I
             for model in (model for model in models if model not in loaders):
                 base = ModelReference(model=model.model)
                 own = Path(tempfile.mkdtemp(dir=folder))
-                found = header_loader(base, options, own)
+                found: LazyTensorLoader | None = header_loader(base, options, own)
                 if found is None and model.lora is not None:
                     found = model.lazy_loader(options.transformers_cache, options.lazy_unpickle)
                 if found is not None:

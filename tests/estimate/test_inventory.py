@@ -16,6 +16,7 @@ from tests.kit.adapters import save_adapter
 from tests.kit.estimates import ROOM, inventory, planned, planned_estimate
 from tests.kit.merging import dam, merge
 from tests.kit.models import ARCHITECTURES, Models, save_models
+from tests.kit.quantised import four_bit
 from tests.kit.texts import save_calibration
 
 
@@ -58,6 +59,17 @@ class TestInventory:
         for tensor in found.tensors:
             assert tensor.converted == tensor.loaded == 2 * 2 * tensor.parameters
             assert (tensor.stored, tensor.written) == (8 * tensor.parameters, 4 * tensor.parameters)
+
+    def test_dequantised_weights_are_copies(self, tmp_path: Path, llama_models: Models) -> None:
+        text = save_calibration(tmp_path)
+        stored = four_bit(llama_models.models[0], tmp_path / "nf4")
+        found = inventory(tmp_path, dam([stored, llama_models.models[1]], [text] * 2))
+        copied = {tensor.name for tensor in found.tensors if tensor.converted}
+        assert copied == {tensor.name for tensor in found.tensors if "_proj" in tensor.name}
+        for tensor in found.tensors:
+            if tensor.name in copied:
+                assert tensor.converted == 4 * tensor.parameters
+                assert tensor.stored == 4.5 * tensor.parameters
 
     def test_an_adapter_is_taken_for_its_base(self, tmp_path: Path, llama_models: Models) -> None:
         """Merging it would read weights."""

@@ -100,11 +100,15 @@ class TestRefused:
         with pytest.raises(ArchitectureError, match="does not say how it was quantised"):
             read_from({**quantised()[0], STATE: state})
 
-    def test_scales_of_scales_that_are_too_few_or_not_described(self) -> None:
+    def test_scales_of_scales_that_are_too_few_of_another_dtype_or_not_described(self) -> None:
         tensors, _ = quantised(compress_statistics=True)
         cut = tensors[f"{NAME}.nested_quant_map"][:8]
         with pytest.raises(ArchitectureError, match="256 values of a scale, not 8"):
             read_from({**tensors, f"{NAME}.nested_quant_map": cut})
+        half = {name: tensors[f"{NAME}.{name}"].half() for name in ("absmax", "nested_absmax")}
+        for name, own in half.items():
+            with pytest.raises(ArchitectureError, match=f"`{name}` is torch.float16"):
+                read_from({**tensors, f"{NAME}.{name}": own})
         with pytest.raises(ArchitectureError, match="how its scales were quantised"):
             read_from(changed(tensors, nested_offset=None))
 

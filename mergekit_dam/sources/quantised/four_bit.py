@@ -110,8 +110,10 @@ class FourBit:
         for what, (got, wanted) in sizes.items():
             if got != wanted:
                 raise self._wrong(f"a shape of {list(state.shape)} has {wanted} {what}, not {got}")
-        if self.nested != (beside["absmax"].dtype == torch.uint8):
-            raise self._wrong(f"its scales are {beside['absmax'].dtype}")
+        dtypes = {"absmax": torch.uint8, **dict.fromkeys(_NESTED, torch.float32)}
+        for name, dtype in dtypes.items() if self.nested else ():
+            if beside[name].dtype != dtype:
+                raise self._wrong(f"`{name}` is {beside[name].dtype}, not {dtype}")
 
     def _wrong(self, found: str) -> ArchitectureError:
         return ArchitectureError(
