@@ -17,6 +17,7 @@ from compressed_tensors.quantization import (
     apply_quantization_config,
 )
 from compressed_tensors.quantization.utils import calculate_qparams
+from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, CompressedTensorsConfig
 
 
@@ -78,6 +79,17 @@ def packed_twin(model: Path, folder: Path) -> Path:
             model, quantization_config=settings, dtype="auto"
         )
     return _saved(loaded, folder, model, save_original_format=False)
+
+
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""The output of each four bits of a word, from the lowest, among the word's eight outputs."""
+
+
+def awq_words(codes: Tensor) -> Tensor:
+    """Codes of AWQ, 0 to 15 [inputs, outputs], in int32 [inputs, outputs / 8]."""
+    places = torch.arange(0, 32, 4)
+    words = (codes.unflatten(1, (-1, 8))[:, :, _AWQ_ORDER].long() << places).sum(2)
+    return torch.where(words < 2**31, words, words - 2**32).to(torch.int32)
 
 
 def _saved(loaded: Any, folder: Path, model: Path, **options: Any) -> Path:

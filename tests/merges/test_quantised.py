@@ -11,15 +11,15 @@ from safetensors.torch import load_file, save_file
 
 from tests.kit.merging import dam, merge, refused, tensors_of
 from tests.kit.models import Models
-from tests.kit.quantised import four_bit, four_bit_twin, packed, packed_twin
+from tests.kit.quantised import awq_words, four_bit, four_bit_twin, packed, packed_twin
 from tests.kit.texts import Calibration
 
 SETTINGS = {"quant_method": "fp8", "weight_block_size": [8, 8]}
 
 
-def fp8(llama_models: Models, tmp_path: Path) -> tuple[Path, Path]:
+def fp8(model: Path, folder: Path) -> tuple[Path, Path]:
     """A model with codes of 8 bits and scales, and the plain model that they stand for."""
-    weights = tensors_of(llama_models.models[0])
+    weights = tensors_of(model)
     stored, plain = dict(weights), dict(weights)
     for name in [name for name in weights if "_proj" in name]:
         scale = (
@@ -35,15 +35,13 @@ def fp8(llama_models: Models, tmp_path: Path) -> tuple[Path, Path]:
         stored[name] = (weights[name] / spread).to(torch.float8_e4m3fn)
         stored[f"{name}_scale_inv"] = scale.contiguous()
         plain[name] = stored[name].float() * spread
-    return save(llama_models, tmp_path / "fp8", stored, SETTINGS), save(
-        llama_models, tmp_path / "plain", plain, None
-    )
+    return save(model, folder / "fp8", stored, SETTINGS), save(model, folder / "plain", plain, None)
 
 
-def save(models: Models, folder: Path, tensors: dict, settings: dict | None) -> Path:
-    """A copy of the first model with other tensors."""
+def save(model: Path, folder: Path, tensors: dict, settings: dict | None) -> Path:
+    """A copy of a model with other tensors."""
     folder.mkdir()
-    for file in models.models[0].iterdir():
+    for file in model.iterdir():
         if file.suffix != ".safetensors":
             (folder / file.name).write_bytes(file.read_bytes())
     config = json.loads((folder / "config.json").read_text("utf-8"))
@@ -65,11 +63,24 @@ def int4(model: Path, folder: Path) -> tuple[Path, Path]:
     return stored, packed_twin(stored, folder / "plain")
 
 
-@pytest.fixture(params=["fp8", nf4, int4])
+def awq(model: Path, folder: Path) -> tuple[Path, Path]:
+    weights = tensors_of(model)
+    stored, plain = dict(weights), dict(weights)
+    for name in [name for name in weights if "_proj" in name]:
+        weight = stored.pop(name).T
+        scales = weight.unflatten(0, (-1, 8)).abs().amax(1) / 7
+        spread = scales.repeat_interleave(8, 0)
+        codes = (weight / spread).round()
+        module = name.removesuffix(".weight")
+        stored |= {f"{module}.qweight": awq_words(codes + 8), f"{module}.scales": scales}
+        plain[name] = (codes * spread).T.contiguous()
+    settings = {"quant_method": "awq", "bits": 4, "group_size": 8, "zero_point": False}
+    return save(model, folder / "awq", stored, settings), save(model, folder / "plain", plain, None)
+
+
+@pytest.fixture(params=[fp8, nf4, int4, awq])
 def pair(request: pytest.FixtureRequest, llama_models: Models, tmp_path: Path) -> tuple[Path, Path]:
     """A quantised model, and the plain model that it stands for."""
-    if request.param == "fp8":
-        return fp8(llama_models, tmp_path)
     own: tuple[Path, Path] = request.param(llama_models.models[0], tmp_path)
     return own
 
@@ -97,7 +108,7 @@ def test_a_leftover_section_on_plain_weights_does_not_reach_the_output(
 ) -> None:
     weights = load_file(llama_models.models[0] / "model.safetensors")
     settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    model = save(llama_models, tmp_path / "leftover", weights, settings)
+    model = save(llama_models.models[0], tmp_path / "leftover", weights, settings)
     merged = merge(dam([model, llama_models.models[1]], calibration), tmp_path / "out")
     assert "quantization_config" not in json.loads((merged.path / "config.json").read_text("utf-8"))
     assert "left over" in caplog.text
@@ -134,7 +145,7 @@ def test_packed_weights_are_refused_by_name(
     weights["model.layers.0.mlp.up_proj.qweight"] = weights.pop(
         "model.layers.0.mlp.up_proj.weight"
     ).to(torch.int32)
-    model = save(llama_models, tmp_path / "gptq", weights, {"quant_method": "gptq"})
+    model = save(llama_models.models[0], tmp_path / "gptq", weights, {"quant_method": "gptq"})
     configuration = dam([model, llama_models.models[1]], calibration)
     refused(configuration, tmp_path / "out", str(model), "gptq", "quantised")
 

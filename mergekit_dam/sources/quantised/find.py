@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mergekit_dam.errors import listed
+from mergekit_dam.sources.quantised.awq import find_awq
 from mergekit_dam.sources.quantised.eight_bit import find_codes
 from mergekit_dam.sources.quantised.four_bit import find_four_bit
 from mergekit_dam.sources.quantised.packed import find_packed
@@ -60,6 +61,7 @@ def find_quantised(
     found: dict[str, QuantisedWeight] = {
         **find_four_bit(stored),
         **find_packed(stored, dtypes, settings),
+        **find_awq(stored, settings),
     }
     refuse_packed(stored - _tensors_of(found), method)
     found |= find_codes(stored - _tensors_of(found), dtypes, settings)

@@ -46,9 +46,9 @@ def refusal(form: str, found: str) -> ArchitectureError:
         found: what was found, and in which tensors.
     """
     return ArchitectureError(
-        f"required plain weights, codes of 8 bits with their scales, or 4 bits of bitsandbytes or "
-        f"compressed-tensors, got a quantised model ({form}): {found}. Merge the model that it "
-        f"was quantised from"
+        f"required plain weights, codes of 8 bits with their scales, or 4 bits of bitsandbytes, "
+        f"compressed-tensors or AWQ, got a quantised model ({form}): {found}. Merge the model that "
+        f"it was quantised from"
     )
 
 
