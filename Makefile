@@ -7,12 +7,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BITSANDBYTES := $(VENV)/bitsandbytes
 PIP := $(BIN)/python -m pip install --constraint constraints.txt
 
 # An editable install copies these two: a change of them asks for a new one.
 STARTUP := mergekit_dam/mergekit_dam_autoload.pth mergekit_dam/mergekit_dam_autoload.start
 
-.PHONY: setup demo test test-fast architectures test-mergekit lint build
+.PHONY: setup demo test test-fast test-bitsandbytes architectures test-mergekit lint build
 
 setup: $(STAMP)
 
@@ -34,6 +35,16 @@ test: $(STAMP)
 # The fast tests alone.
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+
+# What needs bitsandbytes. It has a folder of its own: where it can be imported, peft imports it, and
+# with it torch's compiler, so that every process of mergekit starts seconds later.
+test-bitsandbytes: $(BITSANDBYTES)
+	PYTHONPATH=$(BITSANDBYTES) $(BIN)/python -c "import bitsandbytes"
+	PYTHONPATH=$(BITSANDBYTES) $(BIN)/python -m pytest -m bitsandbytes $(ARGS)
+
+$(BITSANDBYTES): $(STAMP)
+	$(PIP) --no-deps --target $@ bitsandbytes
+	touch $@
 
 # mergekit's own tests, with this package and without it: what goes otherwise is an error.
 test-mergekit: $(STAMP)

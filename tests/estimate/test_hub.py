@@ -14,7 +14,7 @@ import yaml
 from tests.kit.hub import Hub, local_hub
 from tests.kit.merging import dam
 from tests.kit.models import Models, loaded, save_models, tiny_llama_config
-from tests.kit.quantised import four_bit
+from tests.kit.quantised import packed
 from tests.kit.texts import Calibration
 
 IDS = ("org/one", "org/two")
@@ -98,7 +98,9 @@ def test_a_model_that_was_downloaded_is_taken_from_the_cache(
 def test_a_quantised_model_on_the_hub_has_the_sizes_of_the_weights_that_it_stands_for(
     sharded: Models, calibration: Calibration, tmp_path: Path
 ) -> None:
-    stored = four_bit(sharded.models[0], tmp_path / "nf4", nested=True)
+    stored = packed(
+        sharded.models[0], tmp_path / "int4", ignore=("lm_head",), num_bits=4, strategy="channel"
+    )
     models = (stored, sharded.models[1])
     with local_hub(dict(zip(IDS, models, strict=True))) as hub:
         environment = hub.environment(tmp_path / "home")

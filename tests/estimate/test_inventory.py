@@ -16,7 +16,7 @@ from tests.kit.adapters import save_adapter
 from tests.kit.estimates import ROOM, inventory, planned, planned_estimate
 from tests.kit.merging import dam, merge
 from tests.kit.models import ARCHITECTURES, Models, save_models
-from tests.kit.quantised import four_bit
+from tests.kit.quantised import packed
 from tests.kit.texts import save_calibration
 
 
@@ -62,7 +62,13 @@ class TestInventory:
 
     def test_dequantised_weights_are_copies(self, tmp_path: Path, llama_models: Models) -> None:
         text = save_calibration(tmp_path)
-        stored = four_bit(llama_models.models[0], tmp_path / "nf4")
+        stored = packed(
+            llama_models.models[0],
+            tmp_path / "int4",
+            ignore=("lm_head",),
+            num_bits=4,
+            strategy="channel",
+        )
         found = inventory(tmp_path, dam([stored, llama_models.models[1]], [text] * 2))
         copied = {tensor.name for tensor in found.tensors if tensor.converted}
         assert copied == {tensor.name for tensor in found.tensors if "_proj" in tensor.name}

@@ -4,11 +4,13 @@ The libraries that define the formats write both: a copy as their users do, and 
 loading the copy and dequantising it.
 """
 
+import importlib.util
 import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import (
@@ -19,6 +21,14 @@ from compressed_tensors.quantization import (
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, CompressedTensorsConfig
+
+needs_bitsandbytes = [
+    pytest.mark.bitsandbytes,
+    pytest.mark.skipif(
+        importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+    ),
+]
+"""Marks of tests that need that package."""
 
 
 def four_bit(model: Path, folder: Path, kind: str = "nf4", *, nested: bool = False) -> Path:

@@ -11,7 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from tests.kit.merging import dam, merge, refused, tensors_of
 from tests.kit.models import Models
-from tests.kit.quantised import awq_words, four_bit, four_bit_twin, packed, packed_twin
+from tests.kit.quantised import (
+    awq_words,
+    four_bit,
+    four_bit_twin,
+    needs_bitsandbytes,
+    packed,
+    packed_twin,
+)
 from tests.kit.texts import Calibration
 
 SETTINGS = {"quant_method": "fp8", "weight_block_size": [8, 8]}
@@ -78,7 +85,7 @@ def awq(model: Path, folder: Path) -> tuple[Path, Path]:
     return save(model, folder / "awq", stored, settings), save(model, folder / "plain", plain, None)
 
 
-@pytest.fixture(params=[fp8, nf4, int4, awq])
+@pytest.fixture(params=[fp8, pytest.param(nf4, marks=needs_bitsandbytes), int4, awq])
 def pair(request: pytest.FixtureRequest, llama_models: Models, tmp_path: Path) -> tuple[Path, Path]:
     """A quantised model, and the plain model that it stands for."""
     own: tuple[Path, Path] = request.param(llama_models.models[0], tmp_path)
@@ -119,7 +126,7 @@ def test_a_leftover_section_on_plain_weights_does_not_reach_the_output(
 @pytest.mark.parametrize(
     ("make", "module", "extra"),
     [
-        (nf4, "bitsandbytes.functional", "bitsandbytes"),
+        pytest.param(nf4, "bitsandbytes.functional", "bitsandbytes", marks=needs_bitsandbytes),
         (int4, "compressed_tensors.quantization", "compressed-tensors"),
     ],
 )

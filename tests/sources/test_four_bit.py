@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor
 
 from mergekit_dam.errors import ArchitectureError
 from mergekit_dam.sources.quantised.find import find_quantised
+
+library = pytest.importorskip("bitsandbytes.functional", exc_type=ImportError)
+pytestmark = pytest.mark.bitsandbytes
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 STATE = f"{NAME}.quant_state.bitsandbytes__nf4"
@@ -21,9 +23,9 @@ def quantised(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The tensors of a quantised weight, and the weight that bitsandbytes makes of them."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    codes, state = quantize_4bit(weight, **{"quant_type": "nf4", **how})
+    codes, state = library.quantize_4bit(weight, **{"quant_type": "nf4", **how})
     beside = {f"{NAME}.{name}": own for name, own in state.as_dict(packed=True).items()}
-    return {NAME: codes, **beside}, dequantize_4bit(codes, state)
+    return {NAME: codes, **beside}, library.dequantize_4bit(codes, state)
 
 
 def read_from(tensors: dict[str, Tensor]) -> Tensor:
