@@ -1,11 +1,13 @@
 """The plan of a dam merge: mergekit's planner plans stages in place of single tensors."""
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mergekit.common import ModelReference, set_config_value
+from mergekit.config import MergeConfiguration
 from mergekit.graph import Task
 
 from mergekit_dam.host.compat import MergePlanner, Planner
@@ -18,8 +20,11 @@ from mergekit_dam.host.references import with_sources
 from mergekit_dam.host.replay import identified
 from mergekit_dam.host.tasks import WriteArtifacts
 from mergekit_dam.parameters import UNRECORDED
+from mergekit_dam.request.scopes import idle_filters
 from mergekit_dam.sources.slices import TaughtSlice, follow, stacks, taught
 from mergekit_dam.streams import distributed
+
+LOG = logging.getLogger(__name__)
 
 
 def plan_stages(
@@ -51,6 +56,8 @@ def plan_stages(
     def plan() -> None:
         with _teachers_in_slices(planner, prepared) as teaching:
             planner.plan()
+        if prepared.replay is None:
+            _warn_of_filters(config, [weight.name for weight, _ in planner.tensors])
         merge = Merge(
             prepared,
             config=stock.out_model_config,
@@ -69,6 +76,17 @@ def plan_stages(
     if distributed.is_first():
         return planned
     return [written.last for written in artifacts if written.last is not None]
+
+
+def _warn_of_filters(config: MergeConfiguration, tensors: Sequence[str]) -> None:
+    for parameter, filters in idle_filters(config, tensors).items():
+        if distributed.is_first():
+            LOG.warning(
+                "`%s`: %s is in no tensor's name, so nothing is set there; a name is such as %s",
+                parameter,
+                " or ".join(f"`{own}`" for own in filters),
+                tensors[len(tensors) // 2],
+            )
 
 
 def _adopt_vocabulary(planner: Planner, prepared: Prepared) -> None:

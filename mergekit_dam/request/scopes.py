@@ -1,6 +1,6 @@
 """The places of a configuration that may hold parameters."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -76,6 +76,31 @@ def listed_models(config: MergeConfiguration) -> list[ModelReference]:
     """The models that a configuration lists as inputs, in order, without repetitions."""
     found = [scope.model for scope in scopes_of(config) if scope.model is not None]
     return list(dict.fromkeys(found))
+
+
+def idle_filters(config: MergeConfiguration, tensors: Collection[str]) -> dict[str, list[str]]:
+    """Filters that no tensor passes, by the parameter that they stand in.
+
+    Args:
+        config: A configuration.
+        tensors: Names of the tensors to merge, as mergekit has them.
+    """
+    found: dict[str, list[str]] = {}
+    for scope in scopes_of(config):
+        for name, setting in scope.settings.items():
+            for text in _filters(setting):
+                if text != "*" and not any(text in tensor for tensor in tensors):
+                    found[name] = list(dict.fromkeys([*found.get(name, ()), text]))
+    return found
+
+
+def _filters(setting: ParameterSetting) -> Iterator[str]:
+    if isinstance(setting, list):
+        for entry in setting:
+            yield from _filters(entry)
+    elif isinstance(setting, ConditionalParameter) and setting.filter is not None:
+        yield setting.filter
+        yield from _filters(setting.value)
 
 
 def scalars(setting: ParameterSetting) -> Iterator[Any]:

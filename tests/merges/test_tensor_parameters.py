@@ -59,6 +59,20 @@ class TestTensorParameters:
             if averaged:
                 assert torch.equal(merged.tensors[name], stock.tensors[name])
 
+    def test_a_filter_that_no_tensor_passes_is_warned_of(
+        self,
+        llama_models: Models,
+        calibration: Calibration,
+        tmp_path: Path,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        ridge = [{"filter": "mpl", "value": 1.0}, {"filter": "lm_head", "value": 0.1}, {"value": 1}]
+        each = [{"weight": [{"filter": "mlp", "value": 2}, {"filter": "*", "value": 1}]}] * 2
+        merge(dam(llama_models.models, calibration, ridge=ridge, each=each), tmp_path / "out")
+        said = [text for text in caplog.messages if "no tensor's name" in text]
+        assert len(said) == 1
+        assert said[0].startswith("`ridge`: `mpl` is in no tensor's name")
+
     def test_filters_choose_by_tensor(
         self, llama_models: Models, calibration: Calibration, tmp_path: Path
     ) -> None:
