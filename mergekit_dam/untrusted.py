@@ -4,15 +4,21 @@ Nothing slow is imported.
 """
 
 import json
+import os
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with `~` as the home of a user; one of a user that is not known stays as it is."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (Path's own raises for unknown users)
 
 
 def exists(path: str | Path) -> bool:
     """Whether there is something by a name, which may be any text."""
     try:
-        return Path(path).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):  # too long, a NUL byte, an unknown ~user
+        return expanded(path).exists()
+    except (OSError, ValueError):  # too long, a NUL byte
         return False
 
 

@@ -18,7 +18,7 @@ from mergekit_dam.calibration.formats import FORMATS
 from mergekit_dam.calibration.suffixes import COMPRESSED, SUFFIXES, suffix_of
 from mergekit_dam.calibration.templates import NONE
 from mergekit_dam.errors import CalibrationError
-from mergekit_dam.untrusted import exists
+from mergekit_dam.untrusted import exists, expanded
 
 OPTIONS = (
     "split",
@@ -79,7 +79,7 @@ class CalibrationSource:
     @property
     def path(self) -> Path:
         """The local file or directory, with `~` expanded; only for local kinds."""
-        return Path(self.location).expanduser()
+        return expanded(self.location)
 
     @classmethod
     def parse(cls, text: str) -> "CalibrationSource":
@@ -179,7 +179,7 @@ def _kind_of(location: str) -> Kind | None:
     if location == SELF:
         return "self"  # a folder of this name is `./self`
     if exists(location):
-        return "directory" if Path(location).expanduser().is_dir() else "file"
+        return "directory" if expanded(location).is_dir() else "file"
     # `data/math.jsonl` could be a dataset id, but a user who writes it means a file.
     if _DATASET.fullmatch(location) and not location.lower().endswith((*SUFFIXES, *COMPRESSED)):
         return "hub"
@@ -191,11 +191,11 @@ def _location_problems(location: str, kind: str | None) -> list[str]:
         return ["no path and no dataset id is given"]
     if kind is None:
         return [
-            f"no file or directory at {Path(location).expanduser().absolute()}, and "
+            f"no file or directory at {expanded(location).absolute()}, and "
             f"{location!r} is not the id of a Hub dataset (`org/name`); relative paths "
             "start at the working directory"
         ]
-    if kind == "file" and not Path(location).expanduser().is_file():
+    if kind == "file" and not expanded(location).is_file():
         return [
             "a pipe or a device cannot be read twice, as a merge does; write its text to a file"
         ]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_dam.calibration.messages import Chat
 from mergekit_dam.calibration.tally import Tally
 from mergekit_dam.calibration.turns import Span, marks_turns, masked_spans, turns_by_prefixes
 from mergekit_dam.errors import CalibrationError
+from mergekit_dam.untrusted import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -210,6 +210,6 @@ def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read(path: str) -> str:
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"the chat template {path} cannot be read: {error}") from error
+        return expanded(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # not there, no UTF-8, a NUL byte
+        raise CalibrationError(f"the chat template {path!r} cannot be read: {error}") from error

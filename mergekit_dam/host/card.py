@@ -1,11 +1,12 @@
 """What the model card asks of mergekit's references to models."""
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 from mergekit.common import ModelReference
+
+from mergekit_dam.untrusted import exists
 
 
 def hub_ids(models: Iterable[ModelReference]) -> list[str]:
@@ -15,7 +16,7 @@ def hub_ids(models: Iterable[ModelReference]) -> list[str]:
 
 def is_hub_id(path: str) -> bool:
     """Whether a path is no local one, and can be the id of a repository."""
-    if Path(path).expanduser().exists() or path.startswith((".", "~")):
+    if exists(path) or path.startswith((".", "~")):
         return False
     try:
         validate_repo_id(path)

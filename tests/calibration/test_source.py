@@ -75,6 +75,7 @@ def test_a_source_cannot_be_changed() -> None:
         ("data/missing.jsonl", r"no file or directory at /.*/data/missing\.jsonl"),
         ("../elsewhere/", r"no file or directory at .*not the id of a Hub dataset"),
         ("a/b/c", "no file or directory"),
+        ("~nobody of this name/math.jsonl", r"no file or directory at .*~nobody of this name"),
         ("https://example.org/x", "no file or directory"),
         ("x" * 5000 + "/y z", "no file or directory"),
         ("data/table.xlsx", r"'\.xlsx' files are not read; convert to one of \.txt, \.jsonl"),
