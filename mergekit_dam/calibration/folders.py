@@ -166,9 +166,9 @@ def _split_name(relative: Path) -> str | None:
     another file is the split that its words mean.
     """
     shard = _SHARD.fullmatch(relative.name)
-    stem = shard["split"] if shard else relative.name.partition(".")[0]
-    if _meaning(stem):
-        return stem if shard and re.fullmatch(r"\w+", stem) else _meaning(stem)
+    name = shard["split"] if shard else relative.name
+    if _meaning(name):
+        return name if shard and re.fullmatch(r"\w+", name) else _meaning(name)
     folders = (part for part in reversed(relative.parts[:-1]) if _meaning(part))
     return next(folders, None)
 

@@ -17,7 +17,7 @@ from mergekit_dam.digests import hashed_ahead
 from mergekit_dam.display.choose import displayed
 from mergekit_dam.display.noise import without_noise
 from mergekit_dam.errors import DamError, first_line
-from mergekit_dam.host.card import hub_ids
+from mergekit_dam.host.card import hub_ids, is_hub_id
 from mergekit_dam.host.complete import check_complete, tokenizer_must_be_copied
 from mergekit_dam.host.failures import mergekit_errors
 from mergekit_dam.host.identities import weight_files
@@ -169,23 +169,13 @@ def _short_of_memory() -> Iterator[None]:
 
 @contextmanager
 def _card_without_hub() -> Iterator[None]:
-    """Make mergekit's model card treat a path as a folder if the Hub cannot be reached.
+    """Make mergekit's model card take a path that is there for a folder.
 
-    `models/a` may be a folder or the id of a model. mergekit asks the Hub after the merge, and
-    without a connection it would fail then.
+    `models/a` may be a folder or the id of a model, and mergekit would ask the Hub.
     """
     card: Any = importlib.import_module("mergekit.card")
     stock = card.is_hf
-
-    def is_hf(path: str) -> bool:
-        try:
-            found: bool = stock(path)
-        except Exception as error:  # its type depends on the HTTP client
-            LOG.info("cannot ask the Hub whether it has %s (%s); using the folder", path, error)
-            return False
-        return found
-
-    card.is_hf = is_hf
+    card.is_hf = is_hub_id
     try:
         yield
     finally:

@@ -54,6 +54,8 @@ def test_a_cloned_dataset_gives_the_training_split_unless_another_is_named(
     [
         (["train.txt", "dev.txt"], "", {"train.txt"}),
         (["train.txt", "dev.txt"], ":split=validation", {"dev.txt"}),
+        (["a.calibration.txt", "a.test.txt", "v1.5-test.txt"], "", {"a.calibration.txt"}),
+        (["a.train.txt", "a.dev.txt", "b.train.txt"], "", {"a.train.txt", "b.train.txt"}),
         (["a.txt", "my-test.txt"], "", {"a.txt"}),
         (["train/0.txt", "eval/0.txt"], "", {"train/0.txt"}),
         (["train/0.txt", "eval/0.txt"], ":split=test", {"eval/0.txt"}),

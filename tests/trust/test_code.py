@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -153,10 +154,17 @@ main()
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("relative", [True, False])
 def test_no_network_is_used_where_everything_is_local(
-    llama_models: Models, calibration: Calibration, tmp_path: Path
+    llama_models: Models, calibration: Calibration, tmp_path: Path, relative: bool
 ) -> None:
-    configuration = dam(llama_models.models, calibration, base=llama_models.base)
+    """`store/model_0` could be the id of a model on the Hub, too."""
+    base, models = llama_models.base, llama_models.models
+    if relative:
+        shutil.copytree(base.parent, tmp_path / "store")
+        store = Path("store")
+        base, models = store / base.name, tuple(store / model.name for model in models)
+    configuration = dam(models, calibration, base=base)
     (tmp_path / "dam.yaml").write_text(yaml.safe_dump(configuration), encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-c", WATCHED, "dam.yaml", "out", "--quiet"],
