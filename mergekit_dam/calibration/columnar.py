@@ -19,7 +19,7 @@ def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
         with parquet.ParquetFile(path) as table:
             wanted = _wanted(table.schema_arrow.names, columns)
             yield from _rows(table.iter_batches(batch_size=_BATCH, columns=wanted), file)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise CalibrationError(f"{file} is no readable parquet file: {error}") from error
 
 
@@ -30,7 +30,7 @@ def arrow_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     try:
         with pyarrow.memory_map(file) as content:
             yield from _rows(_arrow_batches(pyarrow, content, columns), file)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise CalibrationError(f"{file} is no readable arrow file: {error}") from error
 
 
@@ -54,6 +54,7 @@ def _wanted(names: Sequence[str], columns: Sequence[str]) -> list[str]:
 def _rows(batches: Iterator[Any], file: str) -> Iterator[Row]:
     number = 0
     for batch in batches:
+        batch.validate(full=True)  # offsets of a damaged file point anywhere, also outside memory
         for value in batch.to_pylist():
             number += 1
             columns = {name: without_nulls(own) for name, own in value.items()}

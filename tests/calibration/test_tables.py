@@ -1,5 +1,6 @@
 """Files as other tools write them: all of the same rows have the same documents and tokens."""
 
+import contextlib
 import csv
 import gzip
 import json
@@ -195,3 +196,15 @@ def test_a_damaged_table_is_named_with_the_reason(
 ) -> None:
     with pytest.raises(CalibrationError, match=message):
         load(write(name, content))
+
+
+def test_an_arrow_file_with_any_damaged_byte_is_read_or_refused(load: Any, tmp_path: Path) -> None:
+    """Offsets of a text may point outside of the file."""
+    arrow_file(tmp_path / "whole.arrow")
+    whole = (tmp_path / "whole.arrow").read_bytes()
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 0x7F
+        (tmp_path / "a.arrow").write_bytes(damaged)
+        with contextlib.suppress(CalibrationError):
+            load(str(tmp_path / "a.arrow"))
