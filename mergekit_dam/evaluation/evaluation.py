@@ -23,7 +23,7 @@ from mergekit_dam.evaluation.pace import Pace
 from mergekit_dam.evaluation.parts import PartedModel, in_parts, losses_in_parts
 from mergekit_dam.evaluation.settings import EvaluationSettings
 from mergekit_dam.evaluation.sources import Judged, judged_models
-from mergekit_dam.evaluation.texts import Ids, tokens_of, unlike
+from mergekit_dam.evaluation.texts import Ids, Sequences, tokens_of, unlike
 from mergekit_dam.evaluation.whole import load_model, losses_of_whole
 from mergekit_dam.threads import use_own_share
 
@@ -172,7 +172,7 @@ def _losses(
     pace.starts()
     found = {}
     for name, own in ready.items():
-        joined = torch.cat(list(tokens[name].values()))
+        joined = Sequences.joined(tokens[name].values())
         if isinstance(own, PartedModel):
             losses = losses_in_parts(own, joined, settings, pace.done)
         else:
@@ -194,12 +194,13 @@ def _prepared(model: Judged, settings: EvaluationSettings) -> PartedModel | Judg
 
 
 def _in_memory(
-    model: Judged, tokens: Tensor, settings: EvaluationSettings, pace: Pace, cost: int
+    model: Judged, text: Sequences, settings: EvaluationSettings, pace: Pace, cost: int
 ) -> Tensor:
     loaded = load_model(model.folder(), settings)
     return losses_of_whole(
         loaded,
-        tokens,
+        text.tokens,
+        counted=text.counted,
         batch_size=settings.batch_size,
         done=lambda sequences: pace.done(cost * sequences),
     )

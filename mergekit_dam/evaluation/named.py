@@ -12,7 +12,7 @@ MEAN = "mean"
 """Name of the column with the mean over all texts."""
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
-_UNREAD = ("share", "loss_on", "start")
+_UNREAD = ("share", "start")
 
 
 def split_name(text: str) -> tuple[str | None, str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mergekit_dam.evaluation.settings import EvaluationSettings
 from mergekit_dam.evaluation.sources import Judged, stored_dtype
+from mergekit_dam.evaluation.texts import Sequences
 from mergekit_dam.evaluation.whole import position_losses
 from mergekit_dam.model.decoder import Decoder
 from mergekit_dam.model.part import Part, block_part, input_part, output_part
@@ -98,12 +99,11 @@ def _tied_head(decoder: Decoder) -> dict[str, str]:
 
 @torch.inference_mode()
 def losses_in_parts(
-    model: PartedModel, tokens: Tensor, settings: EvaluationSettings, done: Done
+    model: PartedModel, text: Sequences, settings: EvaluationSettings, done: Done
 ) -> Tensor:
-    """The mean loss of every sequence, in nats per token.
+    """The mean loss of every sequence over the tokens that count, in nats per token.
 
     Args:
-        tokens: int64 `[sequences, sequence_length]`.
         done: Called after every batch.
 
     Returns:
@@ -112,15 +112,16 @@ def losses_in_parts(
     Raises:
         CheckpointError: A weight is not finite.
     """
-    bytes_each = tokens.shape[1] * model.width * torch.float32.itemsize
+    bytes_each = text.tokens.shape[1] * model.width * torch.float32.itemsize
     group = max(1, HIDDEN_STATES // bytes_each)
-    return torch.cat([_of_group(model, own, settings, done) for own in torch.split(tokens, group)])
+    groups = zip(torch.split(text.tokens, group), torch.split(text.counted, group), strict=True)
+    return torch.cat([_of_group(model, Sequences(*own), settings, done) for own in groups])
 
 
 def _of_group(
-    model: PartedModel, tokens: Tensor, settings: EvaluationSettings, done: Done
+    model: PartedModel, text: Sequences, settings: EvaluationSettings, done: Done
 ) -> Tensor:
-    tokens = tokens.to(settings.device)
+    tokens = text.tokens.to(settings.device)
     hidden = tokens  # what enters the next part
     rows = settings.batch_size
     for number in range(len(model.parts) - 1):
@@ -136,14 +137,15 @@ def _of_group(
     last = len(model.parts) - 1
     part, weights = model.parts[last], _read(model, last, settings.device)
     found = []
-    for own, states in zip(tokens, hidden, strict=True):
-        found.append(_of_sequence(part, weights, own, states))
+    for own, counted, states in zip(tokens, text.counted, hidden, strict=True):
+        losses = _of_sequence(part, weights, own, states)
+        found.append(losses[counted.to(losses.device)].mean())
         done(model.cost(last))
     return torch.stack(found).cpu()
 
 
 def _of_sequence(part: Part, weights: Mapping[str, Tensor], tokens: Tensor, x: Tensor) -> Tensor:
-    """The mean loss of one sequence, from the hidden states that leave the last block."""
+    """The losses of one sequence, from the hidden states that leave the last block."""
     vocabulary = max((w.shape[0] for w in weights.values()), default=1)
     length = max(1, LOGITS // vocabulary)
     losses = [
@@ -152,7 +154,7 @@ def _of_sequence(part: Part, weights: Mapping[str, Tensor], tokens: Tensor, x: T
             torch.split(x[:-1], length), torch.split(tokens[1:], length), strict=True
         )
     ]
-    return torch.cat(losses).mean()
+    return torch.cat(losses)
 
 
 def _read(model: PartedModel, number: int, device: str) -> dict[str, Tensor]:

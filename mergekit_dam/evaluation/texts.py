@@ -1,7 +1,8 @@
 """Texts -> tokens: read and packed like calibration text, with each model's own tokenizer."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,8 +23,32 @@ LOG = logging.getLogger(__name__)
 
 _ORDER_SEED = 0  # the order of the documents is part of the measurement, so it is no option
 
-Ids = dict[str, torch.Tensor]
-"""Text's name -> int64 `[sequences, sequence_length]`."""
+
+@dataclass(frozen=True)
+class Sequences:
+    """The sequences of a text, or of several.
+
+    Attributes:
+        tokens: int64 `[sequences, sequence_length]`.
+        counted: Which of the tokens behind the first ones count in the loss, bool
+            `[sequences, sequence_length - 1]`; at least one of every sequence.
+    """
+
+    tokens: torch.Tensor
+    counted: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @classmethod
+    def joined(cls, every: Iterable["Sequences"]) -> "Sequences":
+        """All sequences of several texts, in one length."""
+        texts = list(every)
+        return cls(torch.cat([t.tokens for t in texts]), torch.cat([t.counted for t in texts]))
+
+
+Ids = dict[str, Sequences]
+"""Text's name -> its sequences."""
 
 
 def read_tokens(
@@ -32,9 +57,24 @@ def read_tokens(
     settings: EvaluationSettings,
     *,
     vocab_size: int,
-    sentences: Sentences | None = None,
 ) -> torch.Tensor:
     """The first sequences of a text as packed ids: int64 `[sequences, sequence_length]`.
+
+    Raises:
+        DamError: If the text cannot be read, or is shorter than one sequence.
+    """
+    return read_sequences(text, tokenizer, settings, vocab_size=vocab_size).tokens
+
+
+def read_sequences(
+    text: CalibrationSource | str | Path,
+    tokenizer: Tokenizer,
+    settings: EvaluationSettings,
+    *,
+    vocab_size: int,
+    sentences: Sentences | None = None,
+) -> Sequences:
+    """The first sequences of a text, without those in which no token counts.
 
     The order of the documents depends on the text alone. `sentences` collects what was read.
 
@@ -62,7 +102,16 @@ def read_tokens(
             f"{source.text} holds {packed.tokenised} tokens, which are less than one sequence of "
             f"{settings.sequence_length}: add text, or pass a smaller --sequence-length"
         )
-    return packed.tokens
+    if packed.counted is None:
+        return Sequences(packed.tokens, torch.ones_like(packed.tokens[:, 1:]).bool())
+    counted = packed.counted[:, :-1]
+    kept = counted.any(1)
+    if not kept.any():
+        raise DamError(
+            f"{source.text}: no token counts with `loss_on={source.loss_on}`, as there is no turn "
+            f"of an assistant in what was read; remove `loss_on`, or name text with answers"
+        )
+    return Sequences(packed.tokens[kept], counted[kept])
 
 
 def tokens_of(
@@ -84,12 +133,12 @@ def tokens_of(
     for name, source in texts.items():
         read = Sentences()
         with inside(f"{name}, for {model}"):
-            ids[name] = read_tokens(
+            ids[name] = read_sequences(
                 source, tokenizer, settings, vocab_size=vocab_size, sentences=read
             )
         warn_of_overlap(Path(model) / REPORT_NAME, name, read)
     words = {
-        name: list(tokenizer.convert_ids_to_tokens(own.flatten().tolist()))
+        name: list(tokenizer.convert_ids_to_tokens(own.tokens.flatten().tolist()))
         for name, own in ids.items()
     }
     return ids, words

@@ -42,6 +42,7 @@ def losses_of_whole(
     model: PreTrainedModel,
     tokens: Tensor,
     *,
+    counted: Tensor | None = None,
     batch_size: int,
     done: Callable[[int], None] = lambda _: None,
 ) -> Tensor:
@@ -49,6 +50,8 @@ def losses_of_whole(
 
     Args:
         tokens: int64 `[sequences, sequence_length]`; all positions but the first are predicted.
+        counted: Which of these predictions count, bool `[sequences, sequence_length - 1]`; None if
+            all do.
         batch_size: Sequences per forward pass; lowered until their logits have at most
             `LOGITS_AT_ONCE` elements, though never below one sequence.
         done: Called after every batch with its number of sequences.
@@ -56,12 +59,15 @@ def losses_of_whole(
     length = tokens.shape[1]
     vocabulary = model.config.get_text_config().vocab_size
     rows = max(1, min(batch_size, LOGITS_AT_ONCE // (length * vocabulary)))
+    marks = torch.ones_like(tokens[:, 1:]).bool() if counted is None else counted
+    batches = zip(torch.split(tokens, rows), torch.split(marks, rows), strict=True)
     found = []
-    for batch in torch.split(tokens.to(model.device), rows):
+    for own, inside in batches:
+        batch = own.to(model.device)
         logits = model(input_ids=batch, use_cache=False).logits
         # Only one sequence's logits are copied to fp32 at a time.
-        pairs = zip(logits, batch, strict=True)
-        found += [position_losses(row[:-1], targets[1:]).mean() for row, targets in pairs]
+        for row, targets, mark in zip(logits, batch, inside.to(logits.device), strict=True):
+            found.append(position_losses(row[:-1], targets[1:])[mark].mean())
         done(len(batch))
     return torch.stack(found).cpu()
 

@@ -14,7 +14,7 @@ from mergekit_dam.calibration.documents import Document
 from mergekit_dam.calibration.overlap import Sentences, shared, union
 from mergekit_dam.calibration.pieces import Piece
 from mergekit_dam.evaluation.settings import EvaluationSettings
-from mergekit_dam.evaluation.texts import read_tokens
+from mergekit_dam.evaluation.texts import read_sequences
 from tests.kit.tokenizers import BYTES, bpe
 
 
@@ -106,7 +106,7 @@ def test_judging_by_calibration_text_is_said(
     settings = EvaluationSettings(sequence_length=32)
     for name, path in (("same", source), ("new", other)):
         read = Sentences()
-        read_tokens(Path(path), tokenizer, settings, vocab_size=1000, sentences=read)
+        read_sequences(Path(path), tokenizer, settings, vocab_size=1000, sentences=read)
         overlap.warn_of_overlap(report, name, read)
         overlap.warn_of_overlap(tmp_path / "none.json", name, read)
     (record,) = caplog.records

@@ -1,5 +1,6 @@
 """Held-out losses: against transformers' own loss, and every bad input by its message."""
 
+import json
 import math
 from pathlib import Path
 
@@ -32,6 +33,10 @@ def oracle(model, tokens):
         return loaded(input_ids=tokens, labels=tokens).loss.item()
 
 
+def raising(*_, **__):
+    raise ArchitectureError("its blocks cannot run one by one")
+
+
 def test_losses_are_those_of_transformers(judged, texts):
     result = evaluate(judged, texts, SETTINGS)
     for model in judged:
@@ -39,6 +44,49 @@ def test_losses_are_those_of_transformers(judged, texts):
             expected = oracle(model, tokens_of(model, path))
             assert math.isclose(result.losses[model][name], expected, rel_tol=1e-5)
     assert result.losses[judged[0]] != result.losses[judged[1]]
+
+
+@pytest.mark.parametrize("whole_model", [False, True])
+def test_only_answers_count_where_that_is_asked_for(judged, tmp_path, monkeypatch, whole_model):
+    """Words of questions and of answers differ, so that labels can be told by their ids."""
+    if whole_model:
+        monkeypatch.setattr(evaluation, "in_parts", raising)
+    text = tmp_path / "answers.jsonl"
+    rows = [
+        {"prompt": " ".join(WORDS[: 2 + i % 3]), "completion": " " + " ".join(WORDS[6 : 8 + i % 3])}
+        for i in range(60)
+    ]
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(judged[0])
+    tokens = tokens_of(judged[0], text)
+    answers = set(tokenizer(" " + " ".join(WORDS[6:]), add_special_tokens=False).input_ids)
+    questions = [tokenizer(" ".join(WORDS[:k])).input_ids for k in (2, 3, 4)]
+    assert not answers.intersection(*questions)
+    inside = torch.isin(tokens, torch.tensor(sorted(answers)))
+    labels = tokens.where(inside, -100)
+    labels[:, 0] = -100
+    model = AutoModelForCausalLM.from_pretrained(judged[0], dtype=torch.float32)
+    with torch.no_grad():
+        each = [
+            model(input_ids=t[None], labels=a[None]).loss
+            for t, a in zip(tokens, labels, strict=True)
+        ]
+    result = evaluate(judged[:1], [f"{text}:loss_on=assistant"], SETTINGS)
+    (found,) = result.losses[judged[0]].values()
+    assert math.isclose(found, float(torch.stack(each).mean()), rel_tol=1e-5)
+    (plain,) = evaluate(judged[:1], [text], SETTINGS).losses[judged[0]].values()
+    assert not math.isclose(found, plain, rel_tol=1e-3)
+
+
+def test_text_in_which_nothing_counts_is_refused(judged, tmp_path):
+    text = tmp_path / "asked.jsonl"
+    row = {"messages": [{"role": "user", "content": " ".join(WORDS * 3)}]}
+    text.write_text((json.dumps(row) + "\n") * 20, encoding="utf-8")
+    template = tmp_path / "t.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}", encoding="utf-8")
+    asked = f"{text}:chat_template={template}:loss_on=assistant"
+    with pytest.raises(DamError, match=r"no token counts with `loss_on=assistant`"):
+        evaluate(judged[:1], [asked], SETTINGS)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "llama-tied", "falcon", "mixtral"])
@@ -56,10 +104,7 @@ def test_other_architectures_have_the_losses_of_transformers_too(architecture, t
 def test_a_model_that_cannot_run_in_parts_is_loaded_as_a_whole(judged, texts, monkeypatch):
     in_blocks = evaluate(judged, texts, SETTINGS)
 
-    def refuse(*_, **__):
-        raise ArchitectureError("its blocks cannot run one by one")
-
-    monkeypatch.setattr(evaluation, "in_parts", refuse)
+    monkeypatch.setattr(evaluation, "in_parts", raising)
     loaded = evaluate(judged, texts, SETTINGS)
     for model in judged:
         for text, losses in in_blocks.each[model].items():

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from mergekit_dam.calibration.source import OPTION
 from mergekit_dam.reports.content import Section, Table
 from mergekit_dam.reports.schema import DamReport, Text
 
@@ -54,7 +55,8 @@ def _sources(own: Text) -> Iterator[str]:
     if own.dataset is not None:
         yield own.dataset
     else:
-        yield own.source.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] or own.source
+        location = OPTION.split(own.source)[0]  # an option may name a file, too
+        yield location.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] or own.source
 
 
 def settings(report: DamReport) -> Section:
