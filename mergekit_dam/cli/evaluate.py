@@ -235,7 +235,9 @@ def _average(request: _Request) -> "contextlib.AbstractContextManager[str]":
             f"--baseline linear: required the models to average: two --reference, a MODEL that "
             f"mergekit merged (with {average.WRITTEN}), or a YAML file in place of `linear`"
         )
-    click.echo(f"averaging {len(configuration.get('models') or ()) or 'the'} models", err=True)
+    every = configuration.get("models") or ()
+    told = ", ".join(str(own.get("model")) for own in every if isinstance(own, Mapping))
+    click.echo(f"linear is the average of {told or 'the models'}", err=True)
     settings = request.settings
     return average.average_made(
         configuration, device=settings.device, trust_remote_code=settings.trust_remote_code

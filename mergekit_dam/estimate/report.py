@@ -122,7 +122,9 @@ def _models(estimate: Estimate) -> str:
     if inventory.settings is not None:
         counts = " + ".join(map(str, text.sequences))
         if inventory.corrections:
-            lines.append(f"corrections: {size(inventory.corrections)} beside the merged model")
+            lines.append(
+                f"corrections: at most {size(inventory.corrections)} beside the merged model"
+            )
         lines.append(
             f"{counts} sequences of {text.length} tokens, {sum(text.held_out)} of them held out; "
             f"temporary files: {size(estimate.scratch)}, streams on the {estimate.streams}"
@@ -189,5 +191,5 @@ def _memory(estimate: Estimate, width: int) -> str:
 
 def _verdict(estimate: Estimate) -> str:
     if not estimate.problems:
-        return "Everything fits."
+        return "Everything fits in memory and on the disk. Text was not read."
     return "\n".join(["What would not fit:", *(f"  - {each}" for each in estimate.problems)])

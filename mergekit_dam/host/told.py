@@ -61,13 +61,17 @@ def ending(output: Path, *, lasting: bool) -> Iterator[str]:
     report = read(output / REPORT_NAME)
     yield from _judged(report)
     summary = summary_of(report)
-    why = "".join(f"; {count}: {reason}" for reason, count in summary.kept.items())
-    yield f"{summary.learned} of {summary.tensors} tensors were learned{why}"
+    if report.replayed:
+        yield f"{summary.tensors} tensors were merged with the coefficients of an earlier merge"
+    else:
+        why = "".join(f"; {count}: {reason}" for reason, count in summary.kept.items())
+        yield f"{summary.learned} of {summary.tensors} tensors were learned{why}"
     if not lasting:
         return
     yield f"written to {output}: {size(folder_bytes(output))}; {PAGE_NAME} shows every fit"
     place, lock = (shlex.quote(str(path)) for path in (output, output / LOCK_NAME))
-    yield f"evaluate:  mergekit-dam evaluate {place} --baseline linear --data TEXT"
+    judged = "--data NAME=TEXT --reference NAME=MODEL"
+    yield f"evaluate:  mergekit-dam evaluate {place} {judged} ..."
     if (output / LOCK_NAME).is_file():
         yield f"reproduce: mergekit-dam reproduce {lock}"
 

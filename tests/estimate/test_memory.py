@@ -137,4 +137,4 @@ class TestProblems:
     def test_a_merge_that_fits_has_no_problems(self, take: Any) -> None:
         made = planned_estimate(take())
         assert made.problems == ()
-        assert "Everything fits." in table(made)
+        assert "Everything fits in memory" in table(made)

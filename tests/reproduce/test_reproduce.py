@@ -60,8 +60,8 @@ class TestReplay:
         options = ["--to", str(place)] if stays else []
         done = CliRunner().invoke(main, ["reproduce", str(project.out.path), *options])
         assert done.exit_code == 0, done.output
-        assert "tensors were learned" in done.stderr
-        assert (f"mergekit-dam evaluate '{place}' --baseline" in done.stderr) is stays
+        assert "tensors were merged with the coefficients of an earlier merge" in done.stderr
+        assert (f"mergekit-dam evaluate '{place}' --data" in done.stderr) is stays
         assert (f"mergekit-dam reproduce '{place / LOCK_NAME}'" in done.stderr) is stays
         assert ("written to" in done.stderr) is stays
 

@@ -47,9 +47,10 @@ def coefficients(report: DamReport, grid: Grid) -> Section | None:
         "Coefficients",
         [
             "How much of each model went into each module of each layer: the mean of its "
-            "coefficients over the columns of the weight. Blue takes from the model, orange "
-            "takes it away, and pale cells make no use of it. Point at a cell to see how far the "
-            "columns spread.",
+            "coefficients over the columns of the weight. Blue is above zero, orange below, and "
+            "pale cells make no use of the model. Point at a cell to see how far the columns "
+            "spread. A base is often below zero: coefficients sum to one, and the merge goes "
+            "further along the models' changes than their average does.",
         ],
         [
             Picture(
