@@ -61,7 +61,7 @@ class OnTerminal:
     def begin(self, name: str, done: int, steps: int | None) -> None:
         """Begin a phase."""
         if self._status.course.begin(name, done, steps):
-            self._status.text = ""
+            self._status.text = self._urgent = ""
         if not self._live.is_started:
             self._live.start()
             for handler in self._handlers:  # log lines go above what is drawn

@@ -96,9 +96,17 @@ def test_lines_of_the_log_go_above_what_is_drawn() -> None:
 
 
 def test_what_a_handler_of_a_signal_has_to_say_is_drawn() -> None:
-    own, _, file = display(80)
+    own, _, _ = display(80)
+
+    def drawn() -> str:
+        file = io.StringIO()
+        Console(file=file).print(own.rendered())
+        return file.getvalue()
+
     with own.open(), progress.shown_on(own):
         assert not progress.urge("too early to draw")
         progress.begin("descent")
         assert progress.urge("ends after this step")
-    assert "ends after this step" in file.getvalue()
+        assert "ends after this step" in drawn()
+        progress.begin("write")  # by then it has ended
+        assert "ends after this step" not in drawn()
