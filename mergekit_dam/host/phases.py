@@ -123,8 +123,11 @@ def _searching(
         if measures:
             back = tuple(BACKWARD * own * tokens.measuring for own in reversed(blocks))
             yield Phase("backward", back, "block", tokens.measuring)
+        verdict = PASS * LOGITS * 2 * tokens.judging * weights[-1]  # on teachers and merged model
         for metrics in (True, False) if measures else (False,):
             each = _fits(stages, shapes, tokens, WITH_METRICS if metrics else FIT)
+            # Behind the first sweep, the start is judged, too.
+            each = (*each[:-1], each[-1] + (2 if metrics == measures else 1) * verdict)
             condition = "" if metrics == measures else "if the fits before are no good"
             name = phase_name("sensitivity" if metrics else "identity")
             yield Phase(name, each, "part", tokens.all, condition)
