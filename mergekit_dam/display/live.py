@@ -28,6 +28,7 @@ class OnTerminal:
 
     def __init__(self, console: Console, status: Status) -> None:
         self._console, self._status, self._urgent = console, status, ""
+        self._told = False  # whether what is urgent was drawn
         self._live = Live(
             console=console,
             get_renderable=self.rendered,
@@ -61,7 +62,9 @@ class OnTerminal:
     def begin(self, name: str, done: int, steps: int | None) -> None:
         """Begin a phase."""
         if self._status.course.begin(name, done, steps):
-            self._status.text = self._urgent = ""
+            self._status.text = ""
+            if self._told:
+                self._urgent, self._told = "", False
         if not self._live.is_started:
             self._live.start()
             for handler in self._handlers:  # log lines go above what is drawn
@@ -98,6 +101,7 @@ class OnTerminal:
         lines.append(_line(own.use, "dim"))
         if self._urgent:
             lines.append(Text(self._urgent, "bold"))
+            self._told = True
         return Group(*lines)
 
 

@@ -107,6 +107,7 @@ def test_what_a_handler_of_a_signal_has_to_say_is_drawn() -> None:
         assert not progress.urge("too early to draw")
         progress.begin("descent")
         assert progress.urge("ends after this step")
+        own.begin("descent of 20 steps", 0, None)  # too soon to be drawn before
         assert "ends after this step" in drawn()
         progress.begin("write")  # by then it has ended
         assert "ends after this step" not in drawn()
