@@ -8,5 +8,5 @@ eight_bit           codes of 8 bits with scales beside them
 four_bit            bitsandbytes, 4 bit, read by that library
 packed              compressed-tensors, packed, read by that library
 awq                 AWQ, converted to packed weights by compressed-tensors
-library             imports a library that reads a format
+imports             imports a library that reads a format
 """

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from mergekit_dam.errors import ArchitectureError, first_line
-from mergekit_dam.sources.quantised.library import required
+from mergekit_dam.sources.quantised.imports import required
 from mergekit_dam.sources.quantised.packed import Packed
 from mergekit_dam.sources.quantised.refusals import reason, refusal
 from mergekit_dam.sources.quantised.weight import Read

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor
 
 from mergekit_dam.errors import ArchitectureError
-from mergekit_dam.sources.quantised.library import required
+from mergekit_dam.sources.quantised.imports import required
 from mergekit_dam.sources.quantised.refusals import reason
 from mergekit_dam.sources.quantised.weight import Read
 from mergekit_dam.untrusted import parsed_json
