@@ -49,6 +49,17 @@ class TensorSources:
     dtype: torch.dtype
     teachers: Sequence[Tensor] | None = None
 
+    def on(self, device: torch.device) -> "TensorSources":
+        """The same with its tensors on a device; they are copied where they are elsewhere."""
+        if self.tensors[0].device == device:
+            return self
+        tensors, teachers = (
+            None if own is None else [tensor.to(device) for tensor in own]
+            for own in (self.tensors, self.teachers)
+        )
+        assert tensors is not None
+        return replace(self, tensors=tensors, teachers=teachers)
+
     def merged(
         self, coefficients: Tensor, *, axis: int = -1, correction: Correction | None = None
     ) -> Tensor:
@@ -57,8 +68,8 @@ class TensorSources:
         return merged.to(self.dtype)
 
     def teacher(self, source: int) -> Tensor:
-        """The tensor that a source's own model runs on, fp32."""
-        return (self.teachers or self.tensors)[source].float()
+        """The tensor that a source's own model runs on."""
+        return (self.teachers or self.tensors)[source]
 
     def start(self) -> Tensor:
         """Coefficients fp32 `[sources, 1]` of the weighted average."""

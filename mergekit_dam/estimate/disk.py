@@ -8,7 +8,7 @@ from mergekit_dam.estimate.memory import (
     stream_bytes,
     stream_place,
 )
-from mergekit_dam.fitting.costs import FLOAT
+from mergekit_dam.fitting.sizes import FLOAT
 from mergekit_dam.streams.storage import boundary_bytes
 
 

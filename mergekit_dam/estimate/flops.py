@@ -11,7 +11,8 @@ from mergekit_dam.estimate.inventory import Inventory, PartSize
 from mergekit_dam.estimate.structure import UnitShape
 from mergekit_dam.estimate.text import Text
 from mergekit_dam.fitting import costs
-from mergekit_dam.fitting.costs import LinearSize, MetricSize, Speed, Work
+from mergekit_dam.fitting.costs import Speed, Work
+from mergekit_dam.fitting.sizes import LinearSize, MetricSize
 from mergekit_dam.layers import head, head_correction, head_loss
 from mergekit_dam.layers.experts import too_few
 

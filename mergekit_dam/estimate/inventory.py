@@ -36,6 +36,8 @@ class TensorSize:
             that are converted to another dtype, dequantised or brought into one vocabulary.
         half: the tensor of some source is not fp32 once it is loaded, so that running takes a copy.
         written: bytes of the merged tensor as it is written.
+        matrix: it has two dimensions.
+        loads, writes: dtypes in which it is loaded and written.
         correction: bytes of its correction.
         factors: bytes of those factors of the correction that a descent moves.
         rank: rank of these factors.
@@ -48,6 +50,9 @@ class TensorSize:
     converted: int
     half: bool
     written: int
+    matrix: bool
+    loads: torch.dtype
+    writes: torch.dtype
     correction: int = 0
     factors: int = 0
     rank: int = 0
@@ -200,6 +205,9 @@ def _size(
         ),
         half=any(dtype != torch.float32 for dtype in loaded),
         written=count * (planned.out_dtype or promoted).itemsize,
+        matrix=len(shape) == 2,
+        loads=promoted,
+        writes=planned.out_dtype or promoted,
     )
 
 

@@ -1,33 +1,23 @@
-"""The memory of a merge: hidden states and weights that are kept, and the fit of one part.
+"""The memory of a merge: hidden states and weights that are kept.
 
 Bytes are counted where they are: on the device that fits, on the host, or as pages of files that
 are mapped into memory (weights as they are stored), which the system takes back when it must.
 On a CPU, device and host are one memory. Where something is kept is decided by the fit's own rules.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from mergekit_dam.estimate.flops import leaving, linear_size
+from mergekit_dam.estimate.flops import leaving
 from mergekit_dam.estimate.inventory import Inventory, PartSize
-from mergekit_dam.estimate.structure import Group
-from mergekit_dam.fitting.costs import (
-    DOUBLE,
-    FLOAT,
-    MetricSize,
-    correction_bytes,
-    gathering_bytes,
-    moments_bytes,
-    solution_bytes,
-)
-from mergekit_dam.fitting.embedding import ROWS
+from mergekit_dam.fitting.sizes import FLOAT
 from mergekit_dam.layers.state import RECORDED
 from mergekit_dam.sources.network import has_room as has_room_for_weights
 from mergekit_dam.streams import storage
 from mergekit_dam.streams.outputs import cache_bytes, kept_dtype
-from mergekit_dam.streams.storage import Location
+from mergekit_dam.streams.storage import Location, may_stay
 from mergekit_dam.streams.stream import chunk_sequences
 
 LOGITS = 7
@@ -149,85 +139,26 @@ def chunk_bytes(part: PartSize, inventory: Inventory) -> int:
     return _LIVE * FLOAT * tokens * leaves
 
 
-def fit_need(part: PartSize, inventory: Inventory, room: Room, *, metrics: bool) -> Need:
-    """The fit of one part, without streams and without what stays in memory between parts.
+def stays(size: int, room: Room) -> bool:
+    """Whether tensors are on the device between their uses; a CPU has no other place."""
+    return not room.gpu or may_stay(size, room.gpu)
 
-    Args:
-        metrics: errors of a block's linears are measured in metrics.
+
+def sources_stay(part: PartSize, room: Room) -> bool:
+    """Whether a part's tensors of all sources are on the device while it is open."""
+    loaded = sum(tensor.loaded for tensor in part.tensors)
+    return part.kind != "block" or stays(loaded, room)
+
+
+def held_bytes(part: PartSize, room: Room) -> int:
+    """Bytes on the device of the sources' tensors of an open part: those that are no mapped pages.
+
+    Where they are on the host, it is those of one tensor at a time.
     """
-    weights = FLOAT * part.parameters
-    copies = weights if needs_copies(part) else 0
-    need = Need(f"fit of {with_article(part)}").plus(
-        device=weights + sum(tensor.converted for tensor in part.tensors)
-    )
-    if part.kind == "output":
-        return need.plus(device=_head_bytes(part, inventory))
-    if part.kind == "input":
-        rows = 2 * DOUBLE * part.unknowns * ROWS * inventory.hidden
-        # A teacher runs; or rows are fitted; or the part is examined with its weights scattered.
-        return need.plus(device=max(copies + chunk_bytes(part, inventory), rows, weights))
-    written = sum(tensor.written for tensor in part.tensors)
-    cached = output_cache_bytes(part, inventory, room)
-    solving = _solving_bytes(part, inventory, copies=0 if cached else copies, metrics=metrics)
-    # Chunks and gradients are in pieces so small that the process keeps what it had of them.
-    need = need.plus(device=chunk_bytes(part, inventory) + written)
-    if metrics:
-        made, rows = _metric_bytes(part, inventory)
-        need = need.plus(device=made + max(rows + max(copies, weights), solving))
-    else:
-        need = need.plus(device=max(copies, solving))
-    if part.of("experts"):  # what enters them in both models is kept as the streams are
-        need = with_streams(need, 2 * stream_bytes(inventory), inventory, room)
-    return _kept_at(outputs_place(inventory, room), need, cached)
-
-
-def _metric_bytes(part: PartSize, inventory: Inventory) -> tuple[int, int]:
-    """Metrics of a block's linears for every model, and the gradients that one model's are of."""
-    text = inventory.text
-    tokens = text.gradient_tokens_each
-    linears = part.of("linear", "router")
-    metrics = text.models * sum(MetricSize(unit.leaves, tokens).bytes for unit in linears)
-    rows = 2 * FLOAT * tokens * sum(unit.leaves for unit in linears)
-    # Of experts, what enters all of them and the gradient of what leaves them are kept.
-    experts = FLOAT * 2 * len(part.of("experts")) * inventory.hidden * text.gradient_tokens
-    return metrics + experts, rows
-
-
-def _solving_bytes(part: PartSize, inventory: Inventory, *, copies: int, metrics: bool) -> int:
-    """The most that moments of one group, tokens that judge it, and a solution take.
-
-    Args:
-        copies: bytes of a teacher's weights while moments are gathered, if it runs then.
-    """
-    text, found = inventory.text, [0]
-    tokens = text.gradient_tokens_each if metrics else 0
-    for group in _solved_together(part):
-        sizes = [linear_size(unit, part, inventory, gradient_tokens=tokens) for unit in group]
-        # Of the tokens that judge, targets are as kept in the cache; what enters is a copy.
-        judging = FLOAT * text.tensor_judging_tokens * (group[0].enters + group[0].leaves)
-        solving = max(max(solution_bytes(size), correction_bytes(size)) for size in sizes)
-        phases = (gathering_bytes(sizes) + copies, moments_bytes(sizes) + solving)
-        found.append(judging + max(phases))
-    return max(found)
-
-
-def _solved_together(part: PartSize) -> Iterator[Group]:
-    """Linears that share a Gram matrix; of experts, one linear of one expert."""
-    for group in part.groups:
-        if group[0].kind in ("linear", "router"):
-            yield group
-        for linear in group[0].linears:
-            yield (linear,)
-
-
-def _head_bytes(part: PartSize, inventory: Inventory) -> int:
-    """Bytes of a head's descent: weights, gradients, their successors, one sequence's logits."""
-    if not part.fits_head:
-        return 0
-    weight = FLOAT * sum(unit.parameters for unit in part.of("head"))
-    logits = LOGITS * FLOAT * inventory.text.length * inventory.vocabulary
-    copied = needs_copies(part)
-    return max(weight * (4 if copied else 3) + (weight // 2 if copied else 0), 4 * weight + logits)
+    if not room.gpu:
+        return sum(tensor.converted for tensor in part.tensors)
+    sizes = [tensor.loaded for tensor in part.tensors]
+    return sum(sizes) if sources_stay(part, room) else max(sizes, default=0)
 
 
 def loaded_bytes(inventory: Inventory) -> int:
@@ -237,28 +168,45 @@ def loaded_bytes(inventory: Inventory) -> int:
 
 def kept_weights(inventory: Inventory, room: Room) -> int:
     """Bytes of the sources that stay in memory between sweeps, pages of files included."""
+    return sum(kept_by_place(inventory, room))
+
+
+def kept_by_place(inventory: Inventory, room: Room) -> tuple[int, int]:
+    """The same by place: on the GPU, and on the host."""
+    here, there = (
+        [
+            sum(tensor.loaded for tensor in part.tensors)
+            for part in inventory.parts
+            if (room.gpu > 0 and sources_stay(part, room)) == on_gpu
+        ]
+        for on_gpu in (True, False)
+    )
     assert inventory.settings is not None
-    loaded = [sum(tensor.loaded for tensor in part.tensors) for part in inventory.parts]
     if inventory.settings.resident == "always":
-        return sum(loaded)
+        return sum(here), sum(there)
     if inventory.settings.resident == "never":
-        return 0
-    if not room.gpu and not any(t.converted for part in inventory.parts for t in part.tensors):
-        # Pages of files leave as much memory available as before, until there are too many.
-        return sum(loaded) if sum(loaded) <= room.host else 0
+        return 0, 0
+    on_gpu = _kept(here, room.gpu)
+    if any(t.converted for part in inventory.parts for t in part.tensors):
+        return on_gpu, _kept(there, room.host)
+    # Pages of files leave as much memory available as before, until there are too many.
+    return on_gpu, sum(there) if sum(there) <= room.host else 0
+
+
+def _kept(sizes: Sequence[int], whole: int) -> int:
     kept = 0
-    for size in loaded:
-        if has_room_for_weights(room.device - kept - size, room.device, size):
+    for size in sizes:
+        if has_room_for_weights(whole - kept - size, whole, size):
             kept += size
     return kept
 
 
 def with_streams(need: Need, size: int, inventory: Inventory, room: Room) -> Need:
     """A phase with `size` bytes of hidden states where streams are kept."""
-    return _kept_at(stream_place(inventory, room), need, size)
+    return kept_at(stream_place(inventory, room), need, size)
 
 
-def _kept_at(location: Location, need: Need, size: int) -> Need:
+def kept_at(location: Location, need: Need, size: int) -> Need:
     """A phase with more bytes at a location; files are not memory."""
     if location == "device":
         return need.plus(device=size)

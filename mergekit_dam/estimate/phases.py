@@ -5,14 +5,15 @@ from dataclasses import replace
 
 import torch
 
+from mergekit_dam.estimate.fit_memory import fit_need
 from mergekit_dam.estimate.inventory import Inventory, PartSize, TensorSize
 from mergekit_dam.estimate.memory import (
     LOGITS,
     Need,
     Room,
     chunk_bytes,
-    fit_need,
-    kept_weights,
+    held_bytes,
+    kept_by_place,
     loaded_bytes,
     needs_copies,
     stream_bytes,
@@ -21,7 +22,8 @@ from mergekit_dam.estimate.memory import (
 )
 from mergekit_dam.estimate.structure import Group
 from mergekit_dam.estimate.sweeps import WRITING
-from mergekit_dam.fitting.costs import DOUBLE, FLOAT
+from mergekit_dam.fitting.sizes import DOUBLE, FLOAT
+from mergekit_dam.streams import storage
 
 
 def phases(inventory: Inventory, room: Room) -> list[Need]:
@@ -34,13 +36,14 @@ def phases(inventory: Inventory, room: Room) -> list[Need]:
     if settings is not None and settings.one_sweep:
         needs = [need.plus(host=shard, mapped=mapped) for need in _one_sweep(inventory, room)]
     elif settings is not None:
-        kept = kept_weights(inventory, room)
+        on_gpu, on_host = kept_by_place(inventory, room)
+        kept = on_gpu + on_host
         converted = sum(t.converted for part in inventory.parts for t in part.tensors)
-        device = kept if room.gpu else min(kept, converted)
         every = room.libraries + sum(sum(files) for files in inventory.files)
         held = every if kept else mapped
         searched = _search(inventory, room, kept=kept / max(1, loaded_bytes(inventory)))
-        needs = [need.plus(device=device, mapped=held) for need in searched]
+        host = min(on_host, converted)
+        needs = [need.plus(device=on_gpu, host=host, mapped=held) for need in searched]
     largest = max(inventory.tensors, key=lambda tensor: tensor.parameters)
     merging = largest.converted + 2 * FLOAT * largest.parameters
     needs.append(Need("merging and writing", device=merging, host=shard, mapped=mapped))
@@ -74,38 +77,40 @@ def _search(inventory: Inventory, room: Room, *, kept: float) -> Iterator[Need]:
     assert settings is not None
     one, fits = stream_bytes(inventory), _distinct(inventory)
     if settings.objective == "logits":
-        yield with_streams(judge_need(inventory), 2 * one, inventory, room)
+        yield with_streams(judge_need(inventory, room), 2 * one, inventory, room)
     else:
         metrics = settings.metric == "sensitivity"
+        tokens = inventory.text.judging_tokens + metrics * inventory.text.gradient_tokens
+        surveyed = storage.stream_bytes(inventory.hidden, tokens)
         for part in fits:
             need = fit_need(part, inventory, room, metrics=metrics)
-            yield with_streams(need, one + _moving_bytes(inventory), inventory, room)
-        yield with_streams(judge_need(inventory), 4 * one, inventory, room)
+            yield with_streams(need, surveyed + _moving_bytes(inventory), inventory, room)
+        yield with_streams(judge_need(inventory, room), 4 * one, inventory, room)
         for part in fits if metrics else ():
             if part.kind != "input":
-                need = backward_need(part, inventory, weights_too=False)
+                need = backward_need(part, inventory, room, weights_too=False)
                 yield with_streams(need, 3 * one, inventory, room)
     if settings.objective != "layer":
         merged = int(kept * FLOAT * sum(part.parameters for part in inventory.parts))
         unknowns = sum(u.enters * p.unknowns for p in inventory.parts for u in p.units)
         for part in fits:
-            need = backward_need(part, inventory, weights_too=True)
+            need = backward_need(part, inventory, room, weights_too=True)
             need = replace(need, phase=f"descent: {need.phase}")
             need = need.plus(device=merged + 4 * DOUBLE * unknowns, mapped=inventory.moving)
             yield with_streams(need, 2 * one, inventory, room)
 
 
-def judge_need(inventory: Inventory) -> Need:
+def judge_need(inventory: Inventory, room: Room) -> Need:
     """The judgement of the whole model: output parts of all models, and one sequence's logits."""
     part = inventory.parts[-1]
     weights = FLOAT * part.parameters
     copies = inventory.text.models * weights if needs_copies(part) else 0
     logits = LOGITS * FLOAT * inventory.text.length * inventory.vocabulary
-    loaded = sum(tensor.converted for tensor in part.tensors)
+    loaded = held_bytes(part, room)
     return Need("judgement of the whole model", device=loaded + weights + copies + logits)
 
 
-def backward_need(part: PartSize, inventory: Inventory, *, weights_too: bool) -> Need:
+def backward_need(part: PartSize, inventory: Inventory, room: Room, *, weights_too: bool) -> Need:
     """A run of a part on one chunk, forward and back.
 
     Args:
@@ -114,7 +119,7 @@ def backward_need(part: PartSize, inventory: Inventory, *, weights_too: bool) ->
     weights = FLOAT * part.parameters
     logits = LOGITS * FLOAT * inventory.text.length * inventory.vocabulary
     inner = logits if part.kind == "output" else 2 * chunk_bytes(part, inventory)
-    loaded = sum(tensor.converted for tensor in part.tensors)
+    loaded = held_bytes(part, room)
     return Need(
         f"backward through {with_article(part)}",
         device=loaded + weights * (3 if weights_too else 2) + inner,

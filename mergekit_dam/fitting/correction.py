@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mergekit_dam.coefficients.correction import Correction, out_by_in, saves_room
 from mergekit_dam.coefficients.tensors import FittedTensor, TensorSettings
-from mergekit_dam.fitting.correction_problem import CorrectionProblem, Minimiser
+from mergekit_dam.fitting.correction_problem import CorrectionProblem
 from mergekit_dam.fitting.evidence import Evidence
 from mergekit_dam.fitting.low_rank import best_factors
 from mergekit_dam.fitting.moments import LinearMoments, measured_plainly
@@ -48,10 +48,10 @@ def correct(
     assert start is not None
     said: dict[str, Any] = {"outcome": "dropped: held-out loss was not better"}
     problem = CorrectionProblem(evidence.fit, start_weight, bias, _dtype(evidence))
-    ridge, found = _ridge(problem, lambda step: held_out(Correction(full=step.float())), start)
+    ridge = _ridge(problem, lambda step: held_out(Correction(full=step.float())), start)
     best: Correction | None = None
-    if found is not None:
-        candidate = _candidate(problem, found, ridge, fitted.sources.settings)
+    if ridge is not None:
+        candidate = _candidate(problem, ridge, fitted.sources.settings)
         if (loss := held_out(candidate)) < start:
             best = candidate
             said = {"outcome": "full"}
@@ -72,29 +72,30 @@ def _dtype(evidence: Evidence[LinearMoments]) -> torch.dtype:
 
 def _ridge(
     problem: CorrectionProblem, held_out: Callable[[Tensor], float], start: float
-) -> tuple[float, Minimiser | None]:
-    """The ridge that held-out data likes best, and the minimiser there.
+) -> float | None:
+    """The ridge that held-out data likes best; None where it likes none.
 
     Args:
         held_out: Held-out loss with a correction `[out, in]`.
-        start: Held-out loss without one. Where no ridge is better, there is no minimiser.
+        start: Held-out loss without one.
     """
-    best, chosen, lowest = None, 0.0, start
+    best, lowest = None, start
     for ridge in RIDGES:
         found = problem.minimiser(ridge)
         if found is None or not (loss := held_out(found.matrix)) < lowest:
             break
-        best, chosen, lowest = found, ridge, loss
-    return chosen, best
+        best, lowest = ridge, loss
+        del found  # its factor is as large as the Gram matrix
+    return best
 
 
-def _candidate(
-    problem: CorrectionProblem, found: Minimiser, ridge: float, settings: TensorSettings
-) -> Correction:
-    """A correction of the kind that is asked for.
+def _candidate(problem: CorrectionProblem, ridge: float, settings: TensorSettings) -> Correction:
+    """A correction of the kind that is asked for, at a ridge that has a minimiser.
 
     Where factors would take as much room as the matrix, it is the matrix.
     """
+    found = problem.minimiser(ridge)
+    assert found is not None
     rank = settings.correction_rank
     if settings.correction == "low_rank" and saves_room(found.whitened.shape, rank):
         left, right = best_factors(problem, found, ridge, rank)

@@ -83,9 +83,19 @@ class Domain:
         """The weight s of the term."""
         return self.moments.scale
 
-    @cached_property
+    @property
     def gram(self) -> Tensor:
-        """G, `[in, in]`."""
+        """G, `[in, in]`, on the device."""
+        return self._gram.to(self.moments.inputs.x_sum.device)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean diagonal of G."""
+        return self._gram.diagonal().mean().to(self.moments.inputs.x_sum.device)
+
+    @cached_property
+    def _gram(self) -> Tensor:
+        """G where the moments are kept."""
         return self.moments.inputs.gram.to(self.dtype)
 
     @property
@@ -96,16 +106,18 @@ class Domain:
 
     def residual_times(self, x: Tensor) -> Tensor:
         """`R x`, `[out, n]`, for x `[in, n]`."""
-        cross, inputs, own = self.moments.cross, self.moments.inputs, x.to(self.moments.cross)
-        product = cross @ own - self.weight.to(cross) @ (inputs.gram @ own)
+        cross, inputs = self.moments.cross_on_device, self.moments.inputs
+        own = x.to(cross)
+        product = cross @ own - self.weight.to(cross) @ (inputs.gram_on_device @ own)
         if self.bias is not None:
             product -= torch.outer(self.bias.to(cross), inputs.x_sum.to(cross) @ own)
         return product.to(x)
 
     def times_residual(self, x: Tensor) -> Tensor:
         """`x^T R`, `[n, in]`, for x `[out, n]`."""
-        cross, inputs, own = self.moments.cross, self.moments.inputs, x.to(self.moments.cross).T
-        product = own @ cross - (own @ self.weight.to(cross)) @ inputs.gram
+        cross, inputs = self.moments.cross_on_device, self.moments.inputs
+        own = x.to(cross).T
+        product = own @ cross - (own @ self.weight.to(cross)) @ inputs.gram_on_device
         if self.bias is not None:
             product -= torch.outer(own @ self.bias.to(cross), inputs.x_sum.to(cross))
         return product.to(x)
@@ -156,9 +168,9 @@ class CorrectionProblem:
 
     def shifted(self, ridge: float) -> Tensor:
         """A new matrix `G + ridge m`, of the Gram matrices of all terms in the plain metric."""
-        total = self.moments[0].inputs.gram * self.weights[0]
+        total = self.moments[0].inputs.gram_on_device * self.weights[0]
         for own, weight in zip(self.moments[1:], self.weights[1:], strict=True):
-            total.add_(own.inputs.gram, alpha=weight)
+            total.add_(own.inputs.gram_on_device, alpha=weight)
         total.diagonal().add_(ridge * self.mean)
         return total.to(self.dtype)
 

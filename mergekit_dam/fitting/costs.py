@@ -1,4 +1,4 @@
-"""The cost of a linear's fit: flops and bytes as functions of plain sizes.
+"""The work of a linear's fit: flops, and passes over elements, as functions of plain sizes.
 
 Each function stands for one operation of this package and must change with it: `moments` (sums over
 tokens), `metric` (products with a metric), `linear` and `solver` (the solution and its judgement).
@@ -7,18 +7,15 @@ activations. A multiplication and the addition that follows it count as two flop
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from mergekit_dam.choices import CorrectionKind
 from mergekit_dam.fitting.correction import RIDGES
 from mergekit_dam.fitting.correction_problem import REFINEMENTS
 from mergekit_dam.fitting.low_rank import LEFT, OVERSAMPLED, POWERS, RIGHT
-from mergekit_dam.fitting.metric import kept_as_rows
-from mergekit_dam.fitting.solver import DENSE_LIMIT, ROUGH, precision
+from mergekit_dam.fitting.sizes import LinearSize, MetricSize
+from mergekit_dam.fitting.solver import ROUGH
 from mergekit_dam.fitting.symmetric import computed
 
 Speed = Literal["forward", "fp32", "fp64", "cholesky", "elements"]
@@ -30,98 +27,6 @@ Work = Counter[tuple[str, Speed]]
 
 ITERATIONS = 25
 """Iterations of conjugate gradients without a factorisation, about, at the tolerance of fp32."""
-
-FLOAT = 4
-"""Bytes of a number in fp32."""
-DOUBLE = 8
-"""Bytes of a number in fp64."""
-
-
-@dataclass(frozen=True)
-class MetricSize:
-    """Sizes of one model's metric on the outputs of one linear.
-
-    Attributes:
-        out: output features of the linear.
-        tokens: tokens whose gradients make up the metric.
-    """
-
-    out: int
-    tokens: int
-
-    @property
-    def rows(self) -> int:
-        """Rows of its factors: one per token, or one per feature if it is kept as a matrix."""
-        return self.tokens if kept_as_rows(self.tokens, self.out) else self.out
-
-    @property
-    def making(self) -> int:
-        """Flops of `Metric.of_gradients`."""
-        as_rows = kept_as_rows(self.tokens, self.out)
-        return 0 if as_rows else 2 * self.tokens * computed(self.out)
-
-    @property
-    def product(self) -> int:
-        """Flops of `S x` per column of x."""
-        as_rows = kept_as_rows(self.tokens, self.out)
-        return (2 if as_rows else 1) * 2 * self.rows * self.out
-
-    @property
-    def square(self) -> int:
-        """Flops of `y^T S y` per token."""
-        return 2 * self.rows * self.out
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of its factors."""
-        return FLOAT * self.rows * self.out
-
-
-@dataclass(frozen=True)
-class LinearSize:
-    """Sizes of the fit of one linear.
-
-    Attributes:
-        out, columns: output and input features.
-        unknowns: unknowns per column.
-        sources: tensors that are merged.
-        models: models with calibration data.
-        metric: sizes of each model's metric; None where errors are measured plainly.
-        by_column: every column has unknowns of its own; otherwise all columns share them.
-        correction: kind of the correction that follows.
-        rank: rank of a correction of low rank.
-    """
-
-    out: int
-    columns: int
-    unknowns: int
-    sources: int
-    models: int
-    metric: MetricSize | None = None
-    by_column: bool = True
-    correction: CorrectionKind = "none"
-    rank: int = 0
-
-    @property
-    def weight(self) -> int:
-        """Elements of the weight."""
-        return self.out * self.columns
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of sums and products."""
-        return precision(self.unknowns * self.columns)
-
-    @property
-    def terms(self) -> int:
-        """Terms of the quadratic: models that are measured alike share one."""
-        return 1 if self.metric is None else self.models
-
-    @property
-    def factorised(self) -> bool:
-        """Whether the whole normal matrix is formed and factorised."""
-        exact = self.by_column and self.correction == "none"
-        return exact and self.unknowns * self.columns <= DENSE_LIMIT
 
 
 def input_moments(columns: int, tokens: int, chunks: int) -> Work:
@@ -212,9 +117,9 @@ def correction(size: LinearSize, held_out_tokens: int) -> Work:
     single = metric is not None or size.dtype == torch.float32
     speed: Speed = "fp32" if single else "fp64"
     product = 2 * weight * columns
-    # The residual at the weight; two triangular solves for every ridge.
-    work["corrections", speed] = (1 + len(RIDGES)) * product
-    work["corrections", "cholesky"] = len(RIDGES) * columns**3 // 3
+    # The residual at the weight; two triangular solves for every ridge, and again for the best.
+    work["corrections", speed] = (1 + len(RIDGES) + 1) * product
+    work["corrections", "cholesky"] = (len(RIDGES) + 1) * columns**3 // 3
     if size.correction == "low_rank":
         work["corrections", speed] += _factors(size)
         work["merging", "elements"] += size.rank * weight
@@ -244,54 +149,3 @@ def _factors(size: LinearSize) -> int:
     left = cross + 2 * gram + (2 + LEFT) * rank * metric.product
     right = cross + rank * metric.product + (2 + RIGHT) * gram
     return work + size.terms * (left + right) + RIGHT * gram
-
-
-def gathering_bytes(sizes: Sequence[LinearSize]) -> int:
-    """Bytes of the moments of linears that see one input, while they are summed."""
-    first = sizes[0]
-    if first.metric is not None or first.models == 1:
-        return moments_bytes(sizes)
-    # The moments of one model, beside the sum over the models before it.
-    own = first.columns**2 + sum(size.weight for size in sizes)
-    return moments_bytes(sizes) + first.dtype.itemsize * own
-
-
-def moments_bytes(sizes: Sequence[LinearSize]) -> int:
-    """Bytes of the moments of linears that see one input, when all are summed."""
-    first = sizes[0]
-    gram, cross = first.columns**2, sum(size.weight for size in sizes)
-    if first.metric is not None:
-        return first.dtype.itemsize * first.models * (gram + cross)
-    # Each linear has its own copy of what is summed over models, as it weighs them in its own way.
-    return first.dtype.itemsize * (len(sizes) * gram + cross)
-
-
-def solution_bytes(size: LinearSize) -> int:
-    """Bytes that solving for one weight takes beside its moments."""
-    unknowns, columns, number = size.unknowns, size.columns, size.dtype.itemsize
-    # Directions, one residual per term, and a product on its way: the average has gone by then.
-    work = number * size.weight * (unknowns + size.terms + 2)
-    if not size.factorised:
-        blocks = 3 * DOUBLE * columns * unknowns**2 if size.by_column else 0
-        return work + number * size.weight + blocks
-    # The factor takes the place of the matrix, which is fp32, as are copies of what it is made of.
-    copies = 0 if number == FLOAT else FLOAT * (unknowns * size.weight + columns**2)
-    return work + copies + FLOAT * ((unknowns * columns) ** 2 + columns**2)
-
-
-def correction_bytes(size: LinearSize) -> int:
-    """Bytes that a linear's correction takes beside its moments."""
-    if size.correction == "none":
-        return 0
-    number, weight = size.dtype.itemsize, size.weight
-    copies = 0
-    if size.metric is not None and number == DOUBLE:
-        number, copies = FLOAT, FLOAT * size.terms * (size.columns**2 + weight)
-    # Two factors: the best ridge's so far, and the one that is tried.
-    grams = 2 * number * size.columns**2 + copies
-    # The residuals of all terms together, two whitened minimisers, and one as a matrix; or a whole
-    # one with the residuals of the terms and the vectors of conjugate gradients.
-    refined = size.metric is not None and size.correction == "full"
-    vectors = number * weight * (size.terms + 8 if refined else 4)
-    merged = 3 * FLOAT * weight
-    return grams + vectors + merged

@@ -145,12 +145,13 @@ def _problem(
     Where a correction follows, columns are fitted in the plain metric: it recovers as much, and
     products with metrics cost much. Then, or where its sums are not kept, the loss is None.
     """
-    form = weight.settings.parametrisation
-    average = form.average(facing, evidence.fit[0].cross.dtype)
-    directions = form.directions(facing, average.dtype)
+    form, dtype = weight.settings.parametrisation, evidence.fit[0].cross.dtype
     if weight.settings.correction != "none" and not measured_plainly(evidence.fit):
         whole = pooled(evidence.fit, plain_weights(evidence.fit))
-        return ColumnProblem(directions, [whole.term(average, bias)]), None
+        term = whole.term(form.average(facing, dtype), bias)
+        del whole  # its cross moments are in the residual
+        return ColumnProblem(form.directions(facing, dtype), [term]), None
+    average, directions = form.average(facing, dtype), form.directions(facing, dtype)
     terms = [moments.term(average, bias) for moments in evidence.fit]
     if not evidence.knows_fit_loss:
         return ColumnProblem(directions, terms), None

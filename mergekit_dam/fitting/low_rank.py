@@ -75,14 +75,14 @@ def _right(
         measured = own.scale * own.metric(left)
         rhs += own.times_residual(measured)
         inner = left.T @ measured
-        pairs.append((inner, own.gram))
-        mean += inner * (own.gram.diagonal().mean() / problem.mean)
+        pairs.append((inner, own))
+        mean += inner * (own.mean / problem.mean)
     factor = torch.linalg.cholesky((mean + mean.T) / 2)
 
     def product(c: Tensor) -> Tensor:
         total = ridge * problem.mean * c
-        for inner, gram in pairs:
-            total += inner @ (c @ gram)
+        for inner, own in pairs:
+            total += inner @ (c @ own.gram)
         return total
 
     def divided(c: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ it is the plain squared error.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -70,6 +70,15 @@ class Metric:
         matrix = all_sum(matrix)
         mirror(matrix)
         return cls(matrix, True, DAMPING * mean)
+
+    def to(self, device: torch.device) -> "Metric":
+        """The same on a device."""
+        return self if self.factors is None else replace(self, factors=self.factors.to(device))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors."""
+        return 0 if self.factors is None else self.factors.nbytes
 
     @property
     def plain(self) -> bool:

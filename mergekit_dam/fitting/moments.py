@@ -18,6 +18,18 @@ from mergekit_dam.fitting.tensor_cores import exact
 from mergekit_dam.streams.distributed import all_sum, all_totals, shared_rows
 
 
+def kept_bytes(columns: int, outs: Sequence[int], models: int, dtype: torch.dtype) -> int:
+    """Bytes of the matrices of linears with one input, where every model has its own.
+
+    Args:
+        columns: Input features.
+        outs: Output features of each linear.
+        models: Models with calibration data.
+        dtype: Dtype of the sums.
+    """
+    return dtype.itemsize * models * columns * (columns + sum(outs))
+
+
 def nothing() -> Tensor:
     """An empty sum, fp64. It goes where what is added to it is: reading it there would wait."""
     return torch.zeros((), dtype=torch.float64)
@@ -28,7 +40,8 @@ class InputMoments:
     """Sums over weighted tokens of a linear's input `x [in]`; linears with one input share them.
 
     Attributes:
-        gram: `sum x x^T`, `[in, in]`; before `add_up`, on and below its diagonal alone.
+        gram: `sum x x^T`, `[in, in]`; before `add_up`, on and below its diagonal alone. It is on
+            the device, or on the host after `keep_on_host`.
         x_sum: `sum x`, `[in]`.
         count: Sum of the tokens' weights.
     """
@@ -60,13 +73,22 @@ class InputMoments:
         mirror(self.gram)
         (self.count,) = all_totals(self.count)
 
+    def keep_on_host(self) -> None:
+        """Move the Gram matrix to the host; it is copied to the device whenever it is used."""
+        self.gram = self.gram.cpu()
+
+    @property
+    def gram_on_device(self) -> Tensor:
+        """The Gram matrix on the device."""
+        return self.gram.to(self.x_sum.device)
+
     def scaled(self, factor: float) -> "InputMoments":
-        """A copy with its tokens weighted by `factor`."""
-        return InputMoments(self.gram * factor, self.x_sum * factor, self.count * factor)
+        """A copy with its tokens weighted by `factor`, on the device."""
+        return InputMoments(self.gram_on_device * factor, self.x_sum * factor, self.count * factor)
 
     def add_scaled(self, other: "InputMoments", factor: float) -> None:
         """Add another set of sums with its tokens weighted by `factor`."""
-        self.gram.add_(other.gram, alpha=factor)
+        self.gram.add_(other.gram_on_device, alpha=factor)
         self.x_sum.add_(other.x_sum, alpha=factor)
         self.count = self.count + factor * other.count
 
@@ -78,7 +100,7 @@ class LinearMoments:
     Attributes:
         inputs: Sums of the inputs alone. Linears with one input share them; the caller adds each
             chunk once.
-        cross: `sum y x^T`, `[out, in]`.
+        cross: `sum y x^T`, `[out, in]`, where the Gram matrix is.
         y_sum: `sum y`, `[out]`.
         y_square: `sum |y|^2`.
         energy: `sum |teacher's own output|^2`; the target may differ from that output.
@@ -138,11 +160,21 @@ class LinearMoments:
         self.cross, self.y_sum = all_sum(self.cross), all_sum(self.y_sum)
         self.y_square, self.energy = all_totals(self.y_square, self.energy)
 
+    def keep_on_host(self) -> None:
+        """Move the matrices to the host; they are copied to the device whenever they are used."""
+        self.inputs.keep_on_host()
+        self.cross = self.cross.cpu()
+
+    @property
+    def cross_on_device(self) -> Tensor:
+        """`cross` on the device."""
+        return self.cross.to(self.y_sum.device)
+
     def scaled(self, factor: float) -> "LinearMoments":
-        """A copy with its tokens weighted by `factor`, and with its own `inputs`."""
+        """A copy with its tokens weighted by `factor`, on the device, with its own `inputs`."""
         return LinearMoments(
             self.inputs.scaled(factor),
-            self.cross * factor,
+            self.cross_on_device * factor,
             self.y_sum * factor,
             self.y_square * factor,
             self.energy * factor,
@@ -152,17 +184,19 @@ class LinearMoments:
     def add_scaled(self, other: "LinearMoments", factor: float) -> None:
         """Add another set of sums with its tokens weighted by `factor`."""
         self.inputs.add_scaled(other.inputs, factor)
-        self.cross.add_(other.cross, alpha=factor)
+        self.cross.add_(other.cross_on_device, alpha=factor)
         self.y_sum.add_(other.y_sum, alpha=factor)
         self.y_square = self.y_square + factor * other.y_square
         self.energy = self.energy + factor * other.energy
 
     def residual(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`sum (y - W x - b) x^T`, `[out, in]`, unscaled; processes share its rows."""
+        gram = self.inputs.gram_on_device
 
         def made(rows: slice) -> Tensor:
+            cross = self.cross[rows].to(gram.device)
             with exact():
-                left = self.cross[rows] - weight[rows].to(self.cross) @ self.inputs.gram
+                left = cross - weight[rows].to(gram) @ gram
             if bias is not None:
                 left -= torch.outer(bias[rows].to(left), self.inputs.x_sum.to(left))
             return left
@@ -171,7 +205,8 @@ class LinearMoments:
 
     def term(self, weight: Tensor, bias: Tensor | None) -> Term:
         """The term of a quadratic in the steps away from a weight `[out, in]`."""
-        return Term(self.inputs.gram, self.residual(weight, bias), self.metric, self.scale)
+        residual = self.residual(weight, bias)
+        return Term(self.inputs.gram_on_device, residual, self.metric, self.scale)
 
     def error(self, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> float:
         """`scale * sum |W x + b - y|^2` in the metric, for a weight `[out, in]`, bias `[out]`.
@@ -181,10 +216,11 @@ class LinearMoments:
         """
         if residual is None:
             residual = self.residual(weight, bias)
-        weight = weight.to(self.cross)
+        cross = self.cross_on_device
+        weight = weight.to(cross)
         with exact():
             weighted = self.metric(weight)
-        squared = self.y_square - (weighted * (self.cross + residual)).sum(dtype=torch.float64)
+        squared = self.y_square - (weighted * (cross + residual)).sum(dtype=torch.float64)
         if bias is not None:
             bias = bias.double()
             left = self.y_sum - weight.double() @ self.inputs.x_sum - self.count * bias

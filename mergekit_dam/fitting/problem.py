@@ -23,8 +23,9 @@ class Term:
     scale: float = 1.0
 
     def apply(self, x: Tensor) -> Tensor:
-        """`s S x`."""
-        return self.scale * self.metric(x)
+        """`s S x`, which may be x itself."""
+        measured = self.metric(x)
+        return measured if self.scale == 1 else self.scale * measured
 
 
 @dataclass(frozen=True)

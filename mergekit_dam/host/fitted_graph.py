@@ -80,7 +80,8 @@ def fitted_tasks(merge: Merge, tensors: Tensors, decoder: Decoder) -> Tasks:
     phases = one_sweep_phases if prepared.run.one_sweep else search_phases
     progress.plan(phases([planned.stage for planned in stages], tensors.shapes, prepared))
     if prepared.run.one_sweep:
-        tasks = _one_sweep(stages, Sweep(merge.journal, "layer", len(stages), streams, outside))
+        sweep = Sweep(merge.journal, "layer", len(stages), streams, outside)
+        tasks = _one_sweep(stages, sweep, device)
     else:
         start = _start(merge, tensors, stages, outside)
         tasks = _search(stages, streams, start, device, merge)
@@ -124,7 +125,7 @@ def _start(
     return start
 
 
-def _one_sweep(stages: Sequence[PlannedStage], sweep: Sweep) -> Tasks:
+def _one_sweep(stages: Sequence[PlannedStage], sweep: Sweep, device: torch.device) -> Tasks:
     """One sweep: each stage waits for the one before; tensors are written as they are fitted."""
     tasks = Tasks()
     previous: FitStage | None = None
@@ -132,7 +133,7 @@ def _one_sweep(stages: Sequence[PlannedStage], sweep: Sweep) -> Tasks:
         planned = planned.without_borrowed()
         if previous is not None:
             previous.node.ahead = spans_of(planned.gathers)
-        previous = FitStage(node=StageNode(planned, number, previous, sweep))
+        previous = FitStage(node=StageNode(planned, number, previous, sweep, device))
         for spec in planned.stage.tensors:
             tasks.merged[spec.name] = MergedTensor(fit=previous, name=spec.name)
     tasks.last = previous
@@ -150,7 +151,7 @@ def _search(
     run, started = merge.prepared.run, merge.prepared.started
     network = Network(
         [planned.stage for planned in stages],
-        load=lambda number: load_stage(stages[number], device),
+        load=lambda number: load_stage(stages[number]),
         spans=functools.cache(lambda number: spans_of(stages[number].gathers)),
         device=device,
         resident=run.resident,

@@ -43,13 +43,12 @@ class PlannedStage:
         return PlannedStage(replace(self.stage, borrowed=()), self.label, own)
 
 
-def load_stage(planned: PlannedStage, device: torch.device) -> Loaded:
+def load_stage(planned: PlannedStage) -> Loaded:
     """Read the tensors of a stage with mergekit's executor."""
     tasks = list(planned.gathers)
     found = dict(Executor(tasks).run(quiet=True)) if tasks else {}
     return {
-        spec.name: {model: tensor.to(device) for model, tensor in found[task].items()}
-        for spec, task in zip(planned.stage.all_tensors, tasks, strict=True)
+        spec.name: found[task] for spec, task in zip(planned.stage.all_tensors, tasks, strict=True)
     }
 
 

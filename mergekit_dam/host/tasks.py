@@ -40,7 +40,7 @@ from mergekit_dam.search.search import search
 from mergekit_dam.sources.finite import require_finite, require_finite_merge
 from mergekit_dam.sources.network import Network
 from mergekit_dam.sources.readahead import Span, read_ahead
-from mergekit_dam.sources.stage import of_all, open_stage
+from mergekit_dam.sources.stage import of_all, open_stage, placed
 from mergekit_dam.streams import progress
 from mergekit_dam.streams.stream import Stream
 
@@ -54,6 +54,7 @@ class StageNode:
         number: number of the stage.
         previous: the task of the stage before, or None.
         sweep: the fits of all stages.
+        device: the device of the fit.
         ahead: byte ranges that the next stage will read.
     """
 
@@ -61,6 +62,7 @@ class StageNode:
     number: int
     previous: "FitStage | None"
     sweep: Sweep
+    device: torch.device
     ahead: tuple[Span, ...] = ()
 
 
@@ -81,20 +83,16 @@ class FitStage(Task[Any], frozen=True, arbitrary_types_allowed=True):
         return self.node.planned.label
 
     def uses_accelerator(self) -> bool:
-        """True: mergekit moves the tensors to its device for computations."""
-        return True
+        """False: the fit moves the tensors, as many at a time as the device has room for."""
+        return False
 
     def execute(self, previous: StageResult | None = None, **tensors: Any) -> StageResult:
         """Fit the stage and run the streams through it."""
         read_ahead(self.node.ahead)
         stage = self.node.planned.stage
         loaded = {spec.name: tensors[f"tensor_{index}"] for index, spec in enumerate(stage.tensors)}
-        require_finite(loaded)
-        device = next(
-            (own.device for tensor in loaded.values() for own in tensor.values()),
-            stage.models.output.device,
-        )
-        opened = open_stage(stage, loaded, device)
+        opened = open_stage(stage, placed(stage, loaded, self.node.device), self.node.device)
+        require_finite(opened.loaded)
         if self.node.previous is None:
             progress.begin(FITS, done=self.node.sweep.done)
         return self.node.sweep.fit(self.node.number, opened)

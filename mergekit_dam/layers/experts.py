@@ -97,7 +97,7 @@ class _Fused:
         self.losses += torch.tensor(values, dtype=torch.float64)
         self.corrections[expert] = fitted.correction
 
-    def settled(self, seconds: float) -> FittedTensor:
+    def settled(self, seconds: float, device: torch.device) -> FittedTensor:
         """The whole fused tensor, merged, with its report."""
         linear, sources = self.linear, self.sources
         fitted = len(self.rows) - sum(map(len, self.kept.values()))
@@ -124,7 +124,7 @@ class _Fused:
         correction = Correction.stacked(own)
         if correction is not None:
             report.correction.update(experts=sum(c is not None for c in self.corrections.values()))
-        merged = sources.merged(coefficients, axis=linear.axis, correction=correction)
+        merged = sources.on(device).merged(coefficients, axis=linear.axis, correction=correction)
         return FittedTensor(sources, merged, coefficients, linear.axis, report, correction)
 
 
@@ -144,7 +144,7 @@ def fit_experts(walk: Walk, group: int, units: list[Unit]) -> Iterator[tuple[str
         _fit_expert(walk, unit, expert, streams, fused)
     seconds = (time.perf_counter() - started) / len(fused)
     for own in fused:
-        yield unit.parameter(own.linear.parameter), own.settled(seconds)
+        yield unit.parameter(own.linear.parameter), own.settled(seconds, walk.device)
 
 
 def _fit_expert(
@@ -155,7 +155,7 @@ def _fit_expert(
     metrics = [] if few else _metrics(walk, unit, expert, streams)
     for own in fused:
         name = unit.parameter(own.linear.parameter)
-        sources = own.sources.of_expert(expert)
+        sources = own.sources.of_expert(expert).on(walk.device)
         if sources.identical:
             own.keep(expert, "identical in all models")
         elif few:
@@ -240,7 +240,10 @@ def _show(
     """Add an expert's tokens to the sums: the merged linear's input, the teacher's output."""
     source, name = routed.stream.source, linear.parameter
     names = {parameter: unit.parameter(parameter) for parameter in unit.parameters}
-    theirs = {p: walk.sources[n].of_expert(expert).teacher(source) for p, n in names.items()}
+    theirs = {
+        p: walk.sources[n].of_expert(expert).teacher(source).to(walk.device, torch.float32)
+        for p, n in names.items()
+    }
     ours = {p: walk.weights[n][expert] for p, n in names.items()}
     teacher = walk.teachers[source].root.get_submodule(unit.name)
     merged = walk.part.root.get_submodule(unit.name)

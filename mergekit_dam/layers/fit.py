@@ -103,7 +103,7 @@ def _fit(
     progress.show(part.label, step=opened.stage.number)
     models = opened.stage.models
     weights = opened.starting_weights()
-    device = next(iter(weights.values())).device
+    device = opened.device
     like = streams[0].merged[:1].to(device)
     anatomy = models.examine(part, weights, like)
     walk = Walk(

@@ -21,6 +21,7 @@ def gather(
     judges: Callable[[Stream], Mapping[str, Judge]],
     add: Callable[[Mapping[str, Any], Seen], None],
     pool: bool,
+    on_host: bool = False,
 ) -> dict[str, Evidence[M]]:
     """Sum the moments of a group's units over all streams, and collect the data that judges them.
 
@@ -33,6 +34,7 @@ def gather(
         judges: makes the same for held-out data.
         add: adds a chunk to either of them.
         pool: whether to add the streams up, because their errors have the same metric.
+        on_host: whether the matrices of streams that are not added up are kept on the host.
     """
     pools: dict[str, Pool[M]] = {unit.name: Pool(measured_alike=pool) for unit in units}
     judged_on = judging_split(stream.share for stream in walk.streams)
@@ -50,6 +52,8 @@ def gather(
         own = empty(stream)
         fill(own, stream, "fit")
         for name, sums in own.items():
+            if on_host and isinstance(sums, LinearMoments):
+                sums.keep_on_host()
             pools[name].add(sums, *sized(name, sums, stream))
         del own, sums
         if judged_on == "held_out":

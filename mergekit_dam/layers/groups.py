@@ -11,7 +11,7 @@ from mergekit_dam.fitting.embedding import Usage, fit_embedding
 from mergekit_dam.fitting.evidence import Evidence
 from mergekit_dam.fitting.features import FeatureMoments
 from mergekit_dam.fitting.linear import fit_linear
-from mergekit_dam.fitting.moments import InputMoments, LinearMoments, LinearTokens
+from mergekit_dam.fitting.moments import InputMoments, LinearMoments, LinearTokens, kept_bytes
 from mergekit_dam.fitting.norm import fit_norm
 from mergekit_dam.fitting.solver import precision
 from mergekit_dam.layers.experts import fit_experts
@@ -23,8 +23,9 @@ from mergekit_dam.layers.targets import flat, target, token_weights
 from mergekit_dam.model.anatomy import norm_parts
 from mergekit_dam.model.units import Unit
 from mergekit_dam.streams.distributed import all_sum
-from mergekit_dam.streams.memory import give_back
+from mergekit_dam.streams.memory import give_back, memory_of
 from mergekit_dam.streams.share import Split, judging_split
+from mergekit_dam.streams.storage import may_stay
 from mergekit_dam.streams.stream import Stream
 
 Settled = Iterator[tuple[str, FittedTensor]]
@@ -46,10 +47,11 @@ def fit_linears(walk: Walk, group: int, units: list[Unit]) -> Settled:
     evidence = _linear_evidence(walk, group, units, targets)
     give_back()  # memory of the forward passes: solving needs blocks of other sizes
     for unit in units:
-        fitted = fit_linear(
-            walk.weight(unit), walk.bias(unit), evidence.pop(unit.name), axis=unit.axis
+        weight, bias = walk.weight_to_fit(unit), walk.bias(unit)
+        yield from _named(
+            walk, unit, fit_linear(weight, bias, evidence.pop(unit.name), axis=unit.axis)
         )
-        yield from _named(unit, fitted)
+        del weight, bias
 
 
 def fit_routers(walk: Walk, group: int, units: list[Unit]) -> Settled:
@@ -58,16 +60,16 @@ def fit_routers(walk: Walk, group: int, units: list[Unit]) -> Settled:
     The target is the logits of each teacher's own router on the teacher's own stream.
     """
     (unit,) = units
-    weight = walk.weight(unit)
+    weight = walk.weight_to_fit(unit)
 
     def targets(seen: Seen) -> dict[str, tuple[Tensor, Tensor]]:
-        logits = flat(seen.teacher.inputs[unit.name]) @ weight.teacher(seen.source).T
+        logits = flat(seen.teacher.inputs[unit.name]) @ weight.teacher(seen.source).float().T
         return {unit.name: (logits, logits)}
 
     evidence = _linear_evidence(walk, group, units, targets)[unit.name]
     (fitted,) = fit_linear(weight, None, evidence, axis=unit.axis)
     report = replace(fitted.report, kind="router")
-    yield unit.parameter("weight"), replace(fitted, report=report)
+    yield from _named(walk, unit, [replace(fitted, report=report)])
 
 
 def _linear_evidence(
@@ -83,18 +85,20 @@ def _linear_evidence(
     # Squares in metrics cost much; they are needed where the data of the fit judges it.
     judged_apart = judging_split(stream.share for stream in walk.streams) == "held_out"
 
+    metrics = {s.source: {name: walk.metric(name, s) for name in shapes} for s in walk.streams}
+
     def empty(stream: Stream) -> dict[str, LinearMoments]:
         inputs = InputMoments.zeros(columns, walk.device, dtype)
-        metrics = {name: walk.metric(name, stream) for name in shapes}
+        own = metrics[stream.source]
         return {
             name: LinearMoments.zeros(
-                out, inputs, metrics[name], squares=metrics[name].plain or not judged_apart
+                out, inputs, own[name], squares=own[name].plain or not judged_apart
             )
             for name, (out, _) in shapes.items()
         }
 
     def judges(stream: Stream) -> dict[str, LinearTokens]:
-        return {name: LinearTokens(walk.metric(name, stream)) for name in shapes}
+        return {name: LinearTokens(metric) for name, metric in metrics[stream.source].items()}
 
     def add(sums: Mapping[str, LinearMoments] | Mapping[str, LinearTokens], seen: Seen) -> None:
         x, wanted = flat(seen.merged.inputs[first.name]), targets(seen)
@@ -111,7 +115,19 @@ def _linear_evidence(
             output = flat(made)[rows]
             sums[name].add(x, output if goal is made else flat(goal)[rows], output, weight)
 
-    return gather(walk, group, units, empty=empty, judges=judges, add=add, pool=not walk.metrics)
+    outs = [out for out, _ in shapes.values()]
+    size = kept_bytes(columns, outs, len(walk.streams), dtype)
+    apart = bool(walk.metrics)
+    return gather(
+        walk,
+        group,
+        units,
+        empty=empty,
+        judges=judges,
+        add=add,
+        pool=not apart,
+        on_host=apart and not may_stay(size, memory_of(walk.device)),
+    )
 
 
 def fit_norms(walk: Walk, group: int, units: list[Unit]) -> Settled:
@@ -133,13 +149,13 @@ def fit_norms(walk: Walk, group: int, units: list[Unit]) -> Settled:
         sums[unit.name].add(flat(normalised), flat(scaled), flat(output), weight)
 
     evidence = gather(walk, group, units, empty=empty, judges=empty, add=add, pool=True)[unit.name]
-    yield from _named(unit, fit_norm(walk.weight(unit), walk.bias(unit), evidence))
+    yield from _named(walk, unit, fit_norm(walk.weight_to_fit(unit), walk.bias(unit), evidence))
 
 
 def fit_embeddings(walk: Walk, group: int, units: list[Unit]) -> Settled:
     """Fit an embedding to the rows that each model's data looks up."""
     (unit,) = units
-    embedding = walk.weight(unit)
+    embedding = walk.weight_to_fit(unit)
     rows = embedding.tensors[0].shape[0]
 
     def count(stream: Stream, split: Split) -> Tensor:
@@ -158,7 +174,7 @@ def fit_embeddings(walk: Walk, group: int, units: list[Unit]) -> Settled:
         fit = count(stream, "fit")
         held_out = count(stream, "held_out") if stream.share.held_out else fit
         usage.append(Usage(stream.source, fit, held_out))
-    yield from _named(unit, [fit_embedding(embedding, usage)])
+    yield from _named(walk, unit, [fit_embedding(embedding, usage)])
 
 
 FITS = {
@@ -170,9 +186,11 @@ FITS = {
 }
 
 
-def _named(unit: Unit, fitted: list[FittedTensor]) -> Settled:
+def _named(walk: Walk, unit: Unit, fitted: list[FittedTensor]) -> Settled:
+    """The fitted tensors by name, with their sources where they are kept."""
     for parameter, tensor in zip(("weight", "bias"), fitted, strict=False):
-        yield unit.parameter(parameter), tensor
+        name = unit.parameter(parameter)
+        yield name, replace(tensor, sources=walk.sources[name])
 
 
 def _out_in(walk: Walk, unit: Unit) -> tuple[int, int]:

@@ -35,7 +35,7 @@ class Walk:
         sources: tensors of the part by names relative to it.
         streams: one per model with calibration data.
         anatomy: the units of the part.
-        weights: current weights of the merged part, fp32; the merged stream runs through them.
+        weights: current weights of the merged part, as they run.
         progress: called with every settled tensor.
         metrics: metrics of the linears' errors, by source and unit; for experts, the gradients
             that give the metrics of each expert. Empty for `S = I`.
@@ -67,7 +67,7 @@ class Walk:
 
     def settle(self, name: str, fitted: FittedTensor) -> None:
         """Put a fitted tensor into the merged part."""
-        self.weights[name] = fitted.merged.float()
+        self.weights[name] = self.part.as_run(fitted.merged)
         self.skip(name, fitted)
 
     def skip(self, name: str, fitted: FittedTensor) -> None:
@@ -78,14 +78,14 @@ class Walk:
     def teacher_weights(
         self, stream: Stream, *, without: Collection[str] = ()
     ) -> dict[str, Tensor]:
-        """The part's weights in a stream's own model, fp32, by relative name.
+        """The part's weights in a stream's own model, as they run, by relative name.
 
         Args:
             stream: the stream whose model is asked for.
             without: names to leave out.
         """
         return {
-            name: own.teacher(stream.source)
+            name: self.part.as_run(own.teacher(stream.source).to(self.device))
             for name, own in self.sources.items()
             if name not in without
         }
@@ -131,19 +131,24 @@ class Walk:
         return tuple(unit for unit in before if unit.kind in SETTLED)
 
     def weight(self, unit: Unit) -> TensorSources:
-        """Sources of a unit's weight; for experts, of their first weight."""
+        """Sources of a unit's weight, where they are kept; for experts, of their first weight."""
         name = "weight" if "weight" in unit.parameters else unit.parameters[0]
         return self.sources[unit.parameter(name)]
 
     def bias(self, unit: Unit) -> TensorSources | None:
-        """Sources of a unit's bias, if it has one."""
-        return self.sources.get(unit.parameter("bias"))
+        """Sources of a unit's bias, on the device, if it has one."""
+        own = self.sources.get(unit.parameter("bias"))
+        return None if own is None else own.on(self.device)
+
+    def weight_to_fit(self, unit: Unit) -> TensorSources:
+        """Sources of a unit's weight, on the device."""
+        return self.weight(unit).on(self.device)
 
     def metric(self, unit: str, stream: Stream) -> Metric:
-        """The metric of a linear's errors on a stream's data."""
+        """The metric of a linear's errors on a stream's data, on the device."""
         metric = self.metrics[stream.source, unit] if self.metrics else PLAIN
         assert isinstance(metric, Metric)
-        return metric
+        return metric.to(self.device)
 
     def gradients(self, unit: str, stream: Stream) -> ExpertGradients | None:
         """Gradients that give single experts' metrics on a stream's data; None for `S = I`."""

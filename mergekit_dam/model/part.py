@@ -44,6 +44,11 @@ class Part:
         with torch.autocast(x.device.type, dtype=self.dtype, enabled=half):
             return self.forward(weights, x).float()
 
+    def as_run(self, tensor: Tensor) -> Tensor:
+        """A weight as the part runs with it: fp32, or a matrix that has the products' dtype."""
+        kept = tensor.ndim == 2 and tensor.dtype == self.dtype
+        return tensor if kept else tensor.float()
+
     def captured(
         self,
         weights: Mapping[str, Tensor],
@@ -93,10 +98,10 @@ class Part:
         """Examine the part on a few random tokens.
 
         Args:
-            weights: Weights of the part, by relative names, fp32.
+            weights: Weights of the part, by relative names.
             like: An input of the part, for its kind and width: token ids or hidden states.
         """
-        weights = scattered(weights)
+        weights = scattered({name: weight.float() for name, weight in weights.items()})
         if not like.is_floating_point():
             tokens = torch.arange(_PROBE_TOKENS, device=like.device)[None]
             return examine(self.root, lambda: self.forward(weights, tokens), weights)

@@ -148,7 +148,7 @@ def _coordinates(
 
 
 def _column_weights(opened: OpenStage, coordinate: Coordinate) -> Tensor:
-    tensors, base = opened.by_name(coordinate.name).tensors, coordinate.form.base
+    tensors, base = opened.by_name(coordinate.name).on(opened.device).tensors, coordinate.form.base
     assert base is not None  # else the configuration was refused
     models = [tensors[source] for source in coordinate.form.merged]
     return column_weights(models, tensors[base], axis=coordinate.axis)

@@ -205,7 +205,7 @@ class _Found:
             sources = opened.sources[name]
             coordinate = self.coordinates[sources.name]
             turned = coefficient_gradient(
-                sources.tensors,
+                sources.on(gradient.device).tensors,
                 gradient,
                 axis=coordinate.axis,
                 per_column=coordinate.columns > 1,

@@ -31,6 +31,8 @@ from mergekit_dam.sources.network import Network
 from mergekit_dam.sources.stage import OpenStage
 from mergekit_dam.streams import progress
 from mergekit_dam.streams.boundaries import BoundaryStates
+from mergekit_dam.streams.memory import memory_of
+from mergekit_dam.streams.storage import may_stay
 from mergekit_dam.streams.stream import Stream, concatenated
 
 KINDS = ("linear", "router", "experts")
@@ -175,14 +177,19 @@ class Sensitivity:
         found: dict[tuple[int, str], Metric | ExpertGradients] = {}
         for source, x, gradient in zip(self.sources, entered, left, strict=True):
             rows, routing = self._output_gradients(opened, weights, units, x, gradient)
+            own: dict[str, Metric] = {}
             for unit in units:
-                found[source, unit.name] = (
-                    Metric.of_gradients(rows[unit.name])
-                    if unit.kind != "experts"
-                    else ExpertGradients(
-                        routing[unit.name], rows[unit.name], partial(self._expert, opened, unit)
+                gradients = rows.pop(unit.name)
+                if unit.kind == "experts":
+                    expert = partial(self._expert, opened, unit)
+                    found[source, unit.name] = ExpertGradients(
+                        routing[unit.name], gradients, expert
                     )
-                )
+                else:
+                    own[unit.name] = Metric.of_gradients(gradients)
+            size = len(self.sources) * sum(metric.nbytes for metric in own.values())
+            kept = self.device if may_stay(size, memory_of(self.device)) else torch.device("cpu")
+            found |= {(source, name): metric.to(kept) for name, metric in own.items()}
         return found
 
     def _expert(self, opened: OpenStage, unit: Unit, expert: int) -> dict[str, Tensor]:
@@ -191,7 +198,7 @@ class Sensitivity:
         for parameter in unit.parameters:
             sources = opened.sources[unit.parameter(parameter)]
             axis = self.point.axes.get(sources.name, -1)
-            own = sources.of_expert(expert)
+            own = sources.of_expert(expert).on(self.device)
             rows = rows_of_expert(
                 self.point.coefficients[sources.name], sources.tensors[0].shape, axis, expert
             )

@@ -12,7 +12,7 @@ import torch
 from mergekit_dam.choices import Resident
 from mergekit_dam.sources.finite import require_finite
 from mergekit_dam.sources.readahead import Span, read_ahead
-from mergekit_dam.sources.stage import Loaded, OpenStage, Stage, open_stage
+from mergekit_dam.sources.stage import Loaded, OpenStage, Stage, open_stage, placed
 from mergekit_dam.streams.memory import free_memory_of, give_back, memory_of
 
 SPARE = 0.5
@@ -29,7 +29,7 @@ class Network:
 
     Attributes:
         stages: Input, blocks, output.
-        load: Function that reads a stage's tensors, of all sources, onto the device.
+        load: Function that reads a stage's tensors, of all sources.
         spans: Function that returns the byte ranges of a stage's tensors in their files.
         device: Device on which parts run.
         resident: Whether weights stay in memory between sweeps.
@@ -72,7 +72,7 @@ class Network:
             give_back()
         loaded = self._kept.get(number)
         if loaded is None:
-            loaded = self.load(number)
+            loaded = placed(self.stages[number], self.load(number), self.device)
             require_finite(loaded)
             if self.resident == "always" or (self.resident == "auto" and self._has_room(loaded)):
                 self._kept[number] = loaded
@@ -102,8 +102,10 @@ class Network:
         return self.open(self._last_number)
 
     def _has_room(self, loaded: Loaded) -> bool:
-        size = sum(tensor.nbytes for own in loaded.values() for tensor in own.values())
-        return has_room(free_memory_of(self.device), memory_of(self.device), size)
+        tensors = [tensor for own in loaded.values() for tensor in own.values()]
+        device = tensors[0].device
+        size = sum(tensor.nbytes for tensor in tensors)
+        return has_room(free_memory_of(device), memory_of(device), size)
 
     @property
     def _last_number(self) -> int:

@@ -16,6 +16,8 @@ from mergekit_dam.model.part import Part, block_part, input_part, output_part, w
 from mergekit_dam.model.units import Anatomy
 from mergekit_dam.parameters import RunParameters
 from mergekit_dam.streams.distributed import from_first
+from mergekit_dam.streams.memory import memory_of
+from mergekit_dam.streams.storage import may_stay
 from mergekit_dam.vocabulary.merged import OwnRows
 
 Loaded = Mapping[str, Mapping[Any, Tensor]]
@@ -124,11 +126,13 @@ class OpenStage:
     """A stage with the loaded weights of all sources.
 
     Attributes:
-        loaded: Output tensor's name -> source -> tensor, on the device of the fit.
+        loaded: Output tensor's name -> source -> tensor, on the device or on the host.
+        device: Device on which its parts run.
     """
 
     stage: Stage
     loaded: Loaded
+    device: torch.device
 
     def close(self) -> None:
         """Release the weights, even where the stage itself is still referenced."""
@@ -162,6 +166,8 @@ class OpenStage:
         """The loaded tensors of every source for an output tensor."""
         found, order = self.loaded[spec.name], self.stage.models.order
         tensors = of_all(found, order)
+        if not any(OwnRows(model) in found for model in order):
+            return spec.sources(tensors)
         teachers = [found.get(OwnRows(m), tensor) for m, tensor in zip(order, tensors, strict=True)]
         return spec.sources(tensors, teachers)
 
@@ -174,23 +180,31 @@ class OpenStage:
         return self.stage.teacher_part(source)
 
     def teacher_weights(self, source: int) -> dict[str, Tensor]:
-        """Weights of a source's own model, fp32, by names relative to the part."""
-        return {name: tensor.teacher(source) for name, tensor in self.sources.items()}
+        """Weights of a source's own model, as they run, by names relative to the part."""
+        return {
+            name: self.part.as_run(tensor.teacher(source).to(self.device))
+            for name, tensor in self.sources.items()
+        }
 
     def merged_weights(self, point: MergeRecord) -> dict[str, Tensor]:
         """Weights of the merged model with some coefficients: cast as written, then to fp32."""
         return {
-            name: tensor.merged(
+            name: tensor.on(self.device)
+            .merged(
                 point.coefficients[tensor.name],
                 axis=point.axes.get(tensor.name, -1),
                 correction=point.correction(tensor.name),
-            ).float()
+            )
+            .float()
             for name, tensor in self.sources.items()
         }
 
     def starting_weights(self) -> dict[str, Tensor]:
-        """Weights of the merged model at the start of a fit, for the stage's own tensors."""
-        return {name: own.merged(own.start()).float() for name, own in self.own.items()}
+        """Weights of the merged model at the start of a fit, as they run: the stage's own."""
+        return {
+            name: self.part.as_run(own.on(self.device).merged(own.start()))
+            for name, own in self.own.items()
+        }
 
     def anatomy(self, like: Tensor) -> Anatomy:
         """The anatomy of the part; `like` is an input of it, with any number of tokens."""
@@ -200,4 +214,15 @@ class OpenStage:
 def open_stage(stage: Stage, loaded: Loaded, device: torch.device) -> OpenStage:
     """Open a stage whose tensors are loaded; its models run on `device` from now on."""
     stage.models.move(device)
-    return OpenStage(stage, loaded)
+    return OpenStage(stage, loaded, device)
+
+
+def placed(stage: Stage, loaded: Loaded, device: torch.device) -> Loaded:
+    """A stage's tensors on the device; a block's stay on the host where they are too many."""
+    size = sum(tensor.nbytes for own in loaded.values() for tensor in own.values())
+    if stage.kind == "block" and not may_stay(size, memory_of(device)):
+        return loaded
+    return {
+        name: {model: tensor.to(device) for model, tensor in own.items()}
+        for name, own in loaded.items()
+    }

@@ -9,40 +9,50 @@ import psutil
 import torch
 
 
+def is_gpu(device: torch.device) -> bool:
+    """Whether a device has memory of its own; others compute in the host's."""
+    return device.type not in ("cpu", "mps")
+
+
 def limit_gpu(device: torch.device, limit: int | None) -> None:
     """Limit the bytes of a GPU that this process may use; None sets no limit.
 
     torch enforces the limit: beyond it an allocation fails, even if memory is free.
     """
-    if device.type != "cuda":
+    if not is_gpu(device):
         return
-    whole = torch.cuda.get_device_properties(device).total_memory
+    whole = _own(device).get_device_properties(device).total_memory
     fraction = 1.0 if limit is None else min(1.0, limit / whole)
-    torch.cuda.set_per_process_memory_fraction(fraction, _number(device))
+    _own(device).set_per_process_memory_fraction(fraction, _number(device))
 
 
 def memory_of(device: torch.device) -> int:
     """Bytes of a device's memory that this process may use."""
-    if device.type != "cuda":
+    if not is_gpu(device):
         return psutil.virtual_memory().total
-    whole = torch.cuda.get_device_properties(device).total_memory
-    return int(whole * torch.cuda.get_per_process_memory_fraction(_number(device)))
+    whole = _own(device).get_device_properties(device).total_memory
+    return int(whole * _own(device).get_per_process_memory_fraction(_number(device)))
+
+
+def _own(device: torch.device) -> Any:
+    """Torch's functions for a kind of GPU."""
+    return torch.get_device_module(device)
 
 
 def _number(device: torch.device) -> int:
     """The number of a GPU; without one, it is the GPU that torch uses at the moment."""
-    return torch.cuda.current_device() if device.index is None else device.index
+    return int(_own(device).current_device() if device.index is None else device.index)
 
 
 def free_memory_of(device: torch.device) -> int:
     """Bytes of that memory that are free at the moment."""
-    if device.type != "cuda":
+    if not is_gpu(device):
         return psutil.virtual_memory().available
-    free, _ = torch.cuda.mem_get_info(device)
+    free, _ = _own(device).mem_get_info(device)
     # Memory that torch has reserved and does not use is free for this process, too.
-    own = torch.cuda.memory_allocated(device)
-    idle = torch.cuda.memory_reserved(device) - own
-    return max(0, min(free + idle, memory_of(device) - own))
+    own = _own(device).memory_allocated(device)
+    idle = _own(device).memory_reserved(device) - own
+    return int(max(0, min(free + idle, memory_of(device) - own)))
 
 
 @cache

@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.choices import Offload
-from mergekit_dam.streams.memory import memory_of
+from mergekit_dam.streams.memory import is_gpu, memory_of
 
 Location = Literal["device", "host", "disk"]
 
 SHARE = 0.25
 """Fraction of a memory, or of a disk's free space, that one kind of hidden states may fill."""
+
+IDLE = 0.125
+"""Fraction of a GPU's memory that one kind of tensors may fill that is not in use."""
 
 
 def stream_bytes(hidden: int, tokens: int) -> int:
@@ -49,6 +52,18 @@ def boundary_bytes(hidden: int, tokens: int) -> int:
 def has_room(size: float, whole: float) -> bool:
     """Whether hidden states of `size` bytes may be kept in a memory of `whole` bytes."""
     return size <= SHARE * whole
+
+
+def may_stay(size: float, whole: float) -> bool:
+    """Whether weights, sums or metrics of `size` bytes stay on a device between their uses.
+
+    Else they are on the host, and what is used is copied. It costs little time: each is used a few
+    times per block.
+
+    Args:
+        whole: bytes of the device's memory.
+    """
+    return size <= IDLE * whole
 
 
 def stream_location(offload: Offload, size: int, *, gpu: int, host: int) -> Location:
@@ -203,7 +218,7 @@ def choose_storage(offload: Offload, size: int, device: torch.device, folder: Pa
         device: the device of the fit.
         folder: a folder on the disk to use.
     """
-    gpu = memory_of(device) if device.type == "cuda" else 0
+    gpu = memory_of(device) if is_gpu(device) else 0
     host = memory_of(torch.device("cpu"))
     return Storage(
         stream_location(offload, size, gpu=gpu, host=host),

@@ -21,11 +21,11 @@ from mergekit_dam.estimate.memory import Room
 from mergekit_dam.estimate.merge import plan_merge
 from mergekit_dam.estimate.sweeps import Sweep, sweeps
 from mergekit_dam.fitting import correction, costs
-from mergekit_dam.fitting.costs import LinearSize, MetricSize
 from mergekit_dam.fitting.evidence import Evidence
 from mergekit_dam.fitting.linear import fit_linear
 from mergekit_dam.fitting.metric import PLAIN, Metric
 from mergekit_dam.fitting.moments import InputMoments, LinearMoments, LinearTokens
+from mergekit_dam.fitting.sizes import LinearSize, MetricSize
 from mergekit_dam.streams import storage
 from tests.kit.flops import CountedFlops
 from tests.kit.merging import Merged, dam, merge

@@ -11,7 +11,8 @@ from mergekit.options import MergeOptions
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from mergekit_dam.estimate import flops, memory
+from mergekit_dam.estimate import flops
+from mergekit_dam.estimate.fit_memory import fit_need
 from mergekit_dam.estimate.inventory import Inventory, take_inventory
 from mergekit_dam.estimate.merge import PlannedMerge, plan_merge
 from mergekit_dam.model.part import block_part
@@ -77,5 +78,5 @@ def test_a_plan_has_the_solves_of_all_experts_and_the_moments_of_one(tmp_path: P
     few, more = (flops.experts_fit(own, block, found, sensitivity=True) for own in (unit, many))
     assert more["solves", "cholesky"] == 16 * few["solves", "cholesky"]
     assert more["Gram matrices", "fp32"] == few["Gram matrices", "fp32"] > 0
-    needs = [memory.fit_need(own, found, ROOM, metrics=True) for own in (block, larger)]
+    needs = [fit_need(own, found, ROOM, metrics=True) for own in (block, larger)]
     assert needs[0] == needs[1]

@@ -121,7 +121,15 @@ class TestResidentWeights:
         loaded = [sum(tensor.loaded for tensor in part.tensors) for part in found.parts]
         whole = sum(loaded)
         for gpu, kept in ((100 * whole, whole), (12 * min(loaded), 0)):
-            assert memory.kept_weights(found, replace(ROOM, gpu=gpu)) == kept
+            on_gpu, _ = memory.kept_by_place(found, replace(ROOM, gpu=gpu))
+            assert on_gpu == kept
+
+    def test_blocks_that_a_gpu_has_no_room_for_stay_on_the_host(self, found: Inventory) -> None:
+        blocks = sum(tensor.loaded for part in found.blocks for tensor in part.tensors)
+        largest = max(sum(t.loaded for t in part.tensors) for part in found.blocks)
+        small = replace(ROOM, gpu=8 * largest - 1)
+        assert memory.kept_by_place(found, small)[1] == blocks
+        assert memory.held_bytes(found.blocks[0], small) < largest
 
     def test_they_leave_room_for_the_fit_of_a_stage(self) -> None:
         for free, size, fits in ((61, 5, True), (60, 5, False), (51, 4, True), (50, 4, False)):
