@@ -53,7 +53,7 @@ class Metric:
         full if its gradient's energy is at most the `FULL` quantile of all energies, else in
         inverse proportion to its energy. Otherwise one exploding gradient would determine S.
         """
-        energy = gradients.square().sum(1, dtype=torch.float64)
+        energy = energies(gradients)
         weighted = all_rows(energy[energy > 0])
         if not len(weighted):
             return cls()
@@ -61,7 +61,7 @@ class Metric:
         weight = usual / energy.clamp_min(usual)
         share = weight / all_sum(weight.sum())
         rows = gradients * share.sqrt().to(gradients)[:, None]
-        energy_in_all, tokens = all_sums([float(rows.square().sum(dtype=torch.float64)), len(rows)])
+        energy_in_all, tokens = all_sums([float(energy @ share), len(rows)])
         mean = energy_in_all / rows.shape[1]
         if kept_as_rows(tokens, rows.shape[1]):
             return cls(all_rows(rows), False, DAMPING * mean)
@@ -92,7 +92,7 @@ class Metric:
             return self.shift
         if self.is_matrix:
             return self.shift + float(self.factors.diagonal().mean(dtype=torch.float64))
-        energy = float(self.factors.square().sum(dtype=torch.float64))
+        energy = float(energies(self.factors).sum())
         return self.shift + energy / self.factors.shape[1]
 
     def diagonal(self, like: Tensor) -> Tensor:
@@ -112,13 +112,21 @@ class Metric:
 
     def square(self, rows: Tensor, weight: Tensor) -> Tensor:
         """`sum over tokens of weight * y^T S y`, fp64, for y fp32 `[tokens, out]`."""
-        plain = rows.square().sum(1, dtype=torch.float64)
-        result = self.shift * (weight.double() @ plain)
+        result = self.shift * (weight.double() @ energies(rows))
         if self.factors is None:
             return result
         factors = self.factors
-        weighted = (rows @ factors * rows) if self.is_matrix else (rows @ factors.T).square()
-        return result + weight.double() @ weighted.sum(1, dtype=torch.float64)
+        if self.is_matrix:
+            return result + weight.double() @ (rows @ factors * rows).sum(1).double()
+        return result + weight.double() @ energies(rows @ factors.T)
+
+
+def energies(rows: Tensor) -> Tensor:
+    """`|y|^2` of each row y of fp32 `[tokens, n]`, fp64 `[tokens]`.
+
+    The sum over features is fp32: in fp64 it takes four times as long.
+    """
+    return rows.square().sum(1).double()
 
 
 PLAIN = Metric()

@@ -148,7 +148,7 @@ class LinearMoments:
         """
         root = weight.sqrt()[:, None]
         self.cross += (target * root).T @ (x * root)
-        self.y_sum += (target * weight[:, None]).sum(0, dtype=torch.float64)
+        self.y_sum += weight @ target
         if not self.squares:
             return
         energy = self.metric.square(output, weight)

@@ -32,7 +32,7 @@ FITS: dict[str, dict[str, Any]] = {
 SIZES: dict[str, Any] = {"samples": 8, "sequence_length": 32}
 
 NEAR = {"identity": 1e-5, "sensitivity": 1e-2}
-"""How far a merged tensor may be from that of the CPU, in its norm, by metric. Attention is computed
+"""How far a merged tensor may be from that of the CPU, in its norm, by metric. Attention is made
 in another way, and metrics are of labels that are drawn from what it gives."""
 
 
