@@ -27,6 +27,7 @@ from mergekit_dam.fitting.embedding import ROWS
 from mergekit_dam.fitting.memory import (
     apart_bytes,
     correction_bytes,
+    factor_bytes,
     gathering_bytes,
     moments_bytes,
     solution_bytes,
@@ -44,7 +45,9 @@ def fit_need(part: PartSize, inventory: Inventory, room: Room, *, metrics: bool)
         return _block_need(part, inventory, room, metrics=metrics)
     weights = FLOAT * part.parameters
     copies = weights if needs_copies(part) else 0
-    need = Need(f"fit of {with_article(part)}").plus(device=weights + held_bytes(part, room))
+    need = Need(f"fit of {with_article(part)}").plus(
+        device=weights + held_bytes(part, inventory, room)
+    )
     if part.kind == "output":
         return need.plus(device=_head_bytes(part, inventory))
     rows = 2 * DOUBLE * part.unknowns * ROWS * inventory.hidden
@@ -56,7 +59,7 @@ def _block_need(part: PartSize, inventory: Inventory, room: Room, *, metrics: bo
     """The fit of a block."""
     merged, copies = _running_bytes(part, inventory, room)
     cached = output_cache_bytes(part, inventory, room)
-    held = held_bytes(part, room)
+    held = held_bytes(part, inventory, room)
     made, rows = _metric_bytes(part, inventory) if metrics else (0, 0)
     stay = stays(made, room)
     solving, on_host = _solving_bytes(
@@ -134,8 +137,12 @@ def _solving_bytes(
         apart = apart_bytes(sizes)
         host = not stays(apart, room)
         on_host.append(apart if host else 0)
+        two = stays(factor_bytes(sizes[0]), room)
         solving = max(
-            max(solution_bytes(size, on_host=host), correction_bytes(size, on_host=host))
+            max(
+                solution_bytes(size, on_host=host),
+                correction_bytes(size, on_host=host, two=two),
+            )
             for size in sizes
         )
         gathering = gathering_bytes(sizes, on_host=host) + copies

@@ -150,15 +150,21 @@ def sources_stay(part: PartSize, room: Room) -> bool:
     return part.kind != "block" or stays(loaded, room)
 
 
-def held_bytes(part: PartSize, room: Room) -> int:
+def held_bytes(part: PartSize, inventory: Inventory, room: Room) -> int:
     """Bytes on the device of the sources' tensors of an open part: those that are no mapped pages.
 
-    Where they are on the host, it is those of one tensor at a time.
+    Where they are on the host, it is those of one tensor at a time. Where all weights that have a
+    place on the GPU are kept there between sweeps, they are counted with those.
     """
     if not room.gpu:
         return sum(tensor.converted for tensor in part.tensors)
     sizes = [tensor.loaded for tensor in part.tensors]
-    return sum(sizes) if sources_stay(part, room) else max(sizes, default=0)
+    if not sources_stay(part, room):
+        return max(sizes, default=0)
+    every = sum(t.loaded for p in inventory.parts if sources_stay(p, room) for t in p.tensors)
+    assert inventory.settings is not None
+    resident = 0 if inventory.settings.one_sweep else kept_by_place(inventory, room)[0]
+    return 0 if resident == every else sum(sizes)
 
 
 def loaded_bytes(inventory: Inventory) -> int:

@@ -106,7 +106,7 @@ def judge_need(inventory: Inventory, room: Room) -> Need:
     weights = FLOAT * part.parameters
     copies = inventory.text.models * weights if needs_copies(part) else 0
     logits = LOGITS * FLOAT * inventory.text.length * inventory.vocabulary
-    loaded = held_bytes(part, room)
+    loaded = held_bytes(part, inventory, room)
     return Need("judgement of the whole model", device=loaded + weights + copies + logits)
 
 
@@ -119,7 +119,7 @@ def backward_need(part: PartSize, inventory: Inventory, room: Room, *, weights_t
     weights = FLOAT * part.parameters
     logits = LOGITS * FLOAT * inventory.text.length * inventory.vocabulary
     inner = logits if part.kind == "output" else 2 * chunk_bytes(part, inventory)
-    loaded = held_bytes(part, room)
+    loaded = held_bytes(part, inventory, room)
     return Need(
         f"backward through {with_article(part)}",
         device=loaded + weights * (3 if weights_too else 2) + inner,

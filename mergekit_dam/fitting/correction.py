@@ -14,11 +14,13 @@ from torch import Tensor
 
 from mergekit_dam.coefficients.correction import Correction, out_by_in, saves_room
 from mergekit_dam.coefficients.tensors import FittedTensor, TensorSettings
-from mergekit_dam.fitting.correction_problem import CorrectionProblem
+from mergekit_dam.fitting.correction_problem import CorrectionProblem, Minimiser
 from mergekit_dam.fitting.evidence import Evidence
 from mergekit_dam.fitting.low_rank import best_factors
 from mergekit_dam.fitting.moments import LinearMoments, measured_plainly
 from mergekit_dam.streams.distributed import from_first
+from mergekit_dam.streams.memory import memory_of
+from mergekit_dam.streams.storage import may_stay
 
 RIDGES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 """Ridges relative to the mean diagonal, tried in this order until the held-out loss rises."""
@@ -48,10 +50,12 @@ def correct(
     assert start is not None
     said: dict[str, Any] = {"outcome": "dropped: held-out loss was not better"}
     problem = CorrectionProblem(evidence.fit, start_weight, bias, _dtype(evidence))
-    ridge = _ridge(problem, lambda step: held_out(Correction(full=step.float())), start)
+    ridge, found = _ridge(problem, lambda step: held_out(Correction(full=step.float())), start)
     best: Correction | None = None
     if ridge is not None:
-        candidate = _candidate(problem, ridge, fitted.sources.settings)
+        found = found or problem.minimiser(ridge)
+        assert found is not None
+        candidate = _candidate(problem, found, ridge, fitted.sources.settings)
         if (loss := held_out(candidate)) < start:
             best = candidate
             said = {"outcome": "full"}
@@ -72,30 +76,37 @@ def _dtype(evidence: Evidence[LinearMoments]) -> torch.dtype:
 
 def _ridge(
     problem: CorrectionProblem, held_out: Callable[[Tensor], float], start: float
-) -> float | None:
-    """The ridge that held-out data likes best; None where it likes none.
+) -> tuple[float | None, Minimiser | None]:
+    """The ridge that held-out data likes best, or None, and the minimiser there.
 
     Args:
         held_out: Held-out loss with a correction `[out, in]`.
         start: Held-out loss without one.
+
+    Returns:
+        No minimiser where the device has no room for another beside it: its factor is as large as
+        the Gram matrix.
     """
-    best, lowest = None, start
+    best: float | None = None
+    kept, lowest = None, start
+    roomy = may_stay(problem.factor_bytes, memory_of(problem.weight.device))
     for ridge in RIDGES:
         found = problem.minimiser(ridge)
         if found is None or not (loss := held_out(found.matrix)) < lowest:
             break
         best, lowest = ridge, loss
-        del found  # its factor is as large as the Gram matrix
-    return best
+        kept = found if roomy else None
+        del found
+    return best, kept
 
 
-def _candidate(problem: CorrectionProblem, ridge: float, settings: TensorSettings) -> Correction:
-    """A correction of the kind that is asked for, at a ridge that has a minimiser.
+def _candidate(
+    problem: CorrectionProblem, found: Minimiser, ridge: float, settings: TensorSettings
+) -> Correction:
+    """A correction of the kind that is asked for.
 
     Where factors would take as much room as the matrix, it is the matrix.
     """
-    found = problem.minimiser(ridge)
-    assert found is not None
     rank = settings.correction_rank
     if settings.correction == "low_rank" and saves_room(found.whitened.shape, rank):
         left, right = best_factors(problem, found, ridge, rank)

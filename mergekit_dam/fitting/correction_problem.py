@@ -149,6 +149,11 @@ class CorrectionProblem:
         """The terms."""
         return [Domain(own, self.weight, self.bias, self.dtype) for own in self.moments]
 
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes of the factor of a shifted Gram matrix."""
+        return self.dtype.itemsize * self.weight.shape[1] ** 2
+
     @cached_property
     def weights(self) -> list[float]:
         """Weights of the terms in one plain metric, which take a pass over each metric."""

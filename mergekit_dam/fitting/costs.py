@@ -33,7 +33,7 @@ def input_moments(columns: int, tokens: int, chunks: int) -> Work:
     """Work of `InputMoments.add` for some tokens in some chunks."""
     return Work(
         {
-            ("Gram matrices", "fp32"): 2 * tokens * computed(columns),
+            ("Gram matrices", "fp32"): 2 * tokens * (computed(columns) + columns),
             ("Gram matrices", "elements"): chunks * computed(columns),
         }
     )
@@ -48,7 +48,7 @@ def linear_moments(size: LinearSize, tokens: int, chunks: int, *, squares: int) 
     """
     work = Work(
         {
-            ("Gram matrices", "fp32"): 2 * tokens * size.weight,
+            ("Gram matrices", "fp32"): 2 * tokens * (size.weight + size.out),
             ("Gram matrices", "elements"): chunks * size.weight,
         }
     )
@@ -117,9 +117,9 @@ def correction(size: LinearSize, held_out_tokens: int) -> Work:
     single = metric is not None or size.dtype == torch.float32
     speed: Speed = "fp32" if single else "fp64"
     product = 2 * weight * columns
-    # The residual at the weight; two triangular solves for every ridge, and again for the best.
-    work["corrections", speed] = (1 + len(RIDGES) + 1) * product
-    work["corrections", "cholesky"] = (len(RIDGES) + 1) * columns**3 // 3
+    # The residual at the weight; two triangular solves for every ridge.
+    work["corrections", speed] = (1 + len(RIDGES)) * product
+    work["corrections", "cholesky"] = len(RIDGES) * columns**3 // 3
     if size.correction == "low_rank":
         work["corrections", speed] += _factors(size)
         work["merging", "elements"] += size.rank * weight

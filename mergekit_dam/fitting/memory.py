@@ -66,8 +66,17 @@ def solution_bytes(size: LinearSize, *, on_host: bool) -> int:
     return work + copies + FLOAT * ((unknowns * columns) ** 2 + columns**2)
 
 
-def correction_bytes(size: LinearSize, *, on_host: bool) -> int:
-    """Bytes on the device that a linear's correction takes beside its moments there."""
+def factor_bytes(size: LinearSize) -> int:
+    """Bytes of the factor of a Gram matrix that a correction is found by."""
+    return (FLOAT if size.metric is not None else size.dtype.itemsize) * size.columns**2
+
+
+def correction_bytes(size: LinearSize, *, on_host: bool, two: bool) -> int:
+    """Bytes on the device that a linear's correction takes beside its moments there.
+
+    Args:
+        two: the best minimiser is kept while another is tried.
+    """
     if size.correction == "none":
         return 0
     number, weight = size.dtype.itemsize, size.weight
@@ -77,9 +86,10 @@ def correction_bytes(size: LinearSize, *, on_host: bool) -> int:
     gram, cross = number * size.columns**2, number * weight
     merged = 3 * FLOAT * weight
     # The residual of all terms together, a whitened minimiser, and that as a matrix.
-    vectors = 3 * cross
+    vectors = (3 + two) * cross
+    tried = (1 + two) * gram + vectors + merged
     if size.metric is None:
-        return gram + vectors + merged
+        return tried
     # The sums of all models in one, which give the residual, and then the factor.
     apart = int(on_host)
     pooling = (1 + apart) * (gram + cross) + cross
@@ -87,4 +97,4 @@ def correction_bytes(size: LinearSize, *, on_host: bool) -> int:
         grams = gram + copies + apart * size.terms * gram
         return max(pooling, grams + (size.terms + 8) * cross + merged)
     factors = (1 + apart) * gram + (2 + apart) * cross
-    return max(pooling, factors, gram + vectors + merged) + copies
+    return max(pooling, factors, tried) + copies

@@ -129,7 +129,7 @@ class TestResidentWeights:
         largest = max(sum(t.loaded for t in part.tensors) for part in found.blocks)
         small = replace(ROOM, gpu=8 * largest - 1)
         assert memory.kept_by_place(found, small)[1] == blocks
-        assert memory.held_bytes(found.blocks[0], small) < largest
+        assert memory.held_bytes(found.blocks[0], found, small) < largest
 
     def test_they_leave_room_for_the_fit_of_a_stage(self) -> None:
         for free, size, fits in ((61, 5, True), (60, 5, False), (51, 4, True), (50, 4, False)):
