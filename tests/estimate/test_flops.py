@@ -54,14 +54,14 @@ class TestWork:
         # The residual at the start, two iterations; three pairs of directions.
         assert work["solves", "fp64"] == (1 + 2) * 2 * out * columns**2
         assert work["solves", "fp32"] == 3 * 2 * out * columns**2
-        assert work["Gram matrices", "fp32"] == 2 * found.text.fit_tokens * out * columns
+        assert work["Gram matrices", "fp32"] == 2 * found.text.fit_tokens * out * (columns + 1)
 
     def test_linears_of_one_input_share_a_gram_matrix(self, take: Any) -> None:
         found = take(head=False)
         work = flops.layer_fit(found.blocks[0], found, kept=True, sensitivity=False)
         linears = found.blocks[0].of("linear")
-        crosses = sum(unit.enters * unit.leaves for unit in linears)
-        grams = sum(width**2 for width in (16, 16, 16, 24))
+        crosses = sum((unit.enters + 1) * unit.leaves for unit in linears)  # and sums of targets
+        grams = sum(width * (width + 1) for width in (16, 16, 16, 24))  # and sums of inputs
         assert work["Gram matrices", "fp32"] == 2 * found.text.fit_tokens * (crosses + grams)
 
     @pytest.mark.parametrize("head", [True, False])
