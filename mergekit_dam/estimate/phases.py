@@ -41,7 +41,8 @@ def phases(inventory: Inventory, room: Room) -> list[Need]:
         converted = sum(t.converted for part in inventory.parts for t in part.tensors)
         every = room.libraries + sum(sum(files) for files in inventory.files)
         held = every if kept else mapped
-        searched = _search(inventory, room, kept=kept / max(1, loaded_bytes(inventory)))
+        on_device = on_gpu if room.gpu else on_host
+        searched = _search(inventory, room, kept=on_device / max(1, loaded_bytes(inventory)))
         host = min(on_host, converted)
         needs = [need.plus(device=on_gpu, host=host, mapped=held) for need in searched]
     largest = max(inventory.tensors, key=lambda tensor: tensor.parameters)
@@ -71,7 +72,7 @@ def _search(inventory: Inventory, room: Room, *, kept: float) -> Iterator[Need]:
     """The phases of a search, with the streams.
 
     Args:
-        kept: share of the weights that stays in memory between sweeps.
+        kept: share of the weights that stays on the device between sweeps.
     """
     settings = inventory.settings
     assert settings is not None

@@ -91,7 +91,7 @@ class Objective:
         def weights_of(number: int, opened: OpenStage) -> Weights:
             if number not in self._merged:
                 merged = opened.merged_weights(point)
-                if not self.network.keeps(number):
+                if not self.network.keeps_on_device(number):
                     return merged
                 self._merged[number] = merged
             return self._merged[number]

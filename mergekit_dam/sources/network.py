@@ -111,9 +111,12 @@ class Network:
     def _last_number(self) -> int:
         return len(self.stages) - 1
 
-    def keeps(self, number: int) -> bool:
-        """Whether a stage's weights stay in memory between sweeps."""
-        return number in self._kept
+    def keeps_on_device(self, number: int) -> bool:
+        """Whether a stage's weights stay on the device between sweeps."""
+        kept = self._kept.get(number, {})
+        return any(
+            own.device.type == self.device.type for by in kept.values() for own in by.values()
+        )
 
     def release(self) -> None:
         """Release all weights."""

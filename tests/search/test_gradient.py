@@ -127,10 +127,10 @@ def test_weights_that_stay_and_weights_that_are_read_again_give_the_same_bytes(
     for loss, gradients in found[1:]:
         assert loss == found[0][0]
         assert all(gradients[n].equal(gradient) for n, gradient in found[0][1].items())
-    assert all(always.keeps(number) for number in range(len(always.stages)))
-    assert not any(never.keeps(number) for number in range(len(never.stages)))
+    assert all(always.keeps_on_device(number) for number in range(len(always.stages)))
+    assert not any(never.keeps_on_device(number) for number in range(len(never.stages)))
     always.release()
-    assert not any(always.keeps(number) for number in range(len(always.stages)))
+    assert not any(always.keeps_on_device(number) for number in range(len(always.stages)))
 
 
 @pytest.mark.parametrize("resident", ["always", "never"])

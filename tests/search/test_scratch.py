@@ -76,4 +76,4 @@ def test_weights_that_were_kept_are_let_go_of(tmp_path: Path) -> None:
     settings = run_settings(metric="sensitivity")
     journal = Journal(tmp_path, keeps=False)
     search(network, made.streams(), settings, made.average(), journal=journal)
-    assert not any(network.keeps(number) for number in range(len(network.stages)))
+    assert not any(network.keeps_on_device(number) for number in range(len(network.stages)))
