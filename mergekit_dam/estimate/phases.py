@@ -105,7 +105,7 @@ def judge_need(inventory: Inventory, room: Room) -> Need:
     """The judgement of the whole model: output parts of all models, and one sequence's logits."""
     part = inventory.parts[-1]
     weights = FLOAT * part.parameters
-    copies = inventory.text.models * weights if needs_copies(part) else 0
+    copies = weights if needs_copies(part) else 0  # of one model at a time
     logits = LOGITS * FLOAT * inventory.text.length * inventory.vocabulary
     loaded = held_bytes(part, inventory, room)
     return Need("judgement of the whole model", device=loaded + weights + copies + logits)

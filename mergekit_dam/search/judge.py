@@ -72,7 +72,7 @@ class Verdict:
 def judge(
     streams: Sequence[Stream],
     merged: Logits,
-    teachers: Mapping[int, Logits],
+    teachers: Callable[[int], Logits],
     weights: Sequence[float],
     device: torch.device,
     *,
@@ -83,7 +83,7 @@ def judge(
     Args:
         streams: hidden states of both models, per model with calibration data.
         merged: computes the logits of the merged model.
-        teachers: computes the logits of each stream's teacher, by source.
+        teachers: gives what computes the logits of a source's own model; one is used at a time.
         weights: loss weight of each stream.
         device: device on which the logits are computed.
         texts: token ids of each stream, if losses of the next token are asked for.
@@ -91,7 +91,7 @@ def judge(
     split = judging_split(stream.share for stream in streams)
     sums, text_sums = list[float](), list[float]()
     for index, stream in enumerate(streams):
-        teacher = teachers[stream.source]
+        teacher = teachers(stream.source)
         first, last = stream.share.rows(split)
         total = torch.zeros((), dtype=torch.float64, device=device)
         predicted = torch.zeros(3, dtype=torch.float64)
@@ -106,6 +106,7 @@ def judge(
                     own, count = next_token_loss(theirs[0], ids, tokens)
                     other, _ = next_token_loss(ours[0], ids, tokens)
                     predicted += torch.tensor([own, other, count], dtype=torch.float64)
+        del teacher  # before the next one's weights are copied
         sums.append(float(total))
         text_sums += predicted.tolist()
     totals = all_sums([*sums, *text_sums])
@@ -151,14 +152,14 @@ def judged_at_output(
     opened = network.output()
     weights = opened.merged_weights(point)
 
-    def teacher(source: int) -> Callable[[Tensor], Tensor]:
+    def teacher(source: int) -> Logits:
         own = opened.teacher_weights(source)
         return lambda x: opened.teacher_part(source).run(own, x)
 
     return judge(
         [dataclasses.replace(own, merged=x) for own, x in zip(data, hidden, strict=True)],
         lambda x: opened.part.run(weights, x),
-        {own.source: teacher(own.source) for own in data},
+        teacher,
         [network.loss_weights[own.source] for own in data],
         network.device,
         texts=[own.merged for own in data] if texts else (),
