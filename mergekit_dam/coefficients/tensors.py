@@ -53,11 +53,8 @@ class TensorSources:
         """The same with its tensors on a device; they are copied where they are elsewhere."""
         if self.tensors[0].device == device:
             return self
-        tensors, teachers = (
-            None if own is None else [tensor.to(device) for tensor in own]
-            for own in (self.tensors, self.teachers)
-        )
-        assert tensors is not None
+        tensors = [tensor.to(device) for tensor in self.tensors]
+        teachers = self.teachers and [tensor.to(device) for tensor in self.teachers]
         return replace(self, tensors=tensors, teachers=teachers)
 
     def merged(

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from mergekit_dam.estimate.flops import linear_size
-from mergekit_dam.estimate.inventory import Inventory, PartSize, TensorSize
+from mergekit_dam.estimate.inventory import Inventory
 from mergekit_dam.estimate.memory import (
     LOGITS,
     Need,
@@ -13,6 +13,7 @@ from mergekit_dam.estimate.memory import (
     chunk_bytes,
     held_bytes,
     kept_at,
+    kept_by_place,
     needs_copies,
     output_cache_bytes,
     outputs_place,
@@ -22,6 +23,7 @@ from mergekit_dam.estimate.memory import (
     with_article,
     with_streams,
 )
+from mergekit_dam.estimate.sizes import PartSize, TensorSize
 from mergekit_dam.estimate.structure import Group
 from mergekit_dam.fitting.embedding import ROWS
 from mergekit_dam.fitting.memory import (
@@ -60,7 +62,7 @@ def _block_need(part: PartSize, inventory: Inventory, room: Room, *, metrics: bo
     merged, copies = _running_bytes(part, inventory, room)
     cached = output_cache_bytes(part, inventory, room)
     held = held_bytes(part, inventory, room)
-    made, rows = _metric_bytes(part, inventory) if metrics else (0, 0)
+    made, rows, experts = _metric_bytes(part, inventory) if metrics else (0, 0, 0)
     stay = stays(made, room)
     solving, on_host = _solving_bytes(
         part, inventory, room, copies=0 if cached else copies, metrics=metrics, stay=stay
@@ -72,8 +74,8 @@ def _block_need(part: PartSize, inventory: Inventory, room: Room, *, metrics: bo
     chunk = chunk_bytes(part, inventory)
     running = max(making, copies) + (chunk if room.gpu else 0)
     need = Need(f"fit of {with_article(part)}").plus(
-        device=merged + held + max(running, solving) + (0 if room.gpu else chunk),
-        host=on_host + (0 if stay else made),
+        device=merged + held + experts + max(running, solving) + (0 if room.gpu else chunk),
+        host=on_host + (0 if stay else made) + _converted_on_host(part, inventory, room),
     )
     if part.of("experts"):  # what enters them in both models is kept as the streams are
         need = with_streams(need, 2 * stream_bytes(inventory), inventory, room)
@@ -91,10 +93,10 @@ def _running_bytes(part: PartSize, inventory: Inventory, room: Room) -> tuple[in
     for tensor in part.tensors:
         wide = FLOAT * tensor.parameters
         merged += tensor.written + (0 if _runs(tensor, tensor.writes, dtype) else wide)
-        if not _runs(tensor, tensor.loads, dtype):
+        if not all(_runs(tensor, loaded, dtype) for loaded in tensor.loads):
             copies += wide
         elif not stay:
-            copies += tensor.parameters * tensor.loads.itemsize
+            copies += tensor.parameters * max(loaded.itemsize for loaded in tensor.loads)
     return merged, copies
 
 
@@ -103,8 +105,17 @@ def _runs(tensor: TensorSize, stored: torch.dtype, dtype: torch.dtype) -> bool:
     return stored == torch.float32 or (tensor.matrix and stored == dtype)
 
 
-def _metric_bytes(part: PartSize, inventory: Inventory) -> tuple[int, int]:
-    """Metrics of a block's linears for every model, and the gradients that one model's are of."""
+def _converted_on_host(part: PartSize, inventory: Inventory, room: Room) -> int:
+    """Bytes of an open part's sources on the host that are no mapped pages, nor kept anyway."""
+    assert inventory.settings is not None
+    kept = not inventory.settings.one_sweep and kept_by_place(inventory, room)[1] > 0
+    if sources_stay(part, room) or kept:
+        return 0
+    return sum(tensor.converted for tensor in part.tensors)
+
+
+def _metric_bytes(part: PartSize, inventory: Inventory) -> tuple[int, int, int]:
+    """Metrics of a block's linears for every model, gradients of one, and those of experts."""
     text = inventory.text
     tokens = text.gradient_tokens_each
     linears = part.of("linear", "router")
@@ -112,7 +123,7 @@ def _metric_bytes(part: PartSize, inventory: Inventory) -> tuple[int, int]:
     rows = 2 * FLOAT * tokens * sum(unit.leaves for unit in linears)
     # Of experts, what enters all of them and the gradient of what leaves them are kept.
     experts = FLOAT * 2 * len(part.of("experts")) * inventory.hidden * text.gradient_tokens
-    return metrics + experts, rows
+    return metrics, rows, experts
 
 
 def _solving_bytes(

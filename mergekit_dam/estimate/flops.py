@@ -7,7 +7,8 @@ the loops in `layers/` is a change of this file.
 
 from collections.abc import Mapping
 
-from mergekit_dam.estimate.inventory import Inventory, PartSize
+from mergekit_dam.estimate.inventory import Inventory
+from mergekit_dam.estimate.sizes import PartSize
 from mergekit_dam.estimate.structure import UnitShape
 from mergekit_dam.estimate.text import Text
 from mergekit_dam.fitting import costs

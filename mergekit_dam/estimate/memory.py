@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from mergekit_dam.estimate.flops import leaving
-from mergekit_dam.estimate.inventory import Inventory, PartSize
+from mergekit_dam.estimate.inventory import Inventory
+from mergekit_dam.estimate.sizes import PartSize
 from mergekit_dam.fitting.sizes import FLOAT
 from mergekit_dam.layers.state import RECORDED
 from mergekit_dam.sources.network import has_room as has_room_for_weights

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from mergekit_dam.estimate.fit_memory import fit_need
-from mergekit_dam.estimate.inventory import Inventory, PartSize, TensorSize
+from mergekit_dam.estimate.inventory import Inventory
 from mergekit_dam.estimate.memory import (
     LOGITS,
     Need,
@@ -20,6 +20,7 @@ from mergekit_dam.estimate.memory import (
     with_article,
     with_streams,
 )
+from mergekit_dam.estimate.sizes import PartSize, TensorSize
 from mergekit_dam.estimate.structure import Group
 from mergekit_dam.estimate.sweeps import WRITING
 from mergekit_dam.fitting.sizes import DOUBLE, FLOAT

@@ -4,7 +4,8 @@ A change of the loops in `search/` is a change of this file.
 """
 
 from mergekit_dam.estimate.flops import LOGITS_PASSES, forward, gradients, merging, run_speed
-from mergekit_dam.estimate.inventory import Inventory, PartSize
+from mergekit_dam.estimate.inventory import Inventory
+from mergekit_dam.estimate.sizes import PartSize
 from mergekit_dam.fitting.costs import Work
 from mergekit_dam.parameters import RunParameters
 from mergekit_dam.search.pace import judged_steps

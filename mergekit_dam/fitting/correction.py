@@ -89,7 +89,9 @@ def _ridge(
     """
     best: float | None = None
     kept, lowest = None, start
-    roomy = may_stay(problem.factor_bytes, memory_of(problem.weight.device))
+    # Every process must ask for the same minimisers.
+    whole = from_first(lambda: memory_of(problem.weight.device))
+    roomy = may_stay(problem.factor_bytes, whole)
     for ridge in RIDGES:
         found = problem.minimiser(ridge)
         if found is None or not (loss := held_out(found.matrix)) < lowest:

@@ -91,7 +91,7 @@ class Domain:
     @property
     def mean(self) -> Tensor:
         """Mean diagonal of G."""
-        return self._gram.diagonal().mean().to(self.moments.inputs.x_sum.device)
+        return self.moments.inputs.diagonal.to(self.dtype).mean()
 
     @cached_property
     def _gram(self) -> Tensor:
@@ -168,7 +168,7 @@ class CorrectionProblem:
     @cached_property
     def mean(self) -> float:
         """Mean diagonal of the quadratic."""
-        means = (own.inputs.gram.diagonal().mean(dtype=torch.float64) for own in self.moments)
+        means = (own.inputs.diagonal.mean(dtype=torch.float64) for own in self.moments)
         return sum(weight * float(mean) for weight, mean in zip(self.weights, means, strict=True))
 
     def shifted(self, ridge: float) -> Tensor:

@@ -82,6 +82,11 @@ class InputMoments:
         """The Gram matrix on the device."""
         return self.gram.to(self.x_sum.device)
 
+    @property
+    def diagonal(self) -> Tensor:
+        """The diagonal of the Gram matrix, on the device."""
+        return self.gram.diagonal().contiguous().to(self.x_sum.device)
+
     def scaled(self, factor: float) -> "InputMoments":
         """A copy with its tokens weighted by `factor`, on the device."""
         return InputMoments(self.gram_on_device * factor, self.x_sum * factor, self.count * factor)

@@ -1,6 +1,6 @@
 """Inputs and outputs of the teachers' parts and the merged part that a group's fit needs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,10 +91,10 @@ def _see_teacher(
         return teacher.captured(weights, x, inputs=entered, outputs=tuple(wanted))
     if not entered:
         only = frozenset(wanted)
-        return Captured(outputs=cache.of(stream.source, chunk, walk.device, only=only))
+        return Captured(outputs=_wide(cache.of(stream.source, chunk, walk.device, only=only)))
     known = cache.of(stream.source, chunk, walk.device)
     seen = teacher.captured(weights, x, inputs=entered, known=known)
-    seen.outputs.update({name: known[name] for name in wanted})
+    seen.outputs.update(_wide({name: known[name] for name in wanted}))
     return seen
 
 
@@ -113,8 +113,13 @@ def _see_merged(
     )
     new = {name: seen.outputs[name] for name in settled if name in seen.outputs}
     walk.merged_outputs.add(stream.source, chunk, new, seen.precisions)
-    seen.outputs.update(known)
+    seen.outputs.update(_wide(known))
     return seen
+
+
+def _wide(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Outputs in fp32, as they are captured."""
+    return {name: output.float() for name, output in outputs.items()}
 
 
 def _drift(walk: Walk, group: int, teacher: Captured, merged: Captured, entering: Tensor) -> Tensor:

@@ -187,7 +187,10 @@ class OpenStage:
         }
 
     def merged_weights(self, point: MergeRecord) -> dict[str, Tensor]:
-        """Weights of the merged model with some coefficients: cast as written, then to fp32."""
+        """Weights of the merged model with some coefficients: cast as written, then to fp32.
+
+        Unlike `starting_weights`, all are fp32: gradients of weights are summed in their dtype.
+        """
         return {
             name: tensor.on(self.device)
             .merged(

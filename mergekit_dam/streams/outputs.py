@@ -27,20 +27,24 @@ class OutputCache:
 
     storage: Storage = field(default_factory=Storage)
     keep: bool | None = None
+    _precisions: dict[str, torch.dtype] = field(default_factory=dict)
     _outputs: dict[tuple[int, int], dict[str, Tensor | DiskTensor]] = field(default_factory=dict)
     _files: dict[str, TensorFile] = field(default_factory=dict)
 
     def of(
         self, source: int, chunk: slice, device: torch.device, *, only: frozenset[str] | None = None
     ) -> Outputs:
-        """The outputs that are kept for one chunk, moved to a device.
+        """The outputs that are kept for one chunk, on a device, in the dtypes that units put out.
+
+        A unit that is replaced by its output must put out the dtype that it would have: what
+        follows would be rounded in another way.
 
         Args:
             only: names of the units that are asked for; None asks for all.
         """
         kept = self._outputs.get((source, chunk.start), {})
         return {
-            name: output[:].to(device, torch.float32)
+            name: output[:].to(device, self._precisions[name])
             for name, output in kept.items()
             if only is None or name in only
         }
@@ -62,6 +66,7 @@ class OutputCache:
             own = self._outputs.setdefault((source, chunk.start), {})
             for name, output in outputs.items():
                 own[name] = self._put(name, output, precisions[name])
+                self._precisions[name] = precisions[name]
 
     def forget(self, names: Iterable[str]) -> None:
         """Give back the room of some units' outputs."""

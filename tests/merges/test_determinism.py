@@ -2,7 +2,9 @@
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+from mergekit_dam.streams import storage
 from tests.kit.merging import Merged, merge
 
 
@@ -25,3 +27,14 @@ class TestDeterminism:
             {**configuration, "parameters": parameters}, tmp_path / "b", random_seed=1
         )
         assert by_option.model_bytes == again.model_bytes
+
+    def test_it_does_not_matter_whether_outputs_of_units_are_kept(
+        self, configuration: dict[str, Any], tmp_path: Path
+    ) -> None:
+        """In half precision, too: what follows a unit is rounded as if the unit had run."""
+        own = {**configuration["parameters"], "forward_dtype": "bfloat16", "head": False}
+        merges = []
+        for room in (True, False):
+            with mock.patch.object(storage, "has_room", return_value=room):
+                merges.append(merge({**configuration, "parameters": own}, tmp_path / str(room)))
+        assert merges[0].model_bytes == merges[1].model_bytes

@@ -95,7 +95,7 @@ def test_it_does_not_matter_where_tensors_wait_for_their_use(
         for name in ("low rank", "sensitivity", "default")
     }
     for own in configurations.values():
-        own["parameters"] |= {"forward_dtype": "bfloat16", "stream_offload": "host"}
+        own["parameters"]["forward_dtype"] = "bfloat16"
     roomy = [Job(own, str(tmp_path / name)) for name, own in configurations.items()]
     scarce = [Job(own, f"{tmp_path / name} small", 100) for name, own in configurations.items()]
     runs = merged_there([*roomy, *scarce], tmp_path)
