@@ -103,7 +103,7 @@ class Network:
 
     def _has_room(self, loaded: Loaded) -> bool:
         tensors = [tensor for own in loaded.values() for tensor in own.values()]
-        device = tensors[0].device
+        device = tensors[0].device if tensors else self.device
         size = sum(tensor.nbytes for tensor in tensors)
         return has_room(free_memory_of(device), memory_of(device), size)
 
