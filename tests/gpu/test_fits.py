@@ -2,10 +2,12 @@
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
+from mergekit_dam.streams import storage
 from tests.kit.merging import Merged, dam, merge
 from tests.kit.models import ARCHITECTURES, Models, save_models
 from tests.kit.processes import finish, start_merges
@@ -126,6 +128,17 @@ def test_streamed_weights_give_the_bytes_of_resident_ones(
         for way in ("always", "never")
     )
     assert streamed.model_bytes == kept.model_bytes
+
+
+@pytest.mark.parametrize("fit", ["low rank", "sensitivity", "sensitivity, full", "default"])
+def test_what_is_on_the_host_between_its_uses_gives_the_bytes_of_the_gpu(
+    models: Models, texts: Calibration, gpu: torch.device, tmp_path: Path, fit: str
+) -> None:
+    """Blocks, sums and metrics, as where they would fill too much of the GPU's memory."""
+    here = merged(models, texts, tmp_path / "here", on=gpu, **FITS[fit])
+    with mock.patch.object(storage, "IDLE", 0.0):
+        there = merged(models, texts, tmp_path / "there", on=gpu, **FITS[fit])
+    assert there.model_bytes == here.model_bytes
 
 
 def test_a_fit_keeps_to_the_memory_that_it_may_use(
