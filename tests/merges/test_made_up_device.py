@@ -124,8 +124,11 @@ def test_the_host_waits_no_oftener_for_more_text(
     assert {where: (few[where], n) for where, n in many.items() if n > few[where]} == {}
 
 
-@pytest.mark.parametrize("memory", [10**9, 10**11], ids=["scarce", "plenty"])
-@pytest.mark.parametrize("metric", ["identity", "sensitivity"])
+@pytest.mark.parametrize(
+    ("metric", "memory"),
+    [("identity", 10**9), ("sensitivity", 10**9), ("sensitivity", 10**11)],
+    ids=["identity", "scarce", "plenty"],
+)
 def test_a_fit_takes_the_memory_that_is_planned(
     texts: Calibration, tmp_path: Path, metric: str, memory: int
 ) -> None:
