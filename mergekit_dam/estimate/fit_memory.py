@@ -23,7 +23,7 @@ from mergekit_dam.estimate.memory import (
     with_article,
     with_streams,
 )
-from mergekit_dam.estimate.sizes import PartSize, TensorSize
+from mergekit_dam.estimate.sizes import PartSize
 from mergekit_dam.estimate.structure import Group
 from mergekit_dam.fitting.embedding import ROWS
 from mergekit_dam.fitting.memory import (
@@ -35,6 +35,7 @@ from mergekit_dam.fitting.memory import (
     solution_bytes,
 )
 from mergekit_dam.fitting.sizes import DOUBLE, FLOAT, MetricSize
+from mergekit_dam.model.part import runs_as_stored
 
 
 def fit_need(part: PartSize, inventory: Inventory, room: Room, *, metrics: bool) -> Need:
@@ -92,17 +93,14 @@ def _running_bytes(part: PartSize, inventory: Inventory, room: Room) -> tuple[in
     stay, merged, copies = sources_stay(part, room), 0, 0
     for tensor in part.tensors:
         wide = FLOAT * tensor.parameters
-        merged += tensor.written + (0 if _runs(tensor, tensor.writes, dtype) else wide)
-        if not all(_runs(tensor, loaded, dtype) for loaded in tensor.loads):
+        merged += tensor.written + (
+            0 if runs_as_stored(tensor.matrix, tensor.writes, dtype) else wide
+        )
+        if not all(runs_as_stored(tensor.matrix, loaded, dtype) for loaded in tensor.loads):
             copies += wide
         elif not stay:
             copies += tensor.parameters * max(loaded.itemsize for loaded in tensor.loads)
     return merged, copies
-
-
-def _runs(tensor: TensorSize, stored: torch.dtype, dtype: torch.dtype) -> bool:
-    """Whether a tensor of the dtype `stored` runs as it is, where products have another dtype."""
-    return stored == torch.float32 or (tensor.matrix and stored == dtype)
 
 
 def _converted_on_host(part: PartSize, inventory: Inventory, room: Room) -> int:

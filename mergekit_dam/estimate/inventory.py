@@ -129,7 +129,6 @@ def _size(
             for had, got, header in zip(stored, loaded, tensor.headers.values(), strict=True)
             if had != got or tensor.copies or _dequantised(header)
         ),
-        half=any(dtype != torch.float32 for dtype in loaded),
         written=count * (planned.out_dtype or promoted).itemsize,
         matrix=len(shape) == 2,
         loads=frozenset(loaded),

@@ -19,7 +19,6 @@ class TensorSize:
         loaded: bytes in memory once the tensors of all sources are loaded.
         converted: those of the loaded bytes that are copies, not pages of a mapped file: tensors
             that are converted to another dtype, dequantised or brought into one vocabulary.
-        half: the tensor of some source is not fp32 once it is loaded, so that running takes a copy.
         written: bytes of the merged tensor as it is written.
         matrix: it has two dimensions.
         loads: dtypes in which sources load it.
@@ -34,7 +33,6 @@ class TensorSize:
     stored: int
     loaded: int
     converted: int
-    half: bool
     written: int
     matrix: bool
     loads: frozenset[torch.dtype]
@@ -42,6 +40,11 @@ class TensorSize:
     correction: int = 0
     factors: int = 0
     rank: int = 0
+
+    @property
+    def half(self) -> bool:
+        """Whether the tensor of some source is not fp32, so that running in fp32 takes a copy."""
+        return self.loads != {torch.float32}
 
 
 @dataclass(frozen=True)

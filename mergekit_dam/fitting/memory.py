@@ -68,7 +68,12 @@ def solution_bytes(size: LinearSize, *, on_host: bool) -> int:
 
 def factor_bytes(size: LinearSize) -> int:
     """Bytes of the factor of a Gram matrix that a correction is found by."""
-    return (FLOAT if size.metric is not None else size.dtype.itemsize) * size.columns**2
+    return _solved_in(size) * size.columns**2
+
+
+def _solved_in(size: LinearSize) -> int:
+    """Bytes of a number of a correction's solution: in metrics it is fp32."""
+    return FLOAT if size.metric is not None else size.dtype.itemsize
 
 
 def correction_bytes(size: LinearSize, *, on_host: bool, two: bool) -> int:
@@ -79,12 +84,10 @@ def correction_bytes(size: LinearSize, *, on_host: bool, two: bool) -> int:
     """
     if size.correction == "none":
         return 0
-    number, weight = size.dtype.itemsize, size.weight
-    copies = 0
-    if size.metric is not None and number == DOUBLE:
-        number, copies = FLOAT, FLOAT * size.terms * (size.columns**2 + weight)
-    gram, cross = number * size.columns**2, number * weight
-    merged = 3 * FLOAT * weight
+    gram, cross = factor_bytes(size), _solved_in(size) * size.weight
+    converted = size.dtype.itemsize != _solved_in(size)
+    copies = size.terms * (gram + cross) if converted else 0
+    merged = 3 * FLOAT * size.weight
     # The residual of all terms together, a whitened minimiser, and that as a matrix.
     vectors = (3 + two) * cross
     tried = (1 + two) * gram + vectors + merged

@@ -45,8 +45,8 @@ class Part:
             return self.forward(weights, x).float()
 
     def as_run(self, tensor: Tensor) -> Tensor:
-        """A weight as the part runs with it: fp32, or a matrix that has the products' dtype."""
-        kept = tensor.ndim == 2 and tensor.dtype == self.dtype
+        """A weight as the part runs with it."""
+        kept = runs_as_stored(tensor.ndim == 2, tensor.dtype, self.dtype)
         return tensor if kept else tensor.float()
 
     def captured(
@@ -111,6 +111,17 @@ class Part:
         )
         source = hidden if self.residual else None
         return examine(self.root, lambda: self.forward(weights, hidden), weights, source)
+
+
+def runs_as_stored(matrix: bool, stored: torch.dtype, products: torch.dtype) -> bool:
+    """Whether a part runs with a weight as it is stored, not with a copy in fp32.
+
+    Args:
+        matrix: whether the weight has two dimensions.
+        stored: its dtype.
+        products: dtype of the part's products.
+    """
+    return stored == torch.float32 or (matrix and stored == products)
 
 
 def input_part(decoder: Decoder) -> Part:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mergekit_dam.streams import storage
+from tests.kit.fit_parameters import FITS, SIZES
 from tests.kit.merging import Merged, dam, merge
 from tests.kit.models import ARCHITECTURES, Models, save_models
 from tests.kit.processes import finish, start_merges
@@ -18,21 +19,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 
-SIZES: dict[str, Any] = {"samples": 8, "sequence_length": 32}
-FITS: dict[str, dict[str, Any]] = {
-    "columns": {"objective": "layer", "metric": "identity"},
-    "low rank": {"objective": "layer", "metric": "identity", "correction": "low_rank"},
-    "sensitivity": {"objective": "layer", "metric": "sensitivity"},
-    "sensitivity, full": {"objective": "layer", "metric": "sensitivity", "correction": "full"},
-    "logits": {"objective": "logits", "steps": 3},
-    "default": {
-        "objective": "layer+logits",
-        "metric": "sensitivity",
-        "correction": "low_rank",
-        "correction_rank": 8,
-        "steps": 3,
-    },
-}
 BOUNDS = {"columns": 1e-3, "low rank": 2e-2, "logits": 1e-3}
 """How far merged tensors in fp32 may be from those of a CPU, in norms of the tensor.
 
