@@ -2,8 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -12,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mergekit_dam.demo.muon import Muon
 from mergekit_dam.demo.settings import DemoSettings, TrainingSettings
+from mergekit_dam.repeatable import repeatable
 
 
 def pack_documents(
@@ -88,7 +88,7 @@ def train(
         torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(settings))
         for optimizer in optimizers
     ]
-    with _deterministic(), tqdm(torch.split(sequences, settings.batch_size), desc=name) as batches:
+    with repeatable(), tqdm(torch.split(sequences, settings.batch_size), desc=name) as batches:
         for batch in batches:
             loss = model(input_ids=batch, labels=batch).loss
             loss.backward()
@@ -127,17 +127,6 @@ def _schedule(settings: TrainingSettings) -> Callable[[int], float]:
         return rise * (settings.final_rate + (1 - settings.final_rate) * cosine)
 
     return factor
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    """Make runs equal bit for bit, on the same machine with the same number of threads."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 BOS, EOS = "<s>", "</s>"

@@ -57,7 +57,7 @@ class Metric:
         weighted = all_rows(energy[energy > 0])
         if not len(weighted):
             return cls()
-        usual = weighted.kthvalue(math.ceil(FULL * len(weighted))).values
+        usual = weighted.sort().values[math.ceil(FULL * len(weighted)) - 1]
         weight = usual / energy.clamp_min(usual)
         share = weight / all_sum(weight.sum())
         rows = gradients * share.sqrt().to(gradients)[:, None]

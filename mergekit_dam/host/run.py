@@ -33,6 +33,7 @@ from mergekit_dam.host.told import beginning, ending
 from mergekit_dam.host.tracked import tracked
 from mergekit_dam.host.workplace import SCRATCH
 from mergekit_dam.model.checkpoint import check_checkpoint
+from mergekit_dam.repeatable import repeatable
 from mergekit_dam.reports.card import complete_card
 from mergekit_dam.request.document import single
 from mergekit_dam.streams import distributed, progress
@@ -60,6 +61,7 @@ def run_dam(
     document = single(config_source) if config_source else None
     with (
         own_share(),
+        repeatable(),
         mergekit_errors(),
         without_noise(),
         distributed.joined_processes(options) as own,

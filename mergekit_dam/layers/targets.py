@@ -52,15 +52,22 @@ def token_weights(
     relative = []
     for wanted in targets:
         energy = wanted.reshape(-1, wanted.shape[-1]).square().sum(-1).reshape(sequences, -1)
-        if counted is None:
-            median = energy.median(dim=1, keepdim=True).values
-        else:
-            own = energy.where(counted.reshape(sequences, -1), torch.nan)
-            median = own.nanmedian(dim=1, keepdim=True).values
-        relative.append(energy / median.clamp_min(1e-30))  # not 0 / 0 where targets are 0
+        own = None if counted is None else counted.reshape(sequences, -1)
+        relative.append(energy / _medians(energy, own).clamp_min(1e-30))  # not 0 / 0
     mean = torch.stack(relative).mean(0)
     weights = mean.clamp_min(1).reciprocal().reshape(-1)
     return weights if counted is None else weights.where(counted, 0)
+
+
+def _medians(energy: Tensor, counted: Tensor | None) -> Tensor:
+    """Median of what counts in every row, `[rows, 1]`: the lower one of two in the middle.
+
+    torch's own median does not say on a GPU that it is the same in every run; a sort does.
+    """
+    if counted is None:
+        return energy.sort(dim=1).values[:, (energy.shape[1] - 1) // 2, None]
+    middle = (counted.sum(1, keepdim=True) - 1).div(2, rounding_mode="floor").clamp_min(0)
+    return energy.where(counted, torch.inf).sort(dim=1).values.gather(1, middle)
 
 
 def before_norm(output: Tensor, wanted: Tensor, gain: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ in (`torch.func.functional_call`).
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -103,17 +103,34 @@ class Skeleton:
     def _forward(self, weights: Weights, tokens: Tensor) -> Any:
         zero = torch.zeros((), device=tokens.device)
         given = {
-            name: weights[name] if name in weights else zero.expand(parameter.shape)
-            for name, parameter in self.model.named_parameters()
-            if self.names.block_of(name) is None
+            name: weights[first] if first in weights else zero.expand(shape)
+            for name, (first, shape) in self._outside.items()
         }
-        for name, _ in self.model.named_buffers():
-            if name in weights and self.names.block_of(name) is None:
-                given[name] = weights[name]
+        given |= {name: weights[name] for name in self._buffers if name in weights}
         flags = {"use_cache": False}
         if getattr(self.config, "output_router_logits", False):  # used only by a training loss
             flags["output_router_logits"] = False
-        return functional_call(self.model, given, (tokens,), flags, tie_weights=True)
+        return functional_call(self.model, given, (tokens,), flags, tie_weights=False)
+
+    @cached_property
+    def _outside(self) -> dict[str, tuple[str, torch.Size]]:
+        """Every name of a parameter outside the blocks -> the first of its names, and its shape.
+
+        It is made once: a walk through all modules for every call would take as long as the model
+        is deep.
+        """
+        named = self.model.named_parameters(remove_duplicate=False)
+        return {
+            name: (self.names.first.get(name, name), parameter.shape)
+            for name, parameter in named
+            if self.names.block_of(name) is None
+        }
+
+    @cached_property
+    def _buffers(self) -> tuple[str, ...]:
+        """Names of the buffers outside the blocks."""
+        names = (name for name, _ in self.model.named_buffers())
+        return tuple(name for name in names if self.names.block_of(name) is None)
 
 
 def as_forward(forward: BlockForward) -> Callable[..., Any]:

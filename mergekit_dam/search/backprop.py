@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.model.part import Part
+from mergekit_dam.repeatable import in_one_order
 from mergekit_dam.sources.network import Network
 from mergekit_dam.sources.stage import OpenStage
 from mergekit_dam.streams.boundaries import BoundaryStates
@@ -105,15 +106,26 @@ def backward(
         live = {n: w.detach().requires_grad_(n in sums) for n, w in weights.items()}
         if inner.is_floating_point():
             inner = inner.detach().requires_grad_(True)
-        with torch.enable_grad():
-            left = part.run(live, inner)
         wanted = [*([inner] if inner.is_floating_point() else []), *(live[n] for n in sums)]
-        got = torch.autograd.grad(left, wanted, gradient[chunk].to(device), allow_unused=True)
+        got = in_one_order(_through, part, live, inner, gradient[chunk].to(device), wanted)
         if inner.is_floating_point():
             entered.append(got[0].cpu())
             got = got[1:]
         add_gradients(sums, got)
     return concatenated(entered, none=x.new_empty(0))
+
+
+def _through(
+    part: Part,
+    weights: Mapping[str, Tensor],
+    x: Tensor,
+    gradient: Tensor,
+    wanted: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """Run a chunk through a part and back."""
+    with torch.enable_grad():
+        left = part.run(weights, x)
+    return torch.autograd.grad(left, wanted, gradient, allow_unused=True)
 
 
 def not_finite(opened: OpenStage) -> DamError:

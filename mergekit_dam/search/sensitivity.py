@@ -24,8 +24,9 @@ from mergekit_dam.journal import Journal
 from mergekit_dam.layers.expert_metrics import ExpertGradients
 from mergekit_dam.layers.state import Metrics
 from mergekit_dam.model.experts import Products, Routing
-from mergekit_dam.model.hooks import capture
+from mergekit_dam.model.hooks import Captured, capture
 from mergekit_dam.model.units import Anatomy, Unit
+from mergekit_dam.repeatable import in_one_order
 from mergekit_dam.search.backprop import backward, chunks_of, not_finite
 from mergekit_dam.sources.network import Network
 from mergekit_dam.sources.stage import OpenStage
@@ -221,7 +222,8 @@ class Sensitivity:
         experts = tuple(unit.name for unit in units if unit.kind == "experts")
         found: dict[str, list[Tensor]] = {name: [] for name in (*names, *routers)}
         fed: dict[str, list[Routing]] = {name: [] for name in experts}
-        for chunk in chunks_of(x):
+
+        def through(chunk: slice) -> tuple[list[Tensor], Captured]:
             with (
                 torch.enable_grad(),
                 capture(opened.part.root, inputs=experts, stop=False) as captured,
@@ -234,8 +236,12 @@ class Sensitivity:
             got = torch.autograd.grad(
                 leaving, outputs, gradient[chunk].to(device), allow_unused=True
             )
-            for name, output, own in zip(found, outputs, got, strict=True):
-                rows = torch.zeros_like(output) if own is None else own
+            pairs = zip(outputs, got, strict=True)
+            return [torch.zeros_like(at) if own is None else own for at, own in pairs], captured
+
+        for chunk in chunks_of(x):
+            got, captured = in_one_order(through, chunk)
+            for name, rows in zip(found, got, strict=True):
                 found[name].append(rows.float().reshape(-1, rows.shape[-1]))
             for name in experts:
                 fed[name].append(Routing(*(tensor.detach() for tensor in captured.routing[name])))

@@ -1,0 +1,71 @@
+"""Results that are the same bytes in every run, on a GPU, too.
+
+Some of torch's operations add up in the order in which threads arrive, unless they are asked not
+to. Gradients of attention do (flash and memory-efficient), and they obey torch's strict mode alone,
+in which operations that know no other way raise an error.
+"""
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
+
+import torch
+
+from mergekit_dam.errors import first_line
+
+LOG = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Have operations add up in one order while the body runs; torch warns of those that cannot."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or torch warns of all products
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        with _mode(warn_only=True):
+            yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+
+
+def in_one_order(compute: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Run a function with gradients inside, which add up in one order.
+
+    Where an operation knows no such order, the function runs once more in the mode that was set,
+    and a warning says so.
+
+    Args:
+        compute: runs a model forwards and backwards; a second call must give the same.
+    """
+    try:
+        with _mode(warn_only=False):
+            return compute(*args, **kwargs)
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        _warn(first_line(error))
+    return compute(*args, **kwargs)
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    LOG.warning("two runs of this merge may differ in their last bits: %s", reason)
+
+
+@contextmanager
+def _mode(*, warn_only: bool) -> Iterator[None]:
+    """Torch's mode of one order, which warns, or is strict."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
