@@ -62,26 +62,31 @@ class Correction:
         pairs = ((self.left, self.right), (self.moved_left, self.moved_right))
         return [(a, b) for a, b in pairs if a is not None and b is not None]
 
-    def add_to(self, merged: Tensor, *, axis: int = -1) -> None:
+    def add_to(self, merged: Tensor, *, axis: int = -1, as_written: bool = True) -> None:
         """Add to a merged weight, in place.
 
-        Products of the factors are added up rank by rank, each rounded to fp32: a product of
-        matrices would be summed in another order on another machine.
+        In what is written, products of the factors are added up rank by rank, each rounded to fp32:
+        a product of matrices is summed in another order on another machine. It is many times as
+        fast, and does for a model that only runs.
 
         Args:
             merged: fp32 weight of the merged model.
             axis: Input dimension of the weight.
+            as_written: Add rank by rank; the result is the same on all machines.
         """
         turned = out_by_in(merged, axis)
         if turned.ndim == 3:
             for expert, own in enumerate(turned):
-                self.of_expert(expert).add_to(own)
+                self.of_expert(expert).add_to(own, as_written=as_written)
             return
         if self.full is not None:
             turned.add_(self.full.to(merged))
-        rows = len(turned) if merged.is_cuda else max(1, _PIECE // turned.shape[1])
         for left, right in self.pairs:
             columns, right = left.to(merged), right.to(merged)
+            if not as_written:
+                turned.addmm_(columns, right)
+                continue
+            rows = len(turned) if merged.is_cuda else max(1, _PIECE // turned.shape[1])
             for first in range(0, len(turned), rows):
                 piece = turned[first : first + rows]
                 for column, row in zip(columns[first : first + rows].T, right, strict=True):

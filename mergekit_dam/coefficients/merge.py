@@ -22,6 +22,7 @@ def merge_weights(
     *,
     axis: int = -1,
     correction: Correction | None = None,
+    as_written: bool = True,
 ) -> Tensor:
     """Merge one tensor of every source; the fit and the writer both call this.
 
@@ -32,6 +33,7 @@ def merge_weights(
             may be `[sources, experts * n]`: the coefficients of one expert after the other.
         axis: Input dimension of the weight.
         correction: Matrix that is added to the weight, if there is one.
+        as_written: As for `Correction.add_to`.
 
     Returns:
         fp32 tensor of the sources' shape. A source whose coefficients are all zero is left
@@ -56,7 +58,7 @@ def merge_weights(
             else:
                 merged[rows].addcmul_(tensor[rows].float(), scale[rows])
     if correction is not None:
-        correction.add_to(merged, axis=axis)
+        correction.add_to(merged, axis=axis, as_written=as_written)
     return merged
 
 

@@ -58,10 +58,17 @@ class TensorSources:
         return replace(self, tensors=tensors, teachers=teachers)
 
     def merged(
-        self, coefficients: Tensor, *, axis: int = -1, correction: Correction | None = None
+        self,
+        coefficients: Tensor,
+        *,
+        axis: int = -1,
+        correction: Correction | None = None,
+        as_written: bool = True,
     ) -> Tensor:
         """The tensor as it is written: `merge_weights`, then a single cast."""
-        merged = merge_weights(self.tensors, coefficients, axis=axis, correction=correction)
+        merged = merge_weights(
+            self.tensors, coefficients, axis=axis, correction=correction, as_written=as_written
+        )
         return merged.to(self.dtype)
 
     def teacher(self, source: int) -> Tensor:

@@ -19,6 +19,7 @@ from mergekit_dam.model.units import Unit
 from mergekit_dam.streams import progress
 from mergekit_dam.streams.distributed import all_sums
 from mergekit_dam.streams.share import Split, judging_split
+from mergekit_dam.streams.storage import Sequences
 from mergekit_dam.streams.stream import Stream
 
 P = TypeVar("P")
@@ -82,7 +83,9 @@ class HeadLoss:
             for row in range(*stream.share.rows(split)):
                 tokens, weight = stream.counted_tokens(row)
                 if weight:
-                    own += weight * float(self._kl(stream, teacher_weights, weights, row, tokens))
+                    wanted = self._teacher(stream, teacher_weights, row, tokens)
+                    entering = self._entering(stream.merged, row, tokens)
+                    own += weight * float(self._kl(self.walk.part.run(weights, entering), wanted))
             loss += self._weight_of(stream) * own / stream.share.count(split)
         return all_sums([loss])[0]
 
@@ -95,46 +98,57 @@ class HeadLoss:
             head: the weight, as for `of`.
             number: number of the sequence in the data of the fit; it wraps around at the end.
         """
+        drawn = [own for stream in self.walk.streams if (own := self._drawn(stream, number))]
+        if not drawn:
+            return torch.zeros_like(head, dtype=torch.float32)
         head = head.float().requires_grad_(True)
-        for stream in self.walk.streams:
-            # Drawn for all sequences, so that every process draws the same.
-            length = stream.teacher.shape[1]
-            tokens = torch.randperm(length, generator=self._random)
-            row = stream.share.row_of(number % stream.share.count("fit"))
-            if row is None:
-                continue  # another process has the sequence
-            counted, weight = stream.counted_tokens(row)
-            if not weight:
-                continue
-            if isinstance(counted, Tensor):
-                tokens = tokens[torch.isin(tokens, counted)]
-            with torch.enable_grad():
-                weights = {**self.walk.weights, self.name: head}
-                teacher_weights = self.walk.teacher_weights(stream)
-                loss = self._kl(stream, teacher_weights, weights, row, tokens[:TOKENS])
-                share = self._weight_of(stream) * weight
-                (share * loss).backward()  # type: ignore[no-untyped-call]
-        return torch.zeros_like(head) if head.grad is None else head.grad
+        weights = {**self.walk.weights, self.name: head}
+        wanted, entering = [], []
+        for stream, row, tokens, _ in drawn:
+            wanted.append(self._teacher(stream, self.walk.teacher_weights(stream), row, tokens))
+            entering.append(self._entering(stream.merged, row, tokens))
+        with torch.enable_grad():
+            # Together, so that the gradient of the weight is one product.
+            logits = self.walk.part.run(weights, torch.cat(entering, dim=1))
+            parts = torch.split(logits, [own.shape[1] for own in wanted], dim=1)
+            kls = map(self._kl, parts, wanted)
+            shares = (self._weight_of(stream) * weight for stream, _, _, weight in drawn)
+            loss = torch.stack([share * kl for share, kl in zip(shares, kls, strict=True)]).sum()
+        return torch.autograd.grad(loss, head)[0]
+
+    def _drawn(self, stream: Stream, number: int) -> tuple[Stream, int, Tensor, float] | None:
+        """Some tokens of one sequence of a stream: it, the row, tokens, their weight in the loss.
+
+        None where another process has the sequence, or none of its tokens count.
+        """
+        # Drawn for all sequences, so that every process draws the same.
+        tokens = torch.randperm(stream.teacher.shape[1], generator=self._random)
+        row = stream.share.row_of(number % stream.share.count("fit"))
+        if row is None:
+            return None
+        counted, weight = stream.counted_tokens(row)
+        if isinstance(counted, Tensor):
+            tokens = tokens[torch.isin(tokens, counted)]
+        return (stream, row, tokens[:TOKENS], weight) if weight else None
 
     def _weight_of(self, stream: Stream) -> float:
         """Share of a stream's data in the loss."""
         weights = self.sources.settings.loss_weights
         return weights[stream.source] / sum(weights[own.source] for own in self.walk.streams)
 
-    def _kl(
-        self,
-        stream: Stream,
-        teacher_weights: Mapping[str, Tensor],
-        weights: Mapping[str, Tensor],
-        row: int,
-        tokens: Tensor | slice,
+    def _teacher(
+        self, stream: Stream, weights: Mapping[str, Tensor], row: int, tokens: Tensor | slice
     ) -> Tensor:
+        """Logits `[1, tokens, vocabulary]` of a stream's own model for tokens of one sequence."""
+        entering = self._entering(stream.teacher, row, tokens)
+        return self.walk.teachers[stream.source].run(weights, entering)
+
+    def _entering(self, hidden: Sequences, row: int, tokens: Tensor | slice) -> Tensor:
+        """What enters the head's part for tokens of one sequence, on the device."""
+        return hidden[row : row + 1][:, tokens].to(self.walk.device)
+
+    def _kl(self, merged: Tensor, teacher: Tensor) -> Tensor:
         """KL in nats per token, averaged over tokens of one sequence."""
-        device, rows = self.walk.device, slice(row, row + 1)
-        with torch.no_grad():
-            entered = stream.teacher[rows][:, tokens].to(device)
-            teacher = self.walk.teachers[stream.source].run(teacher_weights, entered)
-        merged = self.walk.part.run(weights, stream.merged[rows][:, tokens].to(device))
         return divergence(merged, teacher, temperature=self.temperature).mean()
 
 

@@ -94,7 +94,7 @@ class Factors(Corrections):
     def optimizer(self, rate: float) -> AdamW:
         """AdamW on all factors, without weight decay, its moments in files."""
         factors = self.all
-        optimizer = AdamW(factors, lr=rate, weight_decay=0.0, foreach=False)
+        optimizer = AdamW(factors, lr=rate, weight_decay=0.0, fused=True)
         for factor in factors:
             optimizer.state[factor] = {"step": torch.tensor(0.0), **self._moments[factor]}
         return optimizer

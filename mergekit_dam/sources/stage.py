@@ -187,7 +187,7 @@ class OpenStage:
         }
 
     def merged_weights(self, point: MergeRecord) -> dict[str, Tensor]:
-        """Weights of the merged model with some coefficients: cast as written, then to fp32.
+        """Weights of the merged model with some coefficients, cast as when written, then to fp32.
 
         Unlike `starting_weights`, all are fp32: gradients of weights are summed in their dtype.
         """
@@ -197,6 +197,7 @@ class OpenStage:
                 point.coefficients[tensor.name],
                 axis=point.axes.get(tensor.name, -1),
                 correction=point.correction(tensor.name),
+                as_written=False,
             )
             .float()
             for name, tensor in self.sources.items()
