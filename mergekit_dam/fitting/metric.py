@@ -128,10 +128,11 @@ def energies(rows: Tensor) -> Tensor:
     fp64 they take nine times as long.
     """
     if rows.device.type == "cpu":
-        lengths = torch.linalg.vector_norm(rows, dim=1).double()
+        lengths: Tensor = torch.linalg.vector_norm(rows, dim=1)
         if lengths.isfinite().all():
-            return lengths.square()
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
+            return lengths.double().square()
+    lengths = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return lengths.square()
 
 
 PLAIN = Metric()

@@ -11,6 +11,7 @@
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -33,8 +34,12 @@ from mergekit_dam.streams.stream import Stream
 INTERRUPTED = "an interrupt"
 """Why a descent ended early: ctrl-C, or SIGTERM."""
 
-NOTHING_GAINED = "a first half that gained nothing"
+NOTHING_GAINED = "a first half that only lost"
 """Why a descent that is a trial ended early."""
+
+NEAR = 0.01
+"""Fraction of the start's KL by which every point of a trial's first half is worse where it ends.
+Rates are highest in that half: points about as good as the start come before better ones."""
 
 OUT_OF_TIME = "`max_minutes`"
 """Why a descent ended early: the merge would have taken longer than it may."""
@@ -93,7 +98,7 @@ def descend(
         journal: keeps how far the descent is, and has room for the corrections of its best point.
         name: name of the descent in the journal.
         left: fraction of the held-out KL at the start of the search that is left.
-        trial: whether it ends where no point of its first half is better than the start.
+        trial: whether it ends where no point of its first half comes near to the start, or better.
         pace: how many steps there is time for; all of them by default.
         interrupted: whether the descent is asked to end after the step that it takes.
     """
@@ -123,13 +128,13 @@ def descend(
             with pace.measured(pace.look):
                 now = descender.point()
                 seen = verdict_of(network, now, data)
-            progress.track(seen.numbers, step=step)
+            course.look(seen)
             if seen.mean < best.verdict.mean and seen.better_than(verdict, allowance):
                 folder = journal.path(f"{CORRECTIONS}-{name}-{step}")
                 own = factors.kept(now.coefficients, folder, journal)
                 best.take(dataclasses.replace(now, corrections=own), seen, step)
             if not ended and step < course.planned:
-                hopeless = trial and 2 * step >= steps and not best.step
+                hopeless = trial and 2 * step >= steps and course.lost(verdict)
                 ended = NOTHING_GAINED if hopeless else INTERRUPTED if interrupted() else ""
         if journal.due():
             course.keep(journal, name)
@@ -160,12 +165,14 @@ class _Course:
         best: the best point so far.
         planned: number of steps that there is time for.
         losses: loss of every step so far.
+        lowest: lowest mean KL of all looks so far.
     """
 
     descender: Descender
     best: "_Best"
     planned: int
     losses: list[float]
+    lowest: float = math.inf
 
     def step(self, batches: Iterator[list[Batch]], column_weights: Mapping[str, Tensor]) -> int:
         """Take a step, and tell how it went; returns the number of steps so far."""
@@ -178,13 +185,27 @@ class _Course:
         progress.show(said, step=step)
         return step
 
+    def look(self, seen: Verdict) -> None:
+        """Take note of how good the model is after this step."""
+        progress.track(seen.numbers, step=len(self.losses))
+        self.lowest = min(self.lowest, seen.mean)
+
+    def lost(self, start: Verdict) -> bool:
+        """Whether all looks so far are worse than the start, by more than a little."""
+        return self.lowest > (1 + NEAR) * start.mean
+
     def keep(self, journal: Journal, name: str) -> None:
         """Keep it for a next run."""
         best = self.best
         found = {"step": best.step, "verdict": dataclasses.asdict(best.verdict)}
         if best.step:
             found["record"] = best.record.state
-        own = {"planned": self.planned, "losses": self.losses, "descender": self.descender.state}
+        own = {
+            "planned": self.planned,
+            "losses": self.losses,
+            "lowest": self.lowest,
+            "descender": self.descender.state,
+        }
         said = f"{len(self.losses)} of {self.planned} steps of a descent were taken"
         journal.put(name, {**own, "best": found}, said=said)
 
@@ -195,6 +216,7 @@ class _Course:
             return
         self.planned, best = state["planned"], state["best"]
         self.losses.extend(state["losses"])
+        self.lowest = state["lowest"]
         self.descender.restore(state["descender"], self.planned)
         if best["step"]:
             record = record_of(best["record"], journal)

@@ -129,10 +129,12 @@ def test_an_interrupt_in_the_last_step_is_too_late(tmp_path: Path) -> None:
     ("trial", "gaining", "steps"),
     [(True, None, 10), (True, 10, 20), (True, 4, 20), (True, 12, 10), (False, None, 20)],
 )
-def test_a_trial_whose_first_half_gains_nothing_ends(
+@pytest.mark.parametrize("near", [0.9, 1.005], ids=["better", "about as good"])
+def test_a_trial_whose_first_half_only_loses_ends(
     trial: bool,
     gaining: int | None,
     steps: int,
+    near: float,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -140,13 +142,13 @@ def test_a_trial_whose_first_half_gains_nothing_ends(
     looks = itertools.count(2, 2)  # of 20 steps, every second one is judged
 
     def verdict_of(*_: Any) -> Verdict:
-        return Verdict((0.9 if next(looks) == gaining else 2.0,) * 2, (1.0, 1.0))
+        return Verdict((near if next(looks) == gaining else 2.0,) * 2, (1.0, 1.0))
 
     monkeypatch.setattr(descend_module, "verdict_of", verdict_of)
     found = descended(make(), tmp_path, 20, trial=trial)
     assert len(found.losses) == steps
     assert found.ended == (NOTHING_GAINED if steps == 10 else "")
-    assert found.steps == (gaining if steps == 20 and gaining else 0)
+    assert found.steps == (gaining if steps == 20 and gaining and near < 1 else 0)
 
 
 @pytest.mark.parametrize(("schedule", "warmup"), [("cosine", 0.0), ("linear", 0.3)])
