@@ -170,5 +170,6 @@ def test_two_processes_share_a_gpu(
     alone = merge(configuration, tmp_path / "alone", device=str(gpu))
     finish(start_merges({"shared": configuration}, tmp_path / "two", device=str(gpu)))
     shared = Merged(tmp_path / "two" / "shared")
+    assert abs(held_out(shared) / held_out(alone) - 1) < 0.03
     for name, tensor in alone.tensors.items():
-        assert (shared.tensors[name] - tensor).norm() < 1e-2 * tensor.norm(), name
+        assert (shared.tensors[name] - tensor).norm() < 5e-2 * tensor.norm(), name
