@@ -63,13 +63,14 @@ def test_factors_are_added_up_rank_by_rank_whatever_is_done_at_a_time(
     torch.testing.assert_close(merged, by_hand, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("as_written", [True, False])
 @pytest.mark.parametrize("axis", [-1, 1])
-def test_every_expert_of_a_fused_weight_gets_its_own(axis: int) -> None:
+def test_every_expert_of_a_fused_weight_gets_its_own(axis: int, as_written: bool) -> None:
     own = [factors(), None, factors()]
     correction = Correction.stacked(own)
     assert correction is not None
     merged = torch.zeros(3, 5, 6) if axis == 1 else torch.zeros(3, 6, 5)
-    correction.add_to(merged, axis=axis)
+    correction.add_to(merged, axis=axis, as_written=as_written)
     for part, expected in zip(merged, own, strict=True):
         facing = part.T if axis == 1 else part
         wanted = torch.zeros(6, 5) if expected is None else product(expected).float()
@@ -79,6 +80,16 @@ def test_every_expert_of_a_fused_weight_gets_its_own(axis: int) -> None:
 
 def moved(start: Correction, factors: Correction) -> Correction:
     return replace(start, moved_left=factors.left, moved_right=factors.right)
+
+
+@pytest.mark.parametrize("axis", [-1, 0])
+def test_a_model_that_only_runs_has_the_same_corrections_in_one_product(axis: int) -> None:
+    written = randn(6, 5) if axis == -1 else randn(5, 6)
+    run = written.clone()
+    correction = replace(moved(factors(), factors()), full=randn(6, 5, seed=5))
+    correction.add_to(written, axis=axis)
+    correction.add_to(run, axis=axis, as_written=False)
+    torch.testing.assert_close(run, written)
 
 
 @pytest.mark.parametrize("start", ["full", "factors"])
