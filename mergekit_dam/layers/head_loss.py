@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mergekit_dam.coefficients.tensors import TensorSources
 from mergekit_dam.fitting.divergence import divergence
@@ -105,13 +106,15 @@ class HeadLoss:
         weights = {**self.walk.weights, self.name: head}
         wanted, entering = [], []
         for stream, row, tokens, _ in drawn:
-            wanted.append(self._teacher(stream, self.walk.teacher_weights(stream), row, tokens))
-            entering.append(self._entering(stream.merged, row, tokens))
+            teacher_weights = self.walk.teacher_weights(stream)
+            wanted.append(self._teacher(stream, teacher_weights, row, tokens)[0])
+            entering.append(self._entering(stream.merged, row, tokens)[0])
         with torch.enable_grad():
-            # Together, so that the gradient of the weight is one product.
-            logits = self.walk.part.run(weights, torch.cat(entering, dim=1))
-            parts = torch.split(logits, [own.shape[1] for own in wanted], dim=1)
-            kls = map(self._kl, parts, wanted)
+            # Together, so that the gradient of the weight is one product; side by side, as one
+            # after the other they might be longer than the model has positions.
+            logits = self.walk.part.run(weights, pad_sequence(entering, batch_first=True))
+            pairs = zip(logits, wanted, strict=True)
+            kls = (self._kl(merged[: len(own)], own) for merged, own in pairs)
             shares = (self._weight_of(stream) * weight for stream, _, _, weight in drawn)
             loss = torch.stack([share * kl for share, kl in zip(shares, kls, strict=True)]).sum()
         return torch.autograd.grad(loss, head)[0]

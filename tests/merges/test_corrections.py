@@ -233,3 +233,15 @@ def test_an_interrupted_search_leaves_none_behind(
             resume=False,
         )
     assert not any("out" in path.name for path in tmp_path.iterdir())
+
+
+def test_a_head_is_corrected_on_more_tokens_of_all_models_than_a_model_has_positions(
+    calibration: Calibration, tmp_path: Path
+) -> None:
+    config = ARCHITECTURES["gpt2"]()
+    config.tie_word_embeddings = False
+    models = save_models(tmp_path / "models", config, count=3)
+    small = {"objective": "layer", "metric": "identity", "samples": 8, "sequence_length": 48}
+    texts = [*calibration, calibration[0]]
+    found = corrected(models, texts, tmp_path / "out", "low_rank", **small)
+    assert found.entries["lm_head.weight"]["correction"]["outcome"] == "low rank"
