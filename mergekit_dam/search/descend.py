@@ -136,7 +136,7 @@ def descend(
             if not ended and step < course.planned:
                 hopeless = trial and 2 * step >= steps and course.lost(verdict)
                 ended = NOTHING_GAINED if hopeless else INTERRUPTED if interrupted() else ""
-        if journal.due():
+        if journal.due() and not ended:  # or it would go on, if it is continued from there
             course.keep(journal, name)
     return Descent(best.record, best.verdict, best.step, tuple(losses), ended)
 

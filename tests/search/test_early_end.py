@@ -151,6 +151,20 @@ def test_a_trial_whose_first_half_only_loses_ends(
     assert found.steps == (gaining if steps == 20 and gaining and near < 1 else 0)
 
 
+@pytest.mark.usefixtures("clock")
+def test_a_trial_that_ended_halfway_is_not_continued_from_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[int] = []
+    monkeypatch.setattr(descend_module, "verdict_of", lambda *_: Verdict((2.0,) * 2, (1.0, 1.0)))
+    monkeypatch.setattr(Journal, "due", lambda _: True)
+    monkeypatch.setattr(
+        Journal, "put", lambda _, name, state, **more: kept.append(len(state["losses"]))
+    )
+    assert descended(make(), tmp_path, 20, trial=True).ended == NOTHING_GAINED
+    assert kept == list(range(1, 10))
+
+
 @pytest.mark.parametrize(("schedule", "warmup"), [("cosine", 0.0), ("linear", 0.3)])
 def test_a_descent_that_is_cut_short_goes_on_as_one_of_fewer_steps(
     clock: Clock, tmp_path: Path, schedule: Any, warmup: float
