@@ -34,7 +34,7 @@ from mergekit_dam.streams.stream import Stream
 INTERRUPTED = "an interrupt"
 """Why a descent ended early: ctrl-C, or SIGTERM."""
 
-NOTHING_GAINED = "a first half that only lost"
+ONLY_LOST = "a first half that only lost"
 """Why a descent that is a trial ended early."""
 
 NEAR = 0.01
@@ -135,7 +135,7 @@ def descend(
                 best.take(dataclasses.replace(now, corrections=own), seen, step)
             if not ended and step < course.planned:
                 hopeless = trial and 2 * step >= steps and course.lost(verdict)
-                ended = NOTHING_GAINED if hopeless else INTERRUPTED if interrupted() else ""
+                ended = ONLY_LOST if hopeless else INTERRUPTED if interrupted() else ""
         if journal.due() and not ended:  # or it would go on, if it is continued from there
             course.keep(journal, name)
     return Descent(best.record, best.verdict, best.step, tuple(losses), ended)

@@ -21,8 +21,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
-from torch.library import Library, fallthrough_kernel
+from torch import Tensor, library
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
@@ -322,8 +321,8 @@ class _Module:
 _MODULE = _Module()
 _setup_privateuseone_for_python_backend(NAME, backend_module=_MODULE)
 DEVICE = torch.device(NAME, 0)
-_OTHERS = Library("_", "IMPL")
-_OTHERS.fallback(fallthrough_kernel, "AutocastPrivateUse1")
-_HALVED = Library("aten", "IMPL")
+_OTHERS = library.Library("_", "IMPL")
+_OTHERS.fallback(library.fallthrough_kernel, "AutocastPrivateUse1")
+_HALVED = library.Library("aten", "IMPL")
 for _name in HALF:
     _HALVED.impl(_name, _in_half(getattr(aten, _name).default), "AutocastPrivateUse1")

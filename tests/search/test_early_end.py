@@ -10,7 +10,7 @@ import pytest
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.journal import Journal
 from mergekit_dam.search import descend as descend_module
-from mergekit_dam.search.descend import INTERRUPTED, NOTHING_GAINED, OUT_OF_TIME, Descent, descend
+from mergekit_dam.search.descend import INTERRUPTED, ONLY_LOST, OUT_OF_TIME, Descent, descend
 from mergekit_dam.search.descender import Descender
 from mergekit_dam.search.gradient import Objective
 from mergekit_dam.search.judge import Verdict
@@ -147,7 +147,7 @@ def test_a_trial_whose_first_half_only_loses_ends(
     monkeypatch.setattr(descend_module, "verdict_of", verdict_of)
     found = descended(make(), tmp_path, 20, trial=trial)
     assert len(found.losses) == steps
-    assert found.ended == (NOTHING_GAINED if steps == 10 else "")
+    assert found.ended == (ONLY_LOST if steps == 10 else "")
     assert found.steps == (gaining if steps == 20 and gaining and near < 1 else 0)
 
 
@@ -161,7 +161,7 @@ def test_a_trial_that_ended_halfway_is_not_continued_from_its_end(
     monkeypatch.setattr(
         Journal, "put", lambda _, name, state, **more: kept.append(len(state["losses"]))
     )
-    assert descended(make(), tmp_path, 20, trial=True).ended == NOTHING_GAINED
+    assert descended(make(), tmp_path, 20, trial=True).ended == ONLY_LOST
     assert kept == list(range(1, 10))
 
 
