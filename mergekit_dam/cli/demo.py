@@ -15,7 +15,7 @@ from mergekit_dam.command_line import Command, json_option, print_json
 def demo(directory: Path, seed: int, force: bool, as_json: bool) -> None:
     """Make three tiny specialists, merge them, and compare.
 
-    Everything is made in DIRECTORY, on the CPU, in a few minutes, without a network: text,
+    Everything is made in DIRECTORY, on the CPU, in a minute or two, without a network: text,
     a base model, specialists for Python code, word problems and records, the YAML files
     and, with mergekit-yaml, four merges of the specialists. Prints a table of held-out losses
     at the end. The same seed gives the same table, on the same machine with the same number

@@ -10,7 +10,9 @@ Nothing of an earlier run is reused: files of an interrupted run are overwritten
 """
 
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,7 +22,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from mergekit_dam import __version__
-from mergekit_dam.demo.recipes import METHODS, merge, recipe, text_path
+from mergekit_dam.demo.merge import merge
+from mergekit_dam.demo.recipes import METHODS, recipe, text_path
 from mergekit_dam.demo.result import DemoResult
 from mergekit_dam.demo.settings import DemoSettings
 from mergekit_dam.demo.texts import DOMAINS, Corpus, make_corpus
@@ -28,6 +31,7 @@ from mergekit_dam.demo.training import draw, new_model, pack_documents, train, t
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.evaluation import evaluate
 from mergekit_dam.evaluation.settings import EvaluationSettings
+from mergekit_dam.repeatable import repeatable
 from mergekit_dam.threads import use_own_share
 
 MARKER = "demo.json"  # a folder with this file is an earlier demo's and may be overwritten
@@ -72,11 +76,7 @@ def run_demo(
     _save(base, tokenizer, directory / "base")
 
     _say("3/5 Specialists")
-    for name, sequences in zip(DOMAINS, domains, strict=True):
-        drawn = draw(
-            [sequences], [1.0], count=settings.finetuning.sequences, seed=settings.seed + 1
-        )
-        specialist = train(base, drawn, settings.finetuning, name=name)
+    for name, specialist in zip(DOMAINS, train_specialists(base, domains, settings), strict=True):
         _save(specialist, tokenizer, directory / name)
 
     _say("4/5 Merges")
@@ -139,6 +139,27 @@ def _train_base(
         seed=settings.seed,
     )
     return train(new_model(settings, tokenizer), drawn, settings.pretraining, name="base")
+
+
+def train_specialists(
+    base: LlamaForCausalLM, domains: list[torch.Tensor], settings: DemoSettings
+) -> list[LlamaForCausalLM]:
+    """Train all side by side: models are so small that each computes with one thread.
+
+    An interrupt ends all after their next step.
+    """
+    training, ended = settings.finetuning, threading.Event()
+
+    def trained(name: str, sequences: torch.Tensor) -> LlamaForCausalLM:
+        drawn = draw([sequences], [1.0], count=training.sequences, seed=settings.seed + 1)
+        return train(base, drawn, training, name=name, ended=ended.is_set)
+
+    # Torch's mode is one for all threads: none may be the first to leave it.
+    with repeatable(), ThreadPoolExecutor(len(domains)) as side_by_side:
+        try:
+            return list(side_by_side.map(trained, DOMAINS, domains))
+        finally:
+            ended.set()
 
 
 def _measure(directory: Path, settings: DemoSettings) -> DemoResult:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 class ModelSettings:
     """Shape of the demo's Llama models."""
 
-    vocab_size: int = 2048
+    vocab_size: int = 1024
     hidden_size: int = 192
     intermediate_size: int = 512
-    layers: int = 4
+    layers: int = 2
     heads: int = 6
     key_value_heads: int = 3
 
@@ -72,8 +72,8 @@ class DemoSettings:
     domain_share: float = 0.1
     model: ModelSettings = ModelSettings()
     pretraining: TrainingSettings = TrainingSettings(
-        steps=200, matrix_rate=0.02, other_rate=0.01, matrices_by_muon=True
+        steps=120, matrix_rate=0.02, other_rate=0.01, matrices_by_muon=True
     )
     finetuning: TrainingSettings = TrainingSettings(
-        steps=60, matrix_rate=1e-3, other_rate=1e-3, matrices_by_muon=False, final_rate=0.0
+        steps=30, matrix_rate=1e-3, other_rate=1e-3, matrices_by_muon=False, final_rate=0.0
     )

@@ -71,7 +71,12 @@ def draw(
 
 
 def train(
-    model: LlamaForCausalLM, sequences: torch.Tensor, settings: TrainingSettings, *, name: str
+    model: LlamaForCausalLM,
+    sequences: torch.Tensor,
+    settings: TrainingSettings,
+    *,
+    name: str,
+    ended: Callable[[], bool] = lambda: False,
 ) -> LlamaForCausalLM:
     """Train a copy of a model and return it.
 
@@ -80,6 +85,7 @@ def train(
         sequences: int64 `[steps * batch_size, sequence_length]`, in the order of training.
         settings: Settings of the training.
         name: Name for the progress bar.
+        ended: Asked after every step whether the training ends early.
     """
     model = copy.deepcopy(model)
     model.train()
@@ -98,6 +104,8 @@ def train(
                 schedule.step()
             model.zero_grad()
             batches.set_postfix(loss=f"{loss.item():.3f}")
+            if ended():
+                break
     model.eval()
     return model
 

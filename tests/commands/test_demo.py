@@ -1,8 +1,12 @@
 """The demo: its text, its training and, slow, a very small run from nothing to the table."""
 
 import json
+import os
 import random
 import re
+import signal
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +23,7 @@ from mergekit_dam.demo.muon import orthogonalised
 from mergekit_dam.demo.recipes import METHODS, recipe
 from mergekit_dam.demo.records import person_record
 from mergekit_dam.demo.result import DemoResult
-from mergekit_dam.demo.run import MARKER, run_demo
+from mergekit_dam.demo.run import MARKER, run_demo, train_specialists
 from mergekit_dam.demo.settings import DemoSettings, ModelSettings, TrainingSettings
 from mergekit_dam.demo.texts import DOMAINS, make_corpus
 from mergekit_dam.demo.training import draw, new_model, pack_documents, train, train_tokenizer
@@ -178,6 +182,44 @@ def test_training_learns_gives_equal_bits_and_leaves_its_start_alone(corpus, tok
     with torch.no_grad():
         losses = [m(input_ids=batch, labels=batch).loss.item() for m in (start, first)]
     assert losses[1] < losses[0] - 0.5
+
+
+def test_training_ends_early_when_it_is_asked_to(corpus, tokenizer):
+    sequences = pack_documents(
+        corpus.domains["records"].train, tokenizer, sequence_length=TINY.sequence_length
+    )
+    start = new_model(TINY, tokenizer)
+    batch = draw([sequences], [1.0], count=TINY.pretraining.sequences, seed=0)
+    asked = iter([False, False, True])
+    train(start, batch, TINY.pretraining, name="three", ended=lambda: next(asked))
+    assert next(asked, None) is None
+
+
+def test_specialists_that_train_side_by_side_are_those_of_one_after_the_other(corpus, tokenizer):
+    texts = [
+        pack_documents(corpus.domains[name].train, tokenizer, sequence_length=TINY.sequence_length)
+        for name in DOMAINS
+    ]
+    base = new_model(TINY, tokenizer)
+    together = train_specialists(base, texts, TINY)
+    for name, own, sequences in zip(DOMAINS, together, texts, strict=True):
+        drawn = draw([sequences], [1.0], count=TINY.finetuning.sequences, seed=TINY.seed + 1)
+        alone = train(base, drawn, TINY.finetuning, name=name).state_dict()
+        assert all(torch.equal(alone[key], value) for key, value in own.state_dict().items())
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_an_interrupt_ends_all_trainings(corpus, tokenizer, monkeypatch):
+    sequences = pack_documents(
+        corpus.domains["records"].train, tokenizer, sequence_length=TINY.sequence_length
+    )
+    long = replace(TINY, finetuning=replace(TINY.finetuning, steps=100_000, batch_size=1))
+    monkeypatch.setattr(
+        "mergekit_dam.demo.run.draw", lambda *_, **__: sequences[:1].repeat(9999, 1)
+    )
+    threading.Timer(1, os.kill, [os.getpid(), signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        train_specialists(new_model(TINY, tokenizer), [sequences] * 3, long)
 
 
 @pytest.mark.parametrize("method", METHODS)
