@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,40 @@ def test_the_mode_ends_with_the_merge(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     assert mode() == OFF
     assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+
+
+def test_it_lasts_while_another_thread_needs_it() -> None:
+    entered, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        entered.set()
+        done.wait(10)
+
+    def other() -> None:
+        with repeatable():
+            in_one_order(hold)
+
+    thread = threading.Thread(target=other)
+    with repeatable():
+        thread.start()
+        assert entered.wait(10)
+        assert in_one_order(mode) == STRICT
+        assert mode() == STRICT  # the other thread's
+    assert mode() == STRICT
+    done.set()
+    thread.join()
+    assert mode() == OFF
+    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+
+
+def test_a_mode_of_the_user_is_there_again_afterwards() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        with repeatable():
+            assert mode() == WARNS
+        assert mode() == STRICT
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_what_knows_no_order_runs_nevertheless_and_is_told_once(

@@ -31,7 +31,6 @@ from mergekit_dam.demo.training import draw, new_model, pack_documents, train, t
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.evaluation import evaluate
 from mergekit_dam.evaluation.settings import EvaluationSettings
-from mergekit_dam.repeatable import repeatable
 from mergekit_dam.threads import use_own_share
 
 MARKER = "demo.json"  # a folder with this file is an earlier demo's and may be overwritten
@@ -154,8 +153,7 @@ def train_specialists(
         drawn = draw([sequences], [1.0], count=training.sequences, seed=settings.seed + 1)
         return train(base, drawn, training, name=name, ended=ended.is_set)
 
-    # Torch's mode is one for all threads: none may be the first to leave it.
-    with repeatable(), ThreadPoolExecutor(len(domains)) as side_by_side:
+    with ThreadPoolExecutor(len(domains)) as side_by_side:
         try:
             return list(side_by_side.map(trained, DOMAINS, domains))
         finally:
