@@ -60,6 +60,14 @@ def tokenizer(corpus):
     return train_tokenizer(documents, vocab_size=TINY.model.vocab_size)
 
 
+@pytest.fixture(scope="module")
+def sequences(corpus, tokenizer):
+    """The training text of one domain."""
+    return pack_documents(
+        corpus.domains["records"].train, tokenizer, sequence_length=TINY.sequence_length
+    )
+
+
 def test_the_text_follows_from_the_seed(corpus):
     assert make_corpus(train=30_000, english=30_000, held_out=6_000, seed=0) == corpus
     other = make_corpus(train=30_000, english=30_000, held_out=6_000, seed=1)
@@ -166,10 +174,7 @@ def test_muon_drives_singular_values_to_one(shape):
     assert torch.allclose(product, product.T, atol=1e-3)
 
 
-def test_training_learns_gives_equal_bits_and_leaves_its_start_alone(corpus, tokenizer):
-    sequences = pack_documents(
-        corpus.domains["records"].train, tokenizer, sequence_length=TINY.sequence_length
-    )
+def test_training_learns_gives_equal_bits_and_leaves_its_start_alone(sequences, tokenizer):
     start = new_model(TINY, tokenizer)
     before = {name: weight.clone() for name, weight in start.state_dict().items()}
     batch = draw([sequences], [1.0], count=TINY.pretraining.sequences, seed=0)
@@ -184,10 +189,7 @@ def test_training_learns_gives_equal_bits_and_leaves_its_start_alone(corpus, tok
     assert losses[1] < losses[0] - 0.5
 
 
-def test_training_ends_early_when_it_is_asked_to(corpus, tokenizer):
-    sequences = pack_documents(
-        corpus.domains["records"].train, tokenizer, sequence_length=TINY.sequence_length
-    )
+def test_training_ends_early_when_it_is_asked_to(sequences, tokenizer):
     start = new_model(TINY, tokenizer)
     batch = draw([sequences], [1.0], count=TINY.pretraining.sequences, seed=0)
     asked = iter([False, False, True])
@@ -209,10 +211,7 @@ def test_specialists_that_train_side_by_side_are_those_of_one_after_the_other(co
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_an_interrupt_ends_all_trainings(corpus, tokenizer, monkeypatch):
-    sequences = pack_documents(
-        corpus.domains["records"].train, tokenizer, sequence_length=TINY.sequence_length
-    )
+def test_an_interrupt_ends_all_trainings(sequences, tokenizer, monkeypatch):
     long = replace(TINY, finetuning=replace(TINY.finetuning, steps=100_000, batch_size=1))
     monkeypatch.setattr(
         "mergekit_dam.demo.run.draw", lambda *_, **__: sequences[:1].repeat(9999, 1)
