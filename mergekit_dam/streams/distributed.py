@@ -5,12 +5,9 @@ and all continue with the total, so that all hold the same coefficients. In a si
 functions here return their arguments, and torch.distributed is not set up.
 """
 
-import atexit
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -18,14 +15,9 @@ import torch.distributed as dist
 from mergekit.options import MergeOptions
 from torch import Tensor
 
-from mergekit_dam.errors import DamError
-
-LOG = logging.getLogger(__name__)
+from mergekit_dam.streams import exchange
 
 T = TypeVar("T")
-
-_PATIENCE = timedelta(days=7)
-"""Longest wait for a peer, which may be downloading; a dead peer shows by its closed socket."""
 
 
 @contextmanager
@@ -48,9 +40,7 @@ def joined_processes(options: MergeOptions) -> Iterator[MergeOptions]:
         backend, device = "cpu:gloo,cuda:nccl", f"cuda:{local}"
         torch.cuda.set_device(local)
     if not dist.is_initialized():  # kept for the next merge: processes can connect only once
-        dist.init_process_group(backend, timeout=_PATIENCE)
-        # gloo's threads must end before the interpreter does: it aborts at times if they do not.
-        atexit.register(_disconnect)
+        exchange.connect(backend)
     yield options.model_copy(update={"device": device, "quiet": options.quiet or not is_first()})
     from_first(lambda: None)
 
@@ -87,9 +77,7 @@ def all_sum(x: Tensor) -> Tensor:
         return x
     by_nccl = x.is_cuda and "nccl" in dist.get_backend_config()
     own = (x if by_nccl else x.cpu()).contiguous()
-    with _together():
-        dist.all_reduce(own)
-    return own.to(x.device)
+    return exchange.total(own).to(x.device)
 
 
 def all_sums(values: Sequence[float]) -> list[float]:
@@ -137,10 +125,8 @@ def from_first(work: Callable[[], T]) -> T:
     """The result of work that only the first process does; it must not hold device tensors."""
     if not _several():
         return work()
-    result = [work() if is_first() else None]
-    with _together():
-        dist.broadcast_object_list(result, device=torch.device("cpu"))
-    return result[0]  # type: ignore[return-value]
+    result: T = exchange.first_ones(work() if is_first() else None)
+    return result
 
 
 def in_turn(work: Callable[[], object]) -> None:
@@ -151,20 +137,5 @@ def in_turn(work: Callable[[], object]) -> None:
         from_first(lambda: None)
 
 
-def _disconnect() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def _several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-@contextmanager
-def _together() -> Iterator[None]:
-    """Explain the error of an exchange that fails because another process has stopped."""
-    try:
-        yield
-    except RuntimeError as error:
-        LOG.debug("collective operation", exc_info=error)
-        raise DamError("another process of this merge has stopped; its output says why") from error

@@ -16,25 +16,17 @@ from tests.kit.processes import BIN, torchrun
 from tests.kit.texts import Calibration
 
 
-def killed_when(ready: Callable[[], bool], running: subprocess.Popen[str]) -> str:
-    """Kill the second of two processes when the merge is so far; what they printed.
-
-    Raises:
-        subprocess.TimeoutExpired: the first does not end within a minute.
-    """
+def processes_when(
+    ready: Callable[[], bool], running: subprocess.Popen[str]
+) -> list[psutil.Process]:
+    """The two processes of a merge in the order of their ranks, when the merge is so far."""
     deadline = time.monotonic() + 120
     while not ready():
         assert running.poll() is None, running.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    (second,) = (
-        process
-        for process in psutil.Process(running.pid).children()
-        if process.environ().get("RANK") == "1"
-    )
-    second.kill()
-    output, _ = running.communicate(timeout=60)
-    return output
+    found = psutil.Process(running.pid).children()
+    return sorted(found, key=lambda process: process.environ()["RANK"])
 
 
 KILLED: dict[str, tuple[dict[str, Any], list[str], str]] = {
@@ -49,19 +41,45 @@ KILLED: dict[str, tuple[dict[str, Any], list[str], str]] = {
 """Parameters, options, and files that tell that the fit is under way."""
 
 
+def start(
+    fit: str, models: Models, calibration: Calibration, folder: Path
+) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    """Start a merge to `out` in a folder; torchrun, and its processes when the fit is under way."""
+    parameters, options, files = KILLED[fit]
+    configuration = folder / "dam.yaml"
+    configuration.write_text(
+        yaml.safe_dump(dam(models.models, calibration, **parameters)), encoding="utf-8"
+    )
+    running = torchrun(
+        "--no-python", BIN / "mergekit-yaml", configuration, folder / "out", *options
+    )
+    ready = folder / ".dam-out/new/out"
+    return running, processes_when(lambda: any(ready.glob(files)), running)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fit", KILLED)
 def test_a_killed_process_stops_the_other_and_leaves_a_clean_folder(
     llama_models: Models, calibration: Calibration, tmp_path: Path, fit: str
 ) -> None:
-    parameters, options, files = KILLED[fit]
-    configuration, out = tmp_path / "dam.yaml", tmp_path / "out"
-    configuration.write_text(
-        yaml.safe_dump(dam(llama_models.models, calibration, **parameters)), encoding="utf-8"
-    )
-    running = torchrun("--no-python", BIN / "mergekit-yaml", configuration, out, *options)
-    output = killed_when(lambda: any(tmp_path.glob(f".dam-out/new/out/{files}")), running)
+    running, (_, second) = start(fit, llama_models, calibration, tmp_path)
+    second.kill()
+    output, _ = running.communicate(timeout=60)
     # The other says that one has stopped, unless torchrun ends it before it notices.
     assert running.returncode != 0, output
-    assert not out.exists()
-    assert not any(tmp_path.glob(".dam-*"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dam.yaml"]
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_for_a_silent_one_ends_when_it_is_told_to(
+    llama_models: Models, calibration: Calibration, tmp_path: Path
+) -> None:
+    running, (first, second) = start("search", llama_models, calibration, tmp_path)
+    second.suspend()
+    time.sleep(1)  # the first one comes to where it needs the other
+    first.terminate()
+    first.wait(timeout=20)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dam.yaml"]
+    second.kill()
+    output, _ = running.communicate(timeout=60)
+    assert running.returncode != 0, output
