@@ -20,8 +20,8 @@ class LogitsParameters(Parameters):
         default=None,
         gt=0,
         description="Number of optimiser steps. Default: none where layer fits left less than "
-        "a 20th of the start's KL; else 20 (10 if they gain nothing), and 400 more if those paid. "
-        "Set it for a known cost.",
+        "a 20th of the start's KL; else 20 (10 if they gain nothing), and up to 400 more if those "
+        "paid. Set it for a known cost.",
     )
     batch_size: int = Field(
         default=1, gt=0, description="Sequences per model in one gradient. More take more memory."

@@ -5,8 +5,8 @@
 3. At regular intervals the merged model is judged on held-out data. The result is the best point
    that was judged.
 4. An interrupt, or the end of the time that the merge may take, ends a descent early: the point
-   that it has come to is judged, and the result is the best one so far. A trial ends halfway if it
-   has gained nothing by then.
+   that it has come to is judged, and the result is the best one so far. So does a descent that
+   nobody asked for, where it has no prospect (`_Course.without_prospect`).
 5. From time to time, the state of all this is kept in the journal, for a next run.
 """
 
@@ -14,6 +14,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,12 +35,23 @@ from mergekit_dam.streams.stream import Stream
 INTERRUPTED = "an interrupt"
 """Why a descent ended early: ctrl-C, or SIGTERM."""
 
+Kind = Literal["asked for", "trial", "further"]
+"""What a descent is: one that the configuration asks for, or the first or a later one of those that
+are run as long as they pay."""
+
 ONLY_LOST = "a first half that only lost"
 """Why a descent that is a trial ended early."""
 
 NEAR = 0.01
 """Fraction of the start's KL by which every point of a trial's first half is worse where it ends.
 Rates are highest in that half: points about as good as the start come before better ones."""
+
+NO_GAIN = "three judgements in a row that found no better point"
+"""Why a descent that followed a trial ended early."""
+
+PATIENCE = 3
+"""Judgements without a better point after which a descent that followed a trial ends. In those that
+gained to their end, at most one in a row found none."""
 
 OUT_OF_TIME = "`max_minutes`"
 """Why a descent ended early: the merge would have taken longer than it may."""
@@ -79,7 +91,7 @@ def descend(
     journal: Journal,
     name: str,
     left: float = 1.0,
-    trial: bool = False,
+    kind: Kind = "asked for",
     pace: Pace | None = None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Descent:
@@ -98,7 +110,7 @@ def descend(
         journal: keeps how far the descent is, and has room for the corrections of its best point.
         name: name of the descent in the journal.
         left: fraction of the held-out KL at the start of the search that is left.
-        trial: whether it ends where no point of its first half comes near to the start, or better.
+        kind: what it is; one that nobody asked for ends where it has no prospect.
         pace: how many steps there is time for; all of them by default.
         interrupted: whether the descent is asked to end after the step that it takes.
     """
@@ -134,8 +146,8 @@ def descend(
                 own = factors.kept(now.coefficients, folder, journal)
                 best.take(dataclasses.replace(now, corrections=own), seen, step)
             if not ended and step < course.planned:
-                hopeless = trial and 2 * step >= steps and course.lost(verdict)
-                ended = ONLY_LOST if hopeless else INTERRUPTED if interrupted() else ""
+                ended = course.without_prospect(kind, steps, verdict)
+                ended = ended or (INTERRUPTED if interrupted() else "")
         if journal.due() and not ended:  # or it would go on, if it is continued from there
             course.keep(journal, name)
     return Descent(best.record, best.verdict, best.step, tuple(losses), ended)
@@ -190,9 +202,18 @@ class _Course:
         progress.track(seen.numbers, step=len(self.losses))
         self.lowest = min(self.lowest, seen.mean)
 
-    def lost(self, start: Verdict) -> bool:
-        """Whether all looks so far are worse than the start, by more than a little."""
-        return self.lowest > (1 + NEAR) * start.mean
+    def without_prospect(self, kind: Kind, steps: int, start: Verdict) -> str:
+        """Why a descent that nobody asked for should end; empty if it should not.
+
+        A trial ends halfway if all looks so far are worse than the start, by more than a little;
+        one that follows, if the last looks have brought nothing.
+        """
+        step = len(self.losses)
+        if kind == "trial":
+            lost = 2 * step >= steps and self.lowest > (1 + NEAR) * start.mean
+            return ONLY_LOST if lost else ""
+        idle = sum(self.best.step < look <= step for look in judged_steps(self.planned))
+        return NO_GAIN if kind == "further" and idle >= PATIENCE else ""
 
     def keep(self, journal: Journal, name: str) -> None:
         """Keep it for a next run."""

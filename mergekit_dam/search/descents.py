@@ -12,7 +12,7 @@ from mergekit_dam.journal import Journal
 from mergekit_dam.parameters import RunParameters
 from mergekit_dam.search.best import DESCENT, Best
 from mergekit_dam.search.coordinates import Coordinate, coordinates_of
-from mergekit_dam.search.descend import descend
+from mergekit_dam.search.descend import Kind, descend
 from mergekit_dam.search.gradient import Objective
 from mergekit_dam.search.pace import Pace
 from mergekit_dam.search.regularisers import column_weights
@@ -88,7 +88,7 @@ def descents_from(
                     journal=journal,
                     name=name,
                     left=best.left,
-                    trial=number == 0 and settings.steps is None,
+                    kind=_kind(settings, number),
                     pace=pace,
                     interrupted=interrupted,
                 )
@@ -99,6 +99,12 @@ def descents_from(
             journal.drop(name)
             if ended.ended:
                 progress.say(f"{ended.ended} ended the descent after {taken} of {steps} steps")
+
+
+def _kind(settings: RunParameters, number: int) -> Kind:
+    if settings.steps is not None:
+        return "asked for"
+    return "further" if number else "trial"
 
 
 def _further(settings: RunParameters, best: Best) -> range:

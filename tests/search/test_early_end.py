@@ -10,7 +10,15 @@ import pytest
 from mergekit_dam.coefficients.record import MergeRecord
 from mergekit_dam.journal import Journal
 from mergekit_dam.search import descend as descend_module
-from mergekit_dam.search.descend import INTERRUPTED, ONLY_LOST, OUT_OF_TIME, Descent, descend
+from mergekit_dam.search.descend import (
+    INTERRUPTED,
+    NO_GAIN,
+    ONLY_LOST,
+    OUT_OF_TIME,
+    Descent,
+    Kind,
+    descend,
+)
 from mergekit_dam.search.descender import Descender
 from mergekit_dam.search.gradient import Objective
 from mergekit_dam.search.judge import Verdict
@@ -60,7 +68,7 @@ def descended(
     folder: Path,
     steps: int,
     *,
-    trial: bool = False,
+    kind: Kind = "asked for",
     pace: Pace | None = None,
     interrupted: Callable[[], bool] = lambda: False,
     **settings: Any,
@@ -81,7 +89,7 @@ def descended(
         moving=folder / "moving",
         journal=Journal(folder, keeps=False),
         name="descent",
-        trial=trial,
+        kind=kind,
         pace=pace,
         interrupted=interrupted,
     )
@@ -126,12 +134,18 @@ def test_an_interrupt_in_the_last_step_is_too_late(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize(
-    ("trial", "gaining", "steps"),
-    [(True, None, 10), (True, 10, 20), (True, 4, 20), (True, 12, 10), (False, None, 20)],
+    ("kind", "gaining", "steps"),
+    [
+        ("trial", None, 10),
+        ("trial", 10, 20),
+        ("trial", 4, 20),
+        ("trial", 12, 10),
+        ("asked for", None, 20),
+    ],
 )
 @pytest.mark.parametrize("near", [0.9, 1.005], ids=["better", "about as good"])
 def test_a_trial_whose_first_half_only_loses_ends(
-    trial: bool,
+    kind: Kind,
     gaining: int | None,
     steps: int,
     near: float,
@@ -145,10 +159,38 @@ def test_a_trial_whose_first_half_only_loses_ends(
         return Verdict((near if next(looks) == gaining else 2.0,) * 2, (1.0, 1.0))
 
     monkeypatch.setattr(descend_module, "verdict_of", verdict_of)
-    found = descended(make(), tmp_path, 20, trial=trial)
+    found = descended(make(), tmp_path, 20, kind=kind)
     assert len(found.losses) == steps
     assert found.ended == (ONLY_LOST if steps == 10 else "")
     assert found.steps == (gaining if steps == 20 and gaining and near < 1 else 0)
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize(
+    ("kind", "gaining", "steps"),
+    [
+        ("further", {8, 24}, 48),  # of 64 steps, every eighth is judged
+        ("further", {8, 32, 56}, 64),
+        ("further", {8, 64}, 32),
+        ("further", set(), 24),
+        ("trial", {8, 24}, 64),
+        ("asked for", {8}, 64),
+    ],
+)
+def test_a_descent_after_a_trial_ends_where_three_judgements_find_nothing_better(
+    kind: Kind, gaining: set[int], steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = itertools.count(8, 8)
+
+    def verdict_of(*_: Any) -> Verdict:
+        step = next(looks)
+        return Verdict((0.9 - step / 1000 if step in gaining else 1.0,) * 2, (1.0, 1.0))
+
+    monkeypatch.setattr(descend_module, "verdict_of", verdict_of)
+    found = descended(make(), tmp_path, 64, kind=kind)
+    assert len(found.losses) == steps
+    assert found.ended == ("" if steps == 64 else NO_GAIN)
+    assert found.steps == max((step for step in gaining if step <= steps), default=0)
 
 
 @pytest.mark.usefixtures("clock")
@@ -161,7 +203,7 @@ def test_a_trial_that_ended_halfway_is_not_continued_from_its_end(
     monkeypatch.setattr(
         Journal, "put", lambda _, name, state, **more: kept.append(len(state["losses"]))
     )
-    assert descended(make(), tmp_path, 20, trial=True).ended == ONLY_LOST
+    assert descended(make(), tmp_path, 20, kind="trial").ended == ONLY_LOST
     assert kept == list(range(1, 10))
 
 
