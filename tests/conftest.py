@@ -1,5 +1,6 @@
 """Fixtures of the whole session: models and text that tests read and never change."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ from tests.kit.vocabularies import Pair, save_pair
 
 # Nothing here is large enough for a second thread to help; on a busy machine they wait in turns.
 torch.set_num_threads(1)
+
+# What a shell starts in the background ignores ctrl-C, and so does all that is started by it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

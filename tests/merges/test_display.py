@@ -86,7 +86,6 @@ def on_terminal(command: list[str]) -> "Iterator[tuple[subprocess.Popen[bytes], 
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     os.close(theirs)
     try:
