@@ -206,14 +206,15 @@ class _Course:
         """Why a descent that nobody asked for should end; empty if it should not.
 
         A trial ends halfway if all looks so far are worse than the start, by more than a little;
-        one that follows, if the last looks have brought nothing.
+        one that follows, if the last looks have brought nothing, unless time has made it shorter.
         """
         step = len(self.losses)
         if kind == "trial":
             lost = 2 * step >= steps and self.lowest > (1 + NEAR) * start.mean
             return ONLY_LOST if lost else ""
         idle = sum(self.best.step < look <= step for look in judged_steps(self.planned))
-        return NO_GAIN if kind == "further" and idle >= PATIENCE else ""
+        whole = kind == "further" and self.planned == steps
+        return NO_GAIN if whole and idle >= PATIENCE else ""
 
     def keep(self, journal: Journal, name: str) -> None:
         """Keep it for a next run."""

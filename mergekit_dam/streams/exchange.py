@@ -2,7 +2,8 @@
 
 A peer that stops closes its sockets, and gloo fails. At times it does not (torch 2.13): a send that
 begins as the peer stops has no end. Then torchrun's SIGTERM ends the wait, for Python handles
-signals between two calls, and so a wait is many short ones.
+signals between two calls, and so a wait is many short ones. NCCL's exchanges are waited for by the
+device, where its watchdog ends them.
 """
 
 import atexit
@@ -10,8 +11,9 @@ import logging
 import os
 import pickle
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -29,8 +31,8 @@ _PATIENCE = timedelta(days=7)
 _AT_A_TIME = timedelta(seconds=0.5)
 """Longest time in which no signal is handled."""
 
-_given_up: list[int] = []
-"""Exit status of this process if it left an exchange before its end."""
+_under_way = threading.Event()
+"""Is set while an exchange is under way, and for ever where this process has left one."""
 
 
 def connect(backend: str) -> None:
@@ -50,8 +52,7 @@ def total(x: Tensor) -> Tensor:
     Raises:
         DamError: another process has stopped.
     """
-    with _explained():
-        _finish(dist.all_reduce(x, async_op=True), on_device=x.is_cuda)
+    _exchange(lambda: dist.all_reduce(x, async_op=True), on_device=x.is_cuda)
     return x
 
 
@@ -64,51 +65,51 @@ def first_ones(value: Any) -> Any:
     first = dist.get_rank() == 0
     data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
     length = torch.tensor(len(data))
-    with _explained():
-        _finish(dist.broadcast(length, 0, async_op=True))
-        if not first:
-            data = torch.empty(int(length), dtype=torch.uint8)
-        _finish(dist.broadcast(data, 0, async_op=True))
+    _exchange(lambda: dist.broadcast(length, 0, async_op=True))
+    if not first:
+        data = torch.empty(int(length), dtype=torch.uint8)
+    _exchange(lambda: dist.broadcast(data, 0, async_op=True))
     return value if first else pickle.loads(data.numpy().data)  # from a process of this merge
 
 
-def _finish(work: "dist.Work", *, on_device: bool = False) -> None:
-    """Wait for the end of an exchange; on a device, what is queued there waits instead.
+def _exchange(begin: Callable[[], "dist.Work | None"], *, on_device: bool = False) -> None:
+    """Make an exchange, and wait for its end; on a device, what is queued there waits instead.
 
     Raises:
-        RuntimeError: the exchange failed.
+        DamError: another process has stopped, or this one has left an exchange before its end.
     """
+    if _under_way.is_set():
+        raise DamError(
+            "an earlier merge of this process was interrupted in the middle of an exchange with "
+            "the others, which cannot go on; start all processes again"
+        )
+    work = None
+    _under_way.set()
     try:
+        work = begin()
+        assert work is not None
         while not (on_device or work.is_completed()):
-            try:
+            with suppress(RuntimeError):  # it failed, or goes on
                 work.wait(_AT_A_TIME)
-            except RuntimeError:  # it failed, or goes on
-                if work.is_completed():
-                    break
         work.wait()
-    except RuntimeError:
-        raise
-    except BaseException as error:  # a signal
-        _given_up.append(getattr(error, "code", 1))
-        raise
+    except RuntimeError as error:
+        if not on_device and work is not None and not work.is_completed():
+            raise  # by the handler of a signal
+        _under_way.clear()
+        LOG.debug("exchange", exc_info=error)
+        raise DamError("another process of this merge has stopped; its output says why") from error
+    _under_way.clear()
 
 
 def _disconnect() -> None:
-    """Leave the other processes; where an exchange is still under way, with the whole process."""
-    if _given_up:
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(_given_up[0])  # gloo would wait for the exchange
+    """Leave the other processes; where an exchange is still under way, end this one at once."""
+    if _under_way.is_set():  # gloo would wait for its end
+        try:
+            with suppress(OSError, ValueError):  # what reads them may be gone
+                logging.shutdown()
+                sys.stderr.flush()
+                sys.stdout.flush()
+        finally:
+            os._exit(1)
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Explain the error of an exchange that fails because another process has stopped."""
-    try:
-        yield
-    except RuntimeError as error:
-        LOG.debug("exchange", exc_info=error)
-        raise DamError("another process of this merge has stopped; its output says why") from error

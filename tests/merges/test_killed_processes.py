@@ -25,8 +25,10 @@ def processes_when(
         assert running.poll() is None, running.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    found = psutil.Process(running.pid).children()
-    return sorted(found, key=lambda process: process.environ()["RANK"])
+    found = {
+        process.environ().get("RANK"): process for process in psutil.Process(running.pid).children()
+    }
+    return [found["0"], found["1"]]
 
 
 KILLED: dict[str, tuple[dict[str, Any], list[str], str]] = {
@@ -76,10 +78,13 @@ def test_a_process_that_waits_for_a_silent_one_ends_when_it_is_told_to(
 ) -> None:
     running, (first, second) = start("search", llama_models, calibration, tmp_path)
     second.suspend()
-    time.sleep(1)  # the first one comes to where it needs the other
-    first.terminate()
-    first.wait(timeout=20)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["dam.yaml"]
-    second.kill()
+    try:
+        while first.cpu_percent(interval=0.5) > 10:  # until it comes to where it needs the other
+            pass
+        first.terminate()
+        first.wait(timeout=20)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["dam.yaml"]
+    finally:
+        second.kill()
     output, _ = running.communicate(timeout=60)
     assert running.returncode != 0, output

@@ -193,6 +193,15 @@ def test_a_descent_after_a_trial_ends_where_three_judgements_find_nothing_better
     assert found.steps == max((step for step in gaining if step <= steps), default=0)
 
 
+def test_a_descent_that_time_has_made_shorter_takes_all_of_its_steps(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(descend_module, "verdict_of", lambda *_: Verdict((2.0,) * 2, (1.0, 1.0)))
+    found = descended(make(), tmp_path, 400, kind="further", pace=until(clock, 45))
+    assert found.ended == OUT_OF_TIME
+    assert len(found.losses) > 20
+
+
 @pytest.mark.usefixtures("clock")
 def test_a_trial_that_ended_halfway_is_not_continued_from_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,11 +1,13 @@
 """Exchanges between processes end with all of them, with a failure, or with a signal."""
 
 import atexit
+import os
 import signal
-import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,9 +18,10 @@ import torch.distributed as dist
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.streams import exchange
+from tests.kit.signals import Running
 
 _ONE_IS_SILENT = """
-import functools, sys, torch
+import functools, sys, time, torch
 from mergekit_dam.interrupts import terminable
 from mergekit_dam.streams import exchange
 
@@ -29,13 +32,14 @@ torch.distributed.init_process_group = functools.partial(
 )
 exchange.connect("gloo")
 if rank == 0:
-    sys.stdin.read()
+    print("silent", flush=True)
+    time.sleep(600)
 with terminable():
     print("waits", flush=True)
     try:
         eval(call)
     finally:
-        print("cleaned up", end="")
+        print("cleaned up")
 """
 """One of two processes, of which the second waits for the first."""
 
@@ -90,35 +94,73 @@ def test_an_exchange_that_fails_says_that_another_process_has_stopped() -> None:
 
 def test_an_exchange_may_take_longer_than_one_wait() -> None:
     slow = mock.Mock()
-    slow.is_completed.side_effect = [False, False, False, False, True]
+    slow.is_completed.side_effect = [False, False, True]
     slow.wait.side_effect = [RuntimeError("timed out"), RuntimeError("timed out"), None]
     with mock.patch.object(dist, "all_reduce", return_value=slow):
         exchange.total(torch.zeros(3))
     assert slow.wait.call_count == 3
 
 
-@pytest.mark.parametrize("call", ["exchange.total(torch.ones(2))", "exchange.first_ones(1)"])
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 1)]
-)
-def test_a_signal_ends_the_wait_for_a_silent_process(
-    tmp_path: Path, call: str, number: int, status: int
+def test_a_process_that_has_left_an_exchange_makes_no_other(
+    alone: list[Callable[[], object]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    silent, waiting = (
-        subprocess.Popen(
-            [sys.executable, "-c", _ONE_IS_SILENT, str(rank), tmp_path / "store", call],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    )
-    assert waiting.stdout is not None
-    assert waiting.stdout.readline() == "waits\n"
-    time.sleep(0.2)  # the exchange has begun
-    waiting.send_signal(number)
-    output, _ = waiting.communicate(timeout=20)
-    assert output == "cleaned up"
-    assert waiting.returncode == status
-    silent.kill()
-    silent.communicate()
+    """The others would take it for the one that they are at."""
+    left = mock.Mock()
+    left.is_completed.return_value = False
+    left.wait.side_effect = KeyboardInterrupt
+    monkeypatch.setattr(exchange, "_under_way", threading.Event())
+    with (
+        mock.patch.object(dist, "all_reduce", return_value=left),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        exchange.total(torch.zeros(3))
+    with pytest.raises(DamError, match="start all processes again"):
+        exchange.first_ones(1)
+    (end,) = alone
+    monkeypatch.setattr(sys.stdout, "flush", mock.Mock(side_effect=BrokenPipeError))
+    with (
+        mock.patch.object(os, "_exit", side_effect=SystemExit) as ended,
+        pytest.raises(SystemExit),
+    ):
+        end()
+    ended.assert_called_once_with(1)
+
+
+def test_the_error_of_a_signal_s_handler_is_its_own() -> None:
+    left = mock.Mock()
+    left.is_completed.side_effect = [True, False]
+    left.wait.side_effect = RuntimeError("asked to end")
+    with (
+        mock.patch.object(exchange, "_under_way", threading.Event()) as under_way,
+        mock.patch.object(dist, "all_reduce", return_value=left),
+        pytest.raises(RuntimeError, match="asked to end"),
+    ):
+        exchange.total(torch.zeros(3))
+    assert under_way.is_set()
+
+
+@contextmanager
+def running(rank: int, folder: Path, call: str) -> Iterator[Running]:
+    command = [sys.executable, "-c", _ONE_IS_SILENT, str(rank), str(folder / "store"), call]
+    found = Running(command, folder / f"{rank}.log")
+    try:
+        yield found
+    finally:
+        found.send(signal.SIGKILL)
+        found.finish()
+
+
+@pytest.mark.parametrize("call", ["exchange.total(torch.ones(2))", "exchange.first_ones(1)"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_wait_for_a_silent_process(
+    tmp_path: Path, call: str, number: signal.Signals
+) -> None:
+    with running(0, tmp_path, call) as silent, running(1, tmp_path, call) as waiting:
+        silent.wait_for("silent")
+        waiting.wait_for("waits")
+        time.sleep(0.2)  # the exchange has begun
+        waiting.send(number)
+        began = time.monotonic()
+        assert waiting.finish() != 0
+        assert time.monotonic() - began < 60
+        assert "cleaned up" in waiting.printed
