@@ -111,7 +111,8 @@ def printed_until(own: int, text: str | None) -> str:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo terminals on Windows")
 def test_ctrl_c_leaves_a_terminal_as_it_was(command: Any) -> None:
-    long = command(objective="logits", steps=100_000)
+    # A step takes a while: the merge must not be done when the second one comes.
+    long = command(objective="logits", steps=100_000, gradient_accumulation=100)
     with on_terminal(long) as (process, own):
         before = printed_until(own, "/100000 loss ")  # drawn twice a second
         assert before.count("\x1b[?25l") == 1  # the cursor is hidden while lines change
