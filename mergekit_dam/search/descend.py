@@ -209,12 +209,12 @@ class _Course:
         one that follows, if the last looks have brought nothing, unless time has made it shorter.
         """
         step = len(self.losses)
-        if kind == "trial":
-            lost = 2 * step >= steps and self.lowest > (1 + NEAR) * start.mean
-            return ONLY_LOST if lost else ""
-        idle = sum(self.best.step < look <= step for look in judged_steps(self.planned))
-        whole = kind == "further" and self.planned == steps
-        return NO_GAIN if whole and idle >= PATIENCE else ""
+        if kind == "trial" and 2 * step >= steps and self.lowest > (1 + NEAR) * start.mean:
+            return ONLY_LOST
+        if kind == "further" and self.planned == steps:
+            idle = sum(self.best.step < look <= step for look in judged_steps(steps))
+            return NO_GAIN if idle >= PATIENCE else ""
+        return ""
 
     def keep(self, journal: Journal, name: str) -> None:
         """Keep it for a next run."""

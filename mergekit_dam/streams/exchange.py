@@ -59,6 +59,8 @@ def total(x: Tensor) -> Tensor:
 def first_ones(value: Any) -> Any:
     """The first process's value, which is sent as `pickle` has it.
 
+    As `torch.distributed.broadcast_object_list`, whose waits hear no signal.
+
     Raises:
         DamError: another process has stopped.
     """

@@ -1,18 +1,20 @@
 """Two processes that torchrun starts, and processes that are made up."""
 
+import atexit
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 
-from mergekit_dam.streams import distributed
+from mergekit_dam.streams import distributed, exchange
 from mergekit_dam.streams.stream import Stream
 from tests.kit.merging import Merged
 
@@ -51,6 +53,33 @@ def difference(found: Merged, expected: Merged) -> float:
     assert ours.keys() == theirs.keys()
     gaps = ((ours[n] - theirs[n]).abs().max() / theirs[n].abs().max() for n in theirs)
     return max(float(gap) for gap in gaps)
+
+
+@contextmanager
+def connecting_alone(folder: Path) -> Iterator[list[Callable[[], object]]]:
+    """Let a process connect to itself, without a port.
+
+    Args:
+        folder: folder for what processes know of each other.
+
+    Yields:
+        What exchanges want to be called before the interpreter ends; it is not called.
+    """
+    theirs: list[Callable[[], object]] = []
+    init = dist.init_process_group
+
+    def register(end: Callable[[], object]) -> None:
+        if end.__module__ == exchange.__name__:
+            theirs.append(end)
+
+    def connect(_backend: str, **options: Any) -> None:
+        init("gloo", rank=0, world_size=1, init_method=f"file://{folder}/store", **options)
+
+    with (
+        mock.patch.object(dist, "init_process_group", connect),
+        mock.patch.object(atexit, "register", register),
+    ):
+        yield theirs
 
 
 @contextmanager

@@ -16,19 +16,13 @@ from tests.kit.processes import BIN, torchrun
 from tests.kit.texts import Calibration
 
 
-def processes_when(
-    ready: Callable[[], bool], running: subprocess.Popen[str]
-) -> list[psutil.Process]:
-    """The two processes of a merge in the order of their ranks, when the merge is so far."""
+def wait(ready: Callable[[], bool], running: subprocess.Popen[str]) -> None:
+    """Wait until a merge under way is so far."""
     deadline = time.monotonic() + 120
     while not ready():
         assert running.poll() is None, running.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    found = {
-        process.environ().get("RANK"): process for process in psutil.Process(running.pid).children()
-    }
-    return [found["0"], found["1"]]
 
 
 KILLED: dict[str, tuple[dict[str, Any], list[str], str]] = {
@@ -46,7 +40,11 @@ KILLED: dict[str, tuple[dict[str, Any], list[str], str]] = {
 def start(
     fit: str, models: Models, calibration: Calibration, folder: Path
 ) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
-    """Start a merge to `out` in a folder; torchrun, and its processes when the fit is under way."""
+    """Start a merge to `out` in a folder, and wait until its fit is under way.
+
+    Returns:
+        torchrun, and its two processes in the order of their ranks.
+    """
     parameters, options, files = KILLED[fit]
     configuration = folder / "dam.yaml"
     configuration.write_text(
@@ -55,8 +53,10 @@ def start(
     running = torchrun(
         "--no-python", BIN / "mergekit-yaml", configuration, folder / "out", *options
     )
-    ready = folder / ".dam-out/new/out"
-    return running, processes_when(lambda: any(ready.glob(files)), running)
+    wait(lambda: any(folder.glob(f".dam-out/new/out/{files}")), running)
+    children = psutil.Process(running.pid).children()
+    found = {process.environ().get("RANK"): process for process in children}
+    return running, [found["0"], found["1"]]
 
 
 @pytest.mark.slow
@@ -79,8 +79,8 @@ def test_a_process_that_waits_for_a_silent_one_ends_when_it_is_told_to(
     running, (first, second) = start("search", llama_models, calibration, tmp_path)
     second.suspend()
     try:
-        while first.cpu_percent(interval=0.5) > 10:  # until it comes to where it needs the other
-            pass
+        # It comes to where it needs the other.
+        wait(lambda: first.cpu_percent(interval=0.5) < 10, running)
         first.terminate()
         first.wait(timeout=20)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["dam.yaml"]

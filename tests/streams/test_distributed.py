@@ -1,5 +1,7 @@
 """Sequences are divided between processes, and sums are taken over all."""
 
+import os
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -9,7 +11,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_dam.streams import distributed, exchange
 from mergekit_dam.streams.share import SPLITS
-from tests.kit.processes import streams_of
+from tests.kit.processes import connecting_alone, streams_of
 
 
 def test_alone_nothing_is_set_up() -> None:
@@ -23,6 +25,20 @@ def test_alone_nothing_is_set_up() -> None:
         assert distributed.all_rows(x) is x
         assert distributed.all_sums([1.0, 2.0]) == [1.0, 2.0]
         assert distributed.from_first(lambda: 5) == 5
+
+
+def test_processes_are_disconnected_before_the_interpreter_ends(tmp_path: Path) -> None:
+    with (
+        mock.patch.dict(os.environ, {"WORLD_SIZE": "2", "RANK": "0"}),
+        connecting_alone(tmp_path) as at_exit,
+    ):
+        for _ in range(2):  # the second merge finds the first one's connection
+            with distributed.joined_processes(MergeOptions()):
+                assert dist.is_initialized()
+    assert len(at_exit) == 1
+    assert dist.is_initialized()
+    at_exit[0]()
+    assert not dist.is_initialized()
 
 
 def test_numbers_are_summed_on_the_host_wherever_they_are() -> None:

@@ -1,6 +1,5 @@
 """Exchanges between processes end with all of them, with a failure, or with a signal."""
 
-import atexit
 import os
 import signal
 import sys
@@ -9,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -18,6 +16,7 @@ import torch.distributed as dist
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.streams import exchange
+from tests.kit.processes import connecting_alone
 from tests.kit.signals import Running
 
 _ONE_IS_SILENT = """
@@ -47,18 +46,9 @@ with terminable():
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[list[Callable[[], object]]]:
     """A connection of one process to itself; yields what is to run before the interpreter ends."""
-    at_exit: list[Callable[[], object]] = []
-    init = dist.init_process_group
-
-    def connect(backend: str, **options: Any) -> None:  # without a port
-        init(backend, rank=0, world_size=1, init_method=f"file://{tmp_path}/store", **options)
-
-    with (
-        mock.patch.object(dist, "init_process_group", connect),
-        mock.patch.object(atexit, "register", at_exit.append),
-    ):
+    with connecting_alone(tmp_path) as at_exit:
         exchange.connect("gloo")
-    yield [end for end in at_exit if end.__module__ == exchange.__name__]
+    yield at_exit
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -70,15 +60,6 @@ def test_exchanges_of_one_process_return_what_they_got(alone: list[object]) -> N
     assert x.tolist() == [0, 1, 2]
     value = {"a": [1, None]}
     assert exchange.first_ones(value) is value
-
-
-def test_processes_are_disconnected_before_the_interpreter_ends(
-    alone: list[Callable[[], object]],
-) -> None:
-    (end,) = alone
-    assert dist.is_initialized()
-    end()
-    assert not dist.is_initialized()
 
 
 def test_an_exchange_that_fails_says_that_another_process_has_stopped() -> None:
